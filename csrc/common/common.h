@@ -1,0 +1,62 @@
+// What every CPU kernel includes: stable tensors, argument checks, run-time SIMD dispatch, threads.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+// A function under this macro is compiled once per instruction set and chosen when the library is
+// loaded. Lambda bodies and callees that are not inlined stay generic: put the loop itself here,
+// and mark what it calls PYSEG_INLINE.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define PYSEG_MULTIVERSION \
+  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PYSEG_MULTIVERSION
+#endif
+#define PYSEG_INLINE inline __attribute__((always_inline))
+
+// Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
+#define PYSEG_CHECK(condition, ...)                                            \
+  do {                                                                         \
+    if (!(condition)) throw std::invalid_argument(::pyseg::text(__VA_ARGS__)); \
+  } while (0)
+
+namespace pyseg {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+// "[2, 3, 480, 640]"
+inline std::string shape(const Tensor& tensor) {
+  std::ostringstream out;
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "[") << tensor.size(i);
+  out << (tensor.dim() ? "]" : "[]");
+  return out.str();
+}
+
+// The most capable of the versions that PYSEG_MULTIVERSION makes and this processor runs.
+inline std::string simd_level() {
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
+#endif
+  return "generic";
+}
+
+}  // namespace pyseg

@@ -1,0 +1,139 @@
+"""Finds and loads the compiled libraries: `_C` (schemas, CPU) and `_C_cu<major>` (CUDA)."""
+
+from __future__ import annotations
+
+import platform
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+PROBE = "pyseg::simd_level"  # an operator that every build of the library defines
+
+_lock = threading.Lock()
+_loaded: dict[str, Path] = {}  # "cpu", "cuda" -> file
+_cuda_problem: str | None = None
+
+
+def _library(stem: str) -> Path | None:
+    found = sorted([*FOLDER.glob(f"{stem}.*so"), *FOLDER.glob(f"{stem}.*pyd")])
+    return found[0] if found else None
+
+
+def _torch_cuda_major() -> str | None:
+    return torch.version.cuda.split(".")[0] if torch.version.cuda else None
+
+
+def load() -> None:
+    """Loads the libraries once; every module of `pyseg.ops` calls this first.
+
+    Raises:
+        ImportError: the CPU library is absent or damaged, does not fit this torch, or another copy
+            of pyseg is already loaded in this process.
+    """
+    with _lock:
+        if "cpu" in _loaded:
+            return
+        library = _library("_C")
+        if torch._C._dispatch_has_kernel(PROBE):
+            # Registering one operator twice ends the process, so this is found out beforehand.
+            others = [p for p in torch.ops.loaded_libraries if "_C" in Path(p).name]
+            raise ImportError(
+                "another copy of pyseg's operators is already loaded in this process, from "
+                f"{', '.join(others) or 'an unknown place'}; this one is {FOLDER}. Remove one of "
+                "them from sys.path, or run them in separate processes."
+            )
+        _load(library, "_C")
+        assert library is not None
+        _loaded["cpu"] = library
+        _load_cuda()
+
+
+def _load(library: Path | None, stem: str) -> None:
+    version = ".".join(torch.__version__.split(".")[:2])
+    try:
+        if library is None:
+            raise OSError(f"no file {stem}.*so in {FOLDER}")
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"pyseg's compiled library cannot be loaded: {error}\n"
+            "Likely causes:\n"
+            "  1. pyseg was not built: python runs in a source checkout. "
+            "Run `make demo`, or `pip install --no-build-isolation -e .`.\n"
+            f"  2. torch is too old: pyseg needs torch >= 2.10, this is {version}. "
+            "Upgrade torch.\n"
+            f"  3. the library was built for another platform than {platform.machine()} "
+            f"{platform.system()}. Reinstall pyseg-toolkit here.\n"
+            "  4. the file is damaged, or a system library that it needs (libstdc++) is older than "
+            "the one it was built with. Reinstall with `pip install --force-reinstall --no-deps "
+            "pyseg-toolkit`."
+        ) from error
+
+
+def _load_cuda() -> None:
+    global _cuda_problem
+    major = _torch_cuda_major()
+    built = sorted(p.name.split(".")[0] for p in FOLDER.glob("_C_cu*.*so"))
+    if major is None:
+        _cuda_problem = f"torch {torch.__version__} is a build without CUDA"
+        return
+    library = _library(f"_C_cu{major}")
+    if library is None:
+        _cuda_problem = (
+            f"pyseg was built with {', '.join(built)} but torch uses CUDA {torch.version.cuda}: "
+            f"reinstall pyseg where nvcc is release {major}"
+            if built
+            else f"pyseg was built without CUDA: reinstall it where nvcc release {major} is found"
+        )
+        return
+    _load(library, f"_C_cu{major}")
+    _loaded["cuda"] = library
+
+
+def require(op: str, *tensors: torch.Tensor) -> None:
+    """Raises where a CUDA tensor meets an installation without CUDA kernels."""
+    if "cuda" not in _loaded and any(tensor.is_cuda for tensor in tensors):
+        raise ImportError(
+            f"{op} has no CUDA kernel in this installation: {_cuda_problem}. "
+            "Or move its inputs to the CPU. `pyseg doctor` shows what is installed."
+        )
+
+
+def simd_level() -> str:
+    """The instruction set that the CPU kernels use here."""
+    load()
+    return str(torch.ops.pyseg.simd_level())
+
+
+def status() -> dict[str, Any]:
+    """What is loaded from where, and every op's devices; loads the libraries.
+
+    Returns:
+        ``{"cpu": path, "cuda": path | None, "cuda_problem": str | None, "simd": str,
+        "ops": {name: {"cpu": bool, "cuda": bool, "cuda_usable": bool}}}``
+    """
+    load()
+    names = sorted(
+        name.split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pyseg::") and not name.startswith("pyseg::_") and name != PROBE
+    )
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = {}
+    for name in names:
+        cuda = has(f"pyseg::{name}", "CUDA")
+        ops[name] = {
+            "cpu": has(f"pyseg::{name}", "CPU"),
+            "cuda": cuda,
+            "cuda_usable": cuda and torch.cuda.is_available(),
+        }
+    return {
+        "cpu": str(_loaded["cpu"]),
+        "cuda": str(_loaded["cuda"]) if "cuda" in _loaded else None,
+        "cuda_problem": _cuda_problem,
+        "simd": simd_level(),
+        "ops": ops,
+    }

@@ -1,0 +1,9 @@
+"""The kernels as functions of tensors.
+
+Every module is imported here, at once: imported later, a submodule would replace the function of
+the same name in this package.
+"""
+
+from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
+
+__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix"]
