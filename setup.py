@@ -16,8 +16,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-COMMON = ["-O3", "-g0", "-std=c++20", *STABLE]
-HOST = ["-fvisibility=hidden", "-ffp-contract=off", "-fopenmp-simd"]
+COMMON = ["-O3", "-std=c++20", *STABLE]
+HOST = ["-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp-simd"]
 ARCHITECTURES = "7.5;8.0;8.6;9.0+PTX"
 
 

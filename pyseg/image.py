@@ -1,0 +1,551 @@
+"""Images in, results out: reads any image to uint8 RGB, writes label maps, COCO masks and maps.
+
+Everything that is written gets its name only when it is complete: a reader sees the whole file or
+none, whatever happens to the writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .errors import ImageError, LabelError
+from .types import Segments
+
+ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
+Palette: TypeAlias = "Sequence[Sequence[int]]"
+
+# --- images in --------------------------------------------------------------------------------
+
+
+def read_image(source: ImageSource) -> Tensor:
+    """Any image to the one form that pyseg works on.
+
+    Channel order is never guessed: a **NumPy array is [H, W, 3] RGB** (or [H, W], [H, W, 1],
+    [H, W, 4]), as Pillow, imageio and scikit-image give it, and a **tensor is [3, H, W] RGB** (or
+    [H, W], [1, H, W], [4, H, W]), as torchvision gives it. OpenCV gives BGR, which no check can
+    tell from RGB: convert with ``cv2.cvtColor(array, cv2.COLOR_BGR2RGB)`` first.
+
+    Grey becomes three equal channels. Transparent images (RGBA, LA, palette with transparency) are
+    composited over white, which is what a viewer shows. 16-bit values are scaled to 8 bits
+    (0..65535 to 0..255, so a 12-bit picture stays dark). Floating-point values must be in 0..1.
+    CMYK, YCbCr, HSV and palette files are converted by Pillow, without colour profiles. EXIF
+    orientation is applied.
+
+    Args:
+        source: path of an image file, PIL image, NumPy array or tensor.
+
+    Returns:
+        [3, H, W] uint8 RGB; a tensor stays on its device, and one that is uint8 RGB already is
+        returned itself.
+
+    Raises:
+        ImageError: the file is missing, truncated, not an image, animated or implausibly large; an
+            array has an ambiguous shape, an unsuitable dtype or values out of range.
+
+    Example:
+        >>> read_image(np.zeros((4, 6), dtype=np.uint16)).shape
+        torch.Size([3, 4, 6])
+    """
+    if isinstance(source, Tensor):
+        return _read_tensor(source)
+    if isinstance(source, np.ndarray):
+        return _read_array(source)
+    if isinstance(source, Image.Image):
+        return _read_pil(source, "the PIL image")
+    if isinstance(source, (str, os.PathLike)):
+        return _read_pil(_load(source, "image"), f"image {os.fspath(source)!r}")
+    raise ImageError(
+        f"an image must be a path, a PIL image, a NumPy array or a tensor, got "
+        f"{type(source).__name__}; for several images pass a list to the pipeline"
+    )
+
+
+def read_labels(path: str | os.PathLike[str]) -> Tensor:
+    """A label map from an image file whose pixel values are class ids.
+
+    Args:
+        path: a lossless file with one value per pixel: palette (the indices are the ids) or grey,
+            1 to 16 bits.
+
+    Returns:
+        [H, W] uint8, or int32 from a 16-bit file; values are not checked against any class list.
+
+    Raises:
+        ImageError: the file cannot be read (see `read_image`), is a lossy JPEG, or holds colours
+            instead of ids.
+    """
+    image = _load(path, "label map")
+    name = f"label map {os.fspath(path)!r}"
+    if image.format in ("JPEG", "MPO"):
+        raise ImageError(f"{name} is a JPEG, whose compression changes class ids; use the PNG that "
+                         "it was made from")  # fmt: skip
+    if image.mode in ("L", "P"):
+        # Pillow stretches 2- and 4-bit grey to 0..255, which makes other ids of them.
+        return torch.from_numpy(np.array(image) // image.info.get("grey_step", 1))
+    if image.mode == "1":
+        return torch.from_numpy(np.array(image).astype(np.uint8))
+    if image.mode.startswith("I"):
+        values = np.array(image).astype(np.int32)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{name} has values from {values.min()} to {values.max()}; class ids "
+                             "are 0 to 65535")  # fmt: skip
+        return torch.from_numpy(values)
+    raise ImageError(
+        f"{name} has mode {image.mode}, colours instead of one class id per pixel; convert the "
+        "colours to ids and save them as a grey or palette PNG (a COCO panoptic PNG holds segment "
+        "ids as R + 256 G + 65536 B)"
+    )
+
+
+def _load(path: str | os.PathLike[str], what: str) -> Image.Image:
+    """Opens and decodes a file whole, with one kind of error for all that can go wrong."""
+    name = f"{what} {os.fspath(path)!r}"
+    file = Path(path)
+    if not file.exists():
+        hint = "; download it first" if "://" in os.fspath(path) else "; check the path"
+        raise ImageError(f"{name} does not exist{hint}")
+    if file.is_dir():
+        raise ImageError(f"{name} is a directory; give the files in it (pyseg.predict takes "
+                         "directories)")  # fmt: skip
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read ({error.strerror}); check its "
+                         "permissions") from error  # fmt: skip
+    try:
+        with Image.open(file) as image:
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                # MPO is a camera's JPEG with a preview or depth map behind the picture.
+                raise ImageError(f"{name} holds {image.n_frames} pictures; extract the one to "
+                                 "segment")  # fmt: skip
+            step = _grey_step(image)
+            image.load()
+            image.info["grey_step"] = step
+            return image
+    except (ImageError, MemoryError):
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise ImageError(f"{name} {_what_it_is(head)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"{name} claims more pixels than is plausible ({error}); if you trust it, raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ImageError(f"{name} is truncated or damaged ({reason}); fetch or export it "
+                         "again") from error  # fmt: skip
+
+
+def _grey_step(image: Image.Image) -> int:
+    """The factor by which Pillow will stretch the values of an unloaded grey image."""
+    if image.mode != "L" or not image.tile:
+        return 1
+    arguments = image.tile[0][3]
+    raw = arguments[0] if isinstance(arguments, tuple) else arguments
+    return {"L;2": 85, "L;4": 17}.get(str(raw), 1)
+
+
+def _what_it_is(head: bytes) -> str:
+    start = head.lstrip().lower()
+    if not head:
+        return "is empty (0 bytes); fetch or export it again"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
+        return "is an HTML or XML text, not an image; fetch the image itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the image; run git lfs pull"
+    if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
+        return "is HEIC, which Pillow cannot read; convert it to JPEG or PNG"
+    return f"is not an image that Pillow can read (it begins with {head[:8]!r}); use JPEG or PNG"
+
+
+def _read_pil(image: Image.Image, name: str) -> Tensor:
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise ImageError(f"{name} is empty: {width} x {height} pixels")
+    file_format = image.format
+    try:
+        image = ImageOps.exif_transpose(image)
+        # Pillow before 11 gave 16-bit grey PNGs mode I.
+        if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
+            return _rgb8(torch.from_numpy(np.array(image).astype(np.int32))[None], 65535)
+        if image.mode in ("I", "F"):
+            raise ImageError(f"{name} has mode {image.mode}, 32-bit values without a defined "
+                             "white; scale it to 0..1 and pass the NumPy array")  # fmt: skip
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # lazily loaded by the caller, or odd modes
+        raise ImageError(f"{name} with mode {image.mode} cannot be converted to RGB ({error}); "
+                         "convert it to RGB first") from error  # fmt: skip
+    return _rgb8(torch.from_numpy(np.array(image)).permute(2, 0, 1), 255)
+
+
+def _read_array(array: np.ndarray) -> Tensor:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
+        remedy = "a NumPy image is [H, W, 3] RGB, [H, W, 4] RGBA or [H, W] grey"
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            remedy += "; this looks like [3, H, W]: use array.transpose(1, 2, 0)"
+        elif array.ndim == 4:
+            remedy += "; pass a batch as a list of images"
+        raise ImageError(f"the NumPy image has shape {list(array.shape)}; {remedy}")
+    if array.dtype.kind not in "uifb" or array.dtype.itemsize > 8:
+        raise ImageError(f"the NumPy image has dtype {array.dtype}; use uint8, uint16 or floating "
+                         "point in 0..1")  # fmt: skip
+    native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return _checked(torch.from_numpy(native).permute(2, 0, 1), "the NumPy image")
+
+
+def _read_tensor(tensor: Tensor) -> Tensor:
+    if tensor.ndim == 2:
+        tensor = tensor[None]
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4):
+        remedy = "a tensor image is [3, H, W] RGB, [4, H, W] RGBA or [1, H, W] grey"
+        if tensor.ndim == 3 and tensor.shape[2] in (1, 3, 4):
+            remedy += "; this looks like [H, W, 3]: use tensor.permute(2, 0, 1)"
+        elif tensor.ndim == 4:
+            remedy += "; pass a batch as a list of images, list(batch)"
+        raise ImageError(f"the tensor image has shape {list(tensor.shape)}; {remedy}")
+    return _checked(tensor, "the tensor image")
+
+
+def _checked(pixels: Tensor, name: str) -> Tensor:
+    """[C, H, W] of any dtype to uint8 RGB, refusing values whose white is not known."""
+    if pixels.numel() == 0:
+        raise ImageError(f"{name} is empty: {pixels.shape[1]} x {pixels.shape[2]} pixels")
+    if pixels.dtype == torch.uint8:
+        return _rgb8(pixels, 255)
+    if pixels.dtype == torch.uint16:
+        return _rgb8(pixels.int(), 65535)
+    if pixels.is_floating_point():
+        low, high = (float(value) for value in pixels.float().aminmax())
+        if not (low >= 0.0 and high <= 1.0):  # NaN is neither
+            hint = (
+                "it looks like 0..255: use uint8"
+                if low >= 0 and 1 < high <= 255
+                else "pass it before normalisation, which pyseg's models do themselves"
+            )
+            raise ImageError(f"{name} has floating-point values from {low:g} to {high:g}, which "
+                             f"must be in 0..1; {hint}")  # fmt: skip
+        return _rgb8((pixels.float() * 255).round().to(torch.uint8), 255)
+    remedy = (
+        "a mask: multiply by 255"
+        if pixels.dtype == torch.bool
+        else "ambiguous in range: convert to uint8 (0..255) or floating point (0..1)"
+    )
+    raise ImageError(f"{name} has dtype {str(pixels.dtype).removeprefix('torch.')}, {remedy}")
+
+
+def _rgb8(pixels: Tensor, white: int) -> Tensor:
+    """[C, H, W] integers in 0..white with C = 1, 3 or 4 to [3, H, W] uint8."""
+    if white != 255:
+        step = white // 255
+        pixels = ((pixels + step // 2) // step).to(torch.uint8)
+    if pixels.shape[0] == 4:
+        alpha = pixels[3:].int()
+        pixels = ((pixels[:3].int() * alpha + 255 * (255 - alpha) + 127) // 255).to(torch.uint8)
+    return pixels.expand(3, -1, -1).contiguous()
+
+
+# --- results out ------------------------------------------------------------------------------
+
+
+def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
+    """The first ``n`` colours of Pascal VOC's map (VOC 2012 development kit, ``VOCcolormap``).
+
+    The bits of the class id are dealt in turn to red, green and blue, highest bit first, so that
+    neighbouring ids differ much. Class 0 is black.
+    """
+    palette = []
+    for index in range(n):
+        colour = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                colour[channel] |= (index >> (3 * bit + channel) & 1) << (7 - bit)
+        palette.append((colour[0], colour[1], colour[2]))
+    return tuple(palette)
+
+
+def write_labels(
+    path: str | os.PathLike[str], labels: Tensor | np.ndarray, palette: Palette | None = None
+) -> Path:
+    """Writes class ids as a PNG that viewers show in colour and `read_labels` reads back exactly.
+
+    The PNG is indexed (mode P), the palette's entry i being the colour of class i. Where 8 bits
+    are too few (a palette of more than 256 colours, ids above 255, or int16, which is what
+    `Segmentation.labels` has from 256 classes on) it is 16-bit grey instead.
+
+    Args:
+        path: target, ``.png``; its directory must exist.
+        labels: [H, W] integers, 255 = void.
+        palette: one RGB colour per class; missing ones come from `default_palette`.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        LabelError: labels are not [H, W] integers in 0..65535.
+        ImageError: the path is no ``.png``, or its directory does not exist.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ImageError(f"labels are written as PNG, got {str(path)!r}; other formats lose ids or "
+                         "their colours, name it .png")  # fmt: skip
+    values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.ndim != 2 or values.dtype.kind not in "ui" or values.size == 0:
+        raise LabelError(f"labels must be [H, W] integers, got {values.dtype} of shape "
+                         f"{list(values.shape)}")  # fmt: skip
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise LabelError(f"labels must be 0 to 65535 to be written as PNG, got {low} to {high}; "
+                         "write void as 255")  # fmt: skip
+    if high > 255 or values.dtype in (np.int16, np.uint16) or len(palette or ()) > 256:
+        picture = Image.fromarray(values.astype(np.uint16))
+    else:
+        picture = Image.fromarray(values.astype(np.uint8))
+        colours = np.array(default_palette(256), dtype=np.uint8)
+        given = np.array(palette or (), dtype=np.uint8).reshape(-1, 3)
+        colours[: len(given)] = given
+        picture.putpalette(colours.tobytes())
+    return _save(path, picture, format="PNG")
+
+
+def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
+    """Writes an image in the format of its suffix (JPEG at quality 95 without chroma subsampling).
+
+    Args:
+        path: target; its directory must exist.
+        image: anything that `read_image` takes.
+
+    Raises:
+        ImageError: Pillow cannot write such files, or the directory does not exist.
+    """
+    path = Path(path)
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind is None or kind not in Image.SAVE:
+        raise ImageError(f"cannot write {str(path)!r}: no image format has the suffix "
+                         f"{path.suffix!r}; use .png or .jpg")  # fmt: skip
+    picture = Image.fromarray(read_image(image).cpu().permute(1, 2, 0).contiguous().numpy())
+    options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    return _save(path, picture, format=kind, **options)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Writes ``value`` as JSON."""
+    path = Path(path)
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def _save(path: Path, picture: Image.Image, **options: Any) -> Path:
+    with _replacing(path) as temporary:
+        picture.save(temporary, **options)
+    return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name on success and vanishes otherwise."""
+    if not path.parent.is_dir():
+        raise ImageError(f"cannot write {str(path)!r}: the directory {str(path.parent)!r} does not "
+                         "exist; create it first")  # fmt: skip
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --- COCO -------------------------------------------------------------------------------------
+
+
+def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
+    """A binary mask as a COCO run-length dict, equal to what pycocotools writes.
+
+    Args:
+        mask: [H, W] bool, or integers where anything but 0 is inside.
+
+    Returns:
+        ``{"size": [H, W], "counts": str}``: lengths of alternating runs of 0 and 1 in column-major
+        order, from the fourth on as difference to the one two before, in base 32 with 6 bits per
+        character (cocoapi, ``maskApi.c``).
+    """
+    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if values.ndim != 2:
+        raise ImageError(f"a mask must be [H, W], got shape {list(values.shape)}")
+    flat = (values != 0).ravel(order="F")
+    borders = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    first = [0] if flat.size and flat[0] else []  # the first run is of zeros, if need be of none
+    runs = np.diff(np.concatenate([[0], first, borders, [flat.size]]).astype(np.int64))
+    numbers = runs.copy()
+    numbers[3:] -= runs[1:-2]
+    digits = numbers[:, None] >> np.arange(0, 35, 5)  # [runs, 7], lowest first
+    rest = digits >> 5
+    digits &= 31
+    # The last digit is the first whose highest bit alone says the sign of all that follows.
+    done = rest == np.where(digits & 16, -1, 0)
+    last = done.argmax(1)
+    column = np.arange(7)
+    digits |= np.where(column < last[:, None], 32, 0)
+    text = (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes().decode("ascii")
+    return {"size": [int(side) for side in values.shape], "counts": text}
+
+
+def decode_rle(rle: Mapping[str, Any]) -> Tensor:
+    """A COCO run-length dict to its mask, [H, W] bool.
+
+    Args:
+        rle: ``size`` [H, W] and ``counts``, compressed (str or bytes) or a list of run lengths.
+
+    Raises:
+        ImageError: the runs do not add up to H x W.
+    """
+    height, width = (int(side) for side in rle["size"])
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+        runs = _decode_counts(codes.astype(np.int64) - 48)
+    else:
+        runs = np.asarray(counts, dtype=np.int64)
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise ImageError(f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
+                         f"{height} x {width} needs {height * width}; it is damaged")  # fmt: skip
+    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
+    return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
+
+
+def _decode_counts(codes: np.ndarray) -> np.ndarray:
+    """Characters of a compressed RLE, less 48, to run lengths."""
+    last = (codes & 32) == 0
+    if not codes.size:
+        return codes
+    if not last[-1] or codes.min() < 0 or codes.max() > 63:
+        raise ImageError("the counts of the RLE mask are damaged: they end within a number or hold "
+                         "a character outside '0'..'o'")  # fmt: skip
+    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
+    lengths = np.diff(np.append(starts, codes.size))
+    place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
+    numbers = np.add.reduceat((codes & 31) << place, starts)
+    negative = (codes[last] & 16) != 0
+    numbers -= np.where(negative, np.int64(1) << (5 * lengths), 0)
+    numbers[1::2] = numbers[1::2].cumsum()
+    numbers[2::2] = numbers[2::2].cumsum()
+    return numbers
+
+
+def write_panoptic(
+    path: str | os.PathLike[str],
+    results: Iterable[tuple[str, Segments]],
+    classes: Sequence[str],
+    *,
+    things: Collection[int],
+    category_ids: Sequence[int] | None = None,
+) -> Path:
+    """Writes panoptic results in COCO's format, as panopticapi reads it.
+
+    For ``panoptic_val.json`` the maps go to ``panoptic_val/<name>.png``, RGB with
+    id = R + 256 G + 65536 B and 0 = void; the JSON comes last, so that it exists only when every
+    map does. ``image_id`` is the name, as a number where it is one, as in COCO's own files.
+
+    Args:
+        path: target, ``.json``; its directory must exist.
+        results: (name, segments) of every image; consumed one by one.
+        classes: name of every class index that the segments use.
+        things: the class indices that are countable objects.
+        category_ids: COCO category of every class index; by default the index itself.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImageError: a segment id is not in 1..2^24-1, is in the map and not in the list or the
+            other way round, or a name occurs twice.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".json":
+        raise ImageError(f"panoptic results are described in a .json file, got {str(path)!r}")
+    ids = list(range(len(classes))) if category_ids is None else list(category_ids)
+    if len(ids) != len(classes):
+        raise ImageError(f"category_ids must name one category per class: {len(classes)}, "
+                         f"got {len(ids)}")  # fmt: skip
+    folder = path.with_suffix("")
+    annotations: dict[str, dict[str, Any]] = {}
+    for name, segments in results:
+        if name in annotations:
+            raise ImageError(f"two panoptic results are named {name!r}; names must differ")
+        file = folder / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        annotations[name] = {
+            "image_id": int(name) if name.isdecimal() else name,
+            "file_name": f"{name}.png",
+            "segments_info": _write_segments(file, segments, ids),
+        }
+    categories = [
+        {"id": ids[k], "name": name, "isthing": int(k in things)} for k, name in enumerate(classes)
+    ]
+    images = [
+        {"id": entry["image_id"], "file_name": entry["file_name"]} for entry in annotations.values()
+    ]
+    value = {"images": images, "annotations": [*annotations.values()], "categories": categories}
+    return write_json(path, value)
+
+
+def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[dict[str, Any]]:
+    """Writes one map and returns its ``segments_info``."""
+    table = segments.map.detach().cpu().numpy().astype(np.int64)
+    listed = [item.id for item in segments.items]
+    found = [int(value) for value in np.unique(table) if value != 0]
+    if sorted(listed) != found:
+        raise ImageError(f"the segments of {path.name} do not fit their map: listed {listed[:8]}, "
+                         f"in the map {found[:8]}; every segment needs at least one pixel and "
+                         "every non-zero pixel a segment")  # fmt: skip
+    if found and not 0 < found[0] <= found[-1] < 1 << 24:
+        raise ImageError(f"segment ids must be 1 to {(1 << 24) - 1}, got {found[0]} to {found[-1]}")
+    info = []
+    for item in segments.items:
+        inside = table == item.id
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        left, top = int(columns[0]), int(rows[0])
+        box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+        info.append(
+            {
+                "id": item.id,
+                "category_id": ids[item.label],
+                "area": int(inside.sum()),
+                "bbox": box,  # x, y, width, height
+                "iscrowd": 0,
+                "score": item.score,
+            }
+        )
+    rgb = np.stack([table & 255, table >> 8 & 255, table >> 16], axis=-1).astype(np.uint8)
+    _save(path, Image.fromarray(rgb), format="PNG")
+    return info
+
+
+__all__ = [
+    "decode_rle",
+    "default_palette",
+    "encode_rle",
+    "read_image",
+    "read_labels",
+    "write_image",
+    "write_json",
+    "write_labels",
+    "write_panoptic",
+]

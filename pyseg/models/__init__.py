@@ -1,0 +1,8 @@
+"""Registry of models: ``register``, ``get``, ``list`` and ``info`` by name."""
+
+from ..registry import Registry
+
+_registry = Registry("model", "pyseg.models")
+
+# At the end: inside this package the name `list` now means this function.
+register, get, info, list = _registry.register, _registry.get, _registry.info, _registry.list

@@ -1,0 +1,357 @@
+"""Weights from a local file, a known name or a URL: found, fetched, verified and loaded safely.
+
+Downloads go to the cache directory: ``$PYSEG_CACHE``, else ``$XDG_CACHE_HOME/pyseg``, else
+``~/.cache/pyseg``. With ``PYSEG_OFFLINE=1`` nothing is fetched: what is not there is an error that
+says where to put it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import http.client
+import os
+import pickle
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import torch
+from torch import Tensor, nn
+
+from .errors import WeightsError
+
+_CHUNK = 1 << 20  # bytes read at a time
+_TIMEOUT = 30  # seconds without an answer
+_PROGRESS_AFTER = 2  # seconds before a progress bar appears
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where weights are published.
+
+    ``sha256`` is the hex digest of the file or, as in torchvision's file names, the first eight
+    or more digits of it.
+    """
+
+    url: str  # http, https or file
+    sha256: str | None = None
+
+
+def cache_directory() -> Path:
+    """The directory that downloads go to; it need not exist yet."""
+    if chosen := os.environ.get("PYSEG_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pyseg"
+
+
+def cached_path(remote: Remote) -> Path:
+    """Where the file of ``remote`` is, or would be, kept: host and path of its URL in the cache."""
+    url = urlsplit(remote.url)
+    if url.scheme == "file":
+        return Path(urllib.request.url2pathname(url.path))
+    parts = [part for part in unquote(url.path).split("/") if part not in ("", ".")]
+    if not parts or ".." in parts:
+        raise WeightsError(f"weights: {remote.url} names no file; give the URL of the checkpoint "
+                           "itself")  # fmt: skip
+    if url.query:  # two queries are two files
+        parts.insert(-1, hashlib.sha256(url.query.encode()).hexdigest()[:12])
+    return cache_directory().joinpath(url.netloc.rpartition("@")[2].replace(":", "_"), *parts)
+
+
+def resolve(weights: str | Path, *, known: Mapping[str, Remote] | None = None) -> Path:
+    """The local file that ``weights`` stands for, downloaded into the cache where necessary.
+
+    Args:
+        weights: a known name, an http, https or file URL, or the path of a local file, in this
+            order (write ``./tiny`` for a file that is called like a known name).
+        known: the names that the caller offers.
+
+    Returns:
+        The path of an existing file. Where a sha256 is known the file has it, downloaded now or
+        found in the cache.
+
+    Raises:
+        WeightsError: no such name or file, no network, ``PYSEG_OFFLINE`` is set, or a wrong
+            sha256. The message names the URL and the file where it was to be kept.
+    """
+    known = known or {}
+    text = os.fspath(weights)
+    if isinstance(weights, str) and text in known:
+        return _fetch(known[text], text)
+    scheme, separator, _ = text.partition("://")
+    if isinstance(weights, str) and separator:
+        if scheme not in ("http", "https", "file"):
+            raise WeightsError(f"weights={text!r}: cannot fetch {scheme}:// URLs; use http, https, "
+                               "file or a local path")  # fmt: skip
+        return _fetch(Remote(text), text)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise WeightsError(f"weights={text!r} is a directory; give the checkpoint file in it")
+    names = ", ".join(known) or "none here"
+    near = difflib.get_close_matches(text, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise WeightsError(f"weights={text!r} is neither a file nor a known name{hint} "
+                       f"(known names: {names}; otherwise give a path or a URL)")  # fmt: skip
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """Reads a state dict onto the CPU without running code that the file may contain.
+
+    Accepts what ``torch.save`` writes and safetensors, told apart by content; a state dict may
+    stand alone or under the key ``model`` or ``state_dict``.
+
+    Raises:
+        WeightsError: the file is absent, truncated, an HTML page or a Git LFS pointer, would run
+            code when unpickled, or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"weights: there is no file {path}")
+    with path.open("rb") as file:
+        head = file.read(512)
+    if cause := _not_weights(head):
+        raise WeightsError(f"weights: {path} {cause}")
+    loaded = _read_safetensors(path) if head[8:9] == b"{" else _read_torch(path, head)
+    if isinstance(loaded, dict):
+        for key in ("model", "state_dict"):
+            if isinstance(loaded.get(key), dict):
+                loaded = loaded[key]
+                break
+    if (
+        not isinstance(loaded, dict)
+        or not loaded
+        or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items())
+    ):
+        found = f"keys {list(loaded)[:5]}" if isinstance(loaded, dict) else type(loaded).__name__
+        raise WeightsError(
+            f"weights: {path} holds no state dict (a dict of tensors, bare or under 'model' or "
+            f"'state_dict') but {found}; save model.state_dict()"
+        )
+    return dict(loaded)
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copies ``state`` into ``module``, all of it or, on any mismatch, nothing.
+
+    Args:
+        module: receives the weights; its dtype and device stay.
+        state: one tensor per entry of ``module.state_dict()``.
+        source: where the state came from, for the message.
+
+    Raises:
+        WeightsError: entries are missing, unexpected or of another shape.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    shapes = [
+        f"{key}: {list(state[key].shape)} instead of {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        faults = "; ".join(
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("of another shape", shapes),
+            )
+            if keys
+        )
+        raise WeightsError(
+            f"weights: {source} is of another architecture than {type(module).__name__}, which has "
+            f"{len(own)} entries: {faults}. Give the weights of this model, or build the model "
+            "(name, size, num_classes) that they belong to"
+        )
+    module.load_state_dict(dict(state))
+
+
+# --- fetching ---------------------------------------------------------------------------------
+
+
+def _fetch(remote: Remote, asked: str) -> Path:
+    target = cached_path(remote)
+    local = remote.url.startswith("file:")
+    if not target.is_file():
+        if local:
+            raise WeightsError(f"weights={asked!r}: there is no file {target}")
+        advice = (f"fetch {remote.url} elsewhere and put it at {target}, or pass weights=<path>, "
+                  "or weights=None for random weights")  # fmt: skip
+        if os.environ.get("PYSEG_OFFLINE", "").lower() not in ("", "0", "false", "no"):
+            raise WeightsError(f"weights={asked!r} are not in the cache and PYSEG_OFFLINE is set: "
+                               f"{advice}")  # fmt: skip
+        _download(remote, target, asked, advice)
+    elif remote.sha256 and (cause := _wrong_digest(target, remote.sha256)):
+        # Also of files found: whoever puts one there by hand may have put half of it.
+        remedy = "correct the file or the sha256" if local else "delete it to fetch it again"
+        raise WeightsError(f"weights={asked!r}: {target} {cause}; {remedy}")
+    return target
+
+
+def _download(remote: Remote, target: Path, asked: str, advice: str) -> None:
+    """Fills ``target`` by an atomic rename of ``<target>.part``, complete and verified."""
+    from filelock import FileLock
+
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.with_name(target.name + ".lock")):
+            if target.is_file():  # another process was faster
+                return
+            # Without a digest nobody would notice that a left-over belongs to an older file.
+            if remote.sha256 is None:
+                part.unlink(missing_ok=True)
+            resumed = _transfer(remote.url, part)
+            cause = _wrong_digest(part, remote.sha256) if remote.sha256 else None
+            if cause and resumed:
+                part.unlink()
+                _transfer(remote.url, part)
+                cause = _wrong_digest(part, remote.sha256 or "")
+            if cause is None:
+                with part.open("rb") as file:
+                    cause = _not_weights(file.read(512))
+            if cause:
+                part.unlink()
+                raise WeightsError(f"weights={asked!r}: what {remote.url} sent {cause}; nothing "
+                                   f"was kept. Check the URL, or {advice}")  # fmt: skip
+            part.replace(target)
+    except (OSError, http.client.HTTPException) as error:
+        raise WeightsError(f"weights={asked!r} could not be downloaded ({error}): "
+                           f"{advice}") from error  # fmt: skip
+
+
+def _transfer(url: str, part: Path) -> bool:
+    """Appends to ``part`` what is missing of ``url``; True where a left-over was continued."""
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "pyseg"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416 or not have:
+            raise
+        error.close()
+        part.unlink()  # as long as the whole file or longer: start afresh
+        return _transfer(url, part)
+    with response:
+        # A server without ranges answers 200 and sends everything.
+        resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
+        if response.status == 206 and not resumed:
+            raise OSError(f"the server sent another range than bytes {have}-")
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        with part.open("ab" if resumed else "wb") as file, _progress(part.stem, total) as report:
+            while block := response.read(_CHUNK):
+                file.write(block)
+                have += len(block)
+                report(have)
+    if total is not None and have != total:
+        raise OSError(f"the connection ended after {have} of {total} bytes; run again to resume")
+    return resumed
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Yields ``report(bytes so far)``, which shows a bar once the transfer proves to be slow."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+    )
+    task = bar.add_task(f"downloading {name}", total=total)
+    begin = time.monotonic()
+
+    def report(done: int) -> None:
+        bar.update(task, completed=done)
+        if not bar.live.is_started and time.monotonic() - begin > _PROGRESS_AFTER:
+            bar.start()
+
+    try:
+        yield report
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+
+
+# --- judging files ----------------------------------------------------------------------------
+
+
+def _wrong_digest(path: Path, expected: str) -> str | None:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        head = file.read(512)
+        digest.update(head)
+        while block := file.read(_CHUNK):
+            digest.update(block)
+    if digest.hexdigest().startswith(expected.lower()):
+        return None
+    return _not_weights(head) or (f"has sha256 {digest.hexdigest()} instead of {expected} "
+                                  f"({path.stat().st_size} bytes)")  # fmt: skip
+
+
+def _not_weights(head: bytes) -> str | None:
+    """What a file that cannot be weights is, judged by its first bytes."""
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if not head:
+        return "is empty; fetch it again"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return ("is an HTML or XML page, not weights: an error or login page was saved in their "
+                "place; fetch the file again")  # fmt: skip
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the weights; run git lfs pull"
+    return None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device="cpu")
+    except SafetensorError as error:
+        raise WeightsError(f"weights: {path} is truncated or damaged ({error}); fetch it "
+                           "again") from error  # fmt: skip
+
+
+def _read_torch(path: Path, head: bytes) -> object:
+    zipped = head.startswith(b"PK")
+    if zipped and not zipfile.is_zipfile(path):  # the directory of a zip file is at its end
+        raise WeightsError(f"weights: {path} is truncated ({path.stat().st_size} bytes); fetch it "
+                           "again")  # fmt: skip
+    if not zipped and head[:1] != b"\x80":
+        raise WeightsError(f"weights: {path} is neither a torch.save file nor safetensors; it "
+                           f"begins with {head[:16]!r}")  # fmt: skip
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise WeightsError(f"weights: {path} is truncated; fetch it again") from error
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+        raise WeightsError(
+            f"weights: {path} is a pickle that needs more than tensors, and loading it would run "
+            f"code from the file, so it was not loaded ({reason}). If you trust it, load it "
+            "yourself and save its state_dict()"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise WeightsError(f"weights: {path} is truncated or damaged ({reason}); fetch it "
+                           "again") from error  # fmt: skip
