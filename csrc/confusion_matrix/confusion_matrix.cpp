@@ -14,48 +14,65 @@ namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 2048;  // pixels coded at a time: the codes stay in the L1 cache
-constexpr int64_t kRun = 32;      // pixels that are counted at once where they are all alike
+constexpr int64_t kBlock = 512;        // pixels coded at a time: these stay in the L1 cache
+constexpr int64_t kRun = 32;           // pixels that are counted at once where they are all alike
+constexpr int kCopies = 8;             // of a small table of counts
 constexpr int64_t kMaxClasses = 4096;  // its table of counts has 64 MiB per thread
 
-template <class T, class Code>
-PYSEG_MULTIVERSION void encode(const T* prediction, const T* target, int64_t n, LabelCoder<T> coder,
-                               Code* codes) {
-  const Code width = Code(coder.num_classes + 2);
-  for (int64_t i = 0; i < n; ++i)
-    codes[i] = Code(Code(coder(target[i])) * width + Code(coder(prediction[i])));
+// Label holds the code of a label: as wide as T where it can be, because changing the width between
+// comparing and selecting costs more than both.
+template <class T, class Label, class Cell>
+PYSEG_MULTIVERSION void encode(const T* __restrict prediction, const T* __restrict target,
+                               int64_t n, LabelCoder<T> coder, Cell* __restrict cells) {
+  const Cell width = Cell(coder.num_classes + 2);
+  for (int64_t i = 0; i < n; ++i) {
+    const Label row = coder.template code<Label>(target[i]);
+    const Label column = coder.template code<Label>(prediction[i]);
+    cells[i] = Cell(Cell(Cell(row) * width) + Cell(column));
+  }
 }
 
 // Adjacent pixels go to different copies of the table: an increment that follows another of the
-// same cell would wait for its store.
-template <class Code, int Copies>
-PYSEG_MULTIVERSION void count(const Code* codes, int64_t n, uint32_t* table, int64_t cells) {
+// same cell would wait for its store. Meanwhile the labels that `encode` reads next are fetched,
+// or counting and reading memory would take turns.
+template <class T, class Cell, int Copies>
+PYSEG_MULTIVERSION void count(const Cell* cells, int64_t n, uint32_t* table, int64_t table_size,
+                              const T* next_prediction, const T* next_target) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   int64_t i = 0;
   for (; i + kRun <= n; i += kRun) {
-    const Code first = codes[i];
-    Code different = 0;
-    for (int64_t k = 0; k < kRun; ++k) different |= Code(codes[i + k] ^ first);
+    for (int64_t k = i; k < i + kRun; k += kLine) {
+      __builtin_prefetch(next_prediction + k);
+      __builtin_prefetch(next_target + k);
+    }
+    const Cell first = cells[i];
+    Cell different = 0;
+    for (int64_t k = 0; k < kRun; ++k) different |= Cell(cells[i + k] ^ first);
     if (different == 0) {  // label maps are mostly flat
       table[first] += uint32_t(kRun);
       continue;
     }
     for (int64_t k = 0; k < kRun; k += Copies)
-      for (int copy = 0; copy < Copies; ++copy) ++table[copy * cells + codes[i + k + copy]];
+      for (int copy = 0; copy < Copies; ++copy) ++table[copy * table_size + cells[i + k + copy]];
   }
-  for (; i < n; ++i) ++table[codes[i]];
+  for (; i < n; ++i) ++table[cells[i]];
 }
 
-template <class T, class Code>
+template <class T, class Cell>
 void count_range(const T* prediction, const T* target, int64_t n, const LabelCoder<T>& coder,
-                 uint32_t* table, int64_t cells, int copies) {
-  Code codes[kBlock];
+                 uint32_t* table, int64_t table_size, int copies) {
+  Cell cells[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = std::min(kBlock, n - begin);
-    encode<T, Code>(prediction + begin, target + begin, size, coder, codes);
-    if (copies == 4)
-      count<Code, 4>(codes, size, table, cells);
+    const T *p = prediction + begin, *t = target + begin;
+    if (sizeof(T) > 1 || coder.num_classes <= 254)
+      encode<T, std::make_unsigned_t<T>>(p, t, size, coder, cells);
     else
-      count<Code, 1>(codes, size, table, cells);
+      encode<T, Cell>(p, t, size, coder, cells);
+    if (copies == kCopies)
+      count<T, Cell, kCopies>(cells, size, table, table_size, p + kBlock, t + kBlock);
+    else
+      count<T, Cell, 1>(cells, size, table, table_size, p + kBlock, t + kBlock);
   }
 }
 
@@ -65,7 +82,7 @@ void count_images(const T* prediction, const T* target, int64_t images, int64_t 
                   const LabelCoder<T>& coder, int64_t* tables) {
   const int64_t width = coder.num_classes + 2, cells = width * width;
   const bool narrow = cells <= (int64_t(1) << 16);
-  const int copies = cells <= 4096 ? 4 : 1;
+  const int copies = cells <= 4096 ? kCopies : 1;
   // 32-bit counts of a range cannot overflow; the grain keeps a small image on one thread.
   const int64_t grain = std::max<int64_t>(int64_t(1) << 16, 4 * cells);
   std::mutex mutex;
@@ -73,8 +90,7 @@ void count_images(const T* prediction, const T* target, int64_t images, int64_t 
     std::vector<uint32_t> local(cells * copies);
     while (begin < end) {
       const int64_t image = begin / pixels;
-      const int64_t stop =
-          std::min({end, (image + 1) * pixels, begin + (int64_t(1) << 31)});
+      const int64_t stop = std::min({end, (image + 1) * pixels, begin + (int64_t(1) << 31)});
       std::fill(local.begin(), local.end(), 0u);
       if (narrow)
         count_range<T, uint16_t>(prediction + begin, target + begin, stop - begin, coder,
@@ -95,8 +111,7 @@ std::string likely_cause(const std::set<int64_t>& values, int64_t classes, int64
   const int64_t low = *values.begin(), high = *values.rbegin();
   if (low == 255 && high == 255 && ignore != 255 && classes > 2)
     return "255 is the usual void label: pass ignore_index=255";
-  if (low == 255 && high == 255)
-    return "0/255 masks hold class 1 as 255: divide them by 255";
+  if (low == 255 && high == 255) return "0/255 masks hold class 1 as 255: divide them by 255";
   if (low == classes && high == classes)
     return "labels seem to be 1-based: subtract 1 (reduce_zero_label), or raise num_classes";
   if (classes == 19 && low >= -1 && high <= 33)
@@ -123,14 +138,17 @@ template <class T>
   std::ostringstream list;
   int shown = 0;
   for (const int64_t value : values) {
-    if (shown == 5) { list << ", ..."; break; }
+    if (shown == 5) {
+      list << ", ...";
+      break;
+    }
     list << (shown++ ? ", " : "") << value;
   }
   throw std::invalid_argument(text(
       name, " holds labels outside [0, ", coder.num_classes, ") that are not ignore_index=", ignore,
       ": ", list.str(), " (", total, " pixels, the first at image ", first / pixels, ", row ",
-      first % pixels / row_length, ", column ", first % row_length, "); likely cause: ",
-      likely_cause(values, coder.num_classes, ignore)));
+      first % pixels / row_length, ", column ", first % row_length,
+      "); likely cause: ", likely_cause(values, coder.num_classes, ignore)));
 }
 
 template <class T>
@@ -166,8 +184,8 @@ std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cpu(
   PYSEG_CHECK(num_classes >= 1 && num_classes <= kMaxClasses, "num_classes must be 1 to ",
               kMaxClasses, ", got ", num_classes);
   const int64_t images = target.size(0);
-  Tensor matrix = torch::stable::new_zeros(target, {images, num_classes, num_classes},
-                                           ScalarType::Long);
+  Tensor matrix =
+      torch::stable::new_zeros(target, {images, num_classes, num_classes}, ScalarType::Long);
   Tensor missed = torch::stable::new_zeros(target, {images, num_classes}, ScalarType::Long);
   Tensor invalid = torch::stable::new_zeros(target, {images, 2}, ScalarType::Long);
   if (target.numel() == 0) return {matrix, missed, invalid};
@@ -175,11 +193,21 @@ std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cpu(
   int64_t* m = matrix.mutable_data_ptr<int64_t>();
   int64_t* s = missed.mutable_data_ptr<int64_t>();
   switch (target.scalar_type()) {
-    case ScalarType::Byte: confusion_matrix_typed<uint8_t>(p, t, num_classes, ignore_index, m, s); break;
-    case ScalarType::Char: confusion_matrix_typed<int8_t>(p, t, num_classes, ignore_index, m, s); break;
-    case ScalarType::Short: confusion_matrix_typed<int16_t>(p, t, num_classes, ignore_index, m, s); break;
-    case ScalarType::Int: confusion_matrix_typed<int32_t>(p, t, num_classes, ignore_index, m, s); break;
-    case ScalarType::Long: confusion_matrix_typed<int64_t>(p, t, num_classes, ignore_index, m, s); break;
+    case ScalarType::Byte:
+      confusion_matrix_typed<uint8_t>(p, t, num_classes, ignore_index, m, s);
+      break;
+    case ScalarType::Char:
+      confusion_matrix_typed<int8_t>(p, t, num_classes, ignore_index, m, s);
+      break;
+    case ScalarType::Short:
+      confusion_matrix_typed<int16_t>(p, t, num_classes, ignore_index, m, s);
+      break;
+    case ScalarType::Int:
+      confusion_matrix_typed<int32_t>(p, t, num_classes, ignore_index, m, s);
+      break;
+    case ScalarType::Long:
+      confusion_matrix_typed<int64_t>(p, t, num_classes, ignore_index, m, s);
+      break;
     default: PYSEG_CHECK(false, "prediction and target must be uint8, int8, int16, int32 or int64");
   }
   return {matrix, missed, invalid};

@@ -17,8 +17,8 @@ using torch::stable::Tensor;
 using Count = unsigned long long;
 
 constexpr int kThreads = 256;
-constexpr int kItems = 16;             // consecutive pixels of one thread
-constexpr int kSharedBytes = 48 << 10; // what a kernel may have without asking
+constexpr int kItems = 16;              // consecutive pixels of one thread
+constexpr int kSharedBytes = 48 << 10;  // what a kernel may have without asking
 
 struct Outputs {
   Count* matrix;   // [N, C, C]
@@ -67,8 +67,10 @@ __global__ void confusion_matrix_kernel(const T* prediction,  // [N, pixels]
         ++length;
         continue;
       }
-      if (Shared) atomicAdd(table + row * width + column, length);
-      else add_to_image(out, image, classes, row, column, length);
+      if (Shared)
+        atomicAdd(table + row * width + column, length);
+      else
+        add_to_image(out, image, classes, row, column, length);
       row = next_row, column = next_column, length = 1;
     }
   }
@@ -91,8 +93,8 @@ void launch(const Tensor& prediction, const Tensor& target, const Outputs& out, 
   const int copies = int(std::min<int64_t>(kThreads / 32, kSharedBytes / table_bytes));
   const int64_t per_block = int64_t(kThreads) * kItems;
   // About four blocks per multiprocessor of a large GPU; more would only flush more tables.
-  const int64_t blocks = std::min<int64_t>((pixels + per_block - 1) / per_block,
-                                           std::max<int64_t>(1, 528 / images));
+  const int64_t blocks =
+      std::min<int64_t>((pixels + per_block - 1) / per_block, std::max<int64_t>(1, 528 / images));
   const T* p = static_cast<const T*>(prediction.const_data_ptr());
   const T* t = static_cast<const T*>(target.const_data_ptr());
   for (int64_t first = 0; first < images; first += 65535) {  // the limit of gridDim.y
@@ -113,8 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cuda(const Tensor& predictio
                                                          int64_t ignore_index) {
   const pyseg::DeviceScope device(target);
   const int64_t images = target.size(0);
-  Tensor matrix = torch::stable::new_zeros(target, {images, num_classes, num_classes},
-                                           ScalarType::Long);
+  Tensor matrix =
+      torch::stable::new_zeros(target, {images, num_classes, num_classes}, ScalarType::Long);
   Tensor missed = torch::stable::new_zeros(target, {images, num_classes}, ScalarType::Long);
   Tensor invalid = torch::stable::new_zeros(target, {images, 2}, ScalarType::Long);
   if (target.numel() == 0) return {matrix, missed, invalid};

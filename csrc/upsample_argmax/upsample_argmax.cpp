@@ -114,8 +114,8 @@ void classify_wild(const T* top, const T* bottom, int64_t stride, int64_t classe
     int64_t label = 0;
     for (int64_t c = 0; c < classes; ++c) {
       const T *p = top + c * stride, *q = bottom + c * stride;
-      const T v = blend(blend(p[left], p[right], columns.t[x]),
-                        blend(q[left], q[right], columns.t[x]), ty);
+      const T v =
+          blend(blend(p[left], p[right], columns.t[x]), blend(q[left], q[right], columns.t[x]), ty);
       if (c == 0 || wins(v, best)) best = v, label = c;
     }
     labels[x] = Out(label);
@@ -223,7 +223,9 @@ Tensor upsample_argmax_cpu(const Tensor& logits,  // [N, C, h, w] floating point
   switch (logits.scalar_type()) {
     case ScalarType::Float: upsample_argmax_to<float, float>(logits, labels); break;
     case ScalarType::Double: upsample_argmax_to<double, double>(logits, labels); break;
-    case ScalarType::Half: upsample_argmax_to<torch::headeronly::Half, float>(logits, labels); break;
+    case ScalarType::Half:
+      upsample_argmax_to<torch::headeronly::Half, float>(logits, labels);
+      break;
     case ScalarType::BFloat16:
       upsample_argmax_to<torch::headeronly::BFloat16, float>(logits, labels);
       break;

@@ -155,9 +155,9 @@ void launch_to(const Tensor& logits, Tensor& labels, cudaStream_t stream) {
 
 Tensor upsample_argmax_cuda(const Tensor& logits, int64_t height, int64_t width) {
   const pyseg::DeviceScope device(logits);
-  Tensor labels = torch::stable::new_empty(
-      logits, {logits.size(0), height, width},
-      logits.size(1) <= 255 ? ScalarType::Byte : ScalarType::Short);
+  Tensor labels =
+      torch::stable::new_empty(logits, {logits.size(0), height, width},
+                               logits.size(1) <= 255 ? ScalarType::Byte : ScalarType::Short);
   if (labels.numel() == 0) return labels;
   switch (logits.scalar_type()) {
     case ScalarType::Float: launch_to<float, float>(logits, labels, device.stream); break;
@@ -168,8 +168,7 @@ Tensor upsample_argmax_cuda(const Tensor& logits, int64_t height, int64_t width)
     case ScalarType::BFloat16:
       launch_to<torch::headeronly::BFloat16, float>(logits, labels, device.stream);
       break;
-    default:
-      throw std::invalid_argument("logits must be float16, bfloat16, float32 or float64");
+    default: throw std::invalid_argument("logits must be float16, bfloat16, float32 or float64");
   }
   return labels;
 }

@@ -29,8 +29,9 @@ def assert_same_labels(labels, logits, size):
     # float32 also rounds the positions, which matters along a row of many pixels
     eps = 1e-5 if logits.dtype != torch.float64 else 1e-13
     assert lost.max() <= eps * wide.abs().max(), "a class was chosen that is not the best"
-    near_ties = (labels != values.argmax(1)).sum()
-    assert near_ties <= 1 + 1e-4 * labels.numel(), f"{near_ties} of {labels.numel()} differ"
+    if logits.dtype in (torch.float32, torch.float64):  # few halves are different: ties are common
+        near_ties = (labels != values.argmax(1)).sum()
+        assert near_ties <= 1 + 1e-4 * labels.numel(), f"{near_ties} of {labels.numel()} differ"
 
 
 def layouts(logits):
@@ -91,9 +92,9 @@ def test_many_classes(device, generator, classes):
 
 
 def brute_force(logits, size):
-    """One pixel at a time, in float64: corners of weight zero do not count."""
+    """Values, one pixel at a time, in float64: corners of weight zero do not count."""
     n, c, h, w = logits.shape
-    labels = np.zeros((n, *size), np.int64)
+    values = np.zeros((n, c, *size))
 
     def neighbours(output, outputs, inputs):
         source = max((output + 0.5) * inputs / outputs - 0.5, 0.0)
@@ -103,13 +104,11 @@ def brute_force(logits, size):
 
     for y in range(size[0]):
         for x in range(size[1]):
-            values = np.zeros((n, c))
             for i, wy in neighbours(y, size[0], h):
                 for j, wx in neighbours(x, size[1], w):
                     if wy * wx > 0:
-                        values += wy * wx * logits[:, :, i, j]
-            labels[:, y, x] = values.argmax(1)  # NumPy too: the first, and NaN wins
-    return labels
+                        values[:, :, y, x] += wy * wx * logits[:, :, i, j]
+    return values
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -121,12 +120,17 @@ def test_infinities_and_nan(device, generator, size, dtype):
         logits = torch.randn(2, 5, 3, 4, generator=generator, dtype=dtype)
         logits[torch.rand(logits.shape, generator=generator) < 0.1] = special
         logits[:, 3] = special if special != -lowest else 0.0
-        expected = brute_force(logits.double().numpy(), size)
+        values = brute_force(logits.double().numpy(), size)
+        expected = values.argmax(1)  # NumPy too takes the first, and NaN above all
         for labels in (
             upsample_argmax(logits, size),
             device.ops.upsample_argmax(logits.to(device.name), *size),
         ):
-            np.testing.assert_array_equal(labels.cpu().numpy(), expected, err_msg=str(special))
+            got = labels.cpu().numpy().astype(np.int64)
+            value = np.take_along_axis(values, got[:, None], 1)[:, 0]
+            # Two classes with the same huge corners are a tie, but for rounding.
+            tie = np.isfinite(value) & (value >= values.max(1) - 1e-6 * np.abs(value))
+            assert ((got == expected) | tie).all(), special
 
 
 def test_nan_as_in_torch(generator):
@@ -136,7 +140,8 @@ def test_nan_as_in_torch(generator):
     expected = reference(logits, size)
     # Exactly on a pixel of the logits torch lets a NaN neighbour of weight zero win; here it loses.
     differ = upsample_argmax(logits, size).long() != expected
-    assert (differ.float().mean() < 0.05) and not differ[:, 2:14, 2:18].any()
+    assert not differ[:, 2:14, 2:18].any()
+    assert expected[0, 5, 9] == 4  # NaN is among what was compared
 
 
 def test_the_first_of_equal_classes_wins(device, generator):
