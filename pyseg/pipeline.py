@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +20,7 @@ from torch import Tensor
 from . import image as images_module
 from . import models, refiners
 from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
-from .registry import Registry, accepted_options
+from .registry import Registry, accepted_options, check_options
 from .spec import Spec, StageSpec, parse
 from .types import Model, Refiner, Segmentation
 
@@ -123,13 +119,10 @@ class Pipeline:
         elif hasattr(stage.object, "refine_batch"):
             results = list(stage.object.refine_batch(images, predictions))
         else:
-            results = [
-                stage.object.refine(i, p) for i, p in zip(images, predictions, strict=True)
-            ]
+            results = [stage.object.refine(i, p) for i, p in zip(images, predictions, strict=True)]
         if len(results) != len(images):
             raise PluginError(
-                f"stage {stage.name!r} returned {len(results)} predictions for "
-                f"{len(images)} images"
+                f"stage {stage.name!r} returned {len(results)} predictions for {len(images)} images"
             )
         for image, result in zip(images, results, strict=True):
             if not isinstance(result, Segmentation):
@@ -280,7 +273,7 @@ def build(
         factory = _factory(index, stage)
         options = dict(stage.options)
         accepted = accepted_options(factory)
-        _check_options(stage, accepted, _type_hints(factory))
+        check_options(stage, factory)
         passed: dict[str, Any] = {}
         if index == 0 and num_classes is not None:
             passed["num_classes"] = num_classes
@@ -355,60 +348,6 @@ def _factory(index: int, stage: StageSpec) -> Callable[..., Any]:
             f"{stage.name!r} is a {other._registry.kind}, but the {place} stage of a spec is a "
             f"{registry.kind}: write model+refiner+refiner, such as 'streetnet+crf'"
         ) from None
-
-
-def _check_options(
-    stage: StageSpec, accepted: dict[str, inspect.Parameter] | None, hints: dict[str, Any]
-) -> None:
-    if accepted is None:
-        return
-    listing = ", ".join(
-        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in accepted.items()
-    )
-    for name, value in stage.options.items():
-        if name not in accepted:
-            near = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SpecError(
-                f"stage {stage.name!r} has no option {name!r}{hint} "
-                f"Its options: {listing or 'none'}."
-            )
-        if name in hints and not _fits(value, hints[name]):
-            wanted = hints[name]
-            text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-            raise SpecError(
-                f"stage {stage.name!r}: option {name} must be {text.replace('typing.', '')}, got "
-                f"{value!r}. Its options: {listing}."
-            )
-
-
-def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)
-    except (NameError, TypeError, AttributeError):
-        return {}  # annotations that only a type checker resolves
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a literal can be meant for the annotation; unknown annotations fit anything."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(annotation))
-    if origin is Literal:
-        return value in typing.get_args(annotation)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool, dict):
-        return isinstance(value, annotation)
-    if annotation is type(None):
-        return value is None
-    if annotation is Path or annotation is Tensor:
-        return False  # never a literal of a spec; a union offers str or float beside it
-    if origin in (tuple, list) or origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, (tuple, list))
-    return True
 
 
 def _make(index: int, stage: StageSpec, factory: Callable[..., Any], options: dict) -> Any:
