@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -407,6 +408,8 @@ def _peak_memory(device: torch.device, wanted: bool) -> Iterator[Callable[[], in
         yield lambda: peak[0]
         peak[0] = torch.cuda.max_memory_allocated(device) - before
     else:
+        # glibc keeps what was freed, and a stage that reuses it would seem to need nothing
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         before = _proc_status("VmRSS")
         yield lambda: peak[0]
