@@ -1,0 +1,6 @@
+"""Puts this folder on the path: its module ``emulation`` is shared with ``tests/ops``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))

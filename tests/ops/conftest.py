@@ -1,0 +1,43 @@
+"""Fixtures of the op tests. A test that asks for ``device`` runs on the GPU and emulated."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import pyseg.ops  # noqa: F401  (defines the operators)
+from pyseg import _native
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "emulation"))
+import emulation
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """``torch.ops.pyseg_emulated``: the .cu files compiled for the CPU; small inputs only."""
+    emulation.load()
+    return torch.ops.pyseg_emulated
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])
+def device(request):
+    """``device.ops`` holds the operators, ``device.name`` is where their tensors live."""
+    if request.param == "emulated":
+        return SimpleNamespace(ops=request.getfixturevalue("emulated"), name="cpu")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    problem = _native.status()["cuda_problem"]
+    if problem:
+        pytest.skip(problem)
+    return SimpleNamespace(ops=torch.ops.pyseg, name="cuda")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_tensors():
+    """new_empty() then holds NaN or the largest integer instead of a lucky zero."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
