@@ -5,5 +5,6 @@ the same name in this package.
 """
 
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
+from .upsample_argmax import upsample_argmax
 
-__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix"]
+__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix", "upsample_argmax"]
