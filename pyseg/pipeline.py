@@ -209,7 +209,9 @@ class Pipeline:
         try:
             entries = []
             for index, stage in enumerate(self.stages):
-                entry: dict[str, Any] = {"stage": stage.text, "weights": None}
+                # `size` chooses an architecture where `weights` would otherwise tell it
+                size = getattr(stage.object, "size", None)
+                entry: dict[str, Any] = {"stage": stage.text, "size": size, "weights": None}
                 if isinstance(stage.object, torch.nn.Module) and stage.object.state_dict():
                     entry["weights"] = f"{index}_{stage.name}.safetensors"
                     state = stage.object.state_dict()
@@ -323,6 +325,8 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pip
             options.setdefault("num_classes", len(description["classes"]))
         if entry["weights"] and "weights" in accepted:
             options["weights"] = None  # the architecture alone; its weights lie here
+            if entry["size"] is not None and "size" in accepted:
+                options["size"] = entry["size"]
         made = _make(index, stage, factory, options)
         if entry["weights"]:
             path = folder / entry["weights"]
