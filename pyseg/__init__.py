@@ -1,7 +1,7 @@
 """pyseg: image segmentation by composing models and refiners on fast kernels.
 
-    segmenter = pyseg.build("fcn_resnet50+crf")
-    segmenter("street.jpg").save("street.png")
+segmenter = pyseg.build("fcn_resnet50+crf")
+segmenter("street.jpg").save("street.png")
 """
 
 import importlib

@@ -6,7 +6,7 @@ class PysegError(Exception):
 
 
 class SpecError(PysegError, ValueError):
-    """A pipeline spec such as ``"streetnet+crf"`` that does not parse or does not fit its stages."""
+    """A pipeline spec that does not parse, or options that do not fit its stages."""
 
 
 class UnknownName(PysegError, LookupError):

@@ -126,9 +126,9 @@ def _load(path: str | os.PathLike[str], what: str) -> Image.Image:
                          "permissions") from error  # fmt: skip
     try:
         with Image.open(file) as image:
-            if getattr(image, "is_animated", False) and image.format != "MPO":
+            if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
                 # MPO is a camera's JPEG with a preview or depth map behind the picture.
-                raise ImageError(f"{name} holds {image.n_frames} pictures; extract the one to "
+                raise ImageError(f"{name} holds {pictures} pictures; extract the one to "
                                  "segment")  # fmt: skip
             step = _grey_step(image)
             image.load()
@@ -151,9 +151,10 @@ def _load(path: str | os.PathLike[str], what: str) -> Image.Image:
 
 def _grey_step(image: Image.Image) -> int:
     """The factor by which Pillow will stretch the values of an unloaded grey image."""
-    if image.mode != "L" or not image.tile:
+    tiles = getattr(image, "tile", None)
+    if image.mode != "L" or not tiles:
         return 1
-    arguments = image.tile[0][3]
+    arguments = tiles[0][3]
     raw = arguments[0] if isinstance(arguments, tuple) else arguments
     return {"L;2": 85, "L;4": 17}.get(str(raw), 1)
 
@@ -392,7 +393,8 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     flat = (values != 0).ravel(order="F")
     borders = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first = [0] if flat.size and flat[0] else []  # the first run is of zeros, if need be of none
-    runs = np.diff(np.concatenate([[0], first, borders, [flat.size]]).astype(np.int64))
+    edges = np.concatenate([[0], first, borders, [flat.size]]).astype(np.int64)
+    runs = edges[1:] - edges[:-1]
     numbers = runs.copy()
     numbers[3:] -= runs[1:-2]
     digits = numbers[:, None] >> np.arange(0, 35, 5)  # [runs, 7], lowest first

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import ctypes
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +21,7 @@ from torch import Tensor
 from . import image as images_module
 from . import models, refiners
 from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
-from .registry import Registry, accepted_options
+from .registry import Registry, accepted_options, check_options
 from .spec import Spec, StageSpec, parse
 from .types import Model, Refiner, Segmentation
 
@@ -123,13 +120,10 @@ class Pipeline:
         elif hasattr(stage.object, "refine_batch"):
             results = list(stage.object.refine_batch(images, predictions))
         else:
-            results = [
-                stage.object.refine(i, p) for i, p in zip(images, predictions, strict=True)
-            ]
+            results = [stage.object.refine(i, p) for i, p in zip(images, predictions, strict=True)]
         if len(results) != len(images):
             raise PluginError(
-                f"stage {stage.name!r} returned {len(results)} predictions for "
-                f"{len(images)} images"
+                f"stage {stage.name!r} returned {len(results)} predictions for {len(images)} images"
             )
         for image, result in zip(images, results, strict=True):
             if not isinstance(result, Segmentation):
@@ -215,7 +209,9 @@ class Pipeline:
         try:
             entries = []
             for index, stage in enumerate(self.stages):
-                entry: dict[str, Any] = {"stage": stage.text, "weights": None}
+                # `size` chooses an architecture where `weights` would otherwise tell it
+                size = getattr(stage.object, "size", None)
+                entry: dict[str, Any] = {"stage": stage.text, "size": size, "weights": None}
                 if isinstance(stage.object, torch.nn.Module) and stage.object.state_dict():
                     entry["weights"] = f"{index}_{stage.name}.safetensors"
                     state = stage.object.state_dict()
@@ -280,7 +276,7 @@ def build(
         factory = _factory(index, stage)
         options = dict(stage.options)
         accepted = accepted_options(factory)
-        _check_options(stage, accepted, _type_hints(factory))
+        check_options(stage, factory)
         passed: dict[str, Any] = {}
         if index == 0 and num_classes is not None:
             passed["num_classes"] = num_classes
@@ -329,6 +325,8 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pip
             options.setdefault("num_classes", len(description["classes"]))
         if entry["weights"] and "weights" in accepted:
             options["weights"] = None  # the architecture alone; its weights lie here
+            if entry["size"] is not None and "size" in accepted:
+                options["size"] = entry["size"]
         made = _make(index, stage, factory, options)
         if entry["weights"]:
             path = folder / entry["weights"]
@@ -355,60 +353,6 @@ def _factory(index: int, stage: StageSpec) -> Callable[..., Any]:
             f"{stage.name!r} is a {other._registry.kind}, but the {place} stage of a spec is a "
             f"{registry.kind}: write model+refiner+refiner, such as 'streetnet+crf'"
         ) from None
-
-
-def _check_options(
-    stage: StageSpec, accepted: dict[str, inspect.Parameter] | None, hints: dict[str, Any]
-) -> None:
-    if accepted is None:
-        return
-    listing = ", ".join(
-        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in accepted.items()
-    )
-    for name, value in stage.options.items():
-        if name not in accepted:
-            near = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SpecError(
-                f"stage {stage.name!r} has no option {name!r}{hint} "
-                f"Its options: {listing or 'none'}."
-            )
-        if name in hints and not _fits(value, hints[name]):
-            wanted = hints[name]
-            text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
-            raise SpecError(
-                f"stage {stage.name!r}: option {name} must be {text.replace('typing.', '')}, got "
-                f"{value!r}. Its options: {listing}."
-            )
-
-
-def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(factory.__init__ if isinstance(factory, type) else factory)
-    except (NameError, TypeError, AttributeError):
-        return {}  # annotations that only a type checker resolves
-
-
-def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a literal can be meant for the annotation; unknown annotations fit anything."""
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(annotation))
-    if origin is Literal:
-        return value in typing.get_args(annotation)
-    if annotation is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool, dict):
-        return isinstance(value, annotation)
-    if annotation is type(None):
-        return value is None
-    if annotation is Path or annotation is Tensor:
-        return False  # never a literal of a spec; a union offers str or float beside it
-    if origin in (tuple, list) or origin is not None and issubclass(origin, Sequence):
-        return isinstance(value, (tuple, list))
-    return True
 
 
 def _make(index: int, stage: StageSpec, factory: Callable[..., Any], options: dict) -> Any:
@@ -468,6 +412,8 @@ def _peak_memory(device: torch.device, wanted: bool) -> Iterator[Callable[[], in
         yield lambda: peak[0]
         peak[0] = torch.cuda.max_memory_allocated(device) - before
     else:
+        # glibc keeps what was freed, and a stage that reuses it would seem to need nothing
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
         before = _proc_status("VmRSS")
         yield lambda: peak[0]

@@ -11,11 +11,15 @@ import difflib
 import importlib.metadata
 import inspect
 import threading
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .errors import PluginError, UnknownName
+from .errors import PluginError, SpecError, UnknownName
+from .spec import StageSpec
 
 
 @dataclass(frozen=True)
@@ -155,3 +159,64 @@ def accepted_options(factory: Callable[..., Any]) -> dict[str, inspect.Parameter
         return None
     usable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {name: p for name, p in parameters.items() if p.kind in usable}
+
+
+def check_options(stage: StageSpec, factory: Callable[..., Any]) -> None:
+    """Holds a stage's options against the signature of its factory.
+
+    Raises:
+        SpecError: an option that the factory lacks, or a value that its annotation excludes; the
+            message lists the accepted options.
+    """
+    accepted = accepted_options(factory)
+    if accepted is None:
+        return
+    hints = _type_hints(factory)
+    listing = ", ".join(
+        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in accepted.items()
+    )
+    for name, value in stage.options.items():
+        if name not in accepted:
+            near = difflib.get_close_matches(name, accepted, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise SpecError(
+                f"stage {stage.name!r} has no option {name!r}{hint} "
+                f"Its options: {listing or 'none'}."
+            )
+        if name in hints and not _fits(value, hints[name]):
+            wanted = hints[name]
+            text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
+            raise SpecError(
+                f"stage {stage.name!r}: option {name} must be {text.replace('typing.', '')}, got "
+                f"{value!r}. Its options: {listing}."
+            )
+
+
+def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        function = vars(factory).get("__init__", factory) if isinstance(factory, type) else factory
+        return typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):
+        return {}  # annotations that only a type checker resolves
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a literal can be meant for the annotation; unknown annotations fit anything."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    if annotation is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (str, bool, dict):
+        return isinstance(value, annotation)
+    if annotation is type(None):
+        return value is None
+    if annotation is Path:
+        return False  # never a literal of a spec; the union that it stands in offers str too
+    if isinstance(origin, type) and issubclass(origin, (tuple, Sequence)):
+        return isinstance(value, (tuple, list))
+    return True

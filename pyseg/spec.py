@@ -86,6 +86,8 @@ def _stage(node: ast.expr, text: str) -> StageSpec:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise SpecError(f"stage {name!r}: '**' is not allowed in a spec")
+        if keyword.arg in options:
+            raise SpecError(f"stage {name!r}: option {keyword.arg!r} is given twice")
         try:
             options[keyword.arg] = ast.literal_eval(keyword.value)
         except ValueError:

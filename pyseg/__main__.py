@@ -1,0 +1,5 @@
+"""``python -m pyseg``."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,424 @@
+"""The command line, ``pyseg``: ``--help`` imports no torch, commands import what they use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import PysegError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .evaluation import Evaluation
+    from .pipeline import Pipeline
+    from .types import Dataset
+
+FAILED, MISUSED = 1, 2  # exit codes: some inputs failed; nothing could be done
+
+
+class _Commands(TyperGroup):
+    """Prints the errors that are the user's to mend as one line; others keep their traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PysegError as error:
+            message = str(error)
+        except ImportError as error:
+            if error.name is not None:  # raised by Python's import, not by our loader
+                raise
+            message = str(error)
+        except OSError as error:  # no permission, no space: Python's text names the file
+            message = str(error)
+        typer.secho(f"error: {message}", err=True, fg="red")
+        raise typer.Exit(MISUSED)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Image segmentation: models, refiners and metrics composed in one line.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SpecOption = Annotated[
+    str,
+    typer.Option("--spec", "-s", help="Pipeline such as 'streetnet+crf(iterations=5)', or the "
+                 "folder of a saved one."),
+]  # fmt: skip
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: cpu]")]
+WeightsOption = Annotated[
+    str | None, typer.Option(help="The model's weights: a name it knows, a path, a URL, or none "
+                             "for random ones.")
+]  # fmt: skip
+ClassesOption = Annotated[
+    int | None, typer.Option("--num-classes", help="Number of classes of the model.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+DatasetOption = Annotated[
+    str, typer.Option(help="Registered data set, with options if need be: "
+                      "\"folder(classes='names.txt')\".")
+]  # fmt: skip
+RootOption = Annotated[Path, typer.Option(help="Folder of the data set.")]
+
+
+@app.command("list")
+def list_command(as_json: JsonOption = False) -> None:
+    """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
+    from .doctor import registries
+
+    rows = []
+    for registry in registries().values():
+        for name in registry.list():
+            try:
+                info = registry.info(name)
+                target, owner = info.target, info.distribution
+            except PysegError as error:  # two distributions claim it; the others are still listed
+                target, owner = "", str(error)
+            rows.append(
+                {"kind": registry.kind, "name": name, "target": target, "distribution": owner}
+            )
+    if as_json:
+        return _print_json(rows)
+    _print_table(["kind", "name", "target", "distribution"], [[*row.values()] for row in rows])
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed: torch, CUDA, compiled libraries, ops, plugins; exit code 1 on problems."""
+    from .doctor import diagnose
+
+    report = diagnose()
+    if as_json:
+        _print_json(report)
+    else:
+        _print_report(report)
+    if report["problems"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def predict(
+    paths: Annotated[list[str], typer.Argument(help="Image files, folders and glob patterns.")],
+    spec: SpecOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the label maps.")],
+    overlay: Annotated[
+        bool, typer.Option("--overlay", help="Also write overlays with a legend.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Compute results again that exist.")
+    ] = False,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment images and write one indexed PNG each.
+
+    Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
+    """
+    from . import prediction
+
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    summary = prediction.predict(
+        pipeline, paths, output, overlay=overlay, overwrite=overwrite, track=_track("predicting")
+    )
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        for reason in summary.failed.values():
+            typer.secho(f"failed: {reason}", err=True, fg="red")
+        typer.echo(f"{len(summary.written)} written to {output}, {len(summary.skipped)} were "
+                   f"there already, {len(summary.failed)} failed")  # fmt: skip
+    if summary.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def evaluate(
+    spec: SpecOption,
+    dataset: DatasetOption,
+    root: RootOption,
+    split: Annotated[str | None, typer.Option(help="Split, such as val.")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Registered metric; may be repeated. [default: semantic]"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Score every stage of a pipeline on a data set, with time and peak memory."""
+    from . import evaluation
+
+    data = _dataset(dataset, root, split)
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    result = evaluation.evaluate(
+        pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating")
+    )
+    if as_json:
+        return _print_json(result.to_list())
+    _print_evaluation(result)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
+    dataset: DatasetOption,
+    root: RootOption,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
+    ],
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")],
+    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    validation_split: Annotated[
+        str | None, typer.Option(help="Split to score now and then.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Weights to start from; none for random ones.")
+    ] = "none",
+    batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = 12,
+    crop_size: Annotated[
+        tuple[int, int], typer.Option(help="Height and width of the crops, pixels.")
+    ] = (240, 320),
+    scale: Annotated[
+        tuple[float, float], typer.Option(help="Smallest and largest zoom before the crop.")
+    ] = (0.6, 1.6),
+    full_size: Annotated[
+        float, typer.Option(help="Share of the epochs, at the end, on whole images.")
+    ] = 0.15,
+    class_crops: Annotated[
+        float, typer.Option(help="Share of crops placed on a class drawn evenly.")
+    ] = 0.5,
+    photometric: Annotated[
+        float, typer.Option(help="Strength of random light, colour, blur and noise.")
+    ] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 2.5e-3,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
+    warmup: Annotated[float, typer.Option(help="Share of the steps spent warming up.")] = 0.03,
+    class_power: Annotated[
+        float, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
+    ] = 0.35,
+    jaccard: Annotated[float, typer.Option(help="Weight of the soft Jaccard loss.")] = 1.0,
+    auxiliary: Annotated[float, typer.Option(help="Weight of each auxiliary head.")] = 0.4,
+    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.997,
+    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    cache: Annotated[bool, typer.Option(help="Keep decoded images in memory.")] = True,
+    workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 1,
+    validate_every: Annotated[int, typer.Option(help="Epochs between validations.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline."""
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "crop_size": crop_size, "scale": scale, "full_size": full_size,
+        "class_crops": class_crops, "photometric": photometric, "learning_rate": learning_rate,
+        "weight_decay": weight_decay, "warmup": warmup, "class_power": class_power,
+        "jaccard": jaccard, "auxiliary": auxiliary, "ema": ema, "precision": precision,
+        "cache": cache, "workers": workers, "save_every": save_every,
+        "validate_every": validate_every, "seed": seed, "resume": resume,
+    }  # fmt: skip
+    from accelerate import PartialState
+
+    from . import training
+
+    data = _dataset(dataset, root, split)
+    validation = _dataset(dataset, root, validation_split) if validation_split else None
+    pipeline = _pipeline(model, weights, len(data.classes), None)
+    if len(pipeline.stages) != 1:
+        raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
+    network = pipeline.stages[0].object
+    network.classes, network.palette = tuple(data.classes), tuple(data.palette)
+    try:
+        log = training.train(
+            network, data, output_dir=output, epochs=epochs, validation=validation,
+            progress=_console().is_terminal, **options,
+        )  # fmt: skip
+    except ValueError as error:  # a setting out of range
+        raise PysegError(str(error)) from error
+    if not PartialState().is_main_process:
+        return None
+    folder = pipeline.to("cpu").save(output / "pipeline")
+    if as_json:
+        return _print_json(log)
+    last = log[-1]
+    scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou") if key in last)
+    typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
+        "demo"
+    ),
+    spec: SpecOption = "streetnet+crf",
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Segment the street image that comes with pyseg, stage by stage, and score it."""
+    from . import demonstration
+
+    result, files = demonstration.run(_pipeline(spec, None, None, device), output)
+    if as_json:
+        return _print_json({"stages": result.to_list(), "files": [str(file) for file in files]})
+    _print_evaluation(result)
+    for file in files:
+        typer.echo(f"wrote {file}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a source checkout; further arguments go to pytest (-k crf)."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "benchmarks").is_dir() or not (root / "conftest.py").is_file():
+        raise PysegError("the benchmarks are not part of the installed package; clone the "
+                         "repository and run `make bench` there")  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "--benchmark", *context.args]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+
+
+def main() -> None:
+    """The ``pyseg`` command."""
+    app(prog_name="pyseg")
+
+
+# --- shared by the commands -------------------------------------------------------------------
+
+
+def _pipeline(
+    spec: str, weights: str | None, num_classes: int | None, device: str | None
+) -> Pipeline:
+    from . import pipeline
+
+    if (Path(spec) / "pipeline.json").is_file():
+        if weights is not None or num_classes is not None:
+            raise PysegError(f"--weights and --num-classes do not go with a saved pipeline, and "
+                             f"{spec} is one")  # fmt: skip
+        return pipeline.load(spec, device=device)
+    chosen = {None: pipeline.DEFAULT, "none": None}.get(weights, weights)
+    return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
+
+
+def _dataset(text: str, root: Path, split: str | None) -> Dataset:
+    from . import datasets
+    from .registry import check_options
+    from .spec import parse
+
+    stages = parse(text).stages
+    if len(stages) != 1:
+        raise PysegError(f"--dataset must be one name, got {text!r}")
+    (stage,) = stages
+    factory = datasets.get(stage.name)
+    check_options(stage, factory)
+    given = {"root": root, **({} if split is None else {"split": split}), **stage.options}
+    try:
+        return factory(**given)
+    except (OSError, ValueError, TypeError) as error:
+        raise PysegError(f"dataset {stage.name!r}: {error}") from error
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _track(what: str) -> Any:
+    """A progress bar on stderr, where that is a terminal."""
+
+    def track(items: Sequence[Any]) -> Iterable[Any]:
+        from rich import progress
+
+        console = _console()
+        return progress.track(items, what, console=console, disable=not console.is_terminal)
+
+    return track
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, title in enumerate(head):
+        table.add_column(Text(title), justify="right" if numbers and index else "left",
+                         overflow="fold")  # fmt: skip
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
+    return table
+
+
+def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> None:
+    from rich.console import Console
+
+    # A pipe has no width; rich's guess of 80 would break lines there.
+    Console(width=None if sys.stdout.isatty() else 200).print(_table(head, rows, numbers))
+
+
+def _print_evaluation(result: Evaluation) -> None:
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    plural = "" if result.images == 1 else "s"
+    typer.echo(f"{result.spec}: {result.images} image{plural}; Δ against the baseline, time and "
+               "memory of each stage alone")  # fmt: skip
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    cuda, native = report["cuda"], report["native"]
+    devices = ", ".join(cuda["devices"]) or "no device"
+    rows = [
+        ["pyseg", f"{report['pyseg']['version']} in {report['pyseg']['folder']}"],
+        ["python", f"{report['python']} on {report['platform']}"],
+        *([name, version or "not installed"] for name, version in report["packages"].items()),
+        ["CUDA of torch", f"{cuda['torch'] or 'none'}, {devices}"],
+    ]
+    if "error" not in native:
+        rows += [
+            ["CPU library", native["cpu"]],
+            ["CUDA library", native["cuda"] or f"none: {native['cuda_problem']}"],
+            ["SIMD level", native["simd"]],
+        ]
+    _print_table(["what", "found"], rows)
+    if "error" not in native:
+        _print_table(
+            ["op", "cpu", "cuda"],
+            [[name, _usable(op["cpu"], op["cpu"]), _usable(op["cuda"], op["cuda_usable"])]
+             for name, op in native["ops"].items()],
+        )  # fmt: skip
+    _print_table(
+        ["kind", "name", "from", "state"],
+        [
+            [e["kind"], e["name"], f"{e['distribution'] or '?'} {e['version'] or ''}".strip(),
+             "broken" if e["problem"] else "ok"]
+            for e in report["entry_points"]
+        ],
+    )  # fmt: skip
+    for problem in report["problems"]:
+        typer.secho(f"problem: {problem}", fg="red")
+    if not report["problems"]:
+        typer.echo("no problems found")
+
+
+def _usable(built: bool, usable: bool) -> str:
+    return "yes" if usable else "built, no device" if built else "no"

@@ -1,0 +1,218 @@
+"""`evaluate`: scores, time and memory of every stage of a pipeline over a dataset."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import metrics as metrics_registry
+from .errors import PluginError, PysegError, SpecError
+from .pipeline import Pipeline
+from .registry import accepted_options, check_options
+from .spec import parse
+from .types import Dataset, Metric
+
+MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
+
+
+@dataclass(frozen=True)
+class StageScores:
+    """What a pipeline reaches when it ends after one of its stages."""
+
+    stage: str  # "baseline", then "+crf", "+sam2", …
+    spec: str  # the pipeline up to here
+    metrics: dict[str, dict[str, Any]]  # metric -> what its compute() returned
+    delta: dict[str, dict[str, float]]  # metric -> each of its numbers less the baseline's
+    milliseconds: float  # of this stage alone, mean over the images
+    peak_bytes: int | None  # of this stage alone, largest of some images; None = not measurable
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; nan becomes None."""
+        return {
+            "stage": self.stage,
+            "spec": self.spec,
+            "milliseconds": round(self.milliseconds, 3),
+            "peak_megabytes": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 1),
+            "metrics": _without_nan(self.metrics),
+            "delta": _without_nan(self.delta),
+        }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of `evaluate`: one row per stage."""
+
+    spec: str
+    images: int
+    stages: tuple[StageScores, ...]
+    headline: dict[str, tuple[str, ...]]  # metric -> its numbers that the table shows
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """JSON-ready: one dict per stage, with every number of every metric."""
+        return [{**stage.to_dict(), "images": self.images} for stage in self.stages]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the table that is printed, as text."""
+        shown = [(metric, key) for metric, keys in self.headline.items() for key in keys]
+        head = ["stage"]
+        for _, key in shown:
+            head += [_TITLES.get(key, key.replace("_", " ")), "Δ"]
+        head += ["ms/image", "peak MB"]
+        rows = []
+        for index, stage in enumerate(self.stages):
+            row = [stage.stage]
+            for metric, key in shown:
+                change = stage.delta[metric].get(key, math.nan)
+                row += [f"{stage.metrics[metric][key]:.4f}", f"{change:+.4f}" if index else ""]
+            peak = "?" if stage.peak_bytes is None else f"{stage.peak_bytes / 1e6:.0f}"
+            rows.append([*row, f"{stage.milliseconds:.1f}", peak])
+        return head, rows
+
+    def __str__(self) -> str:
+        head, rows = self.table()
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if k == 0 else cell.rjust(width)
+                for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, *rows]
+        )
+
+
+_TITLES = {"miou": "mIoU", "fwiou": "fwIoU", "f1": "F1"}
+
+
+def evaluate(
+    pipeline: Pipeline,
+    dataset: Dataset,
+    metrics: Sequence[str] = ("semantic",),
+    *,
+    limit: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Evaluation:
+    """Runs a pipeline over a dataset and scores the prediction after each of its stages.
+
+    One image at a time, in one pass. Times are those of `Pipeline.trace`, after one image to warm
+    up; peak memory is measured for the first few images only.
+
+    Args:
+        pipeline: its classes must be the dataset's, in the same order.
+        dataset: samples with what the metrics need, labels for ``"semantic"``.
+        metrics: registered names, with options if need be: ``"semantic(ignore_index=0)"``.
+        limit: score this many images, spread evenly over the dataset; None = all.
+        track: wraps the sequence of indices, for a progress bar such as ``rich.progress.track``.
+
+    Raises:
+        PysegError: the dataset is empty or its classes are not the pipeline's; errors of its
+            samples pass through, so that no image is left out silently.
+
+    Example:
+        >>> print(evaluate(pyseg.build("streetnet+crf"), CamVid("camvid", "val")))
+    """
+    _check_classes(pipeline.classes, dataset.classes)
+    if limit is not None and limit < 1:
+        raise PysegError(f"limit must be at least 1, got {limit}")
+    total = len(dataset)
+    if total == 0:
+        raise PysegError("dataset is empty: there is nothing to evaluate")
+    if isinstance(metrics, str):
+        metrics = (metrics,)
+    count = total if limit is None else min(limit, total)
+    indices = [k * total // count for k in range(count)]
+    scorers = [
+        {name: _make_metric(name, dataset.classes) for name in metrics} for _ in pipeline.stages
+    ]
+    milliseconds = [0.0] * len(pipeline.stages)
+    peaks: list[int | None] = [None] * len(pipeline.stages)
+    for done, index in enumerate(track(indices)):
+        sample = dataset[index]
+        if done == 0:
+            pipeline.trace(sample.image)
+        results = pipeline.trace(sample.image, memory=done < MEMORY_IMAGES)
+        for k, result in enumerate(results):
+            milliseconds[k] += result.milliseconds / count
+            if result.peak_bytes is not None:
+                peaks[k] = max(peaks[k] or 0, result.peak_bytes)
+            for scorer in scorers[k].values():
+                scorer.update(result.prediction, sample)
+
+    rows: list[StageScores] = []
+    for k, stage in enumerate(pipeline.stages):
+        scores = {name: scorer.compute() for name, scorer in scorers[k].items()}
+        baseline = rows[0].metrics if rows else scores
+        rows.append(
+            StageScores(
+                stage=f"+{stage.name}" if k else "baseline",
+                spec="+".join(s.text for s in pipeline.stages[: k + 1]),
+                metrics=scores,
+                delta={
+                    name: {key: values[key] - baseline[name][key] for key in _numbers(values)}
+                    for name, values in scores.items()
+                },
+                milliseconds=milliseconds[k],
+                peak_bytes=peaks[k],
+            )
+        )
+    headline = {
+        name: tuple(getattr(scorer, "headline", _numbers(rows[0].metrics[name])[:1]))
+        for name, scorer in scorers[0].items()
+    }
+    return Evaluation(str(pipeline), count, tuple(rows), headline)
+
+
+def _make_metric(text: str, classes: Sequence[str]) -> Metric:
+    """A metric from its name and options; it is told the classes, or how many there are."""
+    stages = parse(text).stages
+    if len(stages) != 1:
+        raise SpecError(f"metric {text!r} must be one name; give several metrics as a list")
+    (stage,) = stages
+    factory = metrics_registry.get(stage.name)
+    accepted = accepted_options(factory)
+    check_options(stage, factory)
+    options = dict(stage.options)
+    if accepted is None or "classes" in accepted:
+        options.setdefault("classes", tuple(classes))
+    elif "num_classes" in accepted:
+        options.setdefault("num_classes", len(classes))
+    try:
+        metric = factory(**options)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"metric {stage}: {error}") from error
+    if not isinstance(metric, Metric):
+        raise PluginError(f"metric {stage.name!r} made a {type(metric).__name__} that lacks "
+                          "update, state, load_state or compute; a metric must follow "
+                          "pyseg.types.Metric")  # fmt: skip
+    return metric
+
+
+def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
+    if len(predicted) != len(target):
+        raise PysegError(f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
+                         "use a model that was trained for this dataset (its num_classes and "
+                         "weights)")  # fmt: skip
+    pairs = list(zip(predicted, target, strict=True))
+    # A model with a new head does not know what its classes are called.
+    different = [
+        f"{index} is {ours!r}, in the dataset {theirs!r}"
+        for index, (ours, theirs) in enumerate(pairs)
+        if ours.lower() != theirs.lower() and ours != f"class {index}"
+    ]
+    if different:
+        raise PysegError(f"the pipeline's classes are not the dataset's: class {different[0]}"
+                         + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+                         + "; use a model that was trained for this dataset")  # fmt: skip
+
+
+def _numbers(values: dict[str, Any]) -> list[str]:
+    return [key for key, value in values.items() if isinstance(value, float)]
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,170 @@
+"""`Semantic`: IoU, accuracy, precision, recall and F1 from one confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LabelError
+from ..ops import confusion_counts
+from ..types import VOID, Sample, Segmentation
+
+
+class Semantic:
+    """Semantic segmentation scores over a dataset, from counts of pixels.
+
+    Per class, with tp, fp and fn summed over all images: IoU = tp / (tp + fp + fn) (the Jaccard
+    index of Pascal VOC), precision = tp / (tp + fp), recall = tp / (tp + fn), F1 = 2 tp / (2 tp +
+    fp + fn) (the Dice coefficient). Pixels without ground truth count nowhere. A pixel with ground
+    truth that is predicted void is a false negative of its class and a false positive of none.
+
+    A class that is neither in the ground truth nor predicted has no scores: they are nan, and means
+    are taken over the others. A class that is in the ground truth and never predicted has precision
+    0; a class that is predicted and not in the ground truth has IoU, precision and F1 of 0, and no
+    recall.
+
+    Args:
+        classes: names of the C classes; or give ``num_classes``.
+        num_classes: C, where the names do not matter.
+        ignore_index: label of pixels without ground truth, and of void predictions.
+
+    Example:
+        >>> metric = Semantic(classes=("road", "sky"))
+        >>> metric.update(prediction, sample)
+        >>> metric.compute()["miou"]
+    """
+
+    headline = ("miou", "pixel_accuracy")  # what tables show first
+
+    def __init__(
+        self,
+        classes: Sequence[str] | None = None,
+        *,
+        num_classes: int | None = None,
+        ignore_index: int = VOID,
+    ) -> None:
+        if isinstance(classes, str) or (classes is None and num_classes is None):
+            raise ValueError("Semantic needs classes, a sequence of names, or num_classes, got "
+                             f"classes={classes!r}")  # fmt: skip
+        if classes is None:
+            classes = [f"class {index}" for index in range(num_classes or 0)]
+        if not classes or (num_classes is not None and len(classes) != num_classes):
+            raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}; "
+                             "give at least one class, and either of them")  # fmt: skip
+        self.classes = tuple(classes)
+        self.ignore_index = ignore_index
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        count = len(self.classes)
+        # On the CPU until the first update, then wherever the predictions are.
+        self._matrix = torch.zeros(count, count, dtype=torch.int64)
+        self._missed = torch.zeros(count, dtype=torch.int64)
+        self._invalid = torch.zeros(2, dtype=torch.int64)
+
+    def update(self, prediction: Segmentation, sample: Sample) -> None:
+        """Counts one image.
+
+        Args:
+            prediction: its ``labels`` [H, W] are scored.
+            sample: must have ``labels`` [H, W].
+
+        Raises:
+            LabelError: the sample has no labels, sizes differ, or labels are no class ids (on CUDA
+                the latter comes from `compute`).
+        """
+        if sample.labels is None:
+            raise LabelError(f"sample {sample.name!r} has no labels to score against")
+        labels, target = prediction.labels, sample.labels
+        if labels.shape != target.shape:
+            raise LabelError(f"sample {sample.name!r} has labels of size {list(target.shape)}, its "
+                             f"prediction is {list(labels.shape)}")  # fmt: skip
+        try:
+            counts = confusion_counts(
+                labels[None], target.to(labels.device)[None], len(self.classes), self.ignore_index
+            )
+        except ValueError as error:
+            raise LabelError(f"sample {sample.name!r}: {error}") from error
+        self._matrix = self._matrix.to(labels.device) + counts.matrix[0]
+        self._missed = self._missed.to(labels.device) + counts.missed[0]
+        self._invalid = self._invalid.to(labels.device) + counts.invalid[0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts whose sum over processes is the state of the whole.
+
+        ``matrix`` [C, C] int64 (rows = target), ``missed`` [C] int64 (predicted void, by target)
+        and ``invalid`` [2] int64 (predictions and targets out of range).
+        """
+        return {"matrix": self._matrix, "missed": self._missed, "invalid": self._invalid}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the counts by ``state``, as `state` gives them."""
+        for name, own in self.state().items():
+            if state[name].shape != own.shape:
+                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
+                                 f"{len(self.classes)} classes, got "
+                                 f"{list(state[name].shape)}")  # fmt: skip
+        self._matrix, self._missed = state["matrix"].clone(), state["missed"].clone()
+        self._invalid = state["invalid"].clone()
+
+    def compute(self) -> dict[str, Any]:
+        """The scores so far, as fractions.
+
+        Returns:
+            ``miou``, ``pixel_accuracy``, ``mean_accuracy`` (recall, averaged over the classes of
+            the ground truth), ``precision``, ``recall`` and ``f1`` (averaged over classes; recall
+            equals mean_accuracy by definition), ``fwiou`` (IoU weighted by the class's share of
+            the ground truth), ``void`` (share of the pixels with ground truth predicted void);
+            ``per_class`` name -> ``iou``, ``precision``, ``recall``, ``f1``, ``pixels`` (of ground
+            truth); ``classes_counted``, the number of classes that have an IoU, and
+            ``classes_absent``, the names of those that have none. All nan where nothing was scored.
+
+        Raises:
+            LabelError: labels out of range were seen on CUDA.
+        """
+        wrong_predictions, wrong_targets = self._invalid.tolist()
+        if wrong_predictions or wrong_targets:
+            raise LabelError(
+                f"{wrong_predictions} predicted and {wrong_targets} target pixels have labels that "
+                f"are neither 0 to {len(self.classes) - 1} nor {self.ignore_index} (void); run "
+                "the metric on the CPU to see which"
+            )
+        matrix, missed = self._matrix.cpu().double(), self._missed.cpu().double()
+        tp = matrix.diagonal()
+        truth = matrix.sum(1) + missed
+        predicted = matrix.sum(0)
+        union = truth + predicted - tp
+        present = union > 0
+        nan = torch.full_like(tp, torch.nan)
+        iou = torch.where(present, tp / union, nan)
+        f1 = torch.where(present, 2 * tp / (truth + predicted), nan)
+        precision = torch.where(present, tp / predicted.clamp(min=1), nan)
+        recall = torch.where(truth > 0, tp / truth, nan)
+        total = truth.sum()
+        weighted = torch.where(truth > 0, truth * iou, 0.0).sum() / total
+        columns = {"iou": iou, "precision": precision, "recall": recall, "f1": f1}
+        return {
+            "miou": iou.nanmean().item(),
+            "pixel_accuracy": (tp.sum() / total).item(),
+            "mean_accuracy": recall.nanmean().item(),
+            "precision": precision.nanmean().item(),
+            "recall": recall.nanmean().item(),
+            "f1": f1.nanmean().item(),
+            "fwiou": weighted.item(),
+            "void": (missed.sum() / total).item(),
+            "per_class": {
+                name: {
+                    **{key: column[index].item() for key, column in columns.items()},
+                    "pixels": int(truth[index]),
+                }
+                for index, name in enumerate(self.classes)
+            },
+            "classes_counted": int(present.sum()),
+            "classes_absent": [
+                self.classes[index] for index in (~present).nonzero().flatten().tolist()
+            ],
+        }

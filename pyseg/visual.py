@@ -1,0 +1,265 @@
+"""Pictures of results: overlay with legend, comparisons side by side, error maps."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from .image import ImageSource, default_palette, read_image
+from .types import VOID, Instances, Segmentation
+
+Colour: TypeAlias = "tuple[int, int, int]"
+
+_PAPER, _INK = (255, 255, 255), (32, 32, 32)
+_CORRECT, _WRONG, _MISSED, _IGNORED = (222, 226, 230), (214, 40, 57), (247, 160, 30), (64, 68, 76)
+
+
+def overlay(segmentation: Segmentation, opacity: float = 0.5) -> Image.Image:
+    """The image with the result painted over it and a legend of the classes present.
+
+    Classes are painted in the palette's colours; void pixels keep the image. Segments get white
+    borders, and the segments of one class different shades. Instances are painted on top, with
+    outline, box, class and score.
+
+    Args:
+        segmentation: must carry its ``image``.
+        opacity: weight of the colours, 0 (image only) to 1 (colours only).
+
+    Returns:
+        RGB; as wide as the image, higher by the legend.
+
+    Raises:
+        ValueError: there is no image, or the opacity is out of range.
+    """
+    if segmentation.image is None:
+        raise ValueError("overlay needs the image, and this Segmentation does not carry it; pass "
+                         "dataclasses.replace(segmentation, image=image)")  # fmt: skip
+    if not 0 <= opacity <= 1:
+        raise ValueError(f"opacity must be in 0..1, got {opacity}")
+    count = len(segmentation.classes)
+    palette = np.array(default_palette(count), dtype=np.uint8)
+    if segmentation.palette is not None:
+        palette[: len(segmentation.palette)] = segmentation.palette[:count]
+    pixels = _array(segmentation.image).astype(np.float32)
+    present: list[int] = []
+
+    maps = (segmentation.logits, segmentation.segments, segmentation._labels)
+    if any(value is not None for value in maps):
+        labels = segmentation.labels.cpu().numpy()
+        present = [int(k) for k in np.unique(labels) if k < count]
+        colours = palette[np.minimum(labels, count - 1)].astype(np.float32)
+        shown = ((labels < count) * opacity)[..., None]
+        borders = None
+        if segmentation.segments is not None:
+            table = segmentation.segments.map.cpu().numpy()
+            colours = _shaded(colours, segmentation, table)
+            borders = _borders(table)
+        pixels = pixels * (1 - shown) + colours * shown
+        if borders is not None:
+            pixels[borders] = 255
+    if segmentation.instances is not None:
+        pixels = _paint_instances(pixels, segmentation.instances, palette, opacity)
+        present = sorted({*present, *segmentation.instances.labels.tolist()})
+    picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
+    if segmentation.instances is not None:
+        _annotate_instances(picture, segmentation.instances, segmentation.classes, palette)
+    entries = [(_rgb(palette[k]), segmentation.classes[k]) for k in present]
+    return _with_legend(picture, entries)
+
+
+def side_by_side(images: Sequence[ImageSource], titles: Sequence[str] | None = None) -> Image.Image:
+    """Pictures in a row, each under its title, scaled to the width of the widest.
+
+    Args:
+        images: anything that `pyseg.image.read_image` takes.
+        titles: one per image.
+    """
+    if not images:
+        raise ValueError("side_by_side needs at least one image, got none")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"titles must be one per image: {len(images)}, got {len(titles)}")
+    pictures = [Image.fromarray(_array(read_image(image))) for image in images]
+    width = max(picture.width for picture in pictures)
+    pictures = [
+        picture
+        if picture.width == width
+        else picture.resize((width, max(1, round(picture.height * width / picture.width))))
+        for picture in pictures
+    ]
+    height = max(picture.height for picture in pictures)
+    font = _font(height)
+    captions = list(titles) if titles is not None else [""] * len(pictures)
+    cell = max([width, *(round(font.getlength(caption)) for caption in captions)])
+    gap = max(4, width // 60)
+    strip = round(font.size * 1.9) if titles is not None else 0
+    canvas = Image.new("RGB", ((cell + gap) * len(pictures) - gap, height + strip), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for k, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left = k * (cell + gap)
+        canvas.paste(picture, (left + (cell - width) // 2, strip))
+        draw.text((left + cell / 2, strip / 2), caption, fill=_INK, font=font, anchor="mm")
+    return canvas
+
+
+def error_map(
+    prediction: Tensor, target: Tensor, image: Tensor | None = None, ignore_index: int = VOID
+) -> Image.Image:
+    """Where a label map is wrong, with a legend that says how much of the image that is.
+
+    Red is a wrong class, orange a pixel that was left void though it has ground truth, dark grey a
+    pixel without ground truth, and everything else is correct.
+
+    Args:
+        prediction: [H, W] labels.
+        target: [H, W] labels.
+        image: [3, H, W] uint8 RGB; shown in pale grey where the prediction is correct.
+        ignore_index: label of pixels without ground truth, and of void predictions.
+    """
+    if prediction.ndim != 2 or prediction.shape != target.shape:
+        raise ValueError("prediction and target must both be [H, W], got "
+                         f"{list(prediction.shape)} and {list(target.shape)}")  # fmt: skip
+    prediction, target = prediction.cpu(), target.cpu()
+    if image is not None and image.shape[1:] != target.shape:
+        raise ValueError(f"image must be [3, {target.shape[0]}, {target.shape[1]}], "
+                         f"got {list(image.shape)}")  # fmt: skip
+    ignored = (target == ignore_index).numpy()
+    missed = (prediction == ignore_index).numpy() & ~ignored
+    wrong = (prediction != target).numpy() & ~ignored & ~missed
+    pixels = np.empty((*target.shape, 3), dtype=np.uint8)
+    pixels[:] = _CORRECT
+    if image is not None:
+        grey = np.asarray(Image.fromarray(_array(image)).convert("L"), dtype=np.float32)
+        pixels[:] = (255 - 0.45 * (255 - grey))[..., None].astype(np.uint8)
+    for where, colour in ((ignored, _IGNORED), (missed, _MISSED), (wrong, _WRONG)):
+        pixels[where] = colour
+    valid = max(1, int((~ignored).sum()))
+    correct = int((~ignored).sum()) - int(missed.sum()) - int(wrong.sum())
+    entries = [
+        (_CORRECT, f"correct {correct / valid:.1%}"),
+        (_WRONG, f"wrong {wrong.sum() / valid:.1%}"),
+    ]
+    if missed.any():
+        entries.append((_MISSED, f"left void {missed.sum() / valid:.1%}"))
+    if ignored.any():
+        entries.append((_IGNORED, "no ground truth"))
+    return _with_legend(Image.fromarray(pixels), entries)
+
+
+def _array(image: Tensor) -> np.ndarray:
+    """[3, H, W] uint8 to [H, W, 3]."""
+    return image.cpu().permute(1, 2, 0).contiguous().numpy()
+
+
+def _rgb(colour: np.ndarray) -> Colour:
+    red, green, blue = (int(value) for value in colour)
+    return red, green, blue
+
+
+def _borders(table: np.ndarray) -> np.ndarray:
+    """Pixels of an id map whose right or lower neighbour differs; [H, W] bool."""
+    borders = np.zeros(table.shape, dtype=bool)
+    borders[:, :-1] |= table[:, :-1] != table[:, 1:]
+    borders[:-1] |= table[:-1] != table[1:]
+    return borders
+
+
+def _shaded(colours: np.ndarray, segmentation: Segmentation, table: np.ndarray) -> np.ndarray:
+    """Class colours, lightened or darkened from one segment of a class to the next."""
+    assert segmentation.segments is not None
+    seen: dict[int, int] = {}
+    shades = {0: 0.0}
+    for item in segmentation.segments.items:
+        turn = seen.get(item.label, 0)
+        seen[item.label] = turn + 1
+        shades[item.id] = (0.0, 0.45, -0.4, 0.7, -0.2, 0.25)[turn % 6]
+    ids, inverse = np.unique(table, return_inverse=True)
+    of_id = np.array([shades.get(int(k), 0.0) for k in ids])
+    shade = of_id[inverse].reshape(*table.shape, 1)
+    return colours + np.where(shade > 0, (255 - colours) * shade, colours * shade)
+
+
+def _instance_colours(instances: Instances, palette: np.ndarray) -> list[np.ndarray]:
+    # A black class colour (VOC's class 0) would vanish on most images.
+    return [np.maximum(palette[k], 40) for k in instances.labels.tolist()]
+
+
+def _paint_instances(
+    pixels: np.ndarray, instances: Instances, palette: np.ndarray, opacity: float
+) -> np.ndarray:
+    colours = _instance_colours(instances, palette)
+    order = instances.scores.argsort().tolist()  # the most certain is painted last, on top
+    for k in order:
+        mask = instances.masks[k].cpu().numpy()
+        pixels[mask] = pixels[mask] * (1 - opacity) + colours[k] * opacity
+    for k in order:
+        padded = np.pad(instances.masks[k].cpu().numpy(), 1)
+        inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+        pixels[padded[1:-1, 1:-1] & ~inner] = 255
+    return pixels
+
+
+def _annotate_instances(
+    picture: Image.Image, instances: Instances, classes: Sequence[str], palette: np.ndarray
+) -> None:
+    draw = ImageDraw.Draw(picture)
+    font = _font(picture.height, small=True)
+    width = max(1, picture.height // 360)
+    colours = _instance_colours(instances, palette)
+    for k in instances.scores.argsort().tolist():
+        left, top, right, bottom = (float(value) for value in instances.boxes[k])
+        # xyxy are edges, PIL's rectangle names the last pixel.
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)),
+                       outline=_rgb(colours[k]), width=width)  # fmt: skip
+        text = f"{classes[int(instances.labels[k])]} {float(instances.scores[k]):.2f}"
+        pad = font.size * 0.25
+        box_width, box_height = font.getlength(text) + 2 * pad, font.size * 1.35
+        x = min(max(0.0, left), max(0.0, picture.width - box_width))
+        y = top - box_height if top >= box_height else top
+        draw.rectangle((x, y, x + box_width, y + box_height), fill=_rgb(colours[k]))
+        ink = (0, 0, 0) if float(np.dot(colours[k], (0.299, 0.587, 0.114))) > 140 else _PAPER
+        draw.text((x + pad, y + box_height / 2), text, fill=ink, font=font, anchor="lm")
+
+
+def _font(height: int, small: bool = False) -> ImageFont.FreeTypeFont:
+    """Pillow's own font, at a size that suits a picture of this height."""
+    size = min(40, max(11, round(height / (34 if small else 26))))
+    font = ImageFont.load_default(size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("Pillow was built without FreeType, which draws the legends; install "
+                           "the Pillow wheel from PyPI")  # fmt: skip
+    return font
+
+
+def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+    """The picture above rows of colour swatches with names."""
+    if not entries:
+        return picture
+    font = _font(picture.height)
+    swatch, row = round(font.size * 1.1), round(font.size * 1.7)
+    space, margin = round(font.size * 0.45), round(font.size * 0.6)
+    lengths = [swatch + space + round(font.getlength(text)) for _, text in entries]
+    width = max(picture.width, max(lengths) + 2 * margin)
+    # Columns of equal width read better than ragged rows.
+    cell = max(lengths) + 2 * margin
+    columns = max(1, min(len(entries), (width - margin) // cell))
+    cell = (width - margin) // columns
+    rows = -(-len(entries) // columns)
+    canvas = Image.new("RGB", (width, picture.height + rows * row + margin), _PAPER)
+    canvas.paste(picture, ((width - picture.width) // 2, 0))
+    draw = ImageDraw.Draw(canvas)
+    places = itertools.product(range(rows), range(columns))
+    for (colour, text), (line, column) in zip(entries, places, strict=False):
+        x = margin + column * cell
+        y = picture.height + margin // 2 + line * row + row / 2
+        draw.rectangle((x, y - swatch / 2, x + swatch, y + swatch / 2), fill=colour,
+                       outline=(160, 160, 160))  # fmt: skip
+        draw.text((x + swatch + space, y), text, fill=_INK, font=font, anchor="lm")
+    return canvas
+
+
+__all__ = ["error_map", "overlay", "side_by_side"]

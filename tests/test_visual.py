@@ -1,0 +1,160 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pyseg.types import Instances, Segment, Segmentation, Segments
+from pyseg.visual import error_map, overlay, side_by_side
+
+PALETTE = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
+CLASSES = ("building", "tree", "sky")
+HEIGHT, WIDTH = 120, 160
+
+
+@pytest.fixture
+def labels():
+    labels = torch.zeros(HEIGHT, WIDTH, dtype=torch.uint8)
+    labels[:40] = 2
+    labels[100:] = 255
+    return labels
+
+
+@pytest.fixture
+def prediction(labels):
+    image = torch.full((3, HEIGHT, WIDTH), 100, dtype=torch.uint8)
+    blank = Segmentation((HEIGHT, WIDTH), CLASSES, image=image, palette=PALETTE)
+    return blank.with_labels(labels)
+
+
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def swatches(picture, below):
+    """Colours of the legend's squares: those that fill many pixels, paper and ink aside."""
+    strip = pixels(picture)[below:].reshape(-1, 3)
+    colours, counts = np.unique(strip, axis=0, return_counts=True)
+    return {tuple(c.tolist()) for c, n in zip(colours, counts, strict=True) if n > 60} - {
+        (255, 255, 255),
+        (160, 160, 160),
+        (32, 32, 32),
+    }
+
+
+def test_overlay_paints_classes_and_leaves_void(prediction):
+    picture = overlay(prediction)
+    assert picture.mode == "RGB" and picture.width == WIDTH and picture.height > HEIGHT
+    got = pixels(picture)
+    assert got[50, 80].tolist() == [150, 50, 50]
+    assert got[10, 80].tolist() == [50, 50, 150]
+    assert got[110, 80].tolist() == [100, 100, 100]
+    assert pixels(overlay(prediction, 1.0))[50, 80].tolist() == [200, 0, 0]
+    assert pixels(overlay(prediction, 0.0))[50, 80].tolist() == [100, 100, 100]
+    assert np.array_equal(pixels(prediction.overlay(0.3)), pixels(overlay(prediction, 0.3)))
+
+
+def test_legend_names_the_classes_present_and_no_others(prediction, labels):
+    assert swatches(overlay(prediction), HEIGHT) == {(200, 0, 0), (0, 0, 200)}
+    only_tree = prediction.with_labels(torch.ones_like(labels))
+    assert swatches(overlay(only_tree), HEIGHT) == {(0, 200, 0)}
+    void = prediction.with_labels(torch.full_like(labels, 255))
+    assert overlay(void).size == (WIDTH, HEIGHT)
+
+
+def test_legend_of_long_names_fits(prediction, labels):
+    names = tuple(f"a rather long name of class {k}" for k in range(30))
+    many = replace(
+        prediction, classes=names, palette=None, _labels=(torch.arange(HEIGHT * WIDTH) % 30)
+        .reshape(HEIGHT, WIDTH).to(torch.uint8),
+    )  # fmt: skip
+    picture = overlay(many)
+    assert picture.width >= WIDTH and picture.height > HEIGHT + 30 * 11
+    margin = pixels(picture)[HEIGHT:, -2:]
+    assert (margin == 255).all(), "text runs off the canvas"
+
+
+def test_opacity_and_image_are_checked(prediction):
+    with pytest.raises(ValueError, match="opacity"):
+        overlay(prediction, 1.5)
+    with pytest.raises(ValueError, match="needs the image"):
+        overlay(replace(prediction, image=None))
+
+
+def test_segments_get_borders_and_shades(prediction):
+    table = torch.zeros(HEIGHT, WIDTH, dtype=torch.int32)
+    table[:, :50], table[:, 50:100] = 7, 9
+    items = (Segment(7, 0, 1.0, 50 * HEIGHT), Segment(9, 0, 1.0, 50 * HEIGHT))
+    picture = pixels(overlay(prediction.with_segments(Segments(table, items)), 1.0))
+    first, second = picture[60, 20], picture[60, 80]
+    assert first.tolist() == [200, 0, 0] and second.tolist() != first.tolist()
+    assert second[0] > second[1] and second[0] > second[2]  # still reddish
+    assert picture[60, 130].tolist() == [100, 100, 100]  # void
+    assert picture[60, 49].tolist() == picture[60, 99].tolist() == [255, 255, 255]
+    assert picture[60, 75].tolist() != [255, 255, 255]
+
+
+def test_instances_are_drawn_over_the_image_alone():
+    image = torch.full((3, HEIGHT, WIDTH), 100, dtype=torch.uint8)
+    masks = torch.zeros(2, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[0, 40:90, 20:70] = True
+    masks[1, 40:90, 60:120] = True
+    instances = Instances(
+        torch.tensor([[20.0, 40.0, 70.0, 90.0], [60.0, 40.0, 120.0, 90.0]]),
+        masks, torch.tensor([0.9, 0.6]), torch.tensor([1, 2]),
+    )  # fmt: skip
+    result = Segmentation((HEIGHT, WIDTH), CLASSES, image=image, palette=PALETTE,
+                          instances=instances)  # fmt: skip
+    picture = overlay(result)
+    got = pixels(picture)
+    assert got[80, 30, 1] > got[80, 30, 0] + 20  # green
+    assert got[80, 100, 2] > got[80, 100, 0] + 20  # blue
+    assert got[80, 67, 1] > got[80, 67, 0] + 20  # the more certain one is on top
+    assert got[10, 10].tolist() == [100, 100, 100]
+    assert swatches(picture, HEIGHT) == {(0, 200, 0), (0, 0, 200)}
+    none = Instances(torch.zeros(0, 4), masks[:0], torch.zeros(0), torch.zeros(0).long())
+    nothing = replace(result, instances=none)
+    assert np.array_equal(pixels(overlay(nothing)), np.full((HEIGHT, WIDTH, 3), 100))
+
+
+def test_side_by_side():
+    tall = torch.full((3, 40, 30), 10, dtype=torch.uint8)
+    wide = Image.new("RGB", (60, 20), (200, 0, 0))
+    picture = side_by_side([tall, wide], ["first", "second"])
+    plain = side_by_side([tall, wide])
+    assert plain.height == 80 and plain.width >= 120  # 30 x 40 is scaled to the width 60
+    assert picture.height > plain.height
+    got = pixels(plain)
+    assert got[40, 30].tolist() == [10, 10, 10] and got[10, -30].tolist() == [200, 0, 0]
+    assert got[60, -30].tolist() == [255, 255, 255]
+    with pytest.raises(ValueError, match="one per image"):
+        side_by_side([tall, wide], ["first"])
+    with pytest.raises(ValueError, match="at least one"):
+        side_by_side([])
+
+
+def test_error_map(labels):
+    target = labels.clone()
+    guess = labels.clone()
+    guess[0:10] = 1  # 10 of 100 valid rows
+    guess[50:55] = 255  # 5
+    guess[110:] = 1  # no ground truth there
+    picture = error_map(guess, target)
+    got = pixels(picture)
+    assert picture.width >= WIDTH
+    offset = (picture.width - WIDTH) // 2
+    colours = {name: tuple(got[row, offset + 80]) for name, row in
+               (("wrong", 5), ("correct", 30), ("missed", 52), ("ignored", 115))}  # fmt: skip
+    assert len(set(colours.values())) == 4
+    assert tuple(got[105, offset + 80]) == colours["ignored"]
+    area = got[:HEIGHT, offset : offset + WIDTH].reshape(-1, 3)
+    count = {name: int((area == np.array(c)).all(1).sum()) for name, c in colours.items()}
+    assert count == {"wrong": 10 * WIDTH, "correct": 85 * WIDTH, "missed": 5 * WIDTH,
+                     "ignored": 20 * WIDTH}  # fmt: skip
+    image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
+    assert pixels(error_map(guess, target, image))[30, offset + 80].tolist() == [140] * 3
+    with pytest.raises(ValueError, match="must both be"):
+        error_map(guess[:5], target)
+    with pytest.raises(ValueError, match="image must be"):
+        error_map(guess, target, image[:, :5])
