@@ -1,0 +1,123 @@
+"""What the emulation finds out about our kernels, beyond their results (see tests/ops).
+
+A kernel whose blocks or threads depended on their order would give other bits for another seed; a
+race within a block or an access out of range is reported by a sanitizer, in a process of its own,
+because its run-time must come first.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+
+import pyseg.ops  # noqa: F401  (defines the operators)
+
+HERE = Path(__file__).resolve().parent
+
+# A few small calls of every op: each should reach all of its kernels and their edges.
+CASES = {
+    "confusion_matrix": """
+g = torch.Generator().manual_seed(0)
+for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), torch.int64)]:
+    labels = torch.randint(-3, classes + 2, (2, *shape), generator=g)  # some out of range
+    yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
+yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
+""",
+    "upsample_argmax": """
+g = torch.Generator().manual_seed(0)
+for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
+                           ((1, 300, 2, 4), (3, 130), torch.bfloat16),
+                           ((1, 3, 20, 9), (11, 5), torch.float64)]:
+    logits = torch.randn(shape, generator=g).to(dtype)
+    yield ops.upsample_argmax(logits, *size)
+logits[0, 1, 3, 3] = torch.nan
+yield ops.upsample_argmax(logits.to(memory_format=torch.channels_last), 40, 9)
+""",
+}
+OPS = [source.stem for source in emulation.kernels()]
+
+
+def test_every_kernel_has_a_case():
+    assert set(OPS) == set(CASES), "add a case to CASES for a new .cu file"
+
+
+def results(op):
+    """Every tensor that the op's cases return."""
+    scope = {"ops": torch.ops.pyseg_emulated, "torch": torch}
+    body = "".join(f"    {line}\n" for line in CASES[op].splitlines())
+    exec(f"def cases():\n{body}", scope)
+    outputs = []
+    for output in scope["cases"]():
+        outputs.extend(output if isinstance(output, tuple | list) else [output])
+    return outputs
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_order_of_blocks_and_threads_does_not_matter(op):
+    emulation.load()
+    expected = results(op)
+    for seed in range(3):
+        with emulation.settings(seed=seed):
+            for got, want in zip(results(op), expected, strict=True):
+                assert torch.equal(got, want), f"seed {seed}"
+
+
+SANITIZED = """
+import sys
+from pathlib import PosixPath
+sys.path.insert(0, {here!r})
+import torch
+import pyseg.ops, emulation
+torch.set_num_threads(1)
+emulation.load({sources!r}, sanitizer={which!r})
+import test_emulation
+for op in {ops!r}:
+    test_emulation.results(op)
+print("finished")
+"""
+
+
+def run_sanitized(which, sources, ops):
+    script = SANITIZED.format(here=str(HERE), sources=sources, which=which, ops=ops)
+    # ThreadSanitizer cannot place its shadow memory under the address randomisation of new kernels.
+    prefix = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    return subprocess.run(
+        [*prefix, sys.executable, "-c", script],
+        text=True,
+        capture_output=True,
+        env=emulation.sanitizer_environment(which),
+    )
+
+
+@pytest.mark.parametrize("which", ["address", "thread"])
+def test_sanitizers_accept_our_kernels(which):
+    result = run_sanitized(which, None, OPS)
+    assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-4000:]
+    assert "Sanitizer" not in result.stderr, result.stderr[-4000:]
+
+
+# A copy of a kernel with a mistake in it shows that the checks above can fail.
+MISTAKES = {
+    "thread": ("confusion_matrix", "atomicAdd(table + row * width + column, length);",
+               "table[row * width + column] += length;", "data race"),
+    "address": ("upsample_argmax", "if (y + r < end) out", "out", "buffer-overflow"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("which", MISTAKES)
+def test_sanitizers_find_a_mistake(which, tmp_path):
+    op, right, wrong, message = MISTAKES[which]
+    folder = emulation.ROOT / "csrc" / op
+    source = (folder / f"{op}.cu").read_text()
+    assert right in source
+    source = source.replace(right, wrong).replace("../common/", "")
+    source = source.replace(f'"{op}.h"', f'"{folder / op}.h"')
+    mistaken = tmp_path / f"mistaken_{op}.cu"
+    mistaken.write_text(source)
+    result = run_sanitized(which, [mistaken], [op])
+    assert message in result.stderr and f"{op}.cu" in result.stderr, result.stderr[-4000:]
