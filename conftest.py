@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -72,6 +73,16 @@ def _cpu_model():
         text = ""
     found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _commit():
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or None
 
 
 def _file_name(torch_version):
@@ -162,7 +173,10 @@ def pytest_sessionfinish(session, exitstatus):
         baseline_path = ROOT / "benchmarks" / "results" / name
         stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
         baseline = stored.get("results", {})
+        now = datetime.datetime.now(datetime.timezone.utc)
         run = {
+            "date": f"{now:%Y-%m-%d}",
+            "commit": _commit(),
             "cpu": _cpu_model(),
             "cores": os.cpu_count(),
             "torch": torch.__version__,
@@ -174,7 +188,6 @@ def pytest_sessionfinish(session, exitstatus):
             path = baseline_path
         else:
             problems += _losses(results, baseline)
-            now = datetime.datetime.now(datetime.timezone.utc)
             path = ROOT / ".benchmarks" / f"{now:%Y%m%dT%H%M%S}-{name}"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(run, indent=1) + "\n")
