@@ -104,7 +104,7 @@ def test_more_classes_than_the_dtype_holds(rng, classes, dtype):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_kernel_against_brute_force(device, rng, dtype):
+def test_small_kernel_against_brute_force(device, rng, dtype):
     """The CUDA kernel, which counts labels out of range where the CPU raises."""
     info = torch.iinfo(dtype)
     for shape, classes, ignore in [

@@ -75,7 +75,7 @@ def test_against_interpolate(generator, shape, size, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("shape, size", SIZES)
-def test_kernel_against_interpolate(device, generator, shape, size, dtype):
+def test_small_kernel_against_interpolate(device, generator, shape, size, dtype):
     for layout in list(layouts(torch.randn(shape, generator=generator).to(dtype)))[::2]:
         labels = device.ops.upsample_argmax(layout.to(device.name), *size)
         assert_same_labels(labels, layout, size)
