@@ -5,5 +5,6 @@ the same name in this package.
 """
 
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
+from .dense_crf import dense_crf
 
-__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix"]
+__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix", "dense_crf"]
