@@ -5,6 +5,13 @@ the same name in this package.
 """
 
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
+from .dense_crf import dense_crf
 from .upsample_argmax import upsample_argmax
 
-__all__ = ["ConfusionCounts", "confusion_counts", "confusion_matrix", "upsample_argmax"]
+__all__ = [
+    "ConfusionCounts",
+    "confusion_counts",
+    "confusion_matrix",
+    "dense_crf",
+    "upsample_argmax",
+]

@@ -1,0 +1,368 @@
+// The inner loops of the dense CRF on the CPU, in vectors of the compiler. dense_crf.cpp includes
+// this file once per instruction set, in a namespace of its own: vector types are lowered to the
+// target in force where they are written, so target_clones would leave them at its default.
+//
+// Rows of classes are padded: to `Blocks` vectors of 16 and a tail of `Tail` in the lattice, whose
+// size matters, and to whole vectors in the buffers of a tile, whose alignment matters.
+// Blocks = -1: the number of blocks is an argument.
+
+template <class Real, int N>
+struct VectorOf {
+  typedef Real type __attribute__((vector_size(N * sizeof(Real))));
+  typedef Real memory
+      __attribute__((vector_size(N * sizeof(Real)), aligned(sizeof(Real)), may_alias));
+};
+
+template <class Real, int N>
+using Vector = typename VectorOf<Real, N>::type;
+
+template <int N, class Real>
+PYSEG_INLINE Vector<Real, N> load(const Real* from) {
+  return *reinterpret_cast<const typename VectorOf<Real, N>::memory*>(from);
+}
+
+template <int N, class Real>
+PYSEG_INLINE void store(Real* to, Vector<Real, N> value) {
+  *reinterpret_cast<typename VectorOf<Real, N>::memory*>(to) = value;
+}
+
+template <int N, class Real>
+PYSEG_INLINE Vector<Real, N> broadcast(Real value) {
+  return value - Vector<Real, N>{};
+}
+
+// 16 vectors of 16: rows become columns.
+template <class Real>
+PYSEG_INLINE void transpose(Vector<Real, 16> (&v)[16]) {
+  Vector<Real, 16> t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28,
+                                   13, 29);
+    t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27,
+                                       14, 30, 15, 31);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {  // column 4 g + 2 j + (0, 1) of the four rows, in group g
+      v[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8,
+                                             9, 24, 25, 12, 13, 28, 29);
+      v[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23,
+                                                 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vector<Real, 16> a = v[i], b = v[i + 4], c = v[i + 8], d = v[i + 12];
+    const Vector<Real, 16> ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
+                                                        11, 24, 25, 26, 27);
+    const Vector<Real, 16> AB = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
+                                                        14, 15, 28, 29, 30, 31);
+    const Vector<Real, 16> cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
+                                                        11, 24, 25, 26, 27);
+    const Vector<Real, 16> CD = __builtin_shufflevector(c, d, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
+                                                        14, 15, 28, 29, 30, 31);
+    t[i] = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    t[i + 4] =
+        __builtin_shufflevector(AB, CD, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    t[i + 8] = __builtin_shufflevector(ab, cd, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
+                                       30, 31);
+    t[i + 12] = __builtin_shufflevector(AB, CD, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28,
+                                        29, 30, 31);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
+// 4 vectors of 16: within each quarter, rows become columns.
+template <class Real>
+PYSEG_INLINE void transpose_quarters(Vector<Real, 16> (&v)[4]) {
+  const Vector<Real, 16> a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
+                                                     9, 25, 12, 28, 13, 29);
+  const Vector<Real, 16> b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
+                                                     11, 27, 14, 30, 15, 31);
+  const Vector<Real, 16> c = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
+                                                     9, 25, 12, 28, 13, 29);
+  const Vector<Real, 16> d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
+                                                     11, 27, 14, 30, 15, 31);
+  v[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  v[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  v[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  v[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -70, where products with
+// barycentric weights would become denormal.
+template <int N>
+PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
+  typedef int Integers __attribute__((vector_size(N * sizeof(int))));
+  const Vector<float, N> low = broadcast<N>(-70.0f);
+  const Vector<float, N> inside = x > low ? x : low;
+  const Vector<float, N> shifted = inside * 1.44269504f + 12582912.0f;
+  const Vector<float, N> n = shifted - 12582912.0f;
+  const Vector<float, N> r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector<float, N> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Vector<float, N> value = (Vector<float, N>)((Integers)p + ((Integers)shifted << 23));
+  return x > low ? value : Vector<float, N>{};
+}
+
+template <int N>
+PYSEG_INLINE Vector<double, N> exponential(Vector<double, N> x) {
+  for (int i = 0; i < N; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+template <class Real, int Blocks, int Tail>
+struct Loops {
+  static constexpr int kBlocks = Blocks < 0 ? kMaxBlocks : Blocks;
+  static constexpr int kTail = Tail ? Tail : 4;
+  using Block = Vector<Real, 16>;
+  using Rest = Vector<Real, kTail>;
+
+  struct Row {
+    Block block[kBlocks ? kBlocks : 1];
+    Rest rest;
+  };
+
+  static PYSEG_INLINE int blocks(int argument) { return Blocks < 0 ? argument : Blocks; }
+
+  static PYSEG_INLINE Rest first(Block block) {
+    if constexpr (kTail == 8)
+      return __builtin_shufflevector(block, block, 0, 1, 2, 3, 4, 5, 6, 7);
+    else
+      return __builtin_shufflevector(block, block, 0, 1, 2, 3);
+  }
+
+  static PYSEG_INLINE void get(Row& row, const Real* from, int n) {
+    for (int b = 0; b < blocks(n); ++b) row.block[b] = load<16>(from + 16 * b);
+    if (Tail) row.rest = load<kTail>(from + 16 * blocks(n));
+  }
+  static PYSEG_INLINE void put(const Row& row, Real* to, int n) {
+    for (int b = 0; b < blocks(n); ++b) store<16>(to + 16 * b, row.block[b]);
+    if (Tail) store<kTail>(to + 16 * blocks(n), row.rest);
+  }
+  // row += factor * from
+  static PYSEG_INLINE void add(Row& row, Real factor, const Real* from, int n) {
+    const Block f = broadcast<16>(factor);
+    for (int b = 0; b < blocks(n); ++b) row.block[b] += f * load<16>(from + 16 * b);
+    if (Tail) row.rest += first(f) * load<kTail>(from + 16 * blocks(n));
+  }
+  // to += factor * row
+  static PYSEG_INLINE void accumulate(const Row& row, Real factor, Real* to, int n) {
+    const Block f = broadcast<16>(factor);
+    for (int b = 0; b < blocks(n); ++b)
+      store<16>(to + 16 * b, load<16>(to + 16 * b) + f * row.block[b]);
+    if (Tail) {
+      Real* const end = to + 16 * blocks(n);
+      store<kTail>(end, load<kTail>(end) + first(f) * row.rest);
+    }
+  }
+
+  // 16 pixels' rows of classes, `stride` apart, to one vector of pixels per class; and back.
+  static PYSEG_INLINE void to_planes(const Real* rows, int stride, int n, Real* planes) {
+    for (int b = 0; b < blocks(n); ++b) {
+      Block v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) v[i] = load<16>(rows + i * stride + 16 * b);
+      transpose<Real>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store<16>(planes + 16 * (16 * b + i), v[i]);
+    }
+    for (int c = 16 * blocks(n); c < 16 * blocks(n) + Tail; c += 4) {
+      Block v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Real* const row = rows + i * stride + c;
+        const auto low = __builtin_shufflevector(load<4>(row), load<4>(row + 4 * stride), 0, 1, 2,
+                                                 3, 4, 5, 6, 7);
+        const auto high = __builtin_shufflevector(load<4>(row + 8 * stride),
+                                                  load<4>(row + 12 * stride), 0, 1, 2, 3, 4, 5, 6,
+                                                  7);
+        v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
+                                       15);
+      }
+      transpose_quarters<Real>(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) store<16>(planes + 16 * (c + i), v[i]);
+    }
+  }
+
+  static PYSEG_INLINE void to_rows(const Real* planes, Block scale, int n, Real* rows, int stride) {
+    for (int b = 0; b < blocks(n); ++b) {
+      Block v[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) v[i] = load<16>(planes + 16 * (16 * b + i)) * scale;
+      transpose<Real>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) store<16>(rows + i * stride + 16 * b, v[i]);
+    }
+    for (int c = 16 * blocks(n); c < 16 * blocks(n) + Tail; c += 4) {
+      Block v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) v[i] = load<16>(planes + 16 * (c + i)) * scale;
+      transpose_quarters<Real>(v);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        Real* const row = rows + i * stride + c;
+        store<4>(row, __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3));
+        store<4>(row + 4 * stride, __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7));
+        store<4>(row + 8 * stride, __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11));
+        store<4>(row + 12 * stride, __builtin_shufflevector(v[i], v[i], 12, 13, 14, 15));
+      }
+    }
+  }
+
+  // Up to 16 pixels in one image row: messages [16, stride] become probabilities.
+  static void softmax(const TilePass<Real>& a, int64_t pixel, int count, int n, int stride,
+                      Real* rows) {
+    const int classes = a.classes;
+    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
+    if (a.in) to_planes(rows, stride, n, planes);
+    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest()), bad{};
+    for (int c = 0; c < classes; ++c) {
+      const Real* const unary = a.unary + c * a.plane + pixel;
+      Block u{};
+      if (count == 16)
+        u = load<16>(unary);
+      else
+        for (int i = 0; i < count; ++i) u[i] = unary[i];
+      const Block logit = a.in ? load<16>(planes + 16 * c) - u : -u;
+      if (!a.in) bad += u * Real(0);
+      largest = logit > largest ? logit : largest;
+      store<16>(planes + 16 * c, logit);
+    }
+    for (int i = 0; i < 16; ++i)
+      if (!a.in && bad[i] != bad[i]) *a.not_finite = true;
+    Block sum{};
+    for (int c = 0; c < classes; ++c) {
+      const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
+      sum += e;
+      store<16>(planes + 16 * c, e);
+    }
+    const Block scale = Real(1) / sum;
+    if (a.out) {
+      for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
+        store<16>(planes + 16 * c, Block{});
+      to_rows(planes, scale, n, rows, stride);
+    }
+    if (a.q)
+      for (int c = 0; c < classes; ++c) {
+        Real* const q = a.q + c * a.plane + pixel;
+        const Block value = load<16>(planes + 16 * c) * scale;
+        if (count == 16)
+          store<16>(q, value);
+        else
+          for (int i = 0; i < count; ++i) q[i] = value[i];
+      }
+  }
+
+  // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
+  static void tile(const TilePass<Real>& a) {
+    const int n = a.stride / 16, entries = a.entries, width = a.width;
+    const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
+    const Real *const in = a.in, *slice = a.slice, *splat = a.splat;
+    Real *const out = a.out, *const buffer = a.buffer;
+    const uint16_t* rows = a.rows;
+    for (int y = 0; y < a.height; ++y, rows += width * entries) {
+      if (in) {
+        const uint16_t* row_of = rows;
+        for (int x = 0; x < width; ++x, row_of += entries, slice += entries) {
+          Row row{};
+          for (int k = 0; k < entries; ++k) add(row, slice[k], in + row_of[k] * stride, n);
+          put(row, buffer + x * stride, n);
+        }
+      }
+      for (int x = 0; x < width; x += 16)
+        softmax(a, y * a.image_width + x, width - x < 16 ? width - x : 16, n, stride,
+                buffer + x * stride);
+      if (out) {
+        const uint16_t* row_of = rows;
+        for (int x = 0; x < width; ++x, row_of += entries, splat += entries) {
+          Row row;
+          get(row, buffer + x * stride, n);
+          for (int k = 0; k < entries; ++k) accumulate(row, splat[k], out + row_of[k] * stride, n);
+        }
+      }
+    }
+  }
+
+  // Lattice rows are `width` apart, those of a tile `stride`.
+  static void gather(const Real* values, const int32_t* vertices, int64_t count, Real* to, int n,
+                     int width) {
+    const int stride = (width + 15) / 16 * 16;
+    for (int64_t i = 0; i < count; ++i) {
+      Row row;
+      get(row, values + int64_t(vertices[i]) * width, n);
+      put(row, to + i * stride, n);
+    }
+  }
+
+  static void pack(const Real* rows, int64_t count, Real* to, int n, int width) {
+    const int stride = (width + 15) / 16 * 16;
+    for (int64_t i = 0; i < count; ++i) {
+      Row row;
+      get(row, rows + i * stride, n);
+      put(row, to + i * width, n);
+    }
+  }
+
+  // Sums the tiles' rows of each vertex, in the order of tiles.
+  static void combine(const Real* partial, const int32_t* starts, const int32_t* rows,
+                      int64_t begin, int64_t end, Real* values, int n, int width) {
+    for (int64_t v = begin; v < end; ++v) {
+      Row row{};
+      for (int32_t i = starts[v]; i < starts[v + 1]; ++i)
+        add(row, Real(1), partial + int64_t(rows[i]) * width, n);
+      put(row, values + v * width, n);
+    }
+  }
+
+  // (side 1 side) along one axis; neighbours [.., 2], from vertex `begin` on
+  static void blur(const Real* from, const int32_t* neighbours, Real side, int64_t begin,
+                   int64_t end, Real* to, int n, int width) {
+    for (int64_t v = begin; v < end; ++v, neighbours += 2) {
+      Row row;
+      get(row, from + v * width, n);
+      add(row, side, from + int64_t(neighbours[0]) * width, n);
+      add(row, side, from + int64_t(neighbours[1]) * width, n);
+      put(row, to + v * width, n);
+    }
+  }
+
+  // values = factor * matrix^T values; matrix [classes, stride], or null for the identity
+  static void mix(Real* values, const Real* matrix, Real factor, int64_t begin, int64_t end, int n,
+                  int width, int classes) {
+    const int stride = (width + 15) / 16 * 16;
+    for (int64_t v = begin; v < end; ++v) {
+      Real* const value = values + v * width;
+      Row row{};
+      if (matrix)
+        for (int c = 0; c < classes; ++c) add(row, factor * value[c], matrix + c * stride, n);
+      else
+        add(row, factor, value, n);
+      put(row, value, n);
+    }
+  }
+
+  static RowFunctions<Real> functions() { return {tile, gather, pack, combine, blur, mix}; }
+};
+
+template <class Real>
+RowFunctions<Real> functions_for(int width) {
+  if constexpr (sizeof(Real) == 4) {
+    switch (width) {
+      case 4: return Loops<Real, 0, 4>::functions();
+      case 8: return Loops<Real, 0, 8>::functions();
+      case 16: return Loops<Real, 1, 0>::functions();
+      case 20: return Loops<Real, 1, 4>::functions();
+      case 24: return Loops<Real, 1, 8>::functions();
+      case 32: return Loops<Real, 2, 0>::functions();
+    }
+  }
+  return Loops<Real, -1, 0>::functions();
+}
