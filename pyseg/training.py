@@ -19,8 +19,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from .errors import LabelError, PysegError
 from .types import VOID, Dataset, Sample
+from .weights import load_into
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from .models.semantic import SemanticModel
 
 CHECKPOINT = "checkpoint.pt"
@@ -61,8 +64,8 @@ def train(
 
     AdamW under a cosine schedule; the loss is cross-entropy with class weights p^-``class_power``
     plus soft Jaccard (Rahman & Wang, 2016), on logits upsampled to the labels, and a cross-entropy
-    for every auxiliary head. The same seed, device and process count give the same weights; a run
-    that was killed and is resumed gives those of one that was not.
+    for every auxiliary head. The same seed, software, device and numbers of threads and processes
+    give the same weights; a run that was killed and is resumed gives those of one that was not.
 
     Files in ``output_dir``, each replaced in one step, so that a kill leaves the previous one:
     ``checkpoint.pt`` (all that resuming needs), ``model.safetensors`` (the EMA weights, loadable as
@@ -70,7 +73,8 @@ def train(
 
     Args:
         model: any `SemanticModel`; moved to accelerate's device.
-        dataset: samples with labels; its classes must be as many as the model's.
+        dataset: samples with labels; its classes must be as many as the model's, which
+            takes over their names and colours.
         output_dir: made if absent.
         epochs: passes over ``dataset`` in all, also when resuming.
         validation: scored with the EMA weights every ``validate_every`` epochs and at the end.
@@ -99,8 +103,8 @@ def train(
         progress: show a progress bar (on the main process of an interactive terminal).
 
     Returns:
-        The log: per epoch a dict with ``epoch``, ``loss``, ``learning_rate``, ``seconds`` and, where
-        validated, ``miou`` and ``iou`` per class.
+        The log: per epoch a dict with ``epoch``, ``loss``, ``learning_rate``, ``seconds`` and,
+        where validated, ``miou`` and ``iou`` per class (None where it does not occur).
 
     Raises:
         ValueError: a setting out of range, or classes that do not match.
@@ -117,16 +121,26 @@ def train(
 
     settings = {key: value for key, value in locals().items() if key in _RESUMABLE}
     _check(settings, model, dataset)
+    settings["samples"] = len(dataset)
     output = Path(output_dir)
+    checkpoint = output / CHECKPOINT
+    if resume and not checkpoint.exists():
+        raise PysegError(f"resume=True, but there is no {checkpoint}; start with resume=False")
+    if not resume and checkpoint.exists():
+        raise PysegError(f"output_dir {output} holds the checkpoint of an earlier run; pass "
+                         "resume=True to go on with it, or another output_dir")  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)
 
-    accelerator = Accelerator()
+    # Under plain torchrun without a GPU accelerate would start each process as the only one.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(cpu=several and not torch.accelerator.is_available())
     device = accelerator.device
     torch.manual_seed(seed)
     source: Dataset = _Cached(dataset) if cache else dataset
     frequencies, largest = _survey(source, len(model.classes), show=progress)
     class_weights = _class_weights(frequencies, class_power).to(device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.classes, model.palette = tuple(dataset.classes), tuple(dataset.palette)
     model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), learning_rate, betas=(0.9, 0.99), fused=True
@@ -136,18 +150,18 @@ def train(
     crops = _Crops(source, crop_size, scale, class_crops, photometric, seed)
     order = _Order(len(crops), seed)
     loader = DataLoader(
-        crops, batch_size, sampler=order, drop_last=len(crops) >= batch_size, num_workers=workers
-    )
+        crops, batch_size, sampler=order, drop_last=len(crops) >= batch_size,
+        num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        # Its own generator: else it draws from the global one, more or less often by `workers`.
+        generator=torch.Generator(),
+    )  # fmt: skip
     network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps = len(loader)
     total = steps * epochs
     log: list[dict[str, Any]] = []
     first = 0
     if resume:
-        first, log = _resume(output / CHECKPOINT, settings, model, optimizer, average, device)
-    elif (output / CHECKPOINT).exists():
-        raise PysegError(f"output_dir {output} holds the checkpoint of an earlier run; pass "
-                         "resume=True to go on with it, or another output_dir")  # fmt: skip
+        first, log = _resume(checkpoint, settings, model, optimizer, average, device)
 
     full_from = epochs - round(epochs * full_size)
     bar = Progress(
@@ -155,9 +169,7 @@ def train(
         TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
         disable=not (progress and accelerator.is_main_process),
     )  # fmt: skip
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    )
+    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
     with bar:
         task = bar.add_task("training", total=total, completed=first * steps, loss=math.nan)
         for epoch in range(first, epochs):
@@ -180,11 +192,15 @@ def train(
                 optimizer.zero_grad()
                 _average(average, model.state_dict(), min(ema, (1 + step) / (10 + step)))
                 losses += loss.detach()
-                bar.update(task, advance=1, loss=losses.item() / (index + 1))
+                if index % 8 == 0:  # reading the loss waits for the device
+                    mean_loss = losses.item() / (index + 1)
+                bar.update(task, advance=1, loss=mean_loss)
             mean_loss = accelerator.reduce(losses / steps, "mean").item()
             if not math.isfinite(mean_loss):
-                raise PysegError(f"the loss became {mean_loss} in epoch {epoch + 1}; lower "
-                                 f"learning_rate ({learning_rate}) or use precision='fp32'")  # fmt: skip
+                raise PysegError(
+                    f"the loss became {mean_loss} in epoch {epoch + 1}; lower learning_rate "
+                    f"({learning_rate}) or use precision='fp32'"
+                )
             entry: dict[str, Any] = {
                 "epoch": epoch + 1,
                 "loss": round(mean_loss, 5),
@@ -194,11 +210,13 @@ def train(
             last = epoch + 1 == epochs
             if validation is not None and (last or (epoch + 1) % validate_every == 0):
                 with _Swapped(model, average):
-                    entry.update(_validate(model, validation))
+                    entry.update(_validate(model, validation, accelerator))
             log.append(entry)
             if accelerator.is_main_process and (last or (epoch + 1) % save_every == 0):
                 _save(output, settings, epoch + 1, log, model, optimizer, average)
     accelerator.wait_for_everyone()
+    del network, loader
+    accelerator.free_memory(optimizer)  # it would keep the wrapped model, and its threads, alive
     model.load_state_dict(average)
     model.eval()
     return log
@@ -344,7 +362,9 @@ def random_crop(
     zoom = scale[0] * (scale[1] / scale[0]) ** random[0]
     aspect = 1.15 ** (2 * random[1] - 1)
     zooms = zoom / math.sqrt(aspect), zoom * math.sqrt(aspect)
-    window = [min(n, max(1, round(s / z))) for n, s, z in zip(labels.shape, size, zooms)]
+    window = [
+        min(n, max(1, round(s / z))) for n, s, z in zip(labels.shape, size, zooms, strict=True)
+    ]
     ranges = [height - window[0], width - window[1]]
     corner = [round(random[2] * ranges[0]), round(random[3] * ranges[1])]
     if random[4] < class_crops and any(ranges):
@@ -356,11 +376,13 @@ def random_crop(
             # Keeps the drawn position inside the window, and the window inside the image.
             corner = [
                 min(max(0, p - round(r * (w - 1))), limit)
-                for p, r, w, limit in zip(divmod(pixel, width), random[2:4], window, ranges)
+                for p, r, w, limit in zip(
+                    divmod(pixel, width), random[2:4], window, ranges, strict=True
+                )
             ]
     top, left = corner
     rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
-    target = [min(s, max(1, round(w * z))) for s, w, z in zip(size, window, zooms)]
+    target = [min(s, max(1, round(w * z))) for s, w, z in zip(size, window, zooms, strict=True)]
     cut, mask = Image(image[:, rows, columns]), Mask(labels[None, rows, columns])
     if target != window:
         cut = v2.functional.resize(cut, target, antialias=True)
@@ -369,7 +391,7 @@ def random_crop(
     if random[7] < 0.5:
         cut, mask = v2.functional.horizontal_flip(cut), v2.functional.horizontal_flip(mask)
     if tuple(target) != tuple(size):
-        slack = [s - t for s, t in zip(size, target)]
+        slack = [s - t for s, t in zip(size, target, strict=True)]
         top, left = round(random[8] * slack[0]), round(random[8] * slack[1])
         padding = [left, top, slack[1] - left, slack[0] - top]
         cut = v2.functional.pad(cut, padding, fill=[124.0, 116.0, 104.0])
@@ -558,24 +580,24 @@ class _Swapped:
         self.model.train()
 
 
-def _validate(model: SemanticModel, dataset: Dataset) -> dict[str, Any]:
-    """mIoU over the classes that occur, and the IoU of each, from one confusion matrix."""
-    from .ops import confusion_matrix
+def _validate(model: SemanticModel, dataset: Dataset, accelerator: Accelerator) -> dict[str, Any]:
+    """mIoU and the IoU of each class (None where it does not occur); processes share the images."""
+    from .metrics.semantic import Semantic
 
-    classes = len(model.classes)
-    matrix: Any = 0
-    for index in range(len(dataset)):
+    metric = Semantic(model.classes)
+    for index in range(accelerator.process_index, len(dataset), accelerator.num_processes):
         sample = dataset[index]
-        assert sample.labels is not None
-        labels = model.predict([sample.image])[0].labels.cpu()
-        matrix = matrix + confusion_matrix(labels[None], sample.labels[None], classes)[0]
-    overlap = matrix.diagonal().double()
-    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
-    iou = torch.where(union > 0, overlap / union, math.nan)
-    named = zip(model.classes, iou.tolist(), strict=True)
+        metric.update(model.predict([sample.image])[0], sample)
+    # A process without images still holds its zeros on the CPU.
+    state = {key: value.to(accelerator.device) for key, value in metric.state().items()}
+    metric.load_state({key: accelerator.reduce(value, "sum") for key, value in state.items()})
+    scores = metric.compute()
     return {
-        "miou": round(iou.nanmean().item(), 5),
-        "iou": {name: None if math.isnan(value) else round(value, 5) for name, value in named},
+        "miou": round(scores["miou"], 5),
+        "iou": {
+            name: None if math.isnan(entry["iou"]) else round(entry["iou"], 5)
+            for name, entry in scores["per_class"].items()
+        },
     }
 
 
@@ -619,8 +641,6 @@ def _resume(
     average: dict[str, Tensor],
     device: torch.device,
 ) -> tuple[int, list[dict[str, Any]]]:
-    if not path.exists():
-        raise PysegError(f"resume=True, but there is no {path}; start with resume=False")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         before = json.loads(state["settings"])
@@ -628,10 +648,12 @@ def _resume(
         raise PysegError(f"{path} is not a readable training checkpoint ({error}); remove it and "
                          "start again") from error  # fmt: skip
     now = json.loads(json.dumps(settings))
-    changed = [f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]]
+    changed = [
+        f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]
+    ]
     if changed:
         raise PysegError(f"cannot resume {path} with other settings: {', '.join(changed)}")
-    model.load_state_dict(state["model"])
+    load_into(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
     for key, value in state["average"].items():
         average[key].copy_(value)

@@ -1,0 +1,130 @@
+"""Your own data: a folder of images, a folder of label PNGs and a list of classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..image import default_palette
+from .pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES, PairedFiles, files_by_stem, some
+
+
+class Folder(PairedFiles):
+    """Images and label maps matched by stem: ``images/a.jpg`` belongs to ``labels/a.png``.
+
+    Label values are class ids counted from 0; 255 is void.
+
+    Args:
+        root: holds ``images/``, ``labels/`` and ``classes.txt`` or ``classes.json``; each of the
+            other arguments replaces one of these.
+        split: a folder below ``root`` that holds ``images/`` and ``labels/``; None = ``root``.
+        images: folder of images.
+        labels: folder of label files, one grey or palette value per pixel.
+        classes: class names in the order of their ids, or a file of them: ``.txt`` with one name
+            per line, or ``.json`` with a list of names or of ``{"name": …, "color": [r, g, b]}``
+            (optionally under the key ``"classes"``, with ``"id"``; the entry whose id is the
+            ``"ignore_index"`` beside it is read as void).
+        palette: one RGB colour per class; None = those of the JSON file, else
+            `pyseg.image.default_palette`.
+
+    Raises:
+        FileNotFoundError: a folder or file is absent, or an image has no labels or the reverse.
+        ValueError: no class list, or one that is empty, not understood or repeats a name.
+
+    Example:
+        >>> dataset = Folder("data", classes=("background", "cell"))
+        >>> dataset[0].labels.unique()
+        tensor([0, 1], dtype=torch.uint8)
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        split: str | None = None,
+        *,
+        images: str | Path | None = None,
+        labels: str | Path | None = None,
+        classes: Sequence[str] | str | Path | None = None,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+    ) -> None:
+        if root is None and (images is None or labels is None):
+            raise ValueError("give root, or both images and labels")
+        base = None if root is None else Path(root)
+        if base is not None and not base.is_dir():
+            raise FileNotFoundError(f"root: there is no folder {base}")
+        part = base / split if base is not None and split is not None else base
+        image_files = files_by_stem(
+            Path(images) if images is not None else part / "images",  # type: ignore[operator]
+            IMAGE_SUFFIXES, "images",
+        )  # fmt: skip
+        label_files = files_by_stem(
+            Path(labels) if labels is not None else part / "labels",  # type: ignore[operator]
+            LABEL_SUFFIXES, "labels",
+        )  # fmt: skip
+        if without := image_files.keys() - label_files.keys():
+            raise FileNotFoundError(f"no label file (matched by stem) for {some(without)}")
+        if without := label_files.keys() - image_files.keys():
+            raise FileNotFoundError(f"no image (matched by stem) for the labels {some(without)}")
+        names, colours, void = _classes(classes, part, base)
+        super().__init__(
+            list(image_files.values()),
+            [label_files[stem] for stem in image_files],
+            names,
+            palette or colours or default_palette(len(names)),
+            void=void,
+        )
+
+
+def _classes(
+    given: Sequence[str] | str | Path | None, *folders: Path | None
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None, tuple[int, ...]]:
+    """Names, colours if any, and ids that mean void."""
+    if given is None:
+        candidates = [f / n for f in folders if f for n in ("classes.json", "classes.txt")]
+        given = next((path for path in candidates if path.is_file()), None)
+        if given is None:
+            raise ValueError("classes: give the class names or a file of them, or put classes.txt "
+                             "or classes.json into root")  # fmt: skip
+    colours: tuple[tuple[int, int, int], ...] | None = None
+    void: tuple[int, ...] = ()
+    if isinstance(given, (str, Path)):
+        path = Path(given)
+        if not path.is_file():
+            raise FileNotFoundError(f"classes: there is no file {path}; give a sequence of names "
+                                    "or a .txt or .json file")  # fmt: skip
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            try:
+                names, colours, void = _from_json(json.loads(text))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"classes: {path} is not a list of class names or of objects "
+                                 f"with a name ({error})") from error  # fmt: skip
+        else:
+            names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    else:
+        names = tuple(given)
+    repeated = {name for name in names if names.count(name) > 1}
+    if not names or repeated or len(names) > 255:
+        found = f"repeats {some(repeated)}" if repeated else f"has {len(names)} names"
+        raise ValueError(f"classes must be 1 to 255 different names, the list {found}")
+    return names, colours, void
+
+
+def _from_json(
+    content: Any,
+) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None, tuple[int, ...]]:
+    ignore = content.get("ignore_index") if isinstance(content, dict) else None
+    entries = content["classes"] if isinstance(content, dict) else content
+    if all(isinstance(entry, str) for entry in entries):
+        return tuple(entries), None, ()
+    entries = [{"id": i, **entry} for i, entry in enumerate(entries)]
+    void = tuple(e["id"] for e in entries if e["id"] == ignore)
+    kept = sorted((e for e in entries if e["id"] != ignore), key=lambda e: e["id"])
+    ids = [e["id"] for e in kept]
+    if ids != list(range(len(kept))):
+        raise ValueError(f"ids must be 0, 1, 2, … without gaps, they are {ids}")
+    coloured = all("color" in e for e in kept)
+    colours = tuple((e["color"][0], e["color"][1], e["color"][2]) for e in kept)
+    return tuple(str(e["name"]) for e in kept), colours if coloured else None, void

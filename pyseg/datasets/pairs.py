@@ -1,0 +1,120 @@
+"""`PairedFiles`: what datasets of one image file and one label PNG per sample have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import ImageError, LabelError
+from ..types import VOID, Sample
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+
+
+class PairedFiles:
+    """Samples read from pairs of files, checked as they are read.
+
+    Args:
+        images: one file per sample.
+        labels: the label file of each, whose pixel values are class ids.
+        classes: class names; the number of a name is its id.
+        palette: one RGB colour per class.
+        void: ids besides 255 that mean "no class".
+
+    Attributes:
+        names: the images' stems.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Path],
+        labels: Sequence[Path],
+        classes: Sequence[str],
+        palette: Sequence[tuple[int, int, int]],
+        *,
+        void: Iterable[int] = (),
+    ) -> None:
+        self.images, self.labels = tuple(images), tuple(labels)
+        self.classes, self.palette = tuple(classes), tuple(palette)
+        self.names = tuple(path.stem for path in self.images)
+        table = torch.full((VOID + 1,), -1, dtype=torch.int16)
+        table[: len(self.classes)] = torch.arange(len(self.classes), dtype=torch.int16)
+        table[[VOID, *void]] = VOID
+        self._table = table
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``: image [3, H, W] uint8 RGB and labels [H, W] uint8, 255 = void.
+
+        Raises:
+            IndexError: ``index`` is out of range.
+            ImageError: a file cannot be read, or the two differ in size.
+            LabelError: the labels hold values that are no class ids.
+        """
+        from ..image import read_image, read_labels
+
+        image_path, label_path = self.images[index], self.labels[index]
+        image, labels = read_image(image_path), read_labels(label_path)
+        if image.shape[1:] != labels.shape:
+            raise ImageError(f"{image_path} is {image.shape[2]} x {image.shape[1]} pixels, its "
+                             f"labels {label_path} are {labels.shape[1]} x {labels.shape[0]}; "
+                             "they must be equal")  # fmt: skip
+        return Sample(self.names[index], image, self._class_ids(labels, label_path))
+
+    def _class_ids(self, labels: Tensor, path: Path) -> Tensor:
+        inside = (labels >= 0) & (labels <= VOID)
+        ids = self._table[torch.where(inside, labels, 0).long()]
+        ids[~inside] = -1
+        if (ids < 0).any():
+            wrong = labels[ids < 0].unique().tolist()
+            shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
+            raise LabelError(f"{path}: label values {shown} are no class ids: there are "
+                             f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}, and "
+                             f"{VOID} is void. {self._likely_cause(wrong)}")  # fmt: skip
+        return ids.to(torch.uint8)
+
+    def _likely_cause(self, wrong: list[int]) -> str:
+        count = len(self.classes)
+        if wrong == [count]:
+            return (f"The value {count} suggests ids that start at 1, or a class missing from "
+                    "the class list")  # fmt: skip
+        if len(wrong) > 32:
+            return "So many values suggest a photograph or a colour map turned grey, not class ids"
+        if max(wrong) <= 33 and count <= 20:
+            return ("These look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
+                    "instead of train ids (0 to 18)")  # fmt: skip
+        return ("Are these the grey values of a colour-coded map? Label files must hold class ids, "
+                "or a palette whose indices are class ids")  # fmt: skip
+
+
+def files_by_stem(folder: Path, suffixes: Sequence[str], argument: str) -> dict[str, Path]:
+    """The files of ``folder`` with one of ``suffixes``, sorted, by stem.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no such file.
+        ValueError: two files share a stem.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}: there is no folder {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in found:
+                raise ValueError(f"{argument}: {found[path.stem]} and {path.name} have the same "
+                                 "stem; samples are matched by it, remove one")  # fmt: skip
+            found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"{argument}: {folder} holds no {', '.join(suffixes)} file")
+    return found
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of ``names``, for messages."""
+    chosen = sorted(names)
+    return ", ".join(chosen[:5]) + (f" and {len(chosen) - 5} more" if len(chosen) > 5 else "")
