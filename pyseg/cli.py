@@ -234,12 +234,14 @@ def train(
         "cache": cache, "workers": workers, "save_every": save_every,
         "validate_every": validate_every, "seed": seed, "resume": resume,
     }  # fmt: skip
+    import torch
     from accelerate import PartialState
 
     from . import training
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None
+    torch.manual_seed(seed)  # for weights that start out random
     pipeline = _pipeline(model, weights, len(data.classes), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")

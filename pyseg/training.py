@@ -215,8 +215,6 @@ def train(
             if accelerator.is_main_process and (last or (epoch + 1) % save_every == 0):
                 _save(output, settings, epoch + 1, log, model, optimizer, average)
     accelerator.wait_for_everyone()
-    del network, loader
-    accelerator.free_memory(optimizer)  # it would keep the wrapped model, and its threads, alive
     model.load_state_dict(average)
     model.eval()
     return log
