@@ -81,6 +81,10 @@ extensions = [
         sources("cpp"),
         extra_compile_args={"cxx": [*COMMON, *HOST]},
         extra_link_args=["-Wl,--as-needed"],
+        # all of csrc, also headers, .cu and the build backend: what an sdist has to hold
+        depends=sorted(
+            str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"
+        ),
         py_limited_api=True,
     )
 ]

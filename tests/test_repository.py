@@ -25,7 +25,7 @@ def test_an_op_has_its_five_places(op):
         f"benchmarks/{op}.py",
     ):
         assert (ROOT / place).is_file(), f"op {op} lacks {place}"
-    rows = re.findall(rf"^\| `{op}` .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(rf"^\| `{op}` \|.*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(rows) == 1, f"README's op table needs one row that starts with | `{op}` |"
     _, _, _, cuda, *_ = rows[0].split("|")
     assert (ROOT / f"csrc/{op}/{op}.cu").is_file() == (cuda.strip() != "not yet"), rows[0]

@@ -34,14 +34,14 @@ constexpr uint64_t kNoName = ~uint64_t(0);
 
 template <class Real>
 struct TilePass {
-  const Real* unary;    // the tile's corner in [C, H, W]
-  Real* q;              // the same place of the result; null but in the last pass
-  const Real* in;       // [tile rows, stride] messages at the vertices; null in the first pass
-  Real* out;            // [tile rows, stride] sums at the vertices; null in the last pass
-  const uint16_t* rows; // [pixels, entries] vertices of each pixel
-  const Real* slice;    // [pixels, entries] their weights
+  const Real* unary;     // the tile's corner in [C, H, W]
+  Real* q;               // the same place of the result; null but in the last pass
+  const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
+  Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
+  const uint16_t* rows;  // [pixels, entries] vertices of each pixel
+  const Real* slice;     // [pixels, entries] their weights
   const Real* splat;
-  Real* buffer;         // [kTileWidth, stride] scratch
+  Real* buffer;  // [kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
   int classes, stride, entries, width, height;
@@ -111,9 +111,8 @@ void for_each(int64_t items, Work work) {
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
 void for_ranges(int64_t items, int64_t piece, Work work) {
-  for_each((items + piece - 1) / piece, [&](int64_t i, int64_t) {
-    work(i * piece, std::min(items, (i + 1) * piece));
-  });
+  for_each((items + piece - 1) / piece,
+           [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
 template <class T>
@@ -210,8 +209,8 @@ struct Tile {
 };
 
 std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
-  const int64_t tallest =
-      std::max<int64_t>(1, std::min<int64_t>(kTileHeight, kTileEntries / (kTileWidth * std::max(entries, 1))));
+  const int64_t tallest = std::max<int64_t>(
+      1, std::min<int64_t>(kTileHeight, kTileEntries / (kTileWidth * std::max(entries, 1))));
   const int64_t down = (height + tallest - 1) / tallest;
   const int64_t across = (width + kTileWidth - 1) / kTileWidth;
   const int64_t groups = (width + 15) / 16;  // of pixels; a tile begins with a whole one
@@ -500,7 +499,7 @@ void Crf<Real>::build(const Real* features) {
   std::vector<int32_t> next(starts_);
   for (int64_t row = 0; row < rows; ++row) vertex_rows_[next[row_vertex_[row]]++] = int32_t(row);
   normalize();
-parts_.clear();
+  parts_.clear();
 }
 
 // Sums the tiles' rows of each vertex and blurs them; the result is in `values`. Both buffers are
@@ -515,8 +514,8 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
-      functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end, from,
-                        n, width);
+      functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
+                        from, n, width);
     });
     for (int step = 0; step < steps; ++step) {
       const int32_t* const links = links_[l].data() + step % axes * count * 2;
@@ -638,9 +637,11 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       pass.width = tile.width, pass.height = tile.height;
       functions.tile(pass);
       if (bad) not_finite = true;
-      if (!last) functions.pack(own.out, tile.rows, partial.get() + tile.first_row * width, n, width);
+      if (!last)
+        functions.pack(own.out, tile.rows, partial.get() + tile.first_row * width, n, width);
     });
-    PYSEG_CHECK(!not_finite, "unary holds NaN or infinity; it must be -log(probability): clamp the "
+    PYSEG_CHECK(!not_finite,
+                "unary holds NaN or infinity; it must be -log(probability): clamp the "
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
     filter(partial.get(), functions, width, values.get(), spare.get());
@@ -659,7 +660,8 @@ template <class Real>
 void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& weights,
                      const std::optional<Tensor>& compatibility, const Settings& settings,
                      Tensor& q) {
-  const int64_t images = unary.size(0), classes = unary.size(1), plane = unary.size(2) * unary.size(3);
+  const int64_t images = unary.size(0), classes = unary.size(1),
+                plane = unary.size(2) * unary.size(3);
   for (int64_t i = 0; i < images; ++i) {
     Crf<Real> crf(settings, unary.size(2), unary.size(3));
     crf.build(features.const_data_ptr<Real>() + i * features.size(1) * plane);
@@ -684,12 +686,12 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
   PYSEG_CHECK(classes >= 1 && classes <= kMaxClasses, "unary must have 1 to ", kMaxClasses,
               " classes, got ", shape(unary));
   PYSEG_CHECK(height > 0 && width > 0, "unary is empty: ", shape(unary));
-  PYSEG_CHECK(features.size(0) == unary.size(0) && features.size(2) == height &&
-                  features.size(3) == width,
-              "unary and features differ in size: ", shape(unary), " and ", shape(features));
+  PYSEG_CHECK(
+      features.size(0) == unary.size(0) && features.size(2) == height && features.size(3) == width,
+      "unary and features differ in size: ", shape(unary), " and ", shape(features));
   PYSEG_CHECK(iterations >= 0, "iterations must not be negative, got ", iterations);
-  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 && rings <= 4 &&
-                  normalization >= 0 && normalization <= 3,
+  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 &&
+                  rings <= 4 && normalization >= 0 && normalization <= 3,
               "passes, spread, rings or normalization out of range");
   PYSEG_CHECK(weights.dim() == 1 && weights.size(0) == int64_t(sizes.size()), "weights must be [",
               sizes.size(), "], got ", shape(weights));
@@ -747,7 +749,8 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
       "dense_crf(Tensor unary, Tensor features, Tensor weights, Tensor? compatibility, int[] sizes,"
-      " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float spread,"
+      " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float "
+      "spread,"
       " int rings) -> Tensor");
 }
 

@@ -24,10 +24,10 @@ constexpr int kMaxFeatures = 8;
 // How names of vertices pack into 64 bits: the remainder lowest, then the quotients.
 struct VertexNames {
   int features;
-  int low[kMaxFeatures];                // smallest quotient, including room for neighbours
-  uint64_t unit[kMaxFeatures + 1];      // one step of a quotient; 0 for the coordinate left out
-  uint64_t all;                         // one step of every quotient
-  uint64_t remainder;                   // mask of the remainder
+  int low[kMaxFeatures];            // smallest quotient, including room for neighbours
+  uint64_t unit[kMaxFeatures + 1];  // one step of a quotient; 0 for the coordinate left out
+  uint64_t all;                     // one step of every quotient
+  uint64_t remainder;               // mask of the remainder
 
   // The neighbour one step along `axis` (0 .. d), where that coordinate falls by d.
   PYSEG_HOST_DEVICE uint64_t after(uint64_t name, int axis) const {
