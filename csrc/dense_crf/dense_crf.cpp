@@ -34,14 +34,14 @@ constexpr uint64_t kNoName = ~uint64_t(0);
 
 template <class Real>
 struct TilePass {
-  const Real* unary;    // the tile's corner in [C, H, W]
-  Real* q;              // the same place of the result; null but in the last pass
-  const Real* in;       // [tile rows, stride] messages at the vertices; null in the first pass
-  Real* out;            // [tile rows, stride] sums at the vertices; null in the last pass
-  const uint16_t* rows; // [pixels, entries] vertices of each pixel
-  const Real* slice;    // [pixels, entries] their weights
+  const Real* unary;     // the tile's corner in [C, H, W]
+  Real* q;               // the same place of the result; null but in the last pass
+  const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
+  Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
+  const uint16_t* rows;  // [pixels, entries] vertices of each pixel
+  const Real* slice;     // [pixels, entries] their weights
   const Real* splat;
-  Real* buffer;         // [kTileWidth, stride] scratch
+  Real* buffer;  // [kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
   int classes, stride, entries, width, height;
@@ -56,6 +56,10 @@ struct RowFunctions {
   void (*blur)(const Real*, const int32_t*, Real, int64_t, int64_t, Real*, int, int);
   void (*mix)(Real*, const Real*, Real, int64_t, int64_t, int, int, int);
 };
+
+// Of points [D, kTileWidth]: weights and names of their vertices, [D + 1, kTileWidth].
+template <class Real>
+using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -87,6 +91,16 @@ RowFunctions<Real> row_functions(int width) {
   return generic::functions_for<Real>(width);
 }
 
+template <class Real>
+Locate<Real> locate_function(int features) {
+#ifdef PYSEG_THREE_TARGETS
+  const std::string level = simd_level();
+  if (level.find("v4") != std::string::npos) return v4::locate_for<Real>(features);
+  if (level.find("v3") != std::string::npos) return v3::locate_for<Real>(features);
+#endif
+  return generic::locate_for<Real>(features);
+}
+
 // Classes of a row in a lattice, padded so that few vectors hold it.
 template <class Real>
 int row_width(int classes) {
@@ -111,9 +125,8 @@ void for_each(int64_t items, Work work) {
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
 void for_ranges(int64_t items, int64_t piece, Work work) {
-  for_each((items + piece - 1) / piece, [&](int64_t i, int64_t) {
-    work(i * piece, std::min(items, (i + 1) * piece));
-  });
+  for_each((items + piece - 1) / piece,
+           [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
 template <class T>
@@ -131,10 +144,10 @@ class VertexTable {
   }
   void clear() {
     std::fill(slots_.begin(), slots_.end(), Slot{kNoName, -1});
-    count_ = 0;
+    names_.clear();
   }
-  int64_t size() const { return count_; }
-  // Where there is none, the vertex gets the next number: that is size() as it was.
+  const std::vector<uint64_t>& names() const { return names_; }
+  // Where there is none, the vertex gets the next number, its place in names().
   PYSEG_INLINE int32_t insert(uint64_t name) {
     const Slot& slot = slots_[place(name)];
     if (__builtin_expect(slot.name == name, 1)) return slot.number;
@@ -155,12 +168,13 @@ class VertexTable {
     uint64_t at = place(name);
     for (; slots_[at].name != kNoName; at = (at + 1) & mask_)
       if (slots_[at].name == name) return slots_[at].number;
-    if (4 * (int64_t(count_) + 1) > int64_t(slots_.size())) {
+    if (4 * (names_.size() + 1) > slots_.size()) {
       grow();
       for (at = place(name); slots_[at].name != kNoName;) at = (at + 1) & mask_;
     }
-    slots_[at] = {name, count_};
-    return count_++;
+    slots_[at] = {name, int32_t(names_.size())};
+    names_.push_back(name);
+    return slots_[at].number;
   }
   void resize(int bits) {
     slots_.assign(size_t(1) << bits, Slot{kNoName, -1});
@@ -181,7 +195,7 @@ class VertexTable {
   std::vector<Slot> slots_;
   uint64_t mask_ = 0;
   int shift_ = 64;
-  int32_t count_ = 0;
+  std::vector<uint64_t> names_;
 };
 
 // One kernel: a Gaussian of `features` channels. Channel -2 is x, -1 is y (pixels), others are
@@ -210,8 +224,8 @@ struct Tile {
 };
 
 std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
-  const int64_t tallest =
-      std::max<int64_t>(1, std::min<int64_t>(kTileHeight, kTileEntries / (kTileWidth * std::max(entries, 1))));
+  const int64_t tallest = std::max<int64_t>(
+      1, std::min<int64_t>(kTileHeight, kTileEntries / (kTileWidth * std::max(entries, 1))));
   const int64_t down = (height + tallest - 1) / tallest;
   const int64_t across = (width + kTileWidth - 1) / kTileWidth;
   const int64_t groups = (width + 15) / 16;  // of pixels; a tile begins with a whole one
@@ -228,36 +242,6 @@ std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
       tiles.push_back(tile);
     }
   return tiles;
-}
-
-template <class Real, int D>
-PYSEG_MULTIVERSION void locate_run(const Real* features,  // [D, kTileWidth]
-                                   const VertexNames& names, int pixels,
-                                   Real* weights,         // [D + 1, kTileWidth]
-                                   uint64_t* vertices) {  // [D + 1, kTileWidth]
-  for (int p = 0; p < pixels; ++p) {
-    Real feature[D], weight[D + 1];
-    uint64_t vertex[D + 1];
-#pragma GCC unroll 9
-    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
-    locate<D, Real>(feature, names, weight, vertex);
-#pragma GCC unroll 9
-    for (int k = 0; k <= D; ++k) {
-      weights[k * kTileWidth + p] = weight[k];
-      vertices[k * kTileWidth + p] = vertex[k];
-    }
-  }
-}
-
-template <class Real>
-using LocateRun = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
-
-template <class Real>
-LocateRun<Real> locate_function(int features) {
-  constexpr LocateRun<Real> functions[kMaxFeatures] = {
-      locate_run<Real, 1>, locate_run<Real, 2>, locate_run<Real, 3>, locate_run<Real, 4>,
-      locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
-  return functions[features - 1];
 }
 
 // The lattices of one image, and mean-field inference on them.
@@ -283,7 +267,7 @@ class Crf {
   VertexNames name_vertices(const Kernel& kernel, const Real* features) const;
   void locate_tile(const Real* features, int64_t tile, std::vector<VertexTable>& tables);
   void merge(int kernel);
-  void link(int kernel, VertexTable& table, std::vector<uint64_t>& names);
+  void link(int kernel, VertexTable& table);
   void normalize();
   void filter(const Real* partial, const RowFunctions<Real>& functions, int width, Real* values,
               Real* spare) const;
@@ -368,7 +352,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
-    const LocateRun<Real> locate = locate_function<Real>(d);
+    const Locate<Real> locate = locate_function<Real>(d);
     Part& part = parts_[l][index];
     VertexTable& table = tables[l];
     table.clear();
@@ -390,16 +374,15 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
         for (int k = 0; k <= d; ++k) {
           const uint64_t name = vertices[k * kTileWidth + x];
           const int32_t row = table.insert(name);
-          if (row == int32_t(part.names.size())) {
-            part.names.push_back(name);
-            part.ones.push_back(0);
-          }
-          const Real w = weight[k * kTileWidth + x];
-          part.ones[row] += w;
           rows[entry + k] = uint16_t(row + tile.rows);
-          weights[entry + k] = w;
+          weights[entry + k] = weight[k * kTileWidth + x];
         }
     }
+    part.names = table.names();
+    part.ones.assign(part.names.size(), 0);
+    const int64_t end = int64_t(tile.width) * tile.height * entries_;
+    for (int64_t i = kernel.first_entry; i < end; i += entries_)
+      for (int k = 0; k <= d; ++k) part.ones[rows[i + k] - tile.rows] += weights[i + k];
     tile.rows += part.names.size();
   }
 }
@@ -410,32 +393,29 @@ void Crf<Real>::merge(int l) {
   int64_t most = 0;
   for (const Part& part : parts_[l]) most += part.names.size();
   VertexTable table(most);
-  std::vector<uint64_t> names;
-  names.reserve(most);
   for (size_t t = 0; t < tiles_.size(); ++t) {
     int64_t row = tiles_[t].first_row;
     for (int before = 0; before < l; ++before) row += parts_[before][t].names.size();
     for (const uint64_t name : parts_[l][t].names) {
-      const int32_t vertex = table.insert(name);
-      if (vertex == int32_t(names.size())) names.push_back(name);
-      row_vertex_[row++] = vertex;
+      row_vertex_[row++] = table.insert(name);
     }
   }
-  link(l, table, names);
+  link(l, table);
 }
 
 // Adds the empty vertices through which mass passes between occupied ones, and finds neighbours.
 template <class Real>
-void Crf<Real>::link(int l, VertexTable& table, std::vector<uint64_t>& names) {
+void Crf<Real>::link(int l, VertexTable& table) {
   const int axes = settings_.kernels[l].features + 1;
   const VertexNames& naming = names_[l];
+  const std::vector<uint64_t>& names = table.names();
   for (int ring = 0, begin = 0; ring < settings_.blur.rings; ++ring) {
     const int end = int(names.size());
     for (int v = begin; v < end; ++v)
-      for (int axis = 0; axis < axes; ++axis)
-        for (const uint64_t name : {naming.after(names[v], axis), naming.before(names[v], axis)}) {
-          if (table.insert(name) == int32_t(names.size())) names.push_back(name);
-        }
+      for (int axis = 0; axis < axes; ++axis) {
+        table.insert(naming.after(names[v], axis));
+        table.insert(naming.before(names[v], axis));
+      }
     begin = end;
   }
   const int64_t count = names.size();
@@ -500,7 +480,7 @@ void Crf<Real>::build(const Real* features) {
   std::vector<int32_t> next(starts_);
   for (int64_t row = 0; row < rows; ++row) vertex_rows_[next[row_vertex_[row]]++] = int32_t(row);
   normalize();
-parts_.clear();
+  parts_.clear();
 }
 
 // Sums the tiles' rows of each vertex and blurs them; the result is in `values`. Both buffers are
@@ -515,8 +495,8 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
-      functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end, from,
-                        n, width);
+      functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
+                        from, n, width);
     });
     for (int step = 0; step < steps; ++step) {
       const int32_t* const links = links_[l].data() + step % axes * count * 2;
@@ -638,9 +618,11 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       pass.width = tile.width, pass.height = tile.height;
       functions.tile(pass);
       if (bad) not_finite = true;
-      if (!last) functions.pack(own.out, tile.rows, partial.get() + tile.first_row * width, n, width);
+      if (!last)
+        functions.pack(own.out, tile.rows, partial.get() + tile.first_row * width, n, width);
     });
-    PYSEG_CHECK(!not_finite, "unary holds NaN or infinity; it must be -log(probability): clamp the "
+    PYSEG_CHECK(!not_finite,
+                "unary holds NaN or infinity; it must be -log(probability): clamp the "
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
     filter(partial.get(), functions, width, values.get(), spare.get());
@@ -659,7 +641,8 @@ template <class Real>
 void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& weights,
                      const std::optional<Tensor>& compatibility, const Settings& settings,
                      Tensor& q) {
-  const int64_t images = unary.size(0), classes = unary.size(1), plane = unary.size(2) * unary.size(3);
+  const int64_t images = unary.size(0), classes = unary.size(1),
+                plane = unary.size(2) * unary.size(3);
   for (int64_t i = 0; i < images; ++i) {
     Crf<Real> crf(settings, unary.size(2), unary.size(3));
     crf.build(features.const_data_ptr<Real>() + i * features.size(1) * plane);
@@ -684,12 +667,12 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
   PYSEG_CHECK(classes >= 1 && classes <= kMaxClasses, "unary must have 1 to ", kMaxClasses,
               " classes, got ", shape(unary));
   PYSEG_CHECK(height > 0 && width > 0, "unary is empty: ", shape(unary));
-  PYSEG_CHECK(features.size(0) == unary.size(0) && features.size(2) == height &&
-                  features.size(3) == width,
-              "unary and features differ in size: ", shape(unary), " and ", shape(features));
+  PYSEG_CHECK(
+      features.size(0) == unary.size(0) && features.size(2) == height && features.size(3) == width,
+      "unary and features differ in size: ", shape(unary), " and ", shape(features));
   PYSEG_CHECK(iterations >= 0, "iterations must not be negative, got ", iterations);
-  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 && rings <= 4 &&
-                  normalization >= 0 && normalization <= 3,
+  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 &&
+                  rings <= 4 && normalization >= 0 && normalization <= 3,
               "passes, spread, rings or normalization out of range");
   PYSEG_CHECK(weights.dim() == 1 && weights.size(0) == int64_t(sizes.size()), "weights must be [",
               sizes.size(), "], got ", shape(weights));
@@ -747,7 +730,8 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
       "dense_crf(Tensor unary, Tensor features, Tensor weights, Tensor? compatibility, int[] sizes,"
-      " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float spread,"
+      " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float "
+      "spread,"
       " int rings) -> Tensor");
 }
 

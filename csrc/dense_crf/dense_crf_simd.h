@@ -54,14 +54,14 @@ PYSEG_INLINE void transpose(Vector<Real, 16> (&v)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const Vector<Real, 16> a = v[i], b = v[i + 4], c = v[i + 8], d = v[i + 12];
-    const Vector<Real, 16> ab = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
-                                                        11, 24, 25, 26, 27);
-    const Vector<Real, 16> AB = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
-                                                        14, 15, 28, 29, 30, 31);
-    const Vector<Real, 16> cd = __builtin_shufflevector(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10,
-                                                        11, 24, 25, 26, 27);
-    const Vector<Real, 16> CD = __builtin_shufflevector(c, d, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13,
-                                                        14, 15, 28, 29, 30, 31);
+    const Vector<Real, 16> ab =
+        __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    const Vector<Real, 16> AB =
+        __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    const Vector<Real, 16> cd =
+        __builtin_shufflevector(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    const Vector<Real, 16> CD =
+        __builtin_shufflevector(c, d, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
     t[i] = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     t[i + 4] =
         __builtin_shufflevector(AB, CD, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
@@ -77,12 +77,12 @@ PYSEG_INLINE void transpose(Vector<Real, 16> (&v)[16]) {
 // 4 vectors of 16: within each quarter, rows become columns.
 template <class Real>
 PYSEG_INLINE void transpose_quarters(Vector<Real, 16> (&v)[4]) {
-  const Vector<Real, 16> a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
-                                                     9, 25, 12, 28, 13, 29);
+  const Vector<Real, 16> a =
+      __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   const Vector<Real, 16> b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
                                                      11, 27, 14, 30, 15, 31);
-  const Vector<Real, 16> c = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24,
-                                                     9, 25, 12, 28, 13, 29);
+  const Vector<Real, 16> c =
+      __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   const Vector<Real, 16> d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
                                                      11, 27, 14, 30, 15, 31);
   v[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
@@ -180,9 +180,8 @@ struct Loops {
         const Real* const row = rows + i * stride + c;
         const auto low = __builtin_shufflevector(load<4>(row), load<4>(row + 4 * stride), 0, 1, 2,
                                                  3, 4, 5, 6, 7);
-        const auto high = __builtin_shufflevector(load<4>(row + 8 * stride),
-                                                  load<4>(row + 12 * stride), 0, 1, 2, 3, 4, 5, 6,
-                                                  7);
+        const auto high = __builtin_shufflevector(
+            load<4>(row + 8 * stride), load<4>(row + 12 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
         v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
                                        15);
       }
@@ -365,4 +364,31 @@ RowFunctions<Real> functions_for(int width) {
     }
   }
   return Loops<Real, -1, 0>::functions();
+}
+
+template <class Real, int D>
+void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
+                uint64_t* vertices) {
+  const VertexNames names = vertex_names;  // a copy, which no store of the loop can change
+#pragma GCC ivdep  // without it the checks for overlap are too many, and nothing is vectorised
+  for (int p = 0; p < points; ++p) {
+    Real feature[D], weight[D + 1];
+    uint64_t vertex[D + 1];
+#pragma GCC unroll 9
+    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
+    locate<D, Real>(feature, names, weight, vertex);
+#pragma GCC unroll 9
+    for (int k = 0; k <= D; ++k) {
+      weights[k * kTileWidth + p] = weight[k];
+      vertices[k * kTileWidth + p] = vertex[k];
+    }
+  }
+}
+
+template <class Real>
+Locate<Real> locate_for(int features) {
+  constexpr Locate<Real> functions[kMaxFeatures] = {
+      locate_run<Real, 1>, locate_run<Real, 2>, locate_run<Real, 3>, locate_run<Real, 4>,
+      locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
+  return functions[features - 1];
 }
