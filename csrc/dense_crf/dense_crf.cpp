@@ -57,6 +57,10 @@ struct RowFunctions {
   void (*mix)(Real*, const Real*, Real, int64_t, int64_t, int, int, int);
 };
 
+// Of points [D, kTileWidth]: weights and names of their vertices, [D + 1, kTileWidth].
+template <class Real>
+using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
+
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define PYSEG_THREE_TARGETS
@@ -85,6 +89,16 @@ RowFunctions<Real> row_functions(int width) {
   if (level.find("v3") != std::string::npos) return v3::functions_for<Real>(width);
 #endif
   return generic::functions_for<Real>(width);
+}
+
+template <class Real>
+Locate<Real> locate_function(int features) {
+#ifdef PYSEG_THREE_TARGETS
+  const std::string level = simd_level();
+  if (level.find("v4") != std::string::npos) return v4::locate_for<Real>(features);
+  if (level.find("v3") != std::string::npos) return v3::locate_for<Real>(features);
+#endif
+  return generic::locate_for<Real>(features);
 }
 
 // Classes of a row in a lattice, padded so that few vectors hold it.
@@ -130,10 +144,10 @@ class VertexTable {
   }
   void clear() {
     std::fill(slots_.begin(), slots_.end(), Slot{kNoName, -1});
-    count_ = 0;
+    names_.clear();
   }
-  int64_t size() const { return count_; }
-  // Where there is none, the vertex gets the next number: that is size() as it was.
+  const std::vector<uint64_t>& names() const { return names_; }
+  // Where there is none, the vertex gets the next number, its place in names().
   PYSEG_INLINE int32_t insert(uint64_t name) {
     const Slot& slot = slots_[place(name)];
     if (__builtin_expect(slot.name == name, 1)) return slot.number;
@@ -154,12 +168,13 @@ class VertexTable {
     uint64_t at = place(name);
     for (; slots_[at].name != kNoName; at = (at + 1) & mask_)
       if (slots_[at].name == name) return slots_[at].number;
-    if (4 * (int64_t(count_) + 1) > int64_t(slots_.size())) {
+    if (4 * (names_.size() + 1) > slots_.size()) {
       grow();
       for (at = place(name); slots_[at].name != kNoName;) at = (at + 1) & mask_;
     }
-    slots_[at] = {name, count_};
-    return count_++;
+    slots_[at] = {name, int32_t(names_.size())};
+    names_.push_back(name);
+    return slots_[at].number;
   }
   void resize(int bits) {
     slots_.assign(size_t(1) << bits, Slot{kNoName, -1});
@@ -180,7 +195,7 @@ class VertexTable {
   std::vector<Slot> slots_;
   uint64_t mask_ = 0;
   int shift_ = 64;
-  int32_t count_ = 0;
+  std::vector<uint64_t> names_;
 };
 
 // One kernel: a Gaussian of `features` channels. Channel -2 is x, -1 is y (pixels), others are
@@ -229,36 +244,6 @@ std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
   return tiles;
 }
 
-template <class Real, int D>
-PYSEG_MULTIVERSION void locate_run(const Real* features,  // [D, kTileWidth]
-                                   const VertexNames& names, int pixels,
-                                   Real* weights,         // [D + 1, kTileWidth]
-                                   uint64_t* vertices) {  // [D + 1, kTileWidth]
-  for (int p = 0; p < pixels; ++p) {
-    Real feature[D], weight[D + 1];
-    uint64_t vertex[D + 1];
-#pragma GCC unroll 9
-    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
-    locate<D, Real>(feature, names, weight, vertex);
-#pragma GCC unroll 9
-    for (int k = 0; k <= D; ++k) {
-      weights[k * kTileWidth + p] = weight[k];
-      vertices[k * kTileWidth + p] = vertex[k];
-    }
-  }
-}
-
-template <class Real>
-using LocateRun = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
-
-template <class Real>
-LocateRun<Real> locate_function(int features) {
-  constexpr LocateRun<Real> functions[kMaxFeatures] = {
-      locate_run<Real, 1>, locate_run<Real, 2>, locate_run<Real, 3>, locate_run<Real, 4>,
-      locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
-  return functions[features - 1];
-}
-
 // The lattices of one image, and mean-field inference on them.
 template <class Real>
 class Crf {
@@ -282,7 +267,7 @@ class Crf {
   VertexNames name_vertices(const Kernel& kernel, const Real* features) const;
   void locate_tile(const Real* features, int64_t tile, std::vector<VertexTable>& tables);
   void merge(int kernel);
-  void link(int kernel, VertexTable& table, std::vector<uint64_t>& names);
+  void link(int kernel, VertexTable& table);
   void normalize();
   void filter(const Real* partial, const RowFunctions<Real>& functions, int width, Real* values,
               Real* spare) const;
@@ -367,7 +352,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
-    const LocateRun<Real> locate = locate_function<Real>(d);
+    const Locate<Real> locate = locate_function<Real>(d);
     Part& part = parts_[l][index];
     VertexTable& table = tables[l];
     table.clear();
@@ -389,16 +374,15 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
         for (int k = 0; k <= d; ++k) {
           const uint64_t name = vertices[k * kTileWidth + x];
           const int32_t row = table.insert(name);
-          if (row == int32_t(part.names.size())) {
-            part.names.push_back(name);
-            part.ones.push_back(0);
-          }
-          const Real w = weight[k * kTileWidth + x];
-          part.ones[row] += w;
           rows[entry + k] = uint16_t(row + tile.rows);
-          weights[entry + k] = w;
+          weights[entry + k] = weight[k * kTileWidth + x];
         }
     }
+    part.names = table.names();
+    part.ones.assign(part.names.size(), 0);
+    const int64_t end = int64_t(tile.width) * tile.height * entries_;
+    for (int64_t i = kernel.first_entry; i < end; i += entries_)
+      for (int k = 0; k <= d; ++k) part.ones[rows[i + k] - tile.rows] += weights[i + k];
     tile.rows += part.names.size();
   }
 }
@@ -409,32 +393,29 @@ void Crf<Real>::merge(int l) {
   int64_t most = 0;
   for (const Part& part : parts_[l]) most += part.names.size();
   VertexTable table(most);
-  std::vector<uint64_t> names;
-  names.reserve(most);
   for (size_t t = 0; t < tiles_.size(); ++t) {
     int64_t row = tiles_[t].first_row;
     for (int before = 0; before < l; ++before) row += parts_[before][t].names.size();
     for (const uint64_t name : parts_[l][t].names) {
-      const int32_t vertex = table.insert(name);
-      if (vertex == int32_t(names.size())) names.push_back(name);
-      row_vertex_[row++] = vertex;
+      row_vertex_[row++] = table.insert(name);
     }
   }
-  link(l, table, names);
+  link(l, table);
 }
 
 // Adds the empty vertices through which mass passes between occupied ones, and finds neighbours.
 template <class Real>
-void Crf<Real>::link(int l, VertexTable& table, std::vector<uint64_t>& names) {
+void Crf<Real>::link(int l, VertexTable& table) {
   const int axes = settings_.kernels[l].features + 1;
   const VertexNames& naming = names_[l];
+  const std::vector<uint64_t>& names = table.names();
   for (int ring = 0, begin = 0; ring < settings_.blur.rings; ++ring) {
     const int end = int(names.size());
     for (int v = begin; v < end; ++v)
-      for (int axis = 0; axis < axes; ++axis)
-        for (const uint64_t name : {naming.after(names[v], axis), naming.before(names[v], axis)}) {
-          if (table.insert(name) == int32_t(names.size())) names.push_back(name);
-        }
+      for (int axis = 0; axis < axes; ++axis) {
+        table.insert(naming.after(names[v], axis));
+        table.insert(naming.before(names[v], axis));
+      }
     begin = end;
   }
   const int64_t count = names.size();

@@ -47,8 +47,8 @@ PYSEG_HOST_DEVICE double round_small(double x) {
 }
 
 // Feature i must come multiplied by the square root of the lattice's variance and divided by
-// sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Only comparisons choose, nothing branches,
-// so that a loop over this function vectorises.
+// sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Nothing branches, so that a loop over
+// this function vectorises.
 template <int D, class T>
 PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T (&weight)[D + 1],
                               uint64_t (&name)[D + 1]) {
@@ -68,32 +68,34 @@ PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T
     offset[i] -= quotient[i];
     excess += quotient[i];
   }
-  T rank[D + 1];  // small integers; of the same type, so that no lane changes its width
+  int rank[D + 1];
 #pragma GCC unroll 9
-  for (int i = 0; i <= D; ++i) rank[i] = excess;
+  for (int i = 0; i <= D; ++i) rank[i] = int(excess);
 #pragma GCC unroll 9
   for (int i = 0; i < D; ++i)
 #pragma GCC unroll 9
     for (int j = i + 1; j <= D; ++j) {
-      const T less = offset[i] < offset[j] ? T(1) : T(0);
+      const int less = offset[i] < offset[j];
       rank[i] += less;
-      rank[j] += T(1) - less;
+      rank[j] += 1 - less;
     }
-  uint64_t first = 0;
+  uint64_t first = 0, unit[D];
+#pragma GCC unroll 9
+  for (int i = 0; i < D; ++i) unit[i] = names.unit[i];
 #pragma GCC unroll 9
   for (int i = 0; i <= D; ++i) {  // back to a vertex whose coordinates sum to 0
-    const T step = rank[i] < T(0) ? T(1) : rank[i] > T(D) ? T(-1) : T(0);
-    rank[i] += step * T(D + 1);
-    quotient[i] += step;
-    offset[i] -= step;
-    if (i < D) first += uint64_t(int32_t(quotient[i]) - names.low[i]) * names.unit[i];
+    const int step = int(rank[i] < 0) - int(rank[i] > D);
+    rank[i] += step * (D + 1);
+    quotient[i] += T(step);
+    offset[i] -= T(step);
+    if (i < D) first += uint64_t(int32_t(quotient[i]) - names.low[i]) * unit[i];
   }
   T sorted[D + 1];
 #pragma GCC unroll 9
   for (int r = 0; r <= D; ++r) {
     sorted[r] = 0;
 #pragma GCC unroll 9
-    for (int i = 0; i <= D; ++i) sorted[r] += rank[i] == T(r) ? offset[i] : T(0);
+    for (int i = 0; i <= D; ++i) sorted[r] += T(int(rank[i] == r)) * offset[i];
   }
   weight[0] = T(1) + sorted[D] - sorted[0];
   name[0] = first;
@@ -102,7 +104,7 @@ PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T
     weight[k] = sorted[D - k] - sorted[D + 1 - k];
     uint64_t step = 0;
 #pragma GCC unroll 9
-    for (int i = 0; i < D; ++i) step += rank[i] == T(D + 1 - k) ? names.unit[i] : 0;
+    for (int i = 0; i < D; ++i) step += (uint64_t(0) - uint64_t(rank[i] == D + 1 - k)) & unit[i];
     name[k] = name[k - 1] - step + 1;
   }
 }

@@ -365,3 +365,30 @@ RowFunctions<Real> functions_for(int width) {
   }
   return Loops<Real, -1, 0>::functions();
 }
+
+template <class Real, int D>
+void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
+                uint64_t* vertices) {
+  const VertexNames names = vertex_names;  // a copy, which no store of the loop can change
+#pragma GCC ivdep  // without it the checks for overlap are too many, and nothing is vectorised
+  for (int p = 0; p < points; ++p) {
+    Real feature[D], weight[D + 1];
+    uint64_t vertex[D + 1];
+#pragma GCC unroll 9
+    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
+    locate<D, Real>(feature, names, weight, vertex);
+#pragma GCC unroll 9
+    for (int k = 0; k <= D; ++k) {
+      weights[k * kTileWidth + p] = weight[k];
+      vertices[k * kTileWidth + p] = vertex[k];
+    }
+  }
+}
+
+template <class Real>
+Locate<Real> locate_for(int features) {
+  constexpr Locate<Real> functions[kMaxFeatures] = {
+      locate_run<Real, 1>, locate_run<Real, 2>, locate_run<Real, 3>, locate_run<Real, 4>,
+      locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
+  return functions[features - 1];
+}
