@@ -9,13 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define PYSEG_HOST_DEVICE __host__ __device__ __forceinline__
-#elif defined(PYSEG_EMULATED)
-#define PYSEG_HOST_DEVICE inline
-#else
-#define PYSEG_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "../common/host_device.h"
 
 namespace pyseg {
 

@@ -249,6 +249,16 @@ def _(unary, features, weights, compatibility, *parameters):
     return torch.empty_like(unary, memory_format=torch.contiguous_format)
 
 
+def _backward(context, gradient):
+    raise NotImplementedError(
+        "dense_crf has no gradient in this version: call it under torch.no_grad(), or detach its "
+        "inputs"
+    )
+
+
+torch.library.register_autograd("pyseg::dense_crf", _backward)
+
+
 def reference(
     unary: Tensor,
     image: Tensor,

@@ -360,3 +360,10 @@ def test_compile(generator):
     unary, image = example(generator)
     compiled = torch.compile(dense_crf, fullgraph=True)
     assert torch.equal(compiled(unary, image, iterations=2), dense_crf(unary, image, iterations=2))
+
+
+def test_backward_raises_instead_of_giving_no_gradient():
+    unary = torch.rand(1, 3, 5, 6, requires_grad=True)
+    q = dense_crf(unary, torch.zeros(1, 3, 5, 6, dtype=torch.uint8), iterations=1)
+    with pytest.raises(NotImplementedError, match="no gradient in this version"):
+        q.sum().backward()
