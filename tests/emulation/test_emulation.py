@@ -28,6 +28,15 @@ for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), t
     yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
 yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
 """,
+    "panoptic_head": """
+g = torch.Generator().manual_seed(0)
+for size, instances in [((6, 140), 3), ((9, 20), 258)]:
+    boxes = torch.rand(2, instances, 4, generator=g) * 20 - 3
+    boxes[..., 2:] += boxes[..., :2]
+    labels = torch.randint(1, 4, (2, instances), generator=g)
+    yield ops.panoptic_head(torch.randn(2, 4, 3, 5, generator=g),
+                            torch.randn(2, instances, 3, 3, generator=g), boxes, labels, 2, *size)
+""",
     "panoptic_merge": """
 g = torch.Generator().manual_seed(0)
 masks = torch.rand(2, 6, 5, 5, generator=g)
