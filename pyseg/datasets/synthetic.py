@@ -212,12 +212,14 @@ class _Scene:
     def draw_bicycle(self, x: float, base: float, tall: float, label: int, number: int) -> None:
         frame = self.colour((30, 30, 30), (230, 120, 120))
         r, thick = tall * 0.2, max(1, round(tall * 0.045))
+        black: list = [(20, 20, 20), label, number]
         for wheel in (x - 1.2 * r, x + 1.2 * r):
             circle = [wheel - r, base - 2 * r, wheel + r, base]
-            for pen, fill in zip(self.pens, ((20, 20, 20), label, number), strict=True):
+            for pen, fill in zip(self.pens, black, strict=True):
                 pen.ellipse(circle, outline=fill, width=thick)
         axle, seat = base - r, base - 2.2 * r
-        points = [(x - 1.2 * r, axle), (x - 0.3 * r, seat), (x + 0.8 * r, seat), (x + 1.2 * r, axle),
+        ends = (x - 1.2 * r, axle), (x + 1.2 * r, axle)
+        points = [ends[0], (x - 0.3 * r, seat), (x + 0.8 * r, seat), ends[1],
                   (x, axle), (x - 0.3 * r, seat)]  # fmt: skip
         handlebar = [(x + 0.8 * r, seat), (x + 0.9 * r, base - 2.7 * r)]
         fills: list = [frame, label, number]
