@@ -173,6 +173,50 @@ def evaluate(
     _print_evaluation(result)
 
 
+@app.command("panoptic-quality")
+def panoptic_quality(
+    ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    gt_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    pred_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
+    ] = None,
+    boundary_ratio: Annotated[
+        float, typer.Option(help="Boundary PQ: width of the boundary as a share of the diagonal, "
+                            "usually 0.02; 0 for plain PQ.")
+    ] = 0.0,
+    all_crowds: Annotated[
+        bool, typer.Option("--all-crowds", help="Every crowd of a class counts, not only the last "
+                           "one, as in panopticapi.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
+    from .metrics.panoptic import score_files
+
+    try:
+        result = score_files(
+            ground_truth, predictions, target_folder=gt_dir, prediction_folder=pred_dir,
+            categories=categories, boundary_ratio=boundary_ratio, all_crowds=all_crowds,
+            track=_track("scoring"),
+        )  # fmt: skip
+    except ValueError as error:  # an option out of range
+        raise error if isinstance(error, PysegError) else PysegError(str(error)) from error
+    groups = ("All", "Things", "Stuff")
+    if as_json:
+        for group in groups:  # JSON has no nan
+            result[group] = {k: None if v != v else v for k, v in result[group].items()}
+        return _print_json(result)
+    rows = [[group, *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
+             str(result[group]["n"])] for group in groups]  # fmt: skip
+    _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
+
+
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
