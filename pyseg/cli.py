@@ -264,6 +264,48 @@ def train(
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
+@app.command("check-labels")
+def check_labels_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Label maps, or a folder with labels/.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images. [default: DIR/images, if any]")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, .txt or .json. [default: DIR/classes.*]")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = 255,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what is wrong with label maps before training; exit code 1 if anything is."""
+    from .label_check import check_labels
+
+    report = check_labels(
+        folder, images=images, classes=classes, num_classes=num_classes,
+        ignore_index=ignore_index, track=_track("checking"),
+    )  # fmt: skip
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        total = sum(count.pixels for count in report.values)
+        _print_table(
+            ["value", "class", "pixels", "share", "files"],
+            [
+                [str(c.value), c.name, str(c.pixels), f"{c.pixels / total:.2%}", str(c.files)]
+                for c in report.values
+            ],
+        )
+        for problem in report.problems:
+            kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
+            typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
+        verdict = "no errors" if report.ok else "not fit for training"
+        typer.echo(f"{report.files} label maps: {verdict}")
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
