@@ -264,6 +264,31 @@ def train(
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
+@app.command("instance-ap")
+def instance_ap_command(
+    truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
+    from .evaluation import finite
+    from .metrics.instances import KINDS, instance_ap
+
+    scores = instance_ap(truth, predictions)
+    if as_json:
+        return _print_json(finite(scores))
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+             "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]  # fmt: skip
+    rows = [
+        [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
+        for kind in KINDS
+        if f"{kind}_ap" in scores
+    ]
+    _print_table(["", *names], rows, numbers=True)
+    typer.echo(f"{scores['images']} images, {scores['objects']} objects, "
+               f"{scores['detections']} detections")  # fmt: skip
+
+
 @app.command("check-labels")
 def check_labels_command(
     folder: Annotated[

@@ -397,7 +397,7 @@ def _likely_cause(wrong: Sequence[int], seen: set[int], count: int | None) -> st
             return (f"If 0 means void, ids count from 1: subtract 1, 0 becoming 255 "
                     f"(reduce_zero_label). If {count} means void, give --ignore-index {count}. "
                     "Otherwise the list lacks a class")  # fmt: skip
-        return f"0 never occurs: ids count from 1, subtract 1; or the list lacks a class"
+        return "0 never occurs: ids count from 1, subtract 1; or the list lacks a class"
     if min(wrong) < 0:
         return "Negative ids mean void in some formats: write 255 instead"
     if max(wrong) > 255:

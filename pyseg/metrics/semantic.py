@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import LabelError, ScoreError
+from ..errors import LabelError
 from ..ops import confusion_counts
 from ..types import VOID, Sample, Segmentation
-
-NAN_LOGITS = (
-    "the logits hold NaN, so that no class is the largest; look for a network that diverged, "
-    "half-precision overflow, or a division by zero in a refiner"
-)
+from .inputs import nan_images, raise_invalid, target_of
 
 
 class Semantic:
@@ -92,20 +88,11 @@ class Semantic:
             ScoreError: the logits hold NaN. On CUDA this and wrong ids come from `compute`, so that
                 nothing waits for the device.
         """
-        if sample.labels is None:
-            raise LabelError(f"sample {sample.name!r} has no labels to score against")
-        labels, target = prediction.labels, sample.labels
-        if labels.shape != target.shape:
-            raise LabelError(f"sample {sample.name!r} has labels of size {list(target.shape)}, its "
-                             f"prediction is {list(labels.shape)}")  # fmt: skip
-        undefined = torch.zeros(1, dtype=torch.int64, device=labels.device)
-        if prediction.logits is not None:
-            undefined += prediction.logits.isnan().any()
-            if labels.device.type == "cpu" and undefined:
-                raise ScoreError(f"sample {sample.name!r}: {NAN_LOGITS}")
-        target = target.to(labels.device)
+        undefined = nan_images(prediction, sample.name)
+        labels = prediction.labels
+        target = target_of(prediction, sample, labels.device)
         if self.reduce_zero_label:
-            target = self._reduced(target, sample.name)
+            target = self._reduced(target)
         try:
             counts = confusion_counts(
                 labels[None], target[None], len(self.classes), self.ignore_index
@@ -114,11 +101,11 @@ class Semantic:
             raise LabelError(f"sample {sample.name!r}: {error}") from error
         self._matrix = self._matrix.to(labels.device) + counts.matrix[0]
         self._missed = self._missed.to(labels.device) + counts.missed[0]
-        self._invalid = self._invalid.to(labels.device) + torch.cat([counts.invalid[0], undefined])
+        self._invalid = self._invalid.to(labels.device) + torch.cat(
+            [counts.invalid[0], undefined[None]]
+        )
 
-    def _reduced(self, target: Tensor, name: str) -> Tensor:
-        if target.is_floating_point():
-            raise LabelError(f"sample {name!r}: labels must be integers, got {target.dtype}")
+    def _reduced(self, target: Tensor) -> Tensor:
         wide = target.to(torch.int32)
         kept = (wide != 0) & (wide != self.ignore_index)
         return torch.where(kept, wide - 1, self.ignore_index)
@@ -160,15 +147,7 @@ class Semantic:
             LabelError: labels out of range were seen on CUDA.
             ScoreError: NaN logits were seen on CUDA.
         """
-        wrong_predictions, wrong_targets, undefined = self._invalid.tolist()
-        if undefined:
-            raise ScoreError(f"{undefined} predictions: {NAN_LOGITS}")
-        if wrong_predictions or wrong_targets:
-            raise LabelError(
-                f"{wrong_predictions} predicted and {wrong_targets} target pixels have labels that "
-                f"are neither 0 to {len(self.classes) - 1} nor {self.ignore_index} (void); run "
-                "the metric on the CPU to see which"
-            )
+        raise_invalid(self._invalid, len(self.classes), self.ignore_index)
         matrix, missed = self._matrix.cpu().double(), self._missed.cpu().double()
         tp = matrix.diagonal()
         truth = matrix.sum(1) + missed
