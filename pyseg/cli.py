@@ -308,6 +308,73 @@ def train(
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
+@app.command("instance-ap")
+def instance_ap_command(
+    truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
+    from .evaluation import finite
+    from .metrics.instances import KINDS, instance_ap
+
+    scores = instance_ap(truth, predictions)
+    if as_json:
+        return _print_json(finite(scores))
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+             "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]  # fmt: skip
+    rows = [
+        [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
+        for kind in KINDS
+        if f"{kind}_ap" in scores
+    ]
+    _print_table(["", *names], rows, numbers=True)
+    typer.echo(f"{scores['images']} images, {scores['objects']} objects, "
+               f"{scores['detections']} detections")  # fmt: skip
+
+
+@app.command("check-labels")
+def check_labels_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Label maps, or a folder with labels/.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images. [default: DIR/images, if any]")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, .txt or .json. [default: DIR/classes.*]")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = 255,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what is wrong with label maps before training; exit code 1 if anything is."""
+    from .label_check import check_labels
+
+    report = check_labels(
+        folder, images=images, classes=classes, num_classes=num_classes,
+        ignore_index=ignore_index, track=_track("checking"),
+    )  # fmt: skip
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        total = sum(count.pixels for count in report.values)
+        _print_table(
+            ["value", "class", "pixels", "share", "files"],
+            [
+                [str(c.value), c.name, str(c.pixels), f"{c.pixels / total:.2%}", str(c.files)]
+                for c in report.values
+            ],
+        )
+        for problem in report.problems:
+            kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
+            typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
+        verdict = "no errors" if report.ok else "not fit for training"
+        typer.echo(f"{report.files} label maps: {verdict}")
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
