@@ -243,7 +243,7 @@ def test_half_precision_is_within_rounding(generator, case, dtype):
     grad = torch.randn(reference(**wide.tensors, **case.geometry).shape, generator=generator)
     grad = grad.to(dtype)
     got = with_gradients(deform_conv2d, case, grad)
-    expected = with_gradients(reference, wide, grad.double())
+    expected = with_gradients(torchvision_deform_conv2d, wide, grad.double())
     # Each number that enters a sum, and then the sum, may be off by one rounding.
     magnitudes = {name: t if t is None else t.abs() for name, t in wide.tensors.items()}
     magnitudes["offset"] = wide.tensors["offset"]
@@ -254,8 +254,7 @@ def test_half_precision_is_within_rounding(generator, case, dtype):
         scale = expected[name].abs()
         error = (gradient.double() - expected[name]).abs()
         tolerance = torch.finfo(dtype).eps * scale + 1e-5 * scale.max()
-        # where a position in float32 falls on the other side of a pixel, the slope is another
-        assert (error > tolerance).double().mean() <= (1e-3 if name == "offset" else 0), name
+        assert (error <= tolerance).all(), name
 
 
 def test_any_strides(generator):
