@@ -376,6 +376,57 @@ def check_labels_command(
 
 
 @app.command()
+def tune(
+    refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
+    dataset: DatasetOption,
+    root: RootOption,
+    spec: Annotated[
+        str,
+        typer.Option(
+            "--spec",
+            "-s",
+            help="Pipeline whose result is to be refined, or the folder of a saved one.",
+        ),
+    ] = "streetnet",
+    split: Annotated[str, typer.Option(help="Split to fit and to check on.")] = "val",
+    limit: Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")] = None,
+    trials: Annotated[int, typer.Option(help="Parameters to try.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the parameters drawn.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
+    ] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a refiner's parameters on a validation split, with the refiner left out as a candidate.
+
+    Half of the images is fitted, the other half checks; the result is a --spec to paste.
+    """
+    from . import tuning
+
+    if refiner != "crf":
+        raise PysegError(f"tune knows the refiner crf, got {refiner!r}")
+    data = _dataset(dataset, root, split)
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    result = tuning.tune_crf(
+        pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
+    )
+    if as_json:
+        return _print_json(result.to_dict())
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    if result.spec == str(pipeline):
+        typer.echo(f"no crf is best: {result.best.name} changes mIoU by {result.gain:+.4f} on "
+                   f"images not fitted; use --spec \"{result.spec}\"")  # fmt: skip
+    else:
+        typer.echo(f"mIoU {result.gain:+.4f} on images not fitted, {result.trials} trials; use "
+                   f"--spec \"{result.spec}\"")  # fmt: skip
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
         "demo"
