@@ -64,7 +64,7 @@ def read_image(source: ImageSource) -> Tensor:
     if isinstance(source, Image.Image):
         return _read_pil(source, "the PIL image")
     if isinstance(source, (str, os.PathLike)):
-        return _read_pil(_load(source, "image"), f"image {os.fspath(source)!r}")
+        return _read_pil(open_image(source, "image"), f"image {os.fspath(source)!r}")
     raise ImageError(
         f"an image must be a path, a PIL image, a NumPy array or a tensor, got "
         f"{type(source).__name__}; for several images pass a list to the pipeline"
@@ -85,7 +85,7 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
         ImageError: the file cannot be read (see `read_image`), is a lossy JPEG, or holds colours
             instead of ids.
     """
-    image = _load(path, "label map")
+    image = open_image(path, "label map")
     name = f"label map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
         raise ImageError(f"{name} is a JPEG, whose compression changes class ids; use the PNG that "
@@ -120,7 +120,7 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
     """
-    image = _load(path, "panoptic map")
+    image = open_image(path, "panoptic map")
     name = f"panoptic map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
         raise ImageError(f"{name} is a JPEG, whose compression changes ids; use the PNG that it "
@@ -133,7 +133,7 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
     return torch.from_numpy((padded & 0xFFFFFF).astype(np.int32))
 
 
-def _load(path: str | os.PathLike[str], what: str) -> Image.Image:
+def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
     """Opens and decodes a file whole, with one kind of error for all that can go wrong."""
     name = f"{what} {os.fspath(path)!r}"
     file = Path(path)

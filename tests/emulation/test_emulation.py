@@ -35,6 +35,27 @@ for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), t
     yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
 yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
 """,
+    "panoptic_head": """
+g = torch.Generator().manual_seed(0)
+for size, instances in [((6, 140), 3), ((9, 20), 258)]:
+    boxes = torch.rand(2, instances, 4, generator=g) * 20 - 3
+    boxes[..., 2:] += boxes[..., :2]
+    labels = torch.randint(1, 4, (2, instances), generator=g)
+    yield ops.panoptic_head(torch.randn(2, 4, 3, 5, generator=g),
+                            torch.randn(2, instances, 3, 3, generator=g), boxes, labels, 2, *size)
+""",
+    "panoptic_merge": """
+g = torch.Generator().manual_seed(0)
+masks = torch.rand(2, 6, 5, 5, generator=g)
+boxes = torch.rand(2, 6, 4, generator=g) * 30 - 5
+boxes[..., 2:] += boxes[..., :2]
+scores, labels = torch.rand(2, 6, generator=g) + 0.3, torch.randint(0, 9, (2, 6), generator=g)
+semantic = torch.randint(0, 4, (2, 13, 41), generator=g)
+parameters = [2, 0], 0.5, 0.6, 40, 0.5
+yield ops.panoptic_merge(masks, boxes, scores, labels, semantic, *parameters)
+masks = torch.rand(2, 6, 13, 41, generator=g) < torch.rand(2, 6, 1, 1, generator=g)
+yield ops.panoptic_merge(masks, None, scores, labels, semantic.byte(), *parameters)
+""",
     "panoptic_quality": """
 g = torch.Generator().manual_seed(0)
 for count, shape in [(4, (9, 700)), (150, (40, 300))]:
