@@ -15,9 +15,9 @@ namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 512;        // pixels coded at a time: these stay in the L1 cache
-constexpr int64_t kRun = 32;           // pixels that are counted at once where they are all alike
-constexpr int kCopies = 8;             // of a small table of counts
+constexpr int64_t kBlock = 512;  // pixels coded at a time: these stay in the L1 cache
+constexpr int64_t kRun = 32;     // pixels that are counted at once where they are all alike
+constexpr int kCopies = 8;       // of a small table of counts
 constexpr int64_t kMaxConfusionClasses = 4096;  // its table of counts has 64 MiB per thread
 
 // A code of a label is as wide as the label where it can be, because changing the width between

@@ -22,13 +22,13 @@ __global__ void __launch_bounds__(kThreads)
   const int x = int(blockIdx.x) % blocks * kThreads + int(threadIdx.x);
   if (x >= shape.out_width) return;
   Out* out = labels + (int64_t(blockIdx.y) * shape.out_height) * shape.out_width + x;
-  classify_column<In, T, Rows>(
-      logits + blockIdx.y * shape.image_stride, shape, int(blockIdx.x) / blocks, x,
-      [&](int y, int end, const int* label) {
+  classify_column<In, T, Rows>(logits + blockIdx.y * shape.image_stride, shape,
+                               int(blockIdx.x) / blocks, x, [&](int y, int end, const int* label) {
 #pragma unroll
-        for (int r = 0; r < Rows; ++r)
-          if (y + r < end) out[int64_t(y + r) * shape.out_width] = Out(label[r]);
-      });
+                                 for (int r = 0; r < Rows; ++r)
+                                   if (y + r < end)
+                                     out[int64_t(y + r) * shape.out_width] = Out(label[r]);
+                               });
 }
 
 template <class In, class T, class Out, int Rows>

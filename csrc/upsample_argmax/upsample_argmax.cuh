@@ -66,8 +66,8 @@ __device__ int first_row(const Shape<T>& shape, int low) {
   return y;
 }
 
-// Calls use(y, end, labels) for all chunks of output rows of a job: rows y to y + Rows - 1, of which
-// those from `end` on do not count.
+// Calls use(y, end, labels) for all chunks of output rows of a job: rows y to y + Rows - 1, of
+// which those from `end` on do not count.
 template <class In, class T, int Rows, class Use>
 __device__ void classify_column(const In* __restrict__ logits,  // of the image: [C, h, w], strided
                                 const Shape<T>& shape, int job, int x, const Use& use) {

@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
           for (int r = 0; r < Rows; ++r) {  // one addition per run of equal pairs
             if (y + r >= end) break;
-            const uint32_t next_row =
-                targets.code(column_start + int64_t(y + r) * shape.out_width);
+            const uint32_t next_row = targets.code(column_start + int64_t(y + r) * shape.out_width);
             const uint32_t next_column =
                 label[r] == ignore_index ? uint32_t(shape.classes) : uint32_t(label[r]);
             if (length && (next_row != row || next_column != column)) {

@@ -48,8 +48,8 @@ def test_parameter_counts_are_the_published_ones(name, count):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     from torchvision.models import ResNet50_Weights, resnet
-    from torchvision.models.detection._utils import overwrite_eps
     from torchvision.models.detection import maskrcnn_resnet50_fpn
+    from torchvision.models.detection._utils import overwrite_eps
 
     torch.manual_seed(1)
     options = {"num_classes": 4, "min_size": 64, "max_size": 128}
