@@ -5,6 +5,7 @@ the same name in this package.
 """
 
 from .boundary_mask import boundary_mask
+from .boundary_match import BoundaryMatches, boundary_match
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .dense_crf import dense_crf
@@ -15,11 +16,13 @@ from .upsample_argmax import upsample_argmax
 from .upsample_confusion import upsample_confusion
 
 __all__ = [
+    "BoundaryMatches",
     "ConfusionCounts",
     "DeformConv2d",
     "PanopticCounts",
     "PanopticMaps",
     "boundary_mask",
+    "boundary_match",
     "confusion_counts",
     "confusion_matrix",
     "deform_conv2d",

@@ -22,6 +22,14 @@ HERE = Path(__file__).resolve().parent
 
 # A few small calls of every op: each should reach all of its kernels and their edges.
 CASES = {
+    "boundary_match": """
+g = torch.Generator().manual_seed(0)
+for classes, shape, dtype in [(4, (2, 9, 150), torch.uint8), (4000, (1, 20, 21), torch.int32)]:
+    labels = torch.randint(0, 4, (2, *shape), generator=g)
+    labels[torch.rand(labels.shape, generator=g) < 0.02] = 4001  # some out of range, or void
+    for radius in (0, 5):
+        yield ops.boundary_match(*labels.to(dtype), classes, radius, 4001 % 256)
+""",
     "boundary_mask": """
 g = torch.Generator().manual_seed(0)
 for shape, dtype, distance in [((2, 9, 1100), torch.uint8, 3), ((1, 40, 33), torch.int64, 12)]:
