@@ -126,18 +126,6 @@ int row_width(int classes) {
   return (classes + 15) / 16 * 16;
 }
 
-// Calls work(item, worker) for every item; which worker takes which is left to chance, so that
-// threads that are held up take fewer.
-template <class Work>
-void for_each(int64_t items, Work work) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
-  });
-}
-
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
 void for_ranges(int64_t items, int64_t piece, Work work) {
