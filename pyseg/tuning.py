@@ -13,7 +13,7 @@ from typing import Any
 
 from . import refiners
 from .errors import PysegError
-from .evaluation import without_nan
+from .evaluation import finite
 from .image import write_json
 from .metrics.semantic import Semantic
 from .pipeline import Pipeline
@@ -237,10 +237,10 @@ def _vary(parameters: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def _entry(trial: Trial) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "name": trial.name, "parameters": trial.parameters, "fit": without_nan(trial.fit),
+        "name": trial.name, "parameters": trial.parameters, "fit": finite(trial.fit),
     }  # fmt: skip
     if trial.check is not None:
-        entry["check"] = without_nan(trial.check)
+        entry["check"] = finite(trial.check)
     return entry
 
 
