@@ -642,12 +642,22 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   }
 }
 
+// Beyond this the sum of a large image's messages would overflow; false for NaN too.
+template <class Real>
+bool usable(const Real* values, int64_t n) {
+  return std::all_of(values, values + n, [](Real x) { return std::abs(x) <= Real(1e15); });
+}
+
 template <class Real>
 void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& weights,
                      const std::optional<Tensor>& compatibility, const Settings& settings,
                      Tensor& q) {
   const int64_t images = unary.size(0), classes = unary.size(1),
                 plane = unary.size(2) * unary.size(3);
+  PYSEG_CHECK(usable(weights.const_data_ptr<Real>(), weights.numel()) &&
+                  (!compatibility ||
+                   usable(compatibility->const_data_ptr<Real>(), classes * classes)),
+              "weights and compatibility must be finite and at most 1e15 in magnitude");
   for (int64_t i = 0; i < images; ++i) {
     Crf<Real> crf(settings, unary.size(2), unary.size(3));
     crf.build(features.const_data_ptr<Real>() + i * features.size(1) * plane);

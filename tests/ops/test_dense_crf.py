@@ -325,6 +325,17 @@ def test_very_certain_unary(generator):
     assert q.isfinite().all()
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATION)
+@pytest.mark.parametrize("extreme", [1e15, -1e15])
+def test_huge_weights_stay_finite(generator, normalization, extreme):
+    unary, image = example(generator)
+    kernels = {"gaussian": ((3.0, extreme),), "bilateral": ((30.0, 20.0, extreme),)}
+    for options in ({}, {"compatibility": extreme * torch.rand(4, 4, generator=generator)}):
+        q = dense_crf(unary, image, normalization=normalization, **kernels, **options)
+        assert q.isfinite().all()
+        torch.testing.assert_close(q.sum(1), torch.ones(2, 20, 33))
+
+
 # -- bad input
 
 
@@ -342,6 +353,11 @@ def test_very_certain_unary(generator):
         (lambda u, i: (u.masked_fill(u > 2, torch.nan), i), "unary holds NaN or infinity"),
         (lambda u, i: (u.masked_fill(u > 2, torch.inf), i), "unary holds NaN or infinity"),
         (lambda u, i: (u, i / 0.0), "image or features hold NaN or infinity"),
+        (lambda u, i: (u[:, :, :0], i[:, :, :0]), "unary has no pixels"),
+        (lambda u, i: (u, i[0]), "image must be"),
+        (lambda u, i: (u, i.permute(0, 2, 3, 1)), "image must be"),
+        (lambda u, i: (u, i[:, [0] * 7]), r"bilateral\[0\] has 9 features, at most 8"),
+        (lambda u, i: (u.to("meta"), i), "unary is on meta, image on cpu"),
         (
             lambda u, i: (
                 u[:1, :1, :1, :1].expand(1, 1, 2**15, 2**14),
@@ -368,6 +384,15 @@ def test_bad_tensors(generator, change, message):
         ({"gaussian": ((3.0, torch.ones(2)),)}, "weight must have one element"),
         ({"features": ((torch.ones(2, 9, 20, 33), 1.0, 1.0),)}, "at most 8"),
         ({"features": ((torch.ones(2, 2, 20, 32), 1.0, 1.0),)}, r"features\[0\] must be"),
+        ({"features": ((torch.ones(2, 0, 20, 33), 1.0, 1.0),)}, r"features\[0\] has no features"),
+        ({"features": ((torch.ones(2, 1, 20, 33) / 0, 1.0, 1.0),)}, "hold NaN or infinity"),
+        ({"features": ((torch.ones(2, 1, 20, 33), 0.0, 1.0),)}, "sigma must be positive"),
+        ({"gaussian": ((torch.inf, 3.0),)}, "sigma_xy must be positive"),
+        ({"gaussian": ((3.0, torch.nan),)}, "weights and compatibility must be finite"),
+        ({"gaussian": ((3.0, torch.tensor(torch.inf)),)}, "weights and compatibility must be"),
+        ({"gaussian": ((3.0, 1e38),)}, "at most 1e15 in magnitude"),
+        ({"compatibility": torch.full((4, 4), torch.nan)}, "weights and compatibility must be"),
+        ({"compatibility": torch.eye(4, device="meta")}, "compatibility on meta"),
         ({"iterations": -1}, "iterations"),
         ({"quality": "best"}, "quality must be one of"),
         ({"normalization": "both"}, "normalization must be one of"),
