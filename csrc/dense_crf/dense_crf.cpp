@@ -654,10 +654,10 @@ void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& 
                      Tensor& q) {
   const int64_t images = unary.size(0), classes = unary.size(1),
                 plane = unary.size(2) * unary.size(3);
-  PYSEG_CHECK(usable(weights.const_data_ptr<Real>(), weights.numel()) &&
-                  (!compatibility ||
-                   usable(compatibility->const_data_ptr<Real>(), classes * classes)),
-              "weights and compatibility must be finite and at most 1e15 in magnitude");
+  PYSEG_CHECK(
+      usable(weights.const_data_ptr<Real>(), weights.numel()) &&
+          (!compatibility || usable(compatibility->const_data_ptr<Real>(), classes * classes)),
+      "weights and compatibility must be finite and at most 1e15 in magnitude");
   for (int64_t i = 0; i < images; ++i) {
     Crf<Real> crf(settings, unary.size(2), unary.size(3));
     crf.build(features.const_data_ptr<Real>() + i * features.size(1) * plane);
