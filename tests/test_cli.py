@@ -131,7 +131,7 @@ def test_help_and_list_import_no_torch():
 import sys
 from typer.testing import CliRunner
 from pyseg.cli import app
-commands = "list doctor predict evaluate train demo bench".split()
+commands = "list doctor predict evaluate train tune demo bench".split()
 for arguments in [["--help"], *([name, "--help"] for name in commands), ["list", "--json"]]:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (arguments, result.output)

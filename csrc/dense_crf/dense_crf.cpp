@@ -833,6 +833,14 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums,
   }
 }
 
+// Beyond this the sum of a large image's messages would overflow; false for NaN too.
+template <class Real>
+bool usable(const Tensor& tensor) {
+  const Real* const values = tensor.const_data_ptr<Real>();
+  return std::all_of(values, values + tensor.numel(),
+                     [](Real x) { return std::abs(x) <= Real(1e15); });
+}
+
 // The operator's arguments, checked and contiguous.
 struct Arguments {
   Tensor unary, features, weights;
@@ -897,8 +905,14 @@ Arguments check(const Tensor& unary, const Tensor& features, const Tensor& weigh
                   (!compatibility || type == compatibility->scalar_type()),
               "unary, features, weights and compatibility must have one dtype");
   const auto contiguous = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  return {contiguous(unary), contiguous(features), contiguous(weights),
-          compatibility ? std::optional(contiguous(*compatibility)) : std::nullopt, settings};
+  Arguments result{contiguous(unary), contiguous(features), contiguous(weights),
+                   compatibility ? std::optional(contiguous(*compatibility)) : std::nullopt,
+                   settings};
+  for (const Tensor* tensor :
+       {&result.weights, result.compatibility ? &*result.compatibility : &result.weights})
+    PYSEG_CHECK(type == ScalarType::Float ? usable<float>(*tensor) : usable<double>(*tensor),
+                "weights and compatibility must be finite and at most 1e15 in magnitude");
+  return result;
 }
 
 template <class Real>
