@@ -1,13 +1,13 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from pyseg.cli import app
 from pyseg.errors import PysegError
 from pyseg.label_check import check_labels
 
@@ -225,17 +225,17 @@ def test_command(tree):
     folder = tree({"a": [[0, 1, 2, 3]]})
 
     def run(*arguments):
-        command = [sys.executable, "-m", "pyseg", "check-labels", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        return CliRunner().invoke(app, ["check-labels", str(folder), *arguments])
 
     good = run("--num-classes", "4")
-    assert good.returncode == 0 and "1 label maps: no errors" in good.stdout, good.stderr
+    assert good.exit_code == 0 and "1 label map: no errors" in good.output
     bad = run("--num-classes", "3")
-    assert bad.returncode == 1 and "error [off-by-one]" in bad.stdout
+    assert bad.exit_code == 1 and "error [off-by-one]" in bad.output
     as_json = run("--num-classes", "3", "--json")
-    report = json.loads(as_json.stdout)
-    assert as_json.returncode == 1 and report["errors"][0]["kind"] == "off-by-one"
+    report = json.loads(as_json.output)
+    assert as_json.exit_code == 1 and report["errors"][0]["kind"] == "off-by-one"
     assert report["values"][3] == {"value": 3, "name": "", "pixels": 1, "files": 1}
+    assert run("--images", str(folder / "none")).exit_code == 2
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA}; set PYSEG_TEST_DATA")
