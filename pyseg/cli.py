@@ -225,6 +225,50 @@ def cost_command(
                f"{result.rounds}; FLOPs as torch counts them, 2 per multiply-add")  # fmt: skip
 
 
+@app.command("panoptic-quality")
+def panoptic_quality(
+    ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    gt_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    pred_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
+    ] = None,
+    boundary_ratio: Annotated[
+        float, typer.Option(help="Boundary PQ: width of the boundary as a share of the diagonal, "
+                            "usually 0.02; 0 for plain PQ.")
+    ] = 0.0,
+    all_crowds: Annotated[
+        bool, typer.Option("--all-crowds", help="Every crowd of a class counts, not only the last "
+                           "one, as in panopticapi.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
+    from .metrics.panoptic import score_files
+
+    try:
+        result = score_files(
+            ground_truth, predictions, target_folder=gt_dir, prediction_folder=pred_dir,
+            categories=categories, boundary_ratio=boundary_ratio, all_crowds=all_crowds,
+            track=_track("scoring"),
+        )  # fmt: skip
+    except ValueError as error:  # an option out of range
+        raise error if isinstance(error, PysegError) else PysegError(str(error)) from error
+    groups = ("All", "Things", "Stuff")
+    if as_json:
+        for group in groups:  # JSON has no nan
+            result[group] = {k: None if v != v else v for k, v in result[group].items()}
+        return _print_json(result)
+    rows = [[group, *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
+             str(result[group]["n"])] for group in groups]  # fmt: skip
+    _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
+
+
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
@@ -382,6 +426,57 @@ def check_labels_command(
         typer.echo(f"{maps}: {verdict}")
     if not report.ok:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def tune(
+    refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
+    dataset: DatasetOption,
+    root: RootOption,
+    spec: Annotated[
+        str,
+        typer.Option(
+            "--spec",
+            "-s",
+            help="Pipeline whose result is to be refined, or the folder of a saved one.",
+        ),
+    ] = "streetnet",
+    split: Annotated[str, typer.Option(help="Split to fit and to check on.")] = "val",
+    limit: Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")] = None,
+    trials: Annotated[int, typer.Option(help="Parameters to try.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the parameters drawn.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
+    ] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a refiner's parameters on a validation split, with the refiner left out as a candidate.
+
+    Half of the images is fitted, the other half checks; the result is a --spec to paste.
+    """
+    from . import tuning
+
+    if refiner != "crf":
+        raise PysegError(f"tune knows the refiner crf, got {refiner!r}")
+    data = _dataset(dataset, root, split)
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    result = tuning.tune_crf(
+        pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
+    )
+    if as_json:
+        return _print_json(result.to_dict())
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    if result.spec == str(pipeline):
+        typer.echo(f"no crf is best: {result.best.name} changes mIoU by {result.gain:+.4f} on "
+                   f"images not fitted; use --spec \"{result.spec}\"")  # fmt: skip
+    else:
+        typer.echo(f"mIoU {result.gain:+.4f} on images not fitted, {result.trials} trials; use "
+                   f"--spec \"{result.spec}\"")  # fmt: skip
 
 
 @app.command()

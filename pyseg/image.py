@@ -108,6 +108,31 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     )
 
 
+def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
+    """The segment ids of a panoptic PNG in COCO's format: R + 256 G + 65536 B, 0 = void.
+
+    Args:
+        path: an RGB PNG.
+
+    Returns:
+        [H, W] int32.
+
+    Raises:
+        ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
+    """
+    image = open_image(path, "panoptic map")
+    name = f"panoptic map {os.fspath(path)!r}"
+    if image.format in ("JPEG", "MPO"):
+        raise ImageError(f"{name} is a JPEG, whose compression changes ids; use the PNG that it "
+                         "was made from")  # fmt: skip
+    if image.mode != "RGB":
+        raise ImageError(f"{name} has mode {image.mode}; COCO's panoptic format is RGB, with "
+                         "id = R + 256 G + 65536 B")  # fmt: skip
+    # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
+    padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
+    return torch.from_numpy((padded & 0xFFFFFF).astype(np.int32))
+
+
 def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
     """Opens and decodes a file whole, with one kind of error for all that can go wrong."""
     name = f"{what} {os.fspath(path)!r}"
@@ -536,7 +561,7 @@ def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[
                 "category_id": ids[item.label],
                 "area": int(inside.sum()),
                 "bbox": box,  # x, y, width, height
-                "iscrowd": 0,
+                "iscrowd": int(item.crowd),
                 "score": item.score,
             }
         )
@@ -551,6 +576,7 @@ __all__ = [
     "encode_rle",
     "read_image",
     "read_labels",
+    "read_segment_ids",
     "write_image",
     "write_json",
     "write_labels",

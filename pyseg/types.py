@@ -30,6 +30,7 @@ class Segment:
     label: int  # class index
     score: float
     area: int  # pixels
+    crowd: bool = False  # in ground truth: a region of several objects that were not told apart
 
 
 @dataclass(frozen=True, eq=False)
