@@ -96,8 +96,10 @@ class Binary:
         target, logits, invalid = class_targets(
             prediction, sample, len(self.classes), self.ignore_index
         )
+        valid = target >= 0
         # NaN, which compute() reports, has no bin.
-        score = logits.softmax(0)[self.positive].nan_to_num(0.0)
+        score = logits.softmax(0)[self.positive][valid].nan_to_num(0.0)
+        target = target[valid]
         truth = (target == self.positive).long()
         cell = 2 * truth + (score >= self.threshold)
         counts = torch.bincount(cell, minlength=4).view(2, 2)
