@@ -111,6 +111,7 @@ def test_colours_instead_of_ids(tree):
     folder = tree(
         {
             "coloured": palette[generator.integers(0, 3, (8, 9))],
+            "other": palette[generator.integers(0, 2, (8, 9))],
             "grey": np.repeat(generator.integers(0, 3, (8, 9, 1), np.uint8), 3, 2),
             "photograph": generator.integers(0, 256, (40, 41, 3), np.uint8),
         }
@@ -118,9 +119,15 @@ def test_colours_instead_of_ids(tree):
     report = check_labels(folder, num_classes=3)
     found = {problem.files: problem.message for problem in report.problems}
     assert kinds(report) == ["colours"] * 3
-    assert "3 colours, a palette" in found["coloured.png",]
+    assert "a palette turned into RGB" in found["coloured.png", "other.png"]
     assert "keep one" in found["grey.png",]
     assert "photograph" in found["photograph.png",]
+
+
+def test_photographs_as_labels(tree):
+    grey = np.random.default_rng(1).integers(0, 256, (60, 60), np.uint8)
+    problem = only(check_labels(tree({"a": grey})), "sparse-values")
+    assert "photograph" in problem.message and not problem.error
 
 
 def test_colour_map_turned_grey(tree):
@@ -192,7 +199,7 @@ def test_damaged_lossy_and_doubled_files(tree):
     (folder / "labels" / "c.png").write_bytes(b"no image")
     report = check_labels(folder, num_classes=3)
     messages = {problem.files: (problem.kind, problem.message) for problem in report.problems}
-    assert messages["b.jpg",][0] == "unreadable" and "JPEG" in messages["b.jpg",][1]
+    assert messages["b.jpg",][0] == "lossy" and "JPEG" in messages["b.jpg",][1]
     assert messages["c.png",][0] == "unreadable" and "not an image" in messages["c.png",][1]
     assert messages["a.bmp", "a.png"][0] == "same-name"
 
