@@ -178,14 +178,13 @@ def evaluate(
         if report is not None:
             from .report import Recorder
 
-            recorder = Recorder(data.classes, data.palette, len(pipeline.stages))
+            recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
         result = evaluation.evaluate(
             pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating"),
             observe=recorder.add if recorder else None,
         )  # fmt: skip
-        if recorder is not None and report is not None:
-            name = f"{dataset}, {split}" if split else dataset
-            recorder.write(report, result, name)
+        if recorder is not None:
+            recorder.write(result, f"{dataset}, {split}" if split else dataset)
     if not result.is_main_process:
         return
     if as_json:

@@ -48,19 +48,33 @@ class Recorder:
     the few worst images, as JPEG. Datasets without label maps give a page of tables only.
 
     Args:
+        folder: where the page will be; made now if absent, so that a mistake shows at once.
         classes: of the dataset.
         palette: one RGB colour per class.
         stages: number of stages of the pipeline.
 
+    Raises:
+        PysegError: ``folder`` is a file or lies below one.
+
     Example:
-        >>> recorder = Recorder(data.classes, data.palette, len(pipeline.stages))
+        >>> recorder = Recorder("out", data.classes, data.palette, len(pipeline.stages))
         >>> result = evaluate(pipeline, data, observe=recorder.add)
-        >>> recorder.write("out", result)
+        >>> recorder.write(result)
     """
 
     def __init__(
-        self, classes: Sequence[str], palette: Sequence[tuple[int, int, int]], stages: int
+        self,
+        folder: str | Path,
+        classes: Sequence[str],
+        palette: Sequence[tuple[int, int, int]],
+        stages: int,
     ) -> None:
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise PysegError(f"--report {str(folder)!r} is a file or lies below one; give a "
+                             "folder") from error  # fmt: skip
         self.classes, self.palette = tuple(classes), tuple(palette)
         self._scores = [Semantic(self.classes) for _ in range(stages)]
         self._worst: list[WorstImage] = []
@@ -102,33 +116,23 @@ class Recorder:
         )
         return tuple(_jpeg(picture) for picture in pictures)
 
-    def write(self, folder: str | Path, result: Evaluation, title: str = "") -> list[Path]:
+    def write(self, result: Evaluation, title: str = "") -> list[Path]:
         """Writes ``index.html`` and ``report.json``, each whole or not at all.
 
         Of several processes all must call it, and the first one writes.
 
         Args:
-            folder: made if absent.
             result: what `pyseg.evaluation.evaluate` returned.
             title: what was evaluated, for the page's head.
-
-        Raises:
-            PysegError: ``folder`` is a file or lies below one.
         """
         scores = copy.deepcopy(self._scores)
         for stage in scores:
             merge_states("report", stage)
         found = [image for part in gather_objects(self._worst) for image in part]
         worst = sorted(found, key=lambda image: image.rank)[:WORST]
-        folder = Path(folder)
-        files = [folder / "report.json", folder / "index.html"]
+        files = [self.folder / "report.json", self.folder / "index.html"]
         if not result.is_main_process:
             return files
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise PysegError(f"--report {str(folder)!r} is a file or lies below one; give a "
-                             "folder") from error  # fmt: skip
         computed = [stage.compute() for stage in scores]
         labelled = computed[-1]["classes_counted"] > 0
         matrix = scores[-1].state()["matrix"].tolist() if labelled else None

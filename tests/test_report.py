@@ -120,9 +120,9 @@ class Page(HTMLParser):
 def reported(folder, names=("semantic",), data=None, spec="noisy+sharpen"):
     data = data or Data()
     pipeline = pyseg.build(spec)
-    recorder = Recorder(data.classes, data.palette, len(pipeline.stages))
+    recorder = Recorder(folder, data.classes, data.palette, len(pipeline.stages))
     result = evaluate(pipeline, data, names, observe=recorder.add)
-    files = recorder.write(folder, result, "test data")
+    files = recorder.write(result, "test data")
     assert sorted(folder.iterdir()) == sorted(files)  # no temporary file is left
     text = (folder / "index.html").read_text(encoding="utf-8")
     return result, json.loads((folder / "report.json").read_text()), text
@@ -213,14 +213,14 @@ def test_without_label_maps_there_are_tables_only(tmp_path):
 
 def test_bad_folder_and_rewriting(tmp_path):
     (tmp_path / "file").write_text("x")
-    recorder = Recorder(CLASSES, Data.palette, 1)
-    result = evaluate(pyseg.build("noisy"), Data(2), observe=recorder.add)
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(PysegError, match="--report"):
-            recorder.write(folder, result)
-    recorder.write(tmp_path / "out", result)
+            Recorder(folder, CLASSES, Data.palette, 1)
+    recorder = Recorder(tmp_path / "out", CLASSES, Data.palette, 1)
+    result = evaluate(pyseg.build("noisy"), Data(2), observe=recorder.add)
+    recorder.write(result)
     before = (tmp_path / "out" / "index.html").read_text()
-    recorder.write(tmp_path / "out", result)
+    recorder.write(result)
     assert (tmp_path / "out" / "index.html").read_text() == before
 
 
