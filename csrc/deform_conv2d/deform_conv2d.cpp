@@ -59,21 +59,28 @@ struct Samples {
   Real* scale(int tap) const { return weight(6, tap); }
 };
 
+template <class T>
+using Multiply = void (*)(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t,
+                          const T*, int64_t, T*, int64_t);
+template <class From, class To>
+using Transpose = void (*)(const From*, int64_t, int64_t, int64_t, To*, int64_t);
+
 template <class T, class Real>
 struct Functions {
   void (*locate)(const T*, const T*, int64_t, const Taps&, const Real*, const Real*, int,
                  const Samples<Real>&);
   void (*gather)(const Real*, int64_t, const Samples<Real>&, int, Real*, int64_t);
-  void (*multiply)(int64_t, int64_t, int64_t, const Real*, int64_t, int64_t, const Real*, int64_t,
-                   Real*, int64_t, bool);
+  Multiply<Real> multiply;
   void (*scatter)(const Real*, int64_t, const Samples<Real>&, int, const Real*, Real*, int64_t,
                   Real*, Real*);
   void (*offset_gradients)(const Samples<Real>&, int, const Real*, Real*, int64_t);
+  Transpose<T, Real> transpose_in;
+  Transpose<Real, T> transpose_out;
   // With dot products of bfloat16, else null.
-  void (*gather_pairs)(const float*, int64_t, const Samples<float>&, int, uint16_t*,
+  void (*gather_pairs)(const uint16_t*, int64_t, const Samples<float>&, int, uint16_t*,
                        int64_t) = nullptr;
-  void (*multiply_pairs)(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
-                         int64_t, float*, int64_t, bool) = nullptr;
+  Multiply<float> multiply_pairs = nullptr;
+  Transpose<uint16_t, uint16_t> transpose_bits = nullptr;
 };
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
@@ -194,24 +201,11 @@ void base_positions(const Problem& p, int64_t first, int count, Real* y, Real* x
 }
 
 // [channels, plane] -> [plane, channels], with zeros for one more pixel and a vector.
-template <class T, class Real>
-void lay_out(const T* in, int64_t channels, int64_t plane, Real* out) {
-  constexpr int64_t kPiece = 64;
-  for (int64_t first = 0; first < plane; first += kPiece) {
-    const int64_t end = std::min(plane, first + kPiece);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = first; i < end; ++i) out[i * channels + c] = Real(in[c * plane + i]);
-  }
-  std::fill_n(out + plane * channels, channels + kPadding, Real(0));
-}
-
-// [rows, stride] -> columns of [channels, plane]
-template <class Real, class T>
-void lay_back(const Real* in, int64_t stride, int64_t rows, int64_t channels, T* out,
-              int64_t plane) {
-  for (int64_t first = 0; first < channels; first += 16)
-    for (int64_t c = first; c < std::min(channels, first + 16); ++c)
-      for (int64_t i = 0; i < rows; ++i) out[c * plane + i] = T(in[i * stride + c]);
+template <class T, class Stored>
+void lay_out(Transpose<T, Stored> transpose, const T* in, int64_t channels, int64_t plane,
+             Stored* out) {
+  transpose(in, plane, channels, plane, out, channels);
+  std::fill_n(out + plane * channels, channels + kPadding, Stored(0));
 }
 
 template <class Real>
@@ -249,7 +243,7 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   for (const Block& block : blocks) {
     weights_at.push_back(weights_size), block_at.push_back(block_size);
     weights_size += round_up(block.depth, kStep) * columns;
-    block_size += (plane + 1) * block.width + kPadding;
+    block_size += round_up((plane + 1) * block.width + kPadding, 32);
     deepest = std::max(deepest, block.depth);
   }
 
@@ -282,15 +276,25 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   std::vector<std::unique_ptr<Workspace>> workspaces(torch::stable::get_num_threads());
   // As many images at a time as fit 64 MB, or one.
   const int64_t together =
-      std::clamp<int64_t>((int64_t(64) << 20) / (block_size * int64_t(sizeof(Real))), 1,
+      std::clamp<int64_t>((int64_t(64) << 20) / (block_size * int64_t(sizeof(Column))), 1,
                           std::max<int64_t>(1, p.images));
-  const Buffer<Real> laid_out(block_size * together);
+  const Buffer<Column> laid_out(block_size * together);
+  // What each group's sums begin with.
+  const Buffer<Real> biases(p.groups * columns);
+  std::fill_n(biases.get(), p.groups * columns, Real(0));
+  for (int64_t o = 0; bias && o < p.outputs; ++o)
+    biases.get()[o / per_group * columns + o % per_group] = Real(bias[o]);
   for (int64_t start = 0; start < p.images; start += together) {
     const int64_t images = std::min(together, p.images - start);
     for_each(images * int64_t(blocks.size()), [&](int64_t job, int64_t) {
       const int64_t image = job / int64_t(blocks.size()), b = job % int64_t(blocks.size());
-      lay_out(input + ((start + image) * p.channels + blocks[b].first) * plane, blocks[b].width,
-              plane, laid_out.get() + image * block_size + block_at[b]);
+      const T* from = input + ((start + image) * p.channels + blocks[b].first) * plane;
+      Column* to = laid_out.get() + image * block_size + block_at[b];
+      if constexpr (kStep == 1)
+        lay_out(f.transpose_in, from, blocks[b].width, plane, to);
+      else
+        lay_out(f.transpose_bits, reinterpret_cast<const uint16_t*>(from), blocks[b].width, plane,
+                to);
     });
     for_each(images * p.tiles(), [&](int64_t job, int64_t worker) {
       if (!workspaces[worker])
@@ -314,18 +318,15 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
         const bool begins = b == 0 || blocks[b - 1].group != block.group;
         const bool ends = b + 1 == blocks.size() || blocks[b + 1].group != block.group;
         const int64_t first_output = block.group * per_group;
-        if (begins)
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t o = 0; o < columns; ++o)
-              w.sums.get()[i * columns + o] =
-                  bias && o < per_group ? Real(bias[first_output + o]) : Real(0);
-        const Real* from = laid_out.get() + image * block_size + block_at[b];
+        const Real* start_of_sums = begins ? biases.get() + block.group * columns : w.sums.get();
+        const int64_t start_stride = begins ? 0 : columns;
+        const Column* from = laid_out.get() + image * block_size + block_at[b];
         const Samples<Real> samples = w.samples.at(block.offset_group, taps);
         const Column* right = weights.get() + weights_at[b];
         if constexpr (kStep == 1) {
           f.gather(from, block.width, samples, count, w.columns.get(), stride);
           f.multiply(rows, columns, block.depth, w.columns.get(), stride, 1, right, columns,
-                     w.sums.get(), columns, true);
+                     start_of_sums, start_stride, w.sums.get(), columns);
         } else {
           f.gather_pairs(from, block.width, samples, count, w.columns.get(), stride);
           const int64_t depth = round_up(block.depth, kStep);
@@ -334,12 +335,12 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
                       w.columns.get() + i * stride + depth, Column(0));
           f.multiply_pairs(rows, columns, depth / kStep,
                            reinterpret_cast<const float*>(w.columns.get()), stride / kStep, 1,
-                           reinterpret_cast<const float*>(right), columns, w.sums.get(), columns,
-                           true);
+                           reinterpret_cast<const float*>(right), columns, start_of_sums,
+                           start_stride, w.sums.get(), columns);
         }
         if (ends)
-          lay_back(w.sums.get(), columns, count, per_group,
-                   output + (n * p.outputs + first_output) * out_plane + first, out_plane);
+          f.transpose_out(w.sums.get(), columns, count, per_group,
+                          output + (n * p.outputs + first_output) * out_plane + first, out_plane);
       }
     });
   }
@@ -369,9 +370,9 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
     const T* from =
         grad + (image % p.images * p.outputs + image / p.images * per_group) * out_plane;
     Real* to = gradient.get() + image * image_size;
-    for (int64_t o = 0; o < padded; ++o)
-      for (int64_t i = first; i < end; ++i)
-        to[i * padded + o] = o < per_group ? Real(from[o * out_plane + i]) : Real(0);
+    f.transpose_in(from + first, out_plane, per_group, end - first, to + first * padded, padded);
+    for (int64_t i = first; i < end; ++i)
+      std::fill(to + i * padded + per_group, to + (i + 1) * padded, Real(0));
   });
   std::fill_n(gradient.get() + p.groups * p.images * image_size, kRowGroup * padded, Real(0));
 
@@ -416,11 +417,12 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
     const SampleBuffer<Real> sample_buffer(taps);
     const Samples<Real> samples = sample_buffer.at(0, taps);
     const Buffer<Real> column(kTile * stride), column_gradient(kTile * stride);
-    const Buffer<Real> products(taps * 4 * kTile);
+    const Buffer<Real> products(taps * 4 * kTile), zeros(columns);
+    std::fill_n(zeros.get(), columns, Real(0));
     Real y[kTile], x[kTile];
     for (int64_t n = part * p.images / parts; n < (part + 1) * p.images / parts; ++n) {
       const int64_t plane_at = (n * p.channels + block.first) * plane;
-      lay_out(input + plane_at, block.width, plane, laid_out.get());
+      lay_out(f.transpose_in, input + plane_at, block.width, plane, laid_out.get());
       std::fill_n(input_gradient.get(), block_size, Real(0));
       const Real* image_gradient = gradient.get() + (block.group * p.images + n) * image_size;
       const int64_t at = (n * p.offset_groups + block.offset_group) * taps * out_plane;
@@ -431,16 +433,17 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
                  y, x, count, samples);
         const Real* tile_gradient = image_gradient + first * padded;
         f.multiply(round_up(count, kRowGroup), columns, per_group, tile_gradient, padded, 1,
-                   weights.get(), columns, column_gradient.get(), stride, false);
+                   weights.get(), columns, zeros.get(), 0, column_gradient.get(), stride);
         f.scatter(laid_out.get(), block.width, samples, count, column_gradient.get(), column.get(),
                   stride, input_gradient.get(), products.get());
         f.offset_gradients(samples, count, products.get(),
                            offset_gradients.get() + (b * p.images + n) * offset_size + first,
                            out_plane);
         f.multiply(padded, columns, count, tile_gradient, 1, padded, column.get(), stride,
-                   weight_gradient.get(), columns, true);
+                   weight_gradient.get(), columns, weight_gradient.get(), columns);
       }
-      lay_back(input_gradient.get(), block.width, plane, block.width, out.input + plane_at, plane);
+      f.transpose_out(input_gradient.get(), block.width, plane, block.width, out.input + plane_at,
+                      plane);
     }
   });
 
