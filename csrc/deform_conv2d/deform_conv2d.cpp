@@ -31,6 +31,7 @@
 namespace {
 
 using namespace pyseg;
+using namespace pyseg::deformable;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
@@ -148,24 +149,10 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-struct Problem {
-  int64_t images, channels, height, width;
-  int64_t outputs, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t groups, offset_groups;
-  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-
-  int64_t plane() const { return height * width; }
-  int64_t out_plane() const { return out_height * out_width; }
-  int64_t tap_count() const { return kernel_height * kernel_width; }
-  int64_t group_outputs() const { return outputs / groups; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t tiles() const { return (out_plane() + kTile - 1) / kTile; }
-  Taps taps() const {
-    return {int(tap_count()), int(kernel_width), int(dilation_y),
-            int(dilation_x),  int(height),       int(width)};
-  }
-};
+Taps tap_geometry(const Problem& p) {
+  return {int(p.tap_count()), int(p.kernel_width), int(p.dilation_y),
+          int(p.dilation_x),  int(p.height),       int(p.width)};
+}
 
 // Channels of one weight group and one offset group.
 struct Block {
@@ -237,6 +224,7 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   const Functions<T, Real> f = functions<T, Real>();
   const std::vector<Block> blocks = cut(p);
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t tiles = (out_plane + kTile - 1) / kTile;
   const int64_t per_group = p.group_outputs(), columns = round_up(per_group, kPadding);
   std::vector<int64_t> weights_at, block_at;  // of each block
   int64_t weights_size = 0, block_size = 0, deepest = 0;
@@ -296,22 +284,22 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
         lay_out(f.transpose_bits, reinterpret_cast<const uint16_t*>(from), blocks[b].width, plane,
                 to);
     });
-    for_each(images * p.tiles(), [&](int64_t job, int64_t worker) {
+    for_each(images * tiles, [&](int64_t job, int64_t worker) {
       if (!workspaces[worker])
         workspaces[worker].reset(new Workspace{SampleBuffer<Real>(p.offset_groups * taps),
                                                Buffer<Column>(kTile * stride),
                                                Buffer<Real>(kTile * columns)});
       Workspace& w = *workspaces[worker];
-      const int64_t image = job / p.tiles(), n = start + image;
-      const int64_t first = job % p.tiles() * kTile;
+      const int64_t image = job / tiles, n = start + image;
+      const int64_t first = job % tiles * kTile;
       const int count = int(std::min<int64_t>(kTile, out_plane - first));
       const int64_t rows = round_up(count, kRowGroup);
       base_positions(p, first, count, w.y, w.x);
       for (int64_t g = 0; g < p.offset_groups; ++g) {
         const int64_t at = (n * p.offset_groups + g) * taps;
         f.locate(offset + at * 2 * out_plane + first,
-                 mask ? mask + at * out_plane + first : nullptr, out_plane, p.taps(), w.y, w.x,
-                 count, w.samples.at(g, taps));
+                 mask ? mask + at * out_plane + first : nullptr, out_plane, tap_geometry(p), w.y,
+                 w.x, count, w.samples.at(g, taps));
       }
       for (size_t b = 0; b < blocks.size(); ++b) {
         const Block& block = blocks[b];
@@ -358,14 +346,15 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   const std::vector<Block> blocks = cut(p);
   const int64_t count_of_blocks = int64_t(blocks.size());
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t tiles = (out_plane + kTile - 1) / kTile;
   const int64_t per_group = p.group_outputs(), padded = round_up(per_group, kRowGroup);
 
   // The gradient of each group's outputs with a pixel's outputs together: [groups, images,
   // out_plane, padded], and as many rows more as a group of rows may read.
   const int64_t image_size = out_plane * padded;
   const Buffer<Real> gradient(p.groups * p.images * image_size + kRowGroup * padded);
-  for_each(p.groups * p.images * p.tiles(), [&](int64_t job, int64_t) {
-    const int64_t image = job / p.tiles(), first = job % p.tiles() * kTile;  // group, image
+  for_each(p.groups * p.images * tiles, [&](int64_t job, int64_t) {
+    const int64_t image = job / tiles, first = job % tiles * kTile;  // group, image
     const int64_t end = std::min(out_plane, first + kTile);
     const T* from =
         grad + (image % p.images * p.outputs + image / p.images * per_group) * out_plane;
@@ -429,8 +418,8 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
       for (int64_t first = 0; first < out_plane; first += kBackwardTile) {
         const int count = int(std::min<int64_t>(kBackwardTile, out_plane - first));
         base_positions(p, first, count, y, x);
-        f.locate(offset + 2 * at + first, mask ? mask + at + first : nullptr, out_plane, p.taps(),
-                 y, x, count, samples);
+        f.locate(offset + 2 * at + first, mask ? mask + at + first : nullptr, out_plane,
+                 tap_geometry(p), y, x, count, samples);
         const Real* tile_gradient = image_gradient + first * padded;
         f.multiply(round_up(count, kRowGroup), columns, per_group, tile_gradient, padded, 1,
                    weights.get(), columns, zeros.get(), 0, column_gradient.get(), stride);
@@ -486,72 +475,6 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   });
 }
 
-const char* const kPair = "must be two integers";
-
-Problem describe(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& dilation) {
-  PYSEG_CHECK(input.dim() == 4 && offset.dim() == 4 && weight.dim() == 4,
-              "input, offset and weight must have 4 dimensions, got ", shape(input), ", ",
-              shape(offset), " and ", shape(weight));
-  PYSEG_CHECK(stride.size() == 2, "stride ", kPair);
-  PYSEG_CHECK(padding.size() == 2, "padding ", kPair);
-  PYSEG_CHECK(dilation.size() == 2, "dilation ", kPair);
-  Problem p;
-  p.images = input.size(0), p.channels = input.size(1);
-  p.height = input.size(2), p.width = input.size(3);
-  p.outputs = weight.size(0), p.kernel_height = weight.size(2), p.kernel_width = weight.size(3);
-  p.out_height = offset.size(2), p.out_width = offset.size(3);
-  p.stride_y = stride[0], p.stride_x = stride[1];
-  p.padding_y = padding[0], p.padding_x = padding[1];
-  p.dilation_y = dilation[0], p.dilation_x = dilation[1];
-  PYSEG_CHECK(
-      p.channels > 0 && p.plane() > 0 && p.outputs > 0 && p.tap_count() > 0 && weight.size(1) > 0,
-      "input and weight must not be empty, got ", shape(input), " and ", shape(weight));
-  PYSEG_CHECK(p.plane() < std::numeric_limits<int32_t>::max() - 2 * p.width,
-              "input must have fewer than 2^31 pixels, got ", shape(input));
-  p.groups = p.channels / weight.size(1);
-  PYSEG_CHECK(p.groups * weight.size(1) == p.channels && p.outputs % p.groups == 0, "weight ",
-              shape(weight), " does not fit input ", shape(input));
-  p.offset_groups = offset.size(1) / (2 * p.tap_count());
-  PYSEG_CHECK(p.offset_groups > 0 && offset.size(1) % (2 * p.tap_count()) == 0 &&
-                  p.channels % p.offset_groups == 0 && offset.size(0) == p.images,
-              "offset ", shape(offset), " does not fit input ", shape(input), " and weight ",
-              shape(weight));
-  if (mask)
-    PYSEG_CHECK(mask->dim() == 4 && mask->size(0) == p.images &&
-                    mask->size(1) == p.offset_groups * p.tap_count() &&
-                    mask->size(2) == p.out_height && mask->size(3) == p.out_width,
-                "mask ", shape(*mask), " does not fit offset ", shape(offset));
-  if (bias)
-    PYSEG_CHECK(bias->dim() == 1 && bias->size(0) == p.outputs, "bias ", shape(*bias),
-                " does not fit weight ", shape(weight));
-  for (const Tensor* other : {&offset, &weight, bias ? &*bias : &input, mask ? &*mask : &input})
-    PYSEG_CHECK(other->scalar_type() == input.scalar_type(),
-                "input, offset, weight, bias and mask must have the same dtype");
-  return p;
-}
-
-Tensor packed(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 Tensor deform_conv2d_cpu(const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
                          const std::optional<Tensor>& bias_, const std::optional<Tensor>& mask_,
                          std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -587,10 +510,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
     std::vector<int64_t> dilation) {
   const Problem p =
       describe(input_, offset_, weight_, std::nullopt, mask_, stride, padding, dilation);
-  PYSEG_CHECK(grad_.dim() == 4 && grad_.size(0) == p.images && grad_.size(1) == p.outputs &&
-                  grad_.size(2) == p.out_height && grad_.size(3) == p.out_width &&
-                  grad_.scalar_type() == input_.scalar_type(),
-              "grad ", shape(grad_), " is not that of the output");
+  check_gradient(p, grad_, input_);
   const Tensor grad = packed(grad_), input = packed(input_), offset = packed(offset_);
   const Tensor weight = packed(weight_);
   const auto mask = packed(mask_);
