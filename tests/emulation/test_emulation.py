@@ -35,9 +35,9 @@ for groups, offset_groups, channels, outputs, dtype in [(2, 3, 6, 4, torch.float
                                                         (1, 2, 18, 3, torch.float64)]:
     def randn(*shape):
         return torch.randn(shape, generator=g).to(dtype)
-    tensors = [randn(2, channels, 7, 6), 3 * randn(2, 12 * offset_groups, 5, 7),
-               randn(outputs, channels // groups, 3, 2)]
-    mask = randn(2, 6 * offset_groups, 5, 7) if groups == 2 else None
+    tensors = [randn(2, channels, 5, 6), 3 * randn(2, 4 * offset_groups, 5, 7),
+               randn(outputs, channels // groups, 1, 2)]
+    mask = randn(2, 2 * offset_groups, 5, 7) if groups == 2 else None
     yield ops.deform_conv2d(*tensors, randn(outputs), mask, [1, 1], [0, 1], [1, 1])
     grad = randn(2, outputs, 5, 7)
     yield ops._deform_conv2d_backward(grad, *tensors, mask, [1, 1], [0, 1], [1, 1])
