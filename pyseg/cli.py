@@ -173,6 +173,50 @@ def evaluate(
     _print_evaluation(result)
 
 
+@app.command("panoptic-quality")
+def panoptic_quality(
+    ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
+    gt_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    pred_dir: Annotated[
+        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
+    ] = None,
+    categories: Annotated[
+        Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
+    ] = None,
+    boundary_ratio: Annotated[
+        float, typer.Option(help="Boundary PQ: width of the boundary as a share of the diagonal, "
+                            "usually 0.02; 0 for plain PQ.")
+    ] = 0.0,
+    all_crowds: Annotated[
+        bool, typer.Option("--all-crowds", help="Every crowd of a class counts, not only the last "
+                           "one, as in panopticapi.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:  # fmt: skip
+    """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
+    from .metrics.panoptic import score_files
+
+    try:
+        result = score_files(
+            ground_truth, predictions, target_folder=gt_dir, prediction_folder=pred_dir,
+            categories=categories, boundary_ratio=boundary_ratio, all_crowds=all_crowds,
+            track=_track("scoring"),
+        )  # fmt: skip
+    except ValueError as error:  # an option out of range
+        raise error if isinstance(error, PysegError) else PysegError(str(error)) from error
+    groups = ("All", "Things", "Stuff")
+    if as_json:
+        for group in groups:  # JSON has no nan
+            result[group] = {k: None if v != v else v for k, v in result[group].items()}
+        return _print_json(result)
+    rows = [[group, *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
+             str(result[group]["n"])] for group in groups]  # fmt: skip
+    _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
+
+
 @app.command()
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
@@ -262,6 +306,124 @@ def train(
     last = log[-1]
     scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
+
+
+@app.command("instance-ap")
+def instance_ap_command(
+    truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
+    predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
+    from .evaluation import finite
+    from .metrics.instances import KINDS, instance_ap
+
+    scores = instance_ap(truth, predictions)
+    if as_json:
+        return _print_json(finite(scores))
+    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+             "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]  # fmt: skip
+    rows = [
+        [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
+        for kind in KINDS
+        if f"{kind}_ap" in scores
+    ]
+    _print_table(["", *names], rows, numbers=True)
+    typer.echo(f"{scores['images']} images, {scores['objects']} objects, "
+               f"{scores['detections']} detections")  # fmt: skip
+
+
+@app.command("check-labels")
+def check_labels_command(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Label maps, or a folder with labels/.")
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images. [default: DIR/images, if any]")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Class names, .txt or .json. [default: DIR/classes.*]")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = 255,
+    as_json: JsonOption = False,
+) -> None:
+    """Find what is wrong with label maps before training; exit code 1 if anything is."""
+    from .label_check import check_labels
+
+    report = check_labels(
+        folder, images=images, classes=classes, num_classes=num_classes,
+        ignore_index=ignore_index, track=_track("checking"),
+    )  # fmt: skip
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        total = sum(count.pixels for count in report.values)
+        _print_table(
+            ["value", "class", "pixels", "share", "files"],
+            [
+                [str(c.value), c.name, str(c.pixels), f"{c.pixels / total:.2%}", str(c.files)]
+                for c in report.values
+            ],
+        )
+        for problem in report.problems:
+            kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
+            typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
+        verdict = "no errors" if report.ok else "not fit for training"
+        typer.echo(f"{report.files} label maps: {verdict}")
+    if not report.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def tune(
+    refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
+    dataset: DatasetOption,
+    root: RootOption,
+    spec: Annotated[
+        str,
+        typer.Option(
+            "--spec",
+            "-s",
+            help="Pipeline whose result is to be refined, or the folder of a saved one.",
+        ),
+    ] = "streetnet",
+    split: Annotated[str, typer.Option(help="Split to fit and to check on.")] = "val",
+    limit: Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")] = None,
+    trials: Annotated[int, typer.Option(help="Parameters to try.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the parameters drawn.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
+    ] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a refiner's parameters on a validation split, with the refiner left out as a candidate.
+
+    Half of the images is fitted, the other half checks; the result is a --spec to paste.
+    """
+    from . import tuning
+
+    if refiner != "crf":
+        raise PysegError(f"tune knows the refiner crf, got {refiner!r}")
+    data = _dataset(dataset, root, split)
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    result = tuning.tune_crf(
+        pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
+    )
+    if as_json:
+        return _print_json(result.to_dict())
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    if result.spec == str(pipeline):
+        typer.echo(f"no crf is best: {result.best.name} changes mIoU by {result.gain:+.4f} on "
+                   f"images not fitted; use --spec \"{result.spec}\"")  # fmt: skip
+    else:
+        typer.echo(f"mIoU {result.gain:+.4f} on images not fitted, {result.trials} trials; use "
+                   f"--spec \"{result.spec}\"")  # fmt: skip
 
 
 @app.command()

@@ -35,8 +35,8 @@ class StageScores:
             "spec": self.spec,
             "milliseconds": round(self.milliseconds, 3),
             "peak_megabytes": None if self.peak_bytes is None else round(self.peak_bytes / 1e6, 1),
-            "metrics": _without_nan(self.metrics),
-            "delta": _without_nan(self.delta),
+            "metrics": finite(self.metrics),
+            "delta": finite(self.delta),
         }
 
 
@@ -210,9 +210,9 @@ def _numbers(values: dict[str, Any]) -> list[str]:
     return [key for key, value in values.items() if isinstance(value, float)]
 
 
-def _without_nan(value: Any) -> Any:
+def finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

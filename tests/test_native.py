@@ -20,7 +20,9 @@ def run(code, **kwargs):
 def test_status_lists_every_public_op_with_its_devices():
     status = _native.status()
     assert Path(status["cpu"]).is_file() and status["simd"]
-    assert {"confusion_matrix", "upsample_argmax", "dense_crf"} <= set(status["ops"])
+    assert {"confusion_matrix", "upsample_argmax", "dense_crf", "deform_conv2d"} <= set(
+        status["ops"]
+    )
     assert all(op["cpu"] for op in status["ops"].values())
     assert (status["cuda"] is None) != (status["cuda_problem"] is None)
 

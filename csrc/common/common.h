@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <sstream>
 #include <stdexcept>
@@ -57,6 +59,18 @@ inline std::string simd_level() {
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
 #endif
   return "generic";
+}
+
+// Calls work(item, worker) for every item; which worker takes which is left to chance, so that
+// threads that are held up take fewer.
+template <class Work>
+void for_each(int64_t items, Work work) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
+  });
 }
 
 }  // namespace pyseg

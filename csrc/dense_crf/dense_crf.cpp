@@ -9,6 +9,10 @@
 // result has the same bits for every number of threads.
 #include "dense_crf.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -110,18 +114,6 @@ int row_width(int classes) {
   return (classes + 15) / 16 * 16;
 }
 
-// Calls work(item, worker) for every item; which worker takes which is left to chance, so that
-// threads that are held up take fewer.
-template <class Work>
-void for_each(int64_t items, Work work) {
-  std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
-  });
-}
-
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
 void for_ranges(int64_t items, int64_t piece, Work work) {
@@ -129,9 +121,22 @@ void for_ranges(int64_t items, int64_t piece, Work work) {
            [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
+// Asks for huge pages, where that means anything: touching small ones for the first time takes
+// longer than what is done to the memory here.
+inline void prefer_huge_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
 template <class T>
 std::unique_ptr<T[]> uninitialised(int64_t n) {
-  return std::unique_ptr<T[]>(new T[n]);
+  std::unique_ptr<T[]> memory(new T[n]);
+  prefer_huge_pages(memory.get(), n * sizeof(T));
+  return memory;
 }
 
 // Vertex name -> number, by open addressing.
@@ -703,6 +708,7 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
     m = torch::stable::contiguous(*compatibility);
   }
   Tensor q = torch::stable::new_empty(u, {unary.size(0), classes, height, width});
+  prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
   const auto type = unary.scalar_type();
   PYSEG_CHECK(type == features.scalar_type() && type == weights.scalar_type() &&
                   (!m || type == m->scalar_type()),

@@ -21,6 +21,13 @@ HERE = Path(__file__).resolve().parent
 
 # A few small calls of every op: each should reach all of its kernels and their edges.
 CASES = {
+    "boundary_mask": """
+g = torch.Generator().manual_seed(0)
+for shape, dtype, distance in [((2, 9, 1100), torch.uint8, 3), ((1, 40, 33), torch.int64, 12)]:
+    labels = (torch.rand(shape, generator=g) < 0.01).to(dtype)
+    for border in (True, False):
+        yield ops.boundary_mask(labels, distance, border)
+""",
     "confusion_matrix": """
 g = torch.Generator().manual_seed(0)
 for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), torch.int64)]:
@@ -48,6 +55,18 @@ parameters = [2, 0], 0.5, 0.6, 40, 0.5
 yield ops.panoptic_merge(masks, boxes, scores, labels, semantic, *parameters)
 masks = torch.rand(2, 6, 13, 41, generator=g) < torch.rand(2, 6, 1, 1, generator=g)
 yield ops.panoptic_merge(masks, None, scores, labels, semantic.byte(), *parameters)
+""",
+    "panoptic_quality": """
+g = torch.Generator().manual_seed(0)
+for count, shape in [(4, (9, 700)), (150, (40, 300))]:
+    maps = torch.randint(0, count + 1, (2, *shape), generator=g, dtype=torch.int32)
+    maps[0] = maps[1].where(torch.rand(shape, generator=g) < 0.8, maps[0])
+    ids = torch.arange(1, count + 1)
+    truth = torch.stack([ids, ids % 3, torch.bincount(maps[1].flatten(), minlength=count + 1)[1:],
+                         (ids % 5 == 0).long()], 1)
+    yield ops.panoptic_quality(*maps, truth[:, :2].contiguous(), truth, 3, None, None)
+    yield ops.panoptic_quality(*maps, truth[1:, :2].contiguous(), truth[:-1].contiguous(), 3,
+                               *(maps % 3 > 0))
 """,
     "upsample_argmax": """
 g = torch.Generator().manual_seed(0)

@@ -1,0 +1,631 @@
+// Deformable convolution on the CPU.
+//
+// The input is laid out anew, in blocks of some channels with the channels of a pixel together, so
+// that a vector holds channels and one position serves all of them. Of a tile of output pixels the
+// columns (what the taps read) of a block are gathered and multiplied with the weights at once;
+// they stay in the cache, and no matrix of columns of the image exists.
+//
+// Forward, threads share tiles. Backward, they share blocks: all that is added up, the gradients of
+// a block of the input and of its weights, belongs to one thread and is added in the order of
+// pixels. How the work is cut depends on the sizes only, so the result has the same bits for every
+// number of threads.
+#include "deform_conv2d.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+#include "../common/common.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define PYSEG_X86_LEVELS
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using namespace pyseg;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+constexpr int kTile = 96;  // output pixels at a time: whole groups of rows
+constexpr int kBackwardTile = 60;
+constexpr int kRowGroup = 12;  // what PYSEG_ROWS divides
+constexpr int kPadding = 16;   // what the lanes of a vector divide
+
+// Of the kernel, and what positions need of the input.
+struct Taps {
+  int count, width;
+  int dilation_y, dilation_x;
+  int input_height, input_width;
+};
+
+// Positions of the taps at a tile's pixels, for the channels of an offset group.
+template <class Real>
+struct Samples {
+  int taps;
+  int32_t* indices;  // [taps, 4, kTile] corners
+  Real* values;      // [taps, 7, kTile] weights of the corners, ty, tx, mask
+  int32_t* index(int corner, int tap) const { return indices + (tap * 4 + corner) * kTile; }
+  Real* weight(int corner, int tap) const { return values + (tap * 7 + corner) * kTile; }
+  Real* ty(int tap) const { return weight(4, tap); }
+  Real* tx(int tap) const { return weight(5, tap); }
+  Real* scale(int tap) const { return weight(6, tap); }
+};
+
+template <class T, class Real>
+struct Functions {
+  void (*locate)(const T*, const T*, int64_t, const Taps&, const Real*, const Real*, int,
+                 const Samples<Real>&);
+  void (*gather)(const Real*, int64_t, const Samples<Real>&, int, Real*, int64_t);
+  void (*multiply)(int64_t, int64_t, int64_t, const Real*, int64_t, int64_t, const Real*, int64_t,
+                   Real*, int64_t, bool);
+  void (*scatter)(const Real*, int64_t, const Samples<Real>&, int, const Real*, Real*, int64_t,
+                  Real*, Real*);
+  void (*offset_gradients)(const Samples<Real>&, int, const Real*, Real*, int64_t);
+  // With dot products of bfloat16, else null.
+  void (*gather_pairs)(const float*, int64_t, const Samples<float>&, int, uint16_t*,
+                       int64_t) = nullptr;
+  void (*multiply_pairs)(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
+                         int64_t, float*, int64_t, bool) = nullptr;
+};
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
+#ifdef PYSEG_X86_LEVELS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
+namespace v4_bf16 {
+#define PYSEG_BYTES 64
+#define PYSEG_ROWS 12
+#define PYSEG_BF16
+#include "deform_conv2d_simd.h"
+}  // namespace v4_bf16
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace v4 {
+#define PYSEG_BYTES 64
+#define PYSEG_ROWS 12
+#include "deform_conv2d_simd.h"
+}  // namespace v4
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace v3 {
+#define PYSEG_BYTES 32
+#define PYSEG_ROWS 6
+#include "deform_conv2d_simd.h"
+}  // namespace v3
+#pragma GCC pop_options
+#endif
+namespace generic {
+#define PYSEG_BYTES 16
+#define PYSEG_ROWS 4
+#include "deform_conv2d_simd.h"
+}  // namespace generic
+
+template <class T, class Real>
+Functions<T, Real> functions() {
+#ifdef PYSEG_X86_LEVELS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4"))
+    return __builtin_cpu_supports("avx512bf16") ? v4_bf16::functions<T, Real>()
+                                                : v4::functions<T, Real>();
+  if (__builtin_cpu_supports("x86-64-v3")) return v3::functions<T, Real>();
+#endif
+  return generic::functions<T, Real>();
+}
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Memory on a cache line, not initialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t n)
+      : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  struct Free {
+    void operator()(T* data) const { ::operator delete(data, kAlignment); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+struct Problem {
+  int64_t images, channels, height, width;
+  int64_t outputs, out_height, out_width;
+  int64_t kernel_height, kernel_width;
+  int64_t groups, offset_groups;
+  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+
+  int64_t plane() const { return height * width; }
+  int64_t out_plane() const { return out_height * out_width; }
+  int64_t tap_count() const { return kernel_height * kernel_width; }
+  int64_t group_outputs() const { return outputs / groups; }
+  int64_t group_channels() const { return channels / groups; }
+  int64_t tiles() const { return (out_plane() + kTile - 1) / kTile; }
+  Taps taps() const {
+    return {int(tap_count()), int(kernel_width), int(dilation_y),
+            int(dilation_x),  int(height),       int(width)};
+  }
+};
+
+// Channels of one weight group and one offset group.
+struct Block {
+  int64_t group, offset_group;
+  int64_t first, width;  // channels
+  int64_t depth;         // rows of the product: taps * width
+};
+
+// Blocks of about 256 columns, which with their weights fit the second-level cache.
+std::vector<Block> cut(const Problem& p) {
+  const int64_t taps = p.tap_count();
+  const int64_t widest = std::clamp<int64_t>(round_up((256 + taps - 1) / taps, 16), 16, 256);
+  const int64_t per_offset_group = p.channels / p.offset_groups;
+  std::vector<Block> blocks;
+  for (int64_t first = 0; first < p.channels;) {
+    const int64_t group = first / p.group_channels(), offset_group = first / per_offset_group;
+    const int64_t end =
+        std::min((group + 1) * p.group_channels(), (offset_group + 1) * per_offset_group);
+    const int64_t width = std::min(widest, end - first);
+    blocks.push_back({group, offset_group, first, width, taps * width});
+    first += width;
+  }
+  return blocks;
+}
+
+// Where the taps' positions count from, at the pixels of a tile.
+template <class Real>
+void base_positions(const Problem& p, int64_t first, int count, Real* y, Real* x) {
+  for (int i = 0; i < count; ++i) {
+    y[i] = Real((first + i) / p.out_width * p.stride_y - p.padding_y);
+    x[i] = Real((first + i) % p.out_width * p.stride_x - p.padding_x);
+  }
+}
+
+// [channels, plane] -> [plane, channels], with zeros for one more pixel and a vector.
+template <class T, class Real>
+void lay_out(const T* in, int64_t channels, int64_t plane, Real* out) {
+  constexpr int64_t kPiece = 64;
+  for (int64_t first = 0; first < plane; first += kPiece) {
+    const int64_t end = std::min(plane, first + kPiece);
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = first; i < end; ++i) out[i * channels + c] = Real(in[c * plane + i]);
+  }
+  std::fill_n(out + plane * channels, channels + kPadding, Real(0));
+}
+
+// [rows, stride] -> columns of [channels, plane]
+template <class Real, class T>
+void lay_back(const Real* in, int64_t stride, int64_t rows, int64_t channels, T* out,
+              int64_t plane) {
+  for (int64_t first = 0; first < channels; first += 16)
+    for (int64_t c = first; c < std::min(channels, first + 16); ++c)
+      for (int64_t i = 0; i < rows; ++i) out[c * plane + i] = T(in[i * stride + c]);
+}
+
+template <class Real>
+struct SampleBuffer {
+  Buffer<int32_t> indices;
+  Buffer<Real> values;
+  explicit SampleBuffer(int64_t taps) : indices(taps * 4 * kTile), values(taps * 7 * kTile) {}
+  Samples<Real> at(int64_t group, int64_t taps) const {
+    return {int(taps), indices.get() + group * taps * 4 * kTile,
+            values.get() + group * taps * 7 * kTile};
+  }
+};
+
+// The same bits as BFloat16(x), without its call.
+template <class Real, class Column>
+Column as_column(Real x) {
+  if constexpr (std::is_same_v<Column, uint16_t>)
+    return BFloat16(x).x;
+  else
+    return x;
+}
+
+// Column: what the columns and the weights are multiplied as; uint16_t stands for bfloat16, of
+// which two neighbours along the depth make one number of the product.
+template <class T, class Real, class Column>
+void forward(const Problem& p, const T* input, const T* offset, const T* weight, const T* bias,
+             const T* mask, T* output) {
+  constexpr int64_t kStep = sizeof(Real) / sizeof(Column);
+  const Functions<T, Real> f = functions<T, Real>();
+  const std::vector<Block> blocks = cut(p);
+  const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t per_group = p.group_outputs(), columns = round_up(per_group, kPadding);
+  std::vector<int64_t> weights_at, block_at;  // of each block
+  int64_t weights_size = 0, block_size = 0, deepest = 0;
+  for (const Block& block : blocks) {
+    weights_at.push_back(weights_size), block_at.push_back(block_size);
+    weights_size += round_up(block.depth, kStep) * columns;
+    block_size += (plane + 1) * block.width + kPadding;
+    deepest = std::max(deepest, block.depth);
+  }
+
+  // [depth / kStep, columns, kStep] of each block
+  const Buffer<Column> weights(weights_size);
+  for_each(int64_t(blocks.size()), [&](int64_t b, int64_t) {
+    const Block& block = blocks[b];
+    Column* to = weights.get() + weights_at[b];
+    std::fill_n(to, round_up(block.depth, kStep) * columns, Column(0));
+    const int64_t first = block.first - block.group * p.group_channels();
+    for (int64_t o = 0; o < per_group; ++o)
+      for (int64_t c = 0; c < block.width; ++c) {
+        const T* from =
+            weight + ((block.group * per_group + o) * p.group_channels() + first + c) * taps;
+        for (int64_t t = 0; t < taps; ++t) {
+          const int64_t k = t * block.width + c;
+          to[(k / kStep * columns + o) * kStep + k % kStep] =
+              as_column<Real, Column>(Real(from[t]));
+        }
+      }
+  });
+
+  const int64_t stride = round_up(deepest, kPadding) + kPadding;  // of a row of columns
+  struct Workspace {
+    SampleBuffer<Real> samples;
+    Buffer<Column> columns;
+    Buffer<Real> sums;
+    Real y[kTile], x[kTile];
+  };
+  std::vector<std::unique_ptr<Workspace>> workspaces(torch::stable::get_num_threads());
+  // As many images at a time as fit 64 MB, or one.
+  const int64_t together =
+      std::clamp<int64_t>((int64_t(64) << 20) / (block_size * int64_t(sizeof(Real))), 1,
+                          std::max<int64_t>(1, p.images));
+  const Buffer<Real> laid_out(block_size * together);
+  for (int64_t start = 0; start < p.images; start += together) {
+    const int64_t images = std::min(together, p.images - start);
+    for_each(images * int64_t(blocks.size()), [&](int64_t job, int64_t) {
+      const int64_t image = job / int64_t(blocks.size()), b = job % int64_t(blocks.size());
+      lay_out(input + ((start + image) * p.channels + blocks[b].first) * plane, blocks[b].width,
+              plane, laid_out.get() + image * block_size + block_at[b]);
+    });
+    for_each(images * p.tiles(), [&](int64_t job, int64_t worker) {
+      if (!workspaces[worker])
+        workspaces[worker].reset(new Workspace{SampleBuffer<Real>(p.offset_groups * taps),
+                                               Buffer<Column>(kTile * stride),
+                                               Buffer<Real>(kTile * columns)});
+      Workspace& w = *workspaces[worker];
+      const int64_t image = job / p.tiles(), n = start + image;
+      const int64_t first = job % p.tiles() * kTile;
+      const int count = int(std::min<int64_t>(kTile, out_plane - first));
+      const int64_t rows = round_up(count, kRowGroup);
+      base_positions(p, first, count, w.y, w.x);
+      for (int64_t g = 0; g < p.offset_groups; ++g) {
+        const int64_t at = (n * p.offset_groups + g) * taps;
+        f.locate(offset + at * 2 * out_plane + first,
+                 mask ? mask + at * out_plane + first : nullptr, out_plane, p.taps(), w.y, w.x,
+                 count, w.samples.at(g, taps));
+      }
+      for (size_t b = 0; b < blocks.size(); ++b) {
+        const Block& block = blocks[b];
+        const bool begins = b == 0 || blocks[b - 1].group != block.group;
+        const bool ends = b + 1 == blocks.size() || blocks[b + 1].group != block.group;
+        const int64_t first_output = block.group * per_group;
+        if (begins)
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t o = 0; o < columns; ++o)
+              w.sums.get()[i * columns + o] =
+                  bias && o < per_group ? Real(bias[first_output + o]) : Real(0);
+        const Real* from = laid_out.get() + image * block_size + block_at[b];
+        const Samples<Real> samples = w.samples.at(block.offset_group, taps);
+        const Column* right = weights.get() + weights_at[b];
+        if constexpr (kStep == 1) {
+          f.gather(from, block.width, samples, count, w.columns.get(), stride);
+          f.multiply(rows, columns, block.depth, w.columns.get(), stride, 1, right, columns,
+                     w.sums.get(), columns, true);
+        } else {
+          f.gather_pairs(from, block.width, samples, count, w.columns.get(), stride);
+          const int64_t depth = round_up(block.depth, kStep);
+          for (int i = 0; i < count; ++i)
+            std::fill(w.columns.get() + i * stride + block.depth,
+                      w.columns.get() + i * stride + depth, Column(0));
+          f.multiply_pairs(rows, columns, depth / kStep,
+                           reinterpret_cast<const float*>(w.columns.get()), stride / kStep, 1,
+                           reinterpret_cast<const float*>(right), columns, w.sums.get(), columns,
+                           true);
+        }
+        if (ends)
+          lay_back(w.sums.get(), columns, count, per_group,
+                   output + (n * p.outputs + first_output) * out_plane + first, out_plane);
+      }
+    });
+  }
+}
+
+template <class T>
+struct Outputs {
+  T *input, *offset, *weight, *bias, *mask;  // mask may be null
+};
+
+template <class T, class Real>
+void backward(const Problem& p, const T* grad, const T* input, const T* offset, const T* weight,
+              const T* mask, const Outputs<T>& out) {
+  const Functions<T, Real> f = functions<T, Real>();
+  const std::vector<Block> blocks = cut(p);
+  const int64_t count_of_blocks = int64_t(blocks.size());
+  const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t per_group = p.group_outputs(), padded = round_up(per_group, kRowGroup);
+
+  // The gradient of each group's outputs with a pixel's outputs together: [groups, images,
+  // out_plane, padded], and as many rows more as a group of rows may read.
+  const int64_t image_size = out_plane * padded;
+  const Buffer<Real> gradient(p.groups * p.images * image_size + kRowGroup * padded);
+  for_each(p.groups * p.images * p.tiles(), [&](int64_t job, int64_t) {
+    const int64_t image = job / p.tiles(), first = job % p.tiles() * kTile;  // group, image
+    const int64_t end = std::min(out_plane, first + kTile);
+    const T* from =
+        grad + (image % p.images * p.outputs + image / p.images * per_group) * out_plane;
+    Real* to = gradient.get() + image * image_size;
+    for (int64_t o = 0; o < padded; ++o)
+      for (int64_t i = first; i < end; ++i)
+        to[i * padded + o] = o < per_group ? Real(from[o * out_plane + i]) : Real(0);
+  });
+  std::fill_n(gradient.get() + p.groups * p.images * image_size, kRowGroup * padded, Real(0));
+
+  for_each(p.outputs, [&](int64_t o, int64_t) {
+    Real sums[16] = {};
+    for (int64_t n = 0; n < p.images; ++n) {
+      const T* from = grad + (n * p.outputs + o) * out_plane;
+      int64_t i = 0;
+      for (; i + 16 <= out_plane; i += 16)
+        for (int j = 0; j < 16; ++j) sums[j] += Real(from[i + j]);
+      for (; i < out_plane; ++i) sums[0] += Real(from[i]);
+    }
+    out.bias[o] = T(std::accumulate(sums, sums + 16, Real(0)));
+  });
+
+  // Several jobs per block where there are few blocks, each with its own images.
+  const int64_t parts =
+      std::clamp<int64_t>(16 / count_of_blocks, 1, std::max<int64_t>(1, p.images));
+  std::vector<Buffer<Real>> weight_gradients(parts * count_of_blocks);  // [padded, columns]
+  // Of offsets and mask, per block: [images, taps, 3, out_plane]
+  const int64_t offset_size = taps * 3 * out_plane;
+  const Buffer<Real> offset_gradients(count_of_blocks * p.images * offset_size);
+  for_each(parts * count_of_blocks, [&](int64_t job, int64_t) {
+    const int64_t b = job % count_of_blocks, part = job / count_of_blocks;
+    const Block& block = blocks[b];
+    const int64_t columns = round_up(block.depth, kPadding), stride = columns + kPadding;
+    const int64_t first_channel = block.first - block.group * p.group_channels();
+    const Buffer<Real> weights(per_group * columns);
+    for (int64_t o = 0; o < per_group; ++o) {
+      Real* to = weights.get() + o * columns;
+      const T* from =
+          weight + ((block.group * per_group + o) * p.group_channels() + first_channel) * taps;
+      std::fill_n(to, columns, Real(0));
+      for (int64_t c = 0; c < block.width; ++c)
+        for (int64_t t = 0; t < taps; ++t) to[t * block.width + c] = Real(from[c * taps + t]);
+    }
+    Buffer<Real>& weight_gradient = weight_gradients[job];
+    weight_gradient = Buffer<Real>(padded * columns);
+    std::fill_n(weight_gradient.get(), padded * columns, Real(0));
+    const int64_t block_size = (plane + 1) * block.width + kPadding;
+    const Buffer<Real> laid_out(block_size), input_gradient(block_size);
+    const SampleBuffer<Real> sample_buffer(taps);
+    const Samples<Real> samples = sample_buffer.at(0, taps);
+    const Buffer<Real> column(kTile * stride), column_gradient(kTile * stride);
+    const Buffer<Real> products(taps * 4 * kTile);
+    Real y[kTile], x[kTile];
+    for (int64_t n = part * p.images / parts; n < (part + 1) * p.images / parts; ++n) {
+      const int64_t plane_at = (n * p.channels + block.first) * plane;
+      lay_out(input + plane_at, block.width, plane, laid_out.get());
+      std::fill_n(input_gradient.get(), block_size, Real(0));
+      const Real* image_gradient = gradient.get() + (block.group * p.images + n) * image_size;
+      const int64_t at = (n * p.offset_groups + block.offset_group) * taps * out_plane;
+      for (int64_t first = 0; first < out_plane; first += kBackwardTile) {
+        const int count = int(std::min<int64_t>(kBackwardTile, out_plane - first));
+        base_positions(p, first, count, y, x);
+        f.locate(offset + 2 * at + first, mask ? mask + at + first : nullptr, out_plane, p.taps(),
+                 y, x, count, samples);
+        const Real* tile_gradient = image_gradient + first * padded;
+        f.multiply(round_up(count, kRowGroup), columns, per_group, tile_gradient, padded, 1,
+                   weights.get(), columns, column_gradient.get(), stride, false);
+        f.scatter(laid_out.get(), block.width, samples, count, column_gradient.get(), column.get(),
+                  stride, input_gradient.get(), products.get());
+        f.offset_gradients(samples, count, products.get(),
+                           offset_gradients.get() + (b * p.images + n) * offset_size + first,
+                           out_plane);
+        f.multiply(padded, columns, count, tile_gradient, 1, padded, column.get(), stride,
+                   weight_gradient.get(), columns, true);
+      }
+      lay_back(input_gradient.get(), block.width, plane, block.width, out.input + plane_at, plane);
+    }
+  });
+
+  for_each(p.outputs, [&](int64_t output, int64_t) {
+    const int64_t group = output / per_group;
+    for (int64_t b = 0; b < count_of_blocks; ++b) {
+      const Block& block = blocks[b];
+      if (block.group != group) continue;
+      const int64_t columns = round_up(block.depth, kPadding);
+      const int64_t row = output % per_group * columns;
+      T* to = out.weight +
+              (output * p.group_channels() + block.first - group * p.group_channels()) * taps;
+      for (int64_t c = 0; c < block.width; ++c)
+        for (int64_t t = 0; t < taps; ++t) {
+          Real sum = 0;
+          for (int64_t part = 0; part < parts; ++part)
+            sum += weight_gradients[part * count_of_blocks + b].get()[row + t * block.width + c];
+          to[c * taps + t] = T(sum);
+        }
+    }
+  });
+  for_each(p.images * p.offset_groups * taps, [&](int64_t job, int64_t) {
+    const int64_t t = job % taps, g = job / taps % p.offset_groups;
+    const int64_t n = job / taps / p.offset_groups;
+    for (int j = 0; j < (mask ? 3 : 2); ++j) {
+      T* to = j < 2 ? out.offset + (job * 2 + j) * out_plane : out.mask + job * out_plane;
+      constexpr int64_t kPiece = 256;
+      for (int64_t first = 0; first < out_plane; first += kPiece) {
+        const int64_t count = std::min(kPiece, out_plane - first);
+        Real sums[kPiece] = {};
+        for (int64_t b = 0; b < count_of_blocks; ++b) {
+          if (blocks[b].offset_group != g) continue;
+          const Real* from = offset_gradients.get() + (b * p.images + n) * offset_size +
+                             (t * 3 + j) * out_plane + first;
+          for (int64_t i = 0; i < count; ++i) sums[i] += from[i];
+        }
+        for (int64_t i = 0; i < count; ++i) to[first + i] = T(sums[i]);
+      }
+    }
+  });
+}
+
+const char* const kPair = "must be two integers";
+
+Problem describe(const Tensor& input, const Tensor& offset, const Tensor& weight,
+                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
+                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                 const std::vector<int64_t>& dilation) {
+  PYSEG_CHECK(input.dim() == 4 && offset.dim() == 4 && weight.dim() == 4,
+              "input, offset and weight must have 4 dimensions, got ", shape(input), ", ",
+              shape(offset), " and ", shape(weight));
+  PYSEG_CHECK(stride.size() == 2, "stride ", kPair);
+  PYSEG_CHECK(padding.size() == 2, "padding ", kPair);
+  PYSEG_CHECK(dilation.size() == 2, "dilation ", kPair);
+  Problem p;
+  p.images = input.size(0), p.channels = input.size(1);
+  p.height = input.size(2), p.width = input.size(3);
+  p.outputs = weight.size(0), p.kernel_height = weight.size(2), p.kernel_width = weight.size(3);
+  p.out_height = offset.size(2), p.out_width = offset.size(3);
+  p.stride_y = stride[0], p.stride_x = stride[1];
+  p.padding_y = padding[0], p.padding_x = padding[1];
+  p.dilation_y = dilation[0], p.dilation_x = dilation[1];
+  PYSEG_CHECK(
+      p.channels > 0 && p.plane() > 0 && p.outputs > 0 && p.tap_count() > 0 && weight.size(1) > 0,
+      "input and weight must not be empty, got ", shape(input), " and ", shape(weight));
+  PYSEG_CHECK(p.plane() < std::numeric_limits<int32_t>::max() - 2 * p.width,
+              "input must have fewer than 2^31 pixels, got ", shape(input));
+  p.groups = p.channels / weight.size(1);
+  PYSEG_CHECK(p.groups * weight.size(1) == p.channels && p.outputs % p.groups == 0, "weight ",
+              shape(weight), " does not fit input ", shape(input));
+  p.offset_groups = offset.size(1) / (2 * p.tap_count());
+  PYSEG_CHECK(p.offset_groups > 0 && offset.size(1) % (2 * p.tap_count()) == 0 &&
+                  p.channels % p.offset_groups == 0 && offset.size(0) == p.images,
+              "offset ", shape(offset), " does not fit input ", shape(input), " and weight ",
+              shape(weight));
+  if (mask)
+    PYSEG_CHECK(mask->dim() == 4 && mask->size(0) == p.images &&
+                    mask->size(1) == p.offset_groups * p.tap_count() &&
+                    mask->size(2) == p.out_height && mask->size(3) == p.out_width,
+                "mask ", shape(*mask), " does not fit offset ", shape(offset));
+  if (bias)
+    PYSEG_CHECK(bias->dim() == 1 && bias->size(0) == p.outputs, "bias ", shape(*bias),
+                " does not fit weight ", shape(weight));
+  for (const Tensor* other : {&offset, &weight, bias ? &*bias : &input, mask ? &*mask : &input})
+    PYSEG_CHECK(other->scalar_type() == input.scalar_type(),
+                "input, offset, weight, bias and mask must have the same dtype");
+  return p;
+}
+
+Tensor packed(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
+std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+const T* data(const std::optional<Tensor>& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+Tensor deform_conv2d_cpu(const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
+                         const std::optional<Tensor>& bias_, const std::optional<Tensor>& mask_,
+                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                         std::vector<int64_t> dilation) {
+  const Problem p = describe(input_, offset_, weight_, bias_, mask_, stride, padding, dilation);
+  const Tensor input = packed(input_), offset = packed(offset_);
+  const Tensor weight = packed(weight_);
+  const auto bias = packed(bias_), mask = packed(mask_);
+  Tensor output =
+      torch::stable::new_empty(input_, {p.images, p.outputs, p.out_height, p.out_width});
+  const auto run = [&]<class T, class Real, class Column>(T, Real, Column) {
+    forward<T, Real, Column>(p, data<T>(input), data<T>(offset), data<T>(weight), data<T>(bias),
+                             data<T>(mask), mutable_data<T>(output));
+  };
+  switch (input_.scalar_type()) {
+    case ScalarType::Float: run(float(), float(), float()); break;
+    case ScalarType::Double: run(double(), double(), double()); break;
+    case ScalarType::Half: run(Half(), float(), float()); break;
+    case ScalarType::BFloat16:
+      if (functions<BFloat16, float>().multiply_pairs)
+        run(BFloat16(), float(), uint16_t());
+      else
+        run(BFloat16(), float(), float());
+      break;
+    default: throw std::invalid_argument("input must be float16, bfloat16, float32 or float64");
+  }
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
+    const Tensor& grad_, const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
+    const std::optional<Tensor>& mask_, std::vector<int64_t> stride, std::vector<int64_t> padding,
+    std::vector<int64_t> dilation) {
+  const Problem p =
+      describe(input_, offset_, weight_, std::nullopt, mask_, stride, padding, dilation);
+  PYSEG_CHECK(grad_.dim() == 4 && grad_.size(0) == p.images && grad_.size(1) == p.outputs &&
+                  grad_.size(2) == p.out_height && grad_.size(3) == p.out_width &&
+                  grad_.scalar_type() == input_.scalar_type(),
+              "grad ", shape(grad_), " is not that of the output");
+  const Tensor grad = packed(grad_), input = packed(input_), offset = packed(offset_);
+  const Tensor weight = packed(weight_);
+  const auto mask = packed(mask_);
+  const auto like = [](const Tensor& tensor) {
+    return torch::stable::new_empty(tensor, tensor.sizes());
+  };
+  Tensor grad_input = like(input_), grad_offset = like(offset_), grad_weight = like(weight_);
+  Tensor grad_bias = torch::stable::new_empty(weight_, {p.outputs});
+  Tensor grad_mask = mask ? like(*mask) : torch::stable::new_empty(input_, {0});
+  const auto run = [&]<class T, class Real>(T, Real) {
+    backward<T, Real>(
+        p, data<T>(grad), data<T>(input), data<T>(offset), data<T>(weight), data<T>(mask),
+        {mutable_data<T>(grad_input), mutable_data<T>(grad_offset), mutable_data<T>(grad_weight),
+         mutable_data<T>(grad_bias), mutable_data<T>(grad_mask)});
+  };
+  switch (input_.scalar_type()) {
+    case ScalarType::Float: run(float(), float()); break;
+    case ScalarType::Double: run(double(), double()); break;
+    case ScalarType::Half: run(Half(), float()); break;
+    case ScalarType::BFloat16: run(BFloat16(), float()); break;
+    default: throw std::invalid_argument("input must be float16, bfloat16, float32 or float64");
+  }
+  return {grad_input, grad_offset, grad_weight, grad_bias, grad_mask};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+      "int[] stride, int[] padding, int[] dilation) -> Tensor");
+  m.def(
+      "_deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, "
+      "Tensor? mask, int[] stride, int[] padding, int[] dilation) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
+  m.impl("deform_conv2d", TORCH_BOX(&deform_conv2d_cpu));
+  m.impl("_deform_conv2d_backward", TORCH_BOX(&deform_conv2d_backward_cpu));
+}
