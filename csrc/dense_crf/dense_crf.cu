@@ -10,9 +10,10 @@
 //
 // How many vertices there are, only the device knows: a bound would be dozens of times too large.
 // So the host waits once for these counts, after the tables are filled, allocates what is needed
-// and reports bad input. In a stream that is being captured into a graph it must not wait: then the
-// counts are bounded by one vertex and one row per pixel and kernel, which images stay well below;
-// a graph that is replayed with an image for which this is too few stops with a message (`check`).
+// and reports bad input. In a stream that is being captured into a graph it must not wait: then
+// there is room for at least one vertex and one row per pixel and kernel and kFewest more, which
+// photographs stay well below. A graph that is replayed with an image for which this is too little
+// prints that and traps, as assertions on the device do: check_kernel.
 #include "dense_crf.h"
 
 #include <algorithm>
@@ -44,6 +45,7 @@ constexpr int kRow = 64;  // most entries that one thread sums
 constexpr int kSharedBytes = 64 << 10;
 constexpr int kProbes = 256;  // in a table that is at most half full
 constexpr int kBlocks = 4096;
+constexpr int kFewest = 1 << 16;  // vertices and rows that a captured graph has room for
 constexpr Key kNone = ~Key(0);
 constexpr uint16_t kNobody = 0xFFFF;
 enum { kNoNormalization, kSymmetric, kBefore, kAfter };
@@ -456,7 +458,8 @@ __global__ void ring_kernel(Table table, const Key* keys, int64_t capacity, int 
 // One thread, where the host must not wait.
 __global__ void check_kernel(const Counters* counters, Capacity capacity) {
   const Counters& c = *counters;
-  if (c.bad_names)
+  const bool narrow = c.bad_names && !c.bad_features;  // NaN has no name; it shows in the result
+  if (narrow)
     printf("pyseg dense_crf: a sigma is too small for the image that a CUDA graph was given\n");
   const bool small = c.overflow || c.locals > capacity.locals || c.rows > capacity.rows ||
                      c.vertices > capacity.vertices;
@@ -465,7 +468,7 @@ __global__ void check_kernel(const Counters* counters, Capacity capacity) {
         "pyseg dense_crf: an image has more lattice vertices than a CUDA graph has room for (%d "
         "of %lld): use larger sigmas, or call dense_crf without a graph\n",
         c.vertices, static_cast<long long>(capacity.vertices));
-  if (small || c.bad_names) __trap();
+  if (small || narrow) __trap();
 }
 
 // Vertices are numbered from 1, by kernel, kernels with more features first: then those that still
@@ -961,7 +964,7 @@ class Crf {
     return Real(kernel_scale(settings_.kernels[l].features, settings_.blur, settings_.classic));
   }
   Capacity worst() const;
-  Capacity bound(double generosity) const;
+  Capacity bound(bool captured, double more) const;
   void fill_table(const Real* features, int planes, const Key* ranges, const Real* weights,
                   Memory& scratch);
   template <int D>
@@ -1012,15 +1015,19 @@ Capacity Crf<Real>::worst() const {
           int64_t(std::min(most, vertices))};
 }
 
-// Natural images need a fourth of what a generosity of 1 gives: half a row and vertex per pixel.
+// Photographs have up to 0.6 rows per pixel and kernel, and 0.3 vertices, or 1 with two rings. The
+// result is `more` times as much room, or what a graph gets.
 template <class Real>
-Capacity Crf<Real>::bound(double generosity) const {
-  const double pixels = double(grid_.images) * grid_.height * grid_.width;
+Capacity Crf<Real>::bound(bool captured, double more) const {
+  const double pixels = double(grid_.images) * grid_.height * grid_.width * kernels();
   const Capacity most = worst();
-  const auto room = [&](int64_t limit) {
-    return std::min(limit, int64_t(std::min(1e9, 4096 + generosity * pixels * kernels() / 2)));
+  const auto room = [&](double each, int64_t limit) {
+    const double wanted =
+        captured ? kFewest + pixels * std::max(1.0, 2 * each) : more * (4096 + pixels * each);
+    return std::min(limit, int64_t(std::min(1e9, wanted)));
   };
-  return {room(most.locals), room(most.rows), room(most.vertices)};
+  return {room(0.7, most.locals), room(0.7, most.rows),
+          room(settings_.blur.rings > 1 ? 1.1 : 0.4, most.vertices)};
 }
 
 template <class Real>
@@ -1108,10 +1115,10 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
     entries_.lists = memory_.template get<uint16_t>(entries);
     entries_.unit_rows = memory_.template get<Span>(tiles * kernels());
   }
-  for (double generosity = wait ? 1 : 2;; generosity *= 4) {
+  for (double more = 1;; more *= 4) {
     Memory table(like_);
     if (kernels()) {
-      capacity_ = bound(generosity);
+      capacity_ = bound(!wait, more);
       fill_table(features, planes, ranges, weights, table);
     }
     if (!wait) {

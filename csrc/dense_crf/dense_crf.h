@@ -152,7 +152,7 @@ PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const doub
     double least = axis ? -axis * high[axis - 1] : 0, most = axis ? -axis * low[axis - 1] : 0;
     for (int i = axis; i < features; ++i) least += low[i], most += high[i];
     const double margin = 2 + rings, range = most - least + 2 * margin + 2;
-    names.low[axis] = int(least - margin > -1e9 ? std::floor(least - margin) : -1e9);
+    names.low[axis] = least > -1e9 && least < 1e9 ? int(std::floor(least - margin)) : 0;
     if (bits < 64) names.unit[axis] = uint64_t(1) << bits;
     names.all += names.unit[axis];
     int needed = 1;
