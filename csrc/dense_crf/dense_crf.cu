@@ -23,6 +23,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../common/launch.h"
@@ -487,11 +488,12 @@ __device__ int features_of(const Layout& layout, int64_t vertex) {
   return kMaxFeatures - group;
 }
 
+// Threads: the groups of kernels, then the kernels.
 __global__ void layout_kernel(const Key* keys, int64_t n, Ranks ranks, int kernels, int images,
-                              int shift, Layout* layout) {
-  const int group = threadIdx.x;
-  if (group >= kMaxFeatures) return;
-  const int rank = ranks.of[group];
+                              int shift, Layout* layout, int* kernel_ends) {
+  const int job = blockIdx.x * blockDim.x + threadIdx.x, l = job - kMaxFeatures;
+  if (l >= kernels) return;
+  const int rank = l < 0 ? ranks.of[job] : l + 1;
   const Key bound = rank == kernels ? kNone : Key(rank) * images << shift;
   int64_t low = 0, high = n;
   while (low < high) {
@@ -501,7 +503,7 @@ __global__ void layout_kernel(const Key* keys, int64_t n, Ranks ranks, int kerne
     else
       high = middle;
   }
-  layout->end[group] = int(low) + 1;
+  (l < 0 ? layout->end[job] : kernel_ends[l]) = int(low) + 1;
 }
 
 __global__ void rank_kernel(const Key* keys, const unsigned* places, int64_t n, int shift,
@@ -565,8 +567,9 @@ __global__ void links_kernel(const Key* keys, const int* kernel_of, const Layout
 
 // -- filtering; blocks are [rows of vectors, 256 / width]
 
+// `from` by value: so it is loaded as a whole.
 template <class T, int N>
-__device__ void add(Vector<T, N>& to, T factor, const Vector<T, N>& from) {
+__device__ void add(Vector<T, N>& to, T factor, Vector<T, N> from) {
 #pragma unroll
   for (int i = 0; i < N; ++i) to.at[i] += factor * from.at[i];
 }
@@ -636,21 +639,25 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const Layout*
   }
 }
 
-// out = -factor compatibility in, per vertex; a thread per vertex and class.
+// out = -factor compatibility in, per vertex, or factor in; a thread per vertex and class.
 template <class T>
 __global__ void mix_kernel(const T* in, const T* compatibility, const T* factors,
                            const int* kernel_of, const Layout* layout, int classes, int stride,
-                           T* out) {
+                           bool transposed, T* out) {
   const int64_t n = int64_t(layout->end[kMaxFeatures - 1]) * stride;
+  const int along = transposed ? classes : 1, across = transposed ? 1 : classes;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t v = i / stride;
     const int to = int(i % stride);
     T sum = 0;
-    if (v > 0 && to < classes)
-      for (int from = 0; from < classes; ++from)
-        sum -= compatibility[to * classes + from] * in[v * stride + from];
-    out[i] = v > 0 ? factors[kernel_of[v]] * sum : T(0);
+    if (v > 0 && to < classes) {
+      if (!compatibility) sum = in[i];
+      for (int from = 0; compatibility && from < classes; ++from)
+        sum -= compatibility[to * across + from * along] * in[v * stride + from];
+      sum *= factors[kernel_of[v]];
+    }
+    out[i] = sum;
   }
 }
 
@@ -690,11 +697,11 @@ __global__ void normalize_kernel(Grid grid, int first_entry, int count, int64_t 
 
 template <class Real>
 struct Pass {
-  const Real* unary;   // [N, C, H, W]
-  Real* q;             // the same; null but in the last pass
-  const Real* values;  // [vertices, width] messages; null in the first pass
-  Real* partial;       // [rows, width] sums; null in the last pass
-  const Real* slice;   // the entries' weights
+  const Real* unary;    // [N, C, H, W]
+  const Real* values;   // [vertices, width] messages; null: there are none yet
+  Real* q;              // [N, C, H, W]; null but in the last pass
+  Real* partial;        // [rows, width] sums; null in the last pass
+  const Real* weights;  // the entries' weights when slicing, and when splatting
   const Real* splat;
   const int* vertices;
   const uint16_t* lists;
@@ -704,52 +711,78 @@ struct Pass {
   int classes;
 };
 
-// One mean-field update of a tile: slice every lattice, softmax, splat into every lattice. The
-// classes of a pixel lie together in shared memory, in an odd number of vectors, so that threads
-// that read one vector of consecutive pixels each do not wait for each other.
+// The same when gradients flow back.
 template <class Real>
-__global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real> pass) {
-  constexpr int N = 16 / sizeof(Real);
-  using Vec = Vector<Real, N>;
-  PYSEG_DYNAMIC_SHARED(Vec, shared);  // [pixels, width | 1]
-  const int width = (pass.classes + N - 1) / N, stride = width | 1;
-  const int64_t first = blockIdx.x * grid.per_tile();
-  const Place place = place_of(grid, blockIdx.x);
+struct Back {
+  const Real* gradient;  // of q; null but in the first pass back
+  const Real* values;    // gradients of the splat sums, blurred; null in the first pass back
+  Real* of_unary;        // set by the first pass back, then added to
+};
 
-  if (pass.values) {
-    const Vec* const values = reinterpret_cast<const Vec*>(pass.values);
-    int p = int(threadIdx.x) / width, part = int(threadIdx.x) % width;
-    while (p < grid.pixels) {
-      const Real* const weights = pass.slice + first + p * grid.entries;
-      const int* const vertices = pass.vertices + first + p * grid.entries;
-      Vec sum{};
-#pragma unroll 3
-      for (int e = 0; e < grid.entries; ++e)
-        add(sum, weights[e], values[int64_t(vertices[e]) * width + part]);
-      shared[p * stride + part] = sum;
-      p += kPassThreads / width, part += kPassThreads % width;
-      if (part >= width) part -= width, ++p;
+// Shared memory holds the classes of each pixel together, in an odd number of vectors, so that
+// threads that read one vector of consecutive pixels each do not wait for each other.
+template <class Real>
+struct Rows {
+  static constexpr int N = 16 / sizeof(Real);
+  using Vec = Vector<Real, N>;
+  int width, stride;
+
+  __device__ explicit Rows(int classes) : width((classes + N - 1) / N), stride(width | 1) {}
+
+  // Calls visit(item, part) for all items and vectors, consecutive vectors in consecutive threads.
+  template <class Visit>
+  __device__ void each(int items, Visit visit) const {
+    int item = int(threadIdx.x) / width, part = int(threadIdx.x) % width;
+    while (item < items) {
+      visit(item, part);
+      item += kPassThreads / width, part += kPassThreads % width;
+      if (part >= width) part -= width, ++item;
     }
-    __syncthreads();
   }
 
-  const int64_t plane = int64_t(grid.height) * grid.width;
-  const bool invalid = pass.counters->bad_features != 0;
-  for (int p = threadIdx.x; p < grid.pixels; p += kPassThreads) {
-    const int x = place.x + p % grid.tile_width, y = place.y + p / grid.tile_width;
-    if (x >= grid.width || y >= grid.height) continue;
-    const int64_t pixel = place.image * pass.classes * plane + int64_t(y) * grid.width + x;
-    const Real* unary = pass.unary + pixel;
-    Vec* const row = shared + p * stride;
+  __device__ void slice(const Grid& grid, const Real* values, const Real* weights,
+                        const int* vertices, Vec* to) const {
+    const Vec* const from = reinterpret_cast<const Vec*>(values);
+    each(grid.pixels, [&](int p, int part) {
+      Vec sum{};
+#pragma unroll 3
+      for (int e = p * grid.entries; e < (p + 1) * grid.entries; ++e)
+        add(sum, weights[e], from[int64_t(vertices[e]) * width + part]);
+      to[p * stride + part] = sum;
+    });
+  }
+
+  __device__ void splat(const Grid& grid, const Pass<Real>& pass, const Real* weights,
+                        const Vec* from) const {
+    const uint16_t* const lists = pass.lists + blockIdx.x * grid.per_tile();
+    for (int l = 0; l < grid.kernels; ++l) {
+      const Span unit = pass.unit_rows[int64_t(blockIdx.x) * grid.kernels + l];
+      Vec* const to = reinterpret_cast<Vec*>(pass.partial) + int64_t(unit.first) * width;
+      each(unit.count, [&](int r, int part) {
+        const unsigned row = pass.rows[unit.first + r];
+        const uint16_t* const list = lists + (row & 0xFFFF);
+        Vec sum{};
+#pragma unroll 4
+        for (unsigned i = 0; i < row >> 16; ++i) {
+          const unsigned entry = list[i];
+          add(sum, weights[entry], from[__umulhi(entry, grid.by_entries) * stride + part]);
+        }
+        to[r * width + part] = sum;
+      });
+    }
+  }
+
+  // A pixel's messages, if there are any, become probabilities, and 0 past the last class.
+  __device__ void softmax(const Real* unary, int64_t plane, int classes, bool messages,
+                          Vec* row) const {
     Real largest = -INFINITY, sum = 0;
     for (int part = 0; part < width; ++part) {
       Vec logits{};
-      if (pass.values) logits = row[part];
+      if (messages) logits = row[part];
 #pragma unroll
       for (int i = 0; i < N; ++i)
-        if (part * N + i < pass.classes) {
-          logits.at[i] -= *unary;
-          unary += plane;
+        if (part * N + i < classes) {
+          logits.at[i] -= unary[(part * N + i) * plane];
           largest = logits.at[i] > largest ? logits.at[i] : largest;
         }
       row[part] = logits;
@@ -758,44 +791,181 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real
       Vec e = row[part];
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        e.at[i] = part * N + i < pass.classes ? exp(e.at[i] - largest) : Real(0);
+        e.at[i] = part * N + i < classes ? exp(e.at[i] - largest) : Real(0);
         sum += e.at[i];
       }
       row[part] = e;
     }
-    const Real scale = Real(invalid ? NAN : 1) / sum;
+    const Real scale = Real(1) / sum;
     for (int part = 0; part < width; ++part) {
       Vec e = row[part];
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        e.at[i] *= scale;
-        if (pass.q && part * N + i < pass.classes) pass.q[pixel + (part * N + i) * plane] = e.at[i];
-      }
+      for (int i = 0; i < N; ++i) e.at[i] *= scale;
       row[part] = e;
     }
   }
+};
+
+// Calls visit(p, where it is in [N, C, H, W]) for the pixels of a tile.
+template <class Visit>
+__device__ void each_pixel(const Grid& grid, int classes, Visit visit) {
+  const Place place = place_of(grid, blockIdx.x);
+  const int64_t plane = int64_t(grid.height) * grid.width;
+  for (int p = threadIdx.x; p < grid.pixels; p += kPassThreads) {
+    const int x = place.x + p % grid.tile_width, y = place.y + p / grid.tile_width;
+    if (x < grid.width && y < grid.height)
+      visit(p, place.image * classes * plane + int64_t(y) * grid.width + x);
+  }
+}
+
+// One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
+template <class Real>
+__global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real> pass) {
+  using Vec = typename Rows<Real>::Vec;
+  PYSEG_DYNAMIC_SHARED(Vec, shared);  // [pixels, stride]
+  const Rows<Real> rows(pass.classes);
+  const int64_t first = blockIdx.x * grid.per_tile(), plane = int64_t(grid.height) * grid.width;
+  if (pass.values) {
+    rows.slice(grid, pass.values, pass.weights + first, pass.vertices + first, shared);
+    __syncthreads();
+  }
+  const Real invalid = pass.counters->bad_features ? NAN : 0;
+  each_pixel(grid, pass.classes, [&](int p, int64_t pixel) {
+    Vec* const row = shared + p * rows.stride;
+    rows.softmax(pass.unary + pixel, plane, pass.classes, pass.values, row);
+    if (pass.q)
+      for (int c = 0; c < pass.classes; ++c)
+        pass.q[pixel + c * plane] = row[c / Rows<Real>::N].at[c % Rows<Real>::N] + invalid;
+  });
   if (!pass.partial) return;
   __syncthreads();
+  rows.splat(grid, pass, pass.splat + first, shared);
+}
 
-  const Real* const weights = pass.splat + first;
-  for (int l = 0; l < grid.kernels; ++l) {
-    const Span unit = pass.unit_rows[int64_t(blockIdx.x) * grid.kernels + l];
-    Vec* const partial = reinterpret_cast<Vec*>(pass.partial) + int64_t(unit.first) * width;
-    int r = int(threadIdx.x) / width, part = int(threadIdx.x) % width;
-    while (r < unit.count) {
-      const unsigned row = pass.rows[unit.first + r];
-      const uint16_t* const list = pass.lists + first + (row & 0xFFFF);
-      Vec sum{};
-#pragma unroll 4
-      for (unsigned i = 0; i < row >> 16; ++i) {
-        const unsigned entry = list[i];
-        add(sum, weights[entry], shared[__umulhi(entry, grid.by_entries) * stride + part]);
+// The update backwards: recomputes q, slices its gradient, adds to the gradient of unary and splats
+// that of the messages.
+template <class Real>
+__global__ void __launch_bounds__(kPassThreads)
+    back_kernel(Grid grid, Pass<Real> pass, Back<Real> back) {
+  constexpr int N = Rows<Real>::N;
+  using Vec = typename Rows<Real>::Vec;
+  PYSEG_DYNAMIC_SHARED(Vec, shared);  // [2, pixels, stride]
+  const Rows<Real> rows(pass.classes);
+  Vec* const gradients = shared + grid.pixels * rows.stride;
+  const int64_t first = blockIdx.x * grid.per_tile(), plane = int64_t(grid.height) * grid.width;
+  if (pass.values)
+    rows.slice(grid, pass.values, pass.weights + first, pass.vertices + first, shared);
+  if (back.values)
+    rows.slice(grid, back.values, pass.splat + first, pass.vertices + first, gradients);
+  __syncthreads();
+  each_pixel(grid, pass.classes, [&](int p, int64_t pixel) {
+    Vec* const row = shared + p * rows.stride;
+    Vec* const gradient = gradients + p * rows.stride;
+    rows.softmax(pass.unary + pixel, plane, pass.classes, pass.values, row);
+    Real dot = 0;
+    for (int part = 0; part < rows.width; ++part) {
+      Vec g{};
+      if (back.values) g = gradient[part];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (!back.values && part * N + i < pass.classes)
+          g.at[i] = back.gradient[pixel + (part * N + i) * plane];
+        dot += row[part].at[i] * g.at[i];
       }
-      partial[r * width + part] = sum;
-      r += kPassThreads / width, part += kPassThreads % width;
-      if (part >= width) part -= width, ++r;
+      gradient[part] = g;
     }
+    for (int part = 0; part < rows.width; ++part) {
+      Vec g = gradient[part];
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        g.at[i] = row[part].at[i] * (g.at[i] - dot);
+        if (part * N + i < pass.classes) {
+          Real& of_unary = back.of_unary[pixel + (part * N + i) * plane];
+          of_unary = (back.values ? of_unary : Real(0)) - g.at[i];
+        }
+      }
+      row[part] = g;
+    }
+  });
+  if (!pass.partial) return;
+  __syncthreads();
+  rows.splat(grid, pass, pass.weights + first, shared);
+}
+
+// Adds products of the gradients of messages, still to be blurred, with the sums that the messages
+// were made of, over a kernel's vertices. Grid: y is the kernel. Without a compatibility matrix a
+// block adds to one number, otherwise to [C, C]. Each block takes the same vertices every time.
+template <class T>
+__global__ void __launch_bounds__(kPassThreads)
+    products_kernel(const T* even, const T* odd, const T* sums, const Layout* layout,
+                    const int* kernel_ends, int passes, int classes, int stride, bool matrix,
+                    double* products) {  // [kernels, blocks, 1 or C * C]
+  const int l = blockIdx.y;
+  const int64_t begin = l ? kernel_ends[l - 1] : 1, end = kernel_ends[l];
+  const int cells = matrix ? classes * classes : 1;
+  double* const to = products + (int64_t(l) * gridDim.x + blockIdx.x) * cells;
+  if (begin >= end) return;
+  const T* const gradients = launches(features_of(*layout, begin), passes) % 2 ? odd : even;
+  if (!matrix) {
+    using Reduce = BlockReduce<double, kPassThreads>;
+    __shared__ typename Reduce::TempStorage storage;
+    double sum = 0;
+    for (int64_t v = begin + int64_t(blockIdx.x) * kPassThreads + threadIdx.x; v < end;
+         v += int64_t(gridDim.x) * kPassThreads) {
+      T dot = 0;
+      for (int c = 0; c < classes; ++c) dot += gradients[v * stride + c] * sums[v * stride + c];
+      sum += dot;
+    }
+    sum = Reduce(storage).Sum(sum);
+    if (threadIdx.x == 0) *to += sum;
+    return;
   }
+  constexpr int kRun = 64;  // so many products are summed in T
+  for (int cell = threadIdx.x; cell < cells; cell += kPassThreads) {
+    const int row = cell / classes, column = cell % classes;
+    double sum = 0;
+    for (int64_t v = begin + int64_t(blockIdx.x) * kRun; v < end; v += int64_t(gridDim.x) * kRun) {
+      const int64_t stop = min(end, v + kRun);
+      T few = 0;
+      for (int64_t i = v; i < stop; ++i)
+        few += gradients[i * stride + row] * sums[i * stride + column];
+      sum += few;
+    }
+    to[cell] += sum;
+  }
+}
+
+// One block per kernel: the gradient of its weight.
+template <class T>
+__global__ void __launch_bounds__(kPassThreads)
+    weight_gradient_kernel(const double* products, const T* compatibility, int blocks, int cells,
+                           T scale, T* gradient) {
+  using Reduce = BlockReduce<double, kPassThreads>;
+  __shared__ typename Reduce::TempStorage storage;
+  double sum = 0;
+  for (int cell = threadIdx.x; cell < cells; cell += kPassThreads)
+    for (int block = 0; block < blocks; ++block) {
+      const double value = products[int64_t(block) * cells + cell];
+      sum += compatibility ? -double(compatibility[cell]) * value : value;
+    }
+  sum = Reduce(storage).Sum(sum);
+  if (threadIdx.x == 0) *gradient += T(double(scale) * sum);
+}
+
+// A thread is an element of the compatibility matrix.
+template <class T>
+__global__ void compatibility_gradient_kernel(const double* products, const T* factors, int kernels,
+                                              int blocks, int cells, T* gradient) {
+  const int cell = blockIdx.x * blockDim.x + threadIdx.x;
+  if (cell >= cells) return;
+  double total = 0;
+  for (int l = 0; l < kernels; ++l) {
+    double sum = 0;
+    for (int block = 0; block < blocks; ++block)
+      sum += products[(int64_t(l) * blocks + block) * cells + cell];
+    total -= double(factors[l]) * sum;
+  }
+  gradient[cell] += T(total);
 }
 
 // -- the host
@@ -928,8 +1098,9 @@ class Crf {
   static constexpr int kVector = 16 / sizeof(Real);
   using Vec = Vector<Real, kVector>;
 
+  // `buffers` of all classes of a tile's pixels must fit into shared memory.
   Crf(const Settings& settings, const Tensor& like, int64_t images, int classes, int64_t height,
-      int64_t width, cudaStream_t stream)
+      int64_t width, int buffers, cudaStream_t stream)
       : settings_(settings),
         stream_(stream),
         like_(like),
@@ -938,11 +1109,12 @@ class Crf {
         width_((classes + kVector - 1) / kVector) {
     int features = 1;
     for (const Kernel& kernel : settings.kernels) features = std::max(features, kernel.features);
-    static constexpr int kShapes[][2] = {{16, 32}, {16, 16}, {8, 16}, {8, 8}, {4, 8}, {4, 4}};
+    static constexpr int kShapes[][2] = {{16, 32}, {16, 16}, {8, 16}, {8, 8},
+                                         {4, 8},   {4, 4},   {2, 4}};
     for (const auto& shape : kShapes) {
       grid_.tile_height = shape[0], grid_.tile_width = shape[1];
       grid_.pixels = shape[0] * shape[1];
-      if (pass_bytes() <= kSharedBytes && grid_.pixels * settings.entries < 1 << 16 &&
+      if (pass_bytes(buffers) <= kSharedBytes && grid_.pixels * settings.entries < 1 << 16 &&
           locate_bytes(grid_.pixels, features) <= 48 << 10)
         break;
     }
@@ -955,10 +1127,13 @@ class Crf {
 
   const Grid& grid() const { return grid_; }
   void build(const Real* unary, const Real* features, int planes, const Real* weights);
-  void infer(const Real* unary, const Real* compatibility, Real* q);
+  void infer(const Real* unary, const Real* compatibility, Real* q,
+             std::vector<Vec*>* kept = nullptr);
+  void backward(const Real* unary, const Real* compatibility, const Real* gradient, Real* of_unary,
+                Real* of_weights, Real* of_compatibility);
 
  private:
-  int pass_bytes() const { return grid_.pixels * (width_ | 1) * 16; }
+  int pass_bytes(int buffers) const { return buffers * grid_.pixels * (width_ | 1) * 16; }
   int kernels() const { return int(settings_.kernels.size()); }
   Real scale_of(int l) const {
     return Real(kernel_scale(settings_.kernels[l].features, settings_.blur, settings_.classic));
@@ -971,8 +1146,30 @@ class Crf {
   void locate(int l, const Real* features, int planes);
   void number(Memory& scratch);
   template <class T, int N>
-  void filter(const Vector<T, N>* partial, int width, const T* factors, bool transposed,
-              Vector<T, N>* values, Vector<T, N>* spare);
+  void combine(const Vector<T, N>* partial, int width, Vector<T, N>* values, Vector<T, N>* spare);
+  template <class T, int N>
+  void blur(int width, const T* factors, bool transposed, Vector<T, N>* values,
+            Vector<T, N>* spare);
+  void mix(const Vec* in, const Real* compatibility, bool transposed, Vec* out);
+  Vec* messages() {  // room for [1 + vertices, width]
+    Vec* const values = memory_.template get<Vec>((1 + capacity_.vertices) * width_);
+    STD_CUDA_CHECK(cudaMemsetAsync(values, 0, width_ * sizeof(Vec), stream_));
+    return values;
+  }
+  Pass<Real> pass(const Real* unary, const Vec* messages) const {
+    return {unary,
+            reinterpret_cast<const Real*>(messages),
+            nullptr,
+            nullptr,
+            entries_.weights,
+            splat_,
+            entries_.vertices,
+            entries_.lists,
+            entries_.rows,
+            entries_.unit_rows,
+            counters_,
+            classes_};
+  }
   void normalize();
   template <class Kernel, class... Arguments>
   void each(Kernel kernel, int64_t items, Arguments... arguments) {  // of a grid-stride loop
@@ -997,6 +1194,7 @@ class Crf {
   Entries<Real> entries_{};
   Real* splat_ = nullptr;  // the entries' weights, unless they are entries_.weights
   Layout* layout_ = nullptr;
+  int* kernel_ends_ = nullptr;             // [kernels] of their vertices
   int* kernel_of_ = nullptr;               // [1 + vertices]
   int2* links_ = nullptr;                  // [axes, 1 + vertices]
   Span* spans_ = nullptr;                  // [locals] rows, sorted by vertex
@@ -1158,6 +1356,7 @@ void Crf<Real>::number(Memory& scratch) {
   const int64_t vertices = capacity_.vertices, locals = capacity_.locals, stride = 1 + vertices;
   const int axes = settings_.kernels[0].features + 1;
   layout_ = memory_.template get<Layout>(1);
+  kernel_ends_ = memory_.template get<int>(kernels());
   kernel_of_ = memory_.template get<int>(stride);
   links_ = memory_.template get<int2>(axes * stride);
   spans_ = memory_.template get<Span>(locals);
@@ -1172,8 +1371,8 @@ void Crf<Real>::number(Memory& scratch) {
   for (int group = 0; group < kMaxFeatures; ++group)
     for (const Kernel& kernel : settings_.kernels)
       ranks.of[group] += kernel.features >= kMaxFeatures - group;
-  PYSEG_LAUNCH(layout_kernel, 1, 32, 0, stream_, keys, vertices, ranks, kernels(), grid_.images,
-               shift_, layout_);
+  PYSEG_LAUNCH(layout_kernel, unsigned(kMaxFeatures + kernels() + 31) / 32, 32, 0, stream_, keys,
+               vertices, ranks, kernels(), grid_.images, shift_, layout_, kernel_ends_);
   each(rank_kernel, vertices, keys, places, vertices, shift_, grid_.images, table_, kernel_of_);
   for (int axis = 0; axis < axes; ++axis)
     STD_CUDA_CHECK(cudaMemsetAsync(links_ + axis * stride, 0, sizeof(int2), stream_));
@@ -1197,22 +1396,35 @@ void Crf<Real>::number(Memory& scratch) {
   each(entries_kernel, entries, local_vertices, entries, entries_.vertices);
 }
 
-// Sums rows per vertex and blurs them; the result is in `values`. Both buffers are [1 + vertices,
-// width].
+// Sums rows per vertex, into one buffer or the other; `blur` then leaves its result in `values`.
 template <class Real>
 template <class T, int N>
-void Crf<Real>::filter(const Vector<T, N>* partial, int width, const T* factors, bool transposed,
-                       Vector<T, N>* values, Vector<T, N>* spare) {
+void Crf<Real>::combine(const Vector<T, N>* partial, int width, Vector<T, N>* values,
+                        Vector<T, N>* spare) {
   const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
-  const unsigned blocks = blocks_for(capacity_.vertices, int(block.y));
+  PYSEG_LAUNCH((combine_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
+               stream_, partial, spans_, begin_, end_, layout_, settings_.blur.passes, width,
+               values, spare);
+}
+
+template <class Real>
+template <class T, int N>
+void Crf<Real>::blur(int width, const T* factors, bool transposed, Vector<T, N>* values,
+                     Vector<T, N>* spare) {
+  const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
   const int passes = settings_.blur.passes;
   const T side = T(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
-  PYSEG_LAUNCH((combine_kernel<T, N>), blocks, block, 0, stream_, partial, spans_, begin_, end_,
-               layout_, passes, width, values, spare);
   for (int step = 0; step < launches(settings_.kernels[0].features, passes); ++step)
-    PYSEG_LAUNCH((blur_kernel<T, N>), blocks, block, 0, stream_, values, spare, layout_, links_,
-                 1 + capacity_.vertices, kernel_of_, factors, step, passes, transposed, side,
-                 width);
+    PYSEG_LAUNCH((blur_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
+                 stream_, values, spare, layout_, links_, 1 + capacity_.vertices, kernel_of_,
+                 factors, step, passes, transposed, side, width);
+}
+
+template <class Real>
+void Crf<Real>::mix(const Vec* in, const Real* compatibility, bool transposed, Vec* out) {
+  each(mix_kernel<Real>, (1 + capacity_.vertices) * width_ * kVector,
+       reinterpret_cast<const Real*>(in), compatibility, factors_, kernel_of_, layout_, classes_,
+       width_ * kVector, transposed, reinterpret_cast<Real*>(out));
 }
 
 template <class Real>
@@ -1228,7 +1440,8 @@ void Crf<Real>::normalize() {
   STD_CUDA_CHECK(cudaMemsetAsync(spare, 0, sizeof *spare, stream_));
   PYSEG_LAUNCH(ones_kernel<Real>, unsigned(grid_.tiles()), 128, 0, stream_, grid_, entries_,
                partial);
-  filter<Real, 1>(partial, 1, nullptr, false, sums, spare);
+  combine<Real, 1>(partial, 1, sums, spare);
+  blur<Real, 1>(1, nullptr, false, sums, spare);
   const int64_t pixels = grid_.tiles() * grid_.pixels;
   if (how != kSymmetric) {
     splat_ = memory_.template get<Real>(pixels * grid_.entries);
@@ -1242,94 +1455,196 @@ void Crf<Real>::normalize() {
          how == kBefore ? splat_ : entries_.weights);
 }
 
+// Writes q; with `kept`, keeps the blurred sums of every iteration instead.
 template <class Real>
-void Crf<Real>::infer(const Real* unary, const Real* compatibility, Real* q) {
+void Crf<Real>::infer(const Real* unary, const Real* compatibility, Real* q,
+                      std::vector<Vec*>* kept) {
   const int iterations = kernels() ? settings_.iterations : 0;
   Vec *partial = nullptr, *values = nullptr, *spare = nullptr;
   if (iterations) {
     partial = memory_.template get<Vec>(capacity_.rows * width_);
-    values = memory_.template get<Vec>((1 + capacity_.vertices) * width_);
-    spare = memory_.template get<Vec>((1 + capacity_.vertices) * width_);
-    STD_CUDA_CHECK(cudaMemsetAsync(values, 0, width_ * sizeof(Vec), stream_));
-    STD_CUDA_CHECK(cudaMemsetAsync(spare, 0, width_ * sizeof(Vec), stream_));
+    if (!kept) values = messages();
+    spare = messages();
   }
   STD_CUDA_CHECK(cudaFuncSetAttribute(pass_kernel<Real>,
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const Vec* messages = nullptr;
+  const bool mixes = compatibility || kept;
+  const Vec* in = nullptr;
   for (int step = 0; step <= iterations; ++step) {
     const bool last = step == iterations;
-    const Pass<Real> pass{unary,
-                          last ? q : nullptr,
-                          reinterpret_cast<const Real*>(messages),
-                          reinterpret_cast<Real*>(last ? nullptr : partial),
-                          entries_.weights,
-                          splat_,
-                          entries_.vertices,
-                          entries_.lists,
-                          entries_.rows,
-                          entries_.unit_rows,
-                          counters_,
-                          classes_};
-    PYSEG_LAUNCH(pass_kernel<Real>, unsigned(grid_.tiles()), kPassThreads, pass_bytes(), stream_,
-                 grid_, pass);
+    if (last && kept) break;
+    Pass<Real> update = pass(unary, in);
+    update.q = last ? q : nullptr;
+    update.partial = reinterpret_cast<Real*>(last ? nullptr : partial);
+    PYSEG_LAUNCH(pass_kernel<Real>, unsigned(grid_.tiles()), kPassThreads, pass_bytes(1), stream_,
+                 grid_, update);
     if (last) break;
-    filter<Real, kVector>(partial, width_, compatibility ? nullptr : factors_, false, values,
-                          spare);
-    messages = values;
-    if (compatibility) {
-      each(mix_kernel<Real>, (1 + capacity_.vertices) * width_ * kVector,
-           reinterpret_cast<const Real*>(values), compatibility, factors_, kernel_of_, layout_,
-           classes_, width_ * kVector, reinterpret_cast<Real*>(spare));
-      messages = spare;
-    }
+    if (kept) kept->push_back(values = messages());
+    combine<Real, kVector>(partial, width_, values, spare);
+    blur<Real, kVector>(width_, mixes ? nullptr : factors_, false, values, spare);
+    in = values;
+    if (mixes) mix(values, compatibility, false, spare), in = spare;
+  }
+}
+
+// Goes through the iterations once more, keeping their blurred sums, which are small next to q;
+// then backwards, recomputing each q from them. Gradients other than unary's are added to.
+template <class Real>
+void Crf<Real>::backward(const Real* unary, const Real* compatibility, const Real* gradient,
+                         Real* of_unary, Real* of_weights, Real* of_compatibility) {
+  const int iterations = kernels() ? settings_.iterations : 0;
+  const int cells = compatibility ? classes_ * classes_ : 1;
+  const int blocks = std::clamp((1 << 20) / cells, 16, 128);
+  std::vector<Vec*> kept;
+  infer(unary, compatibility, nullptr, &kept);
+  Vec *partial = nullptr, *values = nullptr, *spare = nullptr, *mixed = nullptr;
+  double* products = nullptr;
+  if (iterations) {
+    partial = memory_.template get<Vec>(capacity_.rows * width_);
+    values = messages(), spare = messages(), mixed = messages();
+    products = memory_.template get<double>(int64_t(kernels()) * blocks * cells);
+    STD_CUDA_CHECK(cudaMemsetAsync(products, 0,
+                                   int64_t(kernels()) * blocks * cells * sizeof(double), stream_));
+  }
+  STD_CUDA_CHECK(cudaFuncSetAttribute(back_kernel<Real>,
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  const Vec* in = nullptr;
+  for (int step = iterations; step >= 0; --step) {
+    if (step > 0) mix(kept[step - 1], compatibility, false, mixed);
+    Pass<Real> update = pass(unary, step > 0 ? mixed : nullptr);
+    update.partial = reinterpret_cast<Real*>(step > 0 ? partial : nullptr);
+    const Back<Real> back{gradient, reinterpret_cast<const Real*>(in), of_unary};
+    PYSEG_LAUNCH(back_kernel<Real>, unsigned(grid_.tiles()), kPassThreads, pass_bytes(2), stream_,
+                 grid_, update, back);
+    if (step == 0) break;
+    combine<Real, kVector>(partial, width_, values, spare);
+    PYSEG_LAUNCH(
+        products_kernel<Real>, dim3(unsigned(blocks), unsigned(kernels())), kPassThreads, 0,
+        stream_, reinterpret_cast<const Real*>(values), reinterpret_cast<const Real*>(spare),
+        reinterpret_cast<const Real*>(kept[step - 1]), layout_, kernel_ends_, settings_.blur.passes,
+        classes_, width_ * kVector, compatibility != nullptr, products);
+    blur<Real, kVector>(width_, compatibility ? nullptr : factors_, true, values, spare);
+    in = values;
+    if (compatibility) mix(values, compatibility, true, spare), in = spare;
+  }
+  if (iterations == 0) return;
+  for (int l = 0; l < kernels(); ++l)
+    PYSEG_LAUNCH(weight_gradient_kernel<Real>, 1, kPassThreads, 0, stream_,
+                 products + int64_t(l) * blocks * cells, compatibility, blocks, cells, scale_of(l),
+                 of_weights + settings_.given[l]);
+  if (compatibility)
+    PYSEG_LAUNCH(compatibility_gradient_kernel<Real>, unsigned((cells + 255) / 256), 256, 0,
+                 stream_, products, factors_, kernels(), blocks, cells, of_compatibility);
+}
+
+struct Arguments {  // checked and contiguous
+  Settings settings;
+  Tensor unary, features, weights;
+  std::optional<Tensor> compatibility;
+};
+
+template <class Real>
+const Real* data(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<Real>() : nullptr;
+}
+
+// Calls run(crf, index of the first image), with lattices built, for as many images at once as 31
+// bits number the entries of.
+template <class Real, class Run>
+void for_images(const Arguments& a, int buffers, cudaStream_t stream, Run run) {
+  const int64_t images = a.unary.size(0), height = a.unary.size(2), width = a.unary.size(3);
+  const int64_t plane = height * width, classes = a.unary.size(1), planes = a.features.size(1);
+  const Crf<Real> one(a.settings, a.unary, 1, int(classes), height, width, buffers, stream);
+  const int64_t entries = one.grid().tiles() * one.grid().per_tile();
+  if (entries >= int64_t(1) << 31)
+    refuse("an image of ", height, " x ", width, " pixels with ", a.settings.entries,
+           " lattice entries each exceeds 2^31 entries: split the image");
+  const int64_t most = std::max<int64_t>(
+      1, std::min<int64_t>(4096, ((int64_t(1) << 31) - 1) / std::max<int64_t>(1, entries)));
+  for (int64_t first = 0; first < images; first += most) {
+    Crf<Real> crf(a.settings, a.unary, std::min(most, images - first), int(classes), height, width,
+                  buffers, stream);
+    crf.build(a.unary.const_data_ptr<Real>() + first * classes * plane,
+              a.features.const_data_ptr<Real>() + first * planes * plane, int(planes),
+              a.weights.const_data_ptr<Real>());
+    run(crf, first);
   }
 }
 
 template <class Real>
-void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& weights,
-                     const std::optional<Tensor>& compatibility, const Settings& settings,
-                     Tensor& q, cudaStream_t stream) {
-  const int64_t images = unary.size(0), height = unary.size(2), width = unary.size(3);
-  const int64_t plane = height * width, classes = unary.size(1), planes = features.size(1);
-  const Crf<Real> one(settings, unary, 1, int(classes), height, width, stream);
-  const int64_t entries = one.grid().tiles() * one.grid().per_tile();
-  if (entries >= int64_t(1) << 31)
-    refuse("an image of ", height, " x ", width, " pixels with ", settings.entries,
-           " lattice entries each exceeds 2^31 entries: split the image");
-  // As many images at once as 31 bits number the entries of.
-  const int64_t most = std::max<int64_t>(
-      1, std::min<int64_t>(4096, ((int64_t(1) << 31) - 1) / std::max<int64_t>(1, entries)));
-  for (int64_t first = 0; first < images; first += most) {
-    Crf<Real> crf(settings, unary, std::min(most, images - first), int(classes), height, width,
-                  stream);
-    const Real* const energies = unary.const_data_ptr<Real>() + first * classes * plane;
-    crf.build(energies, features.const_data_ptr<Real>() + first * planes * plane, int(planes),
-              weights.const_data_ptr<Real>());
-    crf.infer(energies, compatibility ? compatibility->const_data_ptr<Real>() : nullptr,
-              q.mutable_data_ptr<Real>() + first * classes * plane);
-  }
+void infer(const Arguments& a, Tensor& q, cudaStream_t stream) {
+  const int64_t image = a.unary.size(1) * a.unary.size(2) * a.unary.size(3);
+  for_images<Real>(a, 1, stream, [&](Crf<Real>& crf, int64_t first) {
+    crf.infer(a.unary.const_data_ptr<Real>() + first * image, data<Real>(a.compatibility),
+              q.mutable_data_ptr<Real>() + first * image);
+  });
+}
+
+template <class Real>
+void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor& weights,
+              Tensor& compatibility, cudaStream_t stream) {
+  const int64_t image = a.unary.size(1) * a.unary.size(2) * a.unary.size(3);
+  for (Tensor* const tensor : {&weights, &compatibility})
+    if (tensor->numel())
+      STD_CUDA_CHECK(
+          cudaMemsetAsync(tensor->mutable_data_ptr(), 0, tensor->numel() * sizeof(Real), stream));
+  for_images<Real>(a, 2, stream, [&](Crf<Real>& crf, int64_t first) {
+    crf.backward(a.unary.const_data_ptr<Real>() + first * image, data<Real>(a.compatibility),
+                 gradient.const_data_ptr<Real>() + first * image,
+                 unary.mutable_data_ptr<Real>() + first * image, weights.mutable_data_ptr<Real>(),
+                 compatibility.mutable_data_ptr<Real>());
+  });
+}
+
+Arguments contiguous(Settings settings, const Tensor& unary, const Tensor& features,
+                     const Tensor& weights, const std::optional<Tensor>& compatibility) {
+  using torch::stable::contiguous;
+  return {std::move(settings), contiguous(unary), contiguous(features), contiguous(weights),
+          compatibility ? std::optional(contiguous(*compatibility)) : std::nullopt};
 }
 
 Tensor dense_crf_cuda(const Tensor& unary, const Tensor& features, const Tensor& weights,
                       const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
                       std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
                       int64_t normalization, int64_t passes, double spread, int64_t rings) {
-  const Settings settings =
-      check_arguments(unary, features, weights, compatibility, sizes, channels, sigmas, iterations,
-                      normalization, passes, spread, rings);
+  Settings settings = check_arguments(unary, features, weights, compatibility, sizes, channels,
+                                      sigmas, iterations, normalization, passes, spread, rings);
   const DeviceScope device(unary);
-  const Tensor u = torch::stable::contiguous(unary), f = torch::stable::contiguous(features);
-  const Tensor w = torch::stable::contiguous(weights);
-  std::optional<Tensor> m;
-  if (compatibility) m = torch::stable::contiguous(*compatibility);
-  Tensor q = torch::stable::new_empty(u, {u.size(0), u.size(1), u.size(2), u.size(3)});
-  if (u.scalar_type() == ScalarType::Float)
-    dense_crf_typed<float>(u, f, w, m, settings, q, device.stream);
+  const Arguments a = contiguous(std::move(settings), unary, features, weights, compatibility);
+  Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
+  if (unary.scalar_type() == ScalarType::Float)
+    infer<float>(a, q, device.stream);
   else
-    dense_crf_typed<double>(u, f, w, m, settings, q, device.stream);
+    infer<double>(a, q, device.stream);
   return q;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cuda(
+    const Tensor& gradient, const Tensor& unary, const Tensor& features, const Tensor& weights,
+    const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
+    std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
+    int64_t normalization, int64_t passes, double spread, int64_t rings) {
+  Settings settings = check_arguments(unary, features, weights, compatibility, sizes, channels,
+                                      sigmas, iterations, normalization, passes, spread, rings);
+  if (shape(gradient) != shape(unary) || gradient.scalar_type() != unary.scalar_type())
+    refuse("the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
+  const DeviceScope device(unary);
+  const Arguments a = contiguous(std::move(settings), unary, features, weights, compatibility);
+  const Tensor g = torch::stable::contiguous(gradient);
+  const int64_t labels = compatibility ? unary.size(1) : 0;
+  Tensor of_unary = torch::stable::new_empty(a.unary, a.unary.sizes());
+  Tensor of_weights = torch::stable::new_empty(a.weights, a.weights.sizes());
+  Tensor of_compatibility = torch::stable::new_empty(a.unary, {labels, labels});
+  if (unary.scalar_type() == ScalarType::Float)
+    backward<float>(a, g, of_unary, of_weights, of_compatibility, device.stream);
+  else
+    backward<double>(a, g, of_unary, of_weights, of_compatibility, device.stream);
+  return {of_unary, of_weights, of_compatibility};
 }
 
 }  // namespace
 
-PYSEG_DEVICE_LIBRARY(m) { m.impl("dense_crf", TORCH_BOX(&dense_crf_cuda)); }
+PYSEG_DEVICE_LIBRARY(m) {
+  m.impl("dense_crf", TORCH_BOX(&dense_crf_cuda));
+  m.impl("dense_crf_backward", TORCH_BOX(&dense_crf_backward_cuda));
+}
