@@ -104,6 +104,16 @@ for shape, size, dtype in [((2, 3, 3, 9), (26, 140), torch.uint8),
 logits[0, 1, 3, 3] = torch.nan
 yield ops.upsample_confusion(logits.half(), target, 255)
 """,
+    "dense_crf": """
+g = torch.Generator().manual_seed(0)
+features = 255 * torch.rand(2, 3, 17, 20, generator=g)
+kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 80.0, 80.0, 80.0])
+for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3), (1, 0.25, 0))]:
+    unary = torch.randn(2, classes, 17, 20, generator=g)
+    for normalization in (1, 2):
+        yield ops.dense_crf(unary, features, torch.tensor([3.0, 10.0]), compatibility, *kernels, 2,
+                            normalization, *quality)
+""",
 }
 OPS = [source.stem for source in emulation.kernels()]
 
