@@ -34,8 +34,8 @@ class Boundary:
     **Trimap IoU** (Kohli et al., 2009): mIoU of the pixels within d of a boundary of the ground
     truth, on both its sides; the image's border is no boundary here.
 
-    Void in the ground truth is void in the prediction too, whatever it says there. Otherwise void is
-    a label like any other: a class that ends at void has a boundary there, in both maps.
+    Void in the ground truth is void in the prediction too, whatever it says there. Otherwise void
+    is a label like any other: a class that ends at void has a boundary there, in both maps.
 
     Args:
         classes: names of the C classes.
@@ -125,7 +125,7 @@ class Boundary:
         edges = [side.to(wide).masked_fill(~boundary_mask(side, distance), inner)
                  for side in (labels, target)]  # fmt: skip
         edges[1].masked_fill_(void, self.ignore_index)
-        self._areas = self._areas.to(device) + self._overlaps(*edges, inner + 1)
+        self._areas = self._areas.to(device) + self._overlaps(edges[0], edges[1], inner + 1)
         band = boundary_mask(target, distance, border=False)
         near = target.masked_fill(~band, self.ignore_index)
         self._trimap = self._trimap.to(device) + self._overlaps(labels, near, count)

@@ -196,7 +196,8 @@ def test_bad_input():
         metric.update(pair(zeros, zeros)[0], Sample("x", torch.zeros(3, 3, 4)))
     assert all(not value.any() for value in metric.state().values())
     for options in ({"classes": ()}, {"classes": NAMES, "ratio": 0},
-                    {"classes": NAMES, "tolerance": 2}, {"classes": NAMES, "matching": "x"}):  # fmt: skip
+                    {"classes": NAMES, "tolerance": 2},
+                    {"classes": NAMES, "matching": "x"}):  # fmt: skip
         with pytest.raises(ValueError, match=r"classes|ratio|tolerance|matching"):
             Boundary(**options)
     with pytest.raises(ValueError, match="4 classes"):
