@@ -25,6 +25,10 @@ class LabelError(PysegError, ValueError):
     """Label values that cannot be class ids, with their likely cause."""
 
 
+class ScoreError(PysegError, ValueError):
+    """Predictions or annotations that cannot be scored, with the reason."""
+
+
 class WeightsError(PysegError, RuntimeError):
     """Weights that are absent, unreachable, damaged, unsafe or of another architecture."""
 

@@ -64,7 +64,7 @@ def read_image(source: ImageSource) -> Tensor:
     if isinstance(source, Image.Image):
         return _read_pil(source, "the PIL image")
     if isinstance(source, (str, os.PathLike)):
-        return _read_pil(_load(source, "image"), f"image {os.fspath(source)!r}")
+        return _read_pil(open_image(source, "image"), f"image {os.fspath(source)!r}")
     raise ImageError(
         f"an image must be a path, a PIL image, a NumPy array or a tensor, got "
         f"{type(source).__name__}; for several images pass a list to the pipeline"
@@ -85,7 +85,7 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
         ImageError: the file cannot be read (see `read_image`), is a lossy JPEG, or holds colours
             instead of ids.
     """
-    image = _load(path, "label map")
+    image = open_image(path, "label map")
     name = f"label map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
         raise ImageError(f"{name} is a JPEG, whose compression changes class ids; use the PNG that "
@@ -108,7 +108,32 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     )
 
 
-def _load(path: str | os.PathLike[str], what: str) -> Image.Image:
+def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
+    """The segment ids of a panoptic PNG in COCO's format: R + 256 G + 65536 B, 0 = void.
+
+    Args:
+        path: an RGB PNG.
+
+    Returns:
+        [H, W] int32.
+
+    Raises:
+        ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
+    """
+    image = open_image(path, "panoptic map")
+    name = f"panoptic map {os.fspath(path)!r}"
+    if image.format in ("JPEG", "MPO"):
+        raise ImageError(f"{name} is a JPEG, whose compression changes ids; use the PNG that it "
+                         "was made from")  # fmt: skip
+    if image.mode != "RGB":
+        raise ImageError(f"{name} has mode {image.mode}; COCO's panoptic format is RGB, with "
+                         "id = R + 256 G + 65536 B")  # fmt: skip
+    # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
+    padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
+    return torch.from_numpy((padded & 0xFFFFFF).astype(np.int32))
+
+
+def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
     """Opens and decodes a file whole, with one kind of error for all that can go wrong."""
     name = f"{what} {os.fspath(path)!r}"
     file = Path(path)
@@ -347,9 +372,14 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes ``value`` as JSON."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes ``text`` in UTF-8."""
     path = Path(path)
     with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
@@ -531,7 +561,7 @@ def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[
                 "category_id": ids[item.label],
                 "area": int(inside.sum()),
                 "bbox": box,  # x, y, width, height
-                "iscrowd": 0,
+                "iscrowd": int(item.crowd),
                 "score": item.score,
             }
         )
@@ -546,8 +576,10 @@ __all__ = [
     "encode_rle",
     "read_image",
     "read_labels",
+    "read_segment_ids",
     "write_image",
     "write_json",
     "write_labels",
     "write_panoptic",
+    "write_text",
 ]

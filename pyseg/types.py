@@ -30,6 +30,7 @@ class Segment:
     label: int  # class index
     score: float
     area: int  # pixels
+    crowd: bool = False  # in ground truth: a region of several objects that were not told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ class Instances:
     masks: Tensor  # [K, H, W] bool
     scores: Tensor  # [K] float
     labels: Tensor  # [K] int64, class indices
+    crowd: Tensor | None = None  # [K] bool: regions of many objects (COCO's iscrowd); ground truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +192,15 @@ class Metric(Protocol):
 
     def update(self, prediction: Segmentation, sample: Sample) -> None: ...
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Tensors whose sum over processes is the state of the whole."""
+    def state(self) -> Mapping[str, Any]:
+        """Tensors, and lists of records, whose sum over processes is the state of the whole.
+
+        Tensors add up, lists are joined; neither the order nor the number of parts may matter, so
+        tensors are integers (fractions in fixed point) and `compute` sorts records.
+        """
         ...
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
 
     def compute(self) -> dict[str, Any]: ...
 

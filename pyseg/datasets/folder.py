@@ -67,7 +67,7 @@ class Folder(PairedFiles):
             raise FileNotFoundError(f"no label file (matched by stem) for {some(without)}")
         if without := label_files.keys() - image_files.keys():
             raise FileNotFoundError(f"no image (matched by stem) for the labels {some(without)}")
-        names, colours, void = _classes(classes, part, base)
+        names, colours, void = read_classes(classes, part, base)
         super().__init__(
             list(image_files.values()),
             [label_files[stem] for stem in image_files],
@@ -77,7 +77,7 @@ class Folder(PairedFiles):
         )
 
 
-def _classes(
+def read_classes(
     given: Sequence[str] | str | Path | None, *folders: Path | None
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None, tuple[int, ...]]:
     """Names, colours if any, and ids that mean void."""
@@ -125,6 +125,7 @@ def _from_json(
     ids = [e["id"] for e in kept]
     if ids != list(range(len(kept))):
         raise ValueError(f"ids must be 0, 1, 2, … without gaps, they are {ids}")
-    coloured = all("color" in e for e in kept)
-    colours = tuple((e["color"][0], e["color"][1], e["color"][2]) for e in kept)
-    return tuple(str(e["name"]) for e in kept), colours if coloured else None, void
+    names = tuple(str(e["name"]) for e in kept)
+    if not all("color" in e for e in kept):
+        return names, None, void
+    return names, tuple((e["color"][0], e["color"][1], e["color"][2]) for e in kept), void

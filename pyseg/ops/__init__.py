@@ -4,17 +4,30 @@ Every module is imported here, at once: imported later, a submodule would replac
 the same name in this package.
 """
 
+from .boundary_mask import boundary_mask
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .dense_crf import dense_crf
+from .panoptic_head import panoptic_head, panoptic_logits
+from .panoptic_merge import PanopticMaps, panoptic_merge
+from .panoptic_quality import PanopticCounts, panoptic_quality
 from .upsample_argmax import upsample_argmax
+from .upsample_confusion import upsample_confusion
 
 __all__ = [
     "ConfusionCounts",
     "DeformConv2d",
+    "PanopticCounts",
+    "PanopticMaps",
+    "boundary_mask",
     "confusion_counts",
     "confusion_matrix",
     "deform_conv2d",
     "dense_crf",
+    "panoptic_head",
+    "panoptic_logits",
+    "panoptic_merge",
+    "panoptic_quality",
     "upsample_argmax",
+    "upsample_confusion",
 ]

@@ -6,6 +6,7 @@ because its run-time must come first.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,12 +22,52 @@ HERE = Path(__file__).resolve().parent
 
 # A few small calls of every op: each should reach all of its kernels and their edges.
 CASES = {
+    "boundary_mask": """
+g = torch.Generator().manual_seed(0)
+for shape, dtype, distance in [((2, 9, 1100), torch.uint8, 3), ((1, 40, 33), torch.int64, 12)]:
+    labels = (torch.rand(shape, generator=g) < 0.01).to(dtype)
+    for border in (True, False):
+        yield ops.boundary_mask(labels, distance, border)
+""",
     "confusion_matrix": """
 g = torch.Generator().manual_seed(0)
 for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), torch.int64)]:
     labels = torch.randint(-3, classes + 2, (2, *shape), generator=g)  # some out of range
     yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
 yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
+""",
+    "panoptic_head": """
+g = torch.Generator().manual_seed(0)
+for size, instances in [((6, 140), 3), ((9, 20), 258)]:
+    boxes = torch.rand(2, instances, 4, generator=g) * 20 - 3
+    boxes[..., 2:] += boxes[..., :2]
+    labels = torch.randint(1, 4, (2, instances), generator=g)
+    yield ops.panoptic_head(torch.randn(2, 4, 3, 5, generator=g),
+                            torch.randn(2, instances, 3, 3, generator=g), boxes, labels, 2, *size)
+""",
+    "panoptic_merge": """
+g = torch.Generator().manual_seed(0)
+masks = torch.rand(2, 6, 5, 5, generator=g)
+boxes = torch.rand(2, 6, 4, generator=g) * 30 - 5
+boxes[..., 2:] += boxes[..., :2]
+scores, labels = torch.rand(2, 6, generator=g) + 0.3, torch.randint(0, 9, (2, 6), generator=g)
+semantic = torch.randint(0, 4, (2, 13, 41), generator=g)
+parameters = [2, 0], 0.5, 0.6, 40, 0.5
+yield ops.panoptic_merge(masks, boxes, scores, labels, semantic, *parameters)
+masks = torch.rand(2, 6, 13, 41, generator=g) < torch.rand(2, 6, 1, 1, generator=g)
+yield ops.panoptic_merge(masks, None, scores, labels, semantic.byte(), *parameters)
+""",
+    "panoptic_quality": """
+g = torch.Generator().manual_seed(0)
+for count, shape in [(4, (9, 700)), (150, (40, 300))]:
+    maps = torch.randint(0, count + 1, (2, *shape), generator=g, dtype=torch.int32)
+    maps[0] = maps[1].where(torch.rand(shape, generator=g) < 0.8, maps[0])
+    ids = torch.arange(1, count + 1)
+    truth = torch.stack([ids, ids % 3, torch.bincount(maps[1].flatten(), minlength=count + 1)[1:],
+                         (ids % 5 == 0).long()], 1)
+    yield ops.panoptic_quality(*maps, truth[:, :2].contiguous(), truth, 3, None, None)
+    yield ops.panoptic_quality(*maps, truth[1:, :2].contiguous(), truth[:-1].contiguous(), 3,
+                               *(maps % 3 > 0))
 """,
     "deform_conv2d": """
 g = torch.Generator().manual_seed(0)
@@ -51,6 +92,27 @@ for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
     yield ops.upsample_argmax(logits, *size)
 logits[0, 1, 3, 3] = torch.nan
 yield ops.upsample_argmax(logits.to(memory_format=torch.channels_last), 40, 9)
+""",
+    "upsample_confusion": """
+g = torch.Generator().manual_seed(0)
+for shape, size, dtype in [((2, 3, 3, 9), (26, 140), torch.uint8),
+                           ((1, 120, 2, 4), (3, 130), torch.int16),
+                           ((1, 3, 20, 9), (11, 5), torch.int64)]:
+    logits = torch.randn(shape, generator=g)
+    target = torch.randint(0, shape[1] + 2, (shape[0], *size), generator=g).to(dtype)
+    yield ops.upsample_confusion(logits, target, 1)
+logits[0, 1, 3, 3] = torch.nan
+yield ops.upsample_confusion(logits.half(), target, 255)
+""",
+    "dense_crf": """
+g = torch.Generator().manual_seed(0)
+features = 255 * torch.rand(2, 3, 17, 20, generator=g)
+kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 80.0, 80.0, 80.0])
+for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3), (1, 0.25, 0))]:
+    unary = torch.randn(2, classes, 17, 20, generator=g)
+    for normalization in (1, 2):
+        yield ops.dense_crf(unary, features, torch.tensor([3.0, 10.0]), compatibility, *kernels, 2,
+                            normalization, *quality)
 """,
 }
 OPS = [source.stem for source in emulation.kernels()]
@@ -129,8 +191,7 @@ def test_sanitizers_find_a_mistake(which, tmp_path):
     folder = emulation.ROOT / "csrc" / op
     source = (folder / f"{op}.cu").read_text()
     assert right in source
-    source = source.replace(right, wrong).replace("../common/", "")
-    source = source.replace(f'"{op}.h"', f'"{folder / op}.h"')
+    source = re.sub(r'#include "(.+)"', rf'#include "{folder}/\1"', source.replace(right, wrong))
     mistaken = tmp_path / f"mistaken_{op}.cu"
     mistaken.write_text(source)
     result = run_sanitized(which, [mistaken], [op])

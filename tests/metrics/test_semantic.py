@@ -1,13 +1,19 @@
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from pyseg.errors import LabelError
+from pyseg.errors import LabelError, ScoreError
 from pyseg.metrics.semantic import Semantic
 from pyseg.types import Metric, Sample, Segmentation
 
+DATA = Path(
+    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data")
+)
 NAMES = ("road", "sky", "tree", "car", "pole")
 
 
@@ -109,6 +115,191 @@ def test_against_torchmetrics():
         assert got[name] == pytest.approx(float(oracle.compute()), abs=1e-6), name
 
 
+def test_against_scikit_learn():
+    oracle = pytest.importorskip("sklearn.metrics")
+    images = list(random_images(4, seed=11))
+    metric = Semantic(NAMES)
+    for prediction, target in images:
+        metric.update(*pair(prediction, target))
+    got = metric.compute()
+    prediction = np.concatenate([p.ravel() for p, _ in images])
+    target = np.concatenate([t.ravel() for _, t in images])
+    prediction, target = prediction[target != 255], target[target != 255]
+    options = {"labels": range(len(NAMES)), "average": None}  # 255 in the prediction is a miss
+    want = {
+        "iou": oracle.jaccard_score(target, prediction, **options),
+        "precision": oracle.precision_score(target, prediction, **options),
+        "recall": oracle.recall_score(target, prediction, **options),
+        "f1": oracle.f1_score(target, prediction, **options),
+    }
+    for key, values in want.items():
+        assert [got["per_class"][name][key] for name in NAMES] == pytest.approx(values, abs=1e-12)
+    assert got["kappa"] == pytest.approx(oracle.cohen_kappa_score(target, prediction), abs=1e-12)
+    assert got["pixel_accuracy"] == pytest.approx(oracle.accuracy_score(target, prediction))
+
+
+def cityscapes_scores(pairs, directory):
+    """What cityscapesscripts' own script gives for maps of Cityscapes ids: name -> IoU, mean."""
+    script = pytest.importorskip("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling")
+    script.args.evalInstLevelScore = False
+    matrix = script.generateMatrix(script.args)
+    for prediction, target in pairs:
+        files = directory / "prediction.png", directory / "target.png"
+        for file, labels in zip(files, (prediction, target), strict=True):
+            Image.fromarray(labels.astype(np.uint8)).save(file)
+        script.evaluatePair(*map(str, files), matrix, {}, {}, script.args)
+    scores = {
+        script.id2label[k].name: script.getIouScoreForLabel(k, matrix, script.args)
+        for k in script.args.evalLabels
+    }
+    return scores, script.getScoreAverage(scores, script.args)
+
+
+def test_against_cityscapesscripts(tmp_path):
+    labels = pytest.importorskip("cityscapesscripts.helpers.labels").labels
+    train_id = np.full(256, 255)
+    for label in labels:
+        if label.id >= 0 and not label.ignoreInEval:
+            train_id[label.id] = label.trainId
+    names = [label.name for label in sorted(labels, key=lambda label: label.trainId)
+             if not label.ignoreInEval]  # fmt: skip
+    generator = np.random.default_rng(21)
+    pairs = []
+    for _ in range(3):
+        target = generator.integers(0, 34, (31, 57))
+        target[target == 31] = 7  # one class of the 19 is in no ground truth
+        prediction = np.where(generator.random((31, 57)) < 0.7, target,
+                              generator.integers(0, 34, (31, 57)))  # fmt: skip
+        prediction[prediction == 17] = 0  # and one in no prediction
+        pairs.append((prediction, target))
+    want, mean = cityscapes_scores(pairs, tmp_path)
+    metric = Semantic(names)
+    for prediction, target in pairs:
+        metric.update(*pair(train_id[prediction], train_id[target], names))
+    got = metric.compute()
+    assert len(names) == 19
+    for name in names:
+        assert got["per_class"][name]["iou"] == pytest.approx(want[name], abs=1e-12), name
+    assert got["miou"] == pytest.approx(mean, abs=1e-12)
+
+
+def test_real_maps_against_peers():
+    """CamVid's labels, and the same moved by some pixels, against scikit-learn and torchmetrics."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    classification = pytest.importorskip("torchmetrics.classification")
+    folder = DATA / "camvid" / "val" / "labels"
+    if not folder.is_dir():
+        pytest.skip(f"needs CamVid in {folder} (set PYSEG_TEST_DATA)")
+    metric = Semantic(num_classes=11, ignore_index=11)
+    peer = classification.MulticlassJaccardIndex(11, average="none", ignore_index=11)
+    kappa = classification.MulticlassCohenKappa(11, ignore_index=11)
+    flat = []
+    for file in sorted(folder.iterdir())[:40:10]:
+        target = np.array(Image.open(file)).astype(np.int64)
+        prediction = np.roll(target, (3, 5), (0, 1))
+        prediction[prediction == 11] = 1
+        metric.update(*pair(prediction, target, metric.classes))
+        peer.update(torch.from_numpy(prediction), torch.from_numpy(target))
+        kappa.update(torch.from_numpy(prediction), torch.from_numpy(target))
+        flat.append((prediction[target != 11], target[target != 11]))
+    got = metric.compute()
+    assert 0.3 < got["miou"] < 0.95
+    iou = [entry["iou"] for entry in got["per_class"].values()]
+    prediction, target = (np.concatenate(part) for part in zip(*flat, strict=True))
+    want = sklearn.jaccard_score(target, prediction, labels=range(11), average=None)
+    present = ~np.isnan(iou)
+    assert present.sum() >= 9
+    assert np.array(iou)[present] == pytest.approx(want[present], abs=1e-12)
+    assert np.array(iou)[present] == pytest.approx(peer.compute().numpy()[present], abs=1e-6)
+    assert got["kappa"] == pytest.approx(sklearn.cohen_kappa_score(target, prediction), abs=1e-12)
+    assert got["kappa"] == pytest.approx(float(kappa.compute()), abs=1e-5)
+
+
+def test_reduce_zero_label():
+    prediction = [[0, 1, 2, 2], [1, 0, 0, 4]]
+    raw = [[1, 2, 3, 1], [0, 0, 255, 5]]
+    metric = Semantic(NAMES, reduce_zero_label=True)
+    metric.update(*pair(prediction, raw))
+    want = scored(prediction, [[0, 1, 2, 0], [255, 255, 255, 4]])
+    assert str(metric.compute()) == str(want)  # as text, since nan is not equal to nan
+    for dtype in (torch.int16, torch.int64):
+        other = Semantic(NAMES, reduce_zero_label=True)
+        segmentation, sample = pair(prediction, raw)
+        other.update(segmentation, Sample("a", sample.image, torch.tensor(raw, dtype=dtype)))
+        assert str(other.compute()) == str(want)
+    with pytest.raises(LabelError, match="5"):  # a 6 is class 5, which five classes do not have
+        metric.update(*pair(prediction, [[6] * 4] * 2))
+
+
+def test_subset_restricts_means_only():
+    images = list(random_images(2, seed=3))
+    whole, part = Semantic(NAMES), Semantic(NAMES, subset=("sky", 3))
+    for image in images:
+        whole.update(*pair(*image))
+        part.update(*pair(*image))
+    want, got = whole.compute(), part.compute()
+    assert got["per_class"] == want["per_class"]
+    for key, column in (("miou", "iou"), ("mean_accuracy", "recall"), ("f1", "f1")):
+        chosen = [want["per_class"][name][column] for name in ("sky", "car")]
+        assert got[key] == pytest.approx(sum(chosen) / 2)
+    for key in ("pixel_accuracy", "fwiou", "kappa", "void"):
+        assert got[key] == want[key]
+    assert got["classes_counted"] == 2
+    part = Semantic(NAMES, subset=["road", "pole"])
+    part.update(*pair([[0, 1]], [[0, 1]]))
+    assert part.compute()["classes_absent"] == ["pole"] and part.compute()["miou"] == 1
+    for subset in ("sky", [], ["lake"], [5], [-1], [True], 3):
+        with pytest.raises(ValueError, match="subset"):
+            Semantic(NAMES, subset=subset)
+
+
+def test_a_perfect_prediction_scores_one():
+    _, target = next(random_images(1, seed=8))
+    got = scored(np.where(target == 255, 3, target), target)
+    for key in ("miou", "pixel_accuracy", "mean_accuracy", "precision", "recall", "f1", "fwiou",
+                "kappa"):  # fmt: skip
+        assert got[key] == 1, key
+    assert math.isnan(scored([[1, 1]], [[1, 1]])["kappa"])  # one class: chance is right too
+
+
+def test_ignored_pixels_never_matter():
+    prediction, target = next(random_images(1, seed=13))
+    want = scored(prediction, target)
+    other = np.where(
+        target == 255, np.random.default_rng(1).integers(0, 5, target.shape), prediction
+    )
+    assert (other != prediction).any()
+    assert scored(other, target) == want
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_order_and_splitting_change_no_bit(seed):
+    generator = np.random.default_rng(seed)
+    images = [pair(*image) for image in random_images(9, seed=seed)]
+    whole = Semantic(NAMES)
+    for image in images:
+        whole.update(*image)
+    parts = [Semantic(NAMES) for _ in range(4)]
+    for index in generator.permutation(len(images)):
+        parts[generator.integers(4)].update(*images[index])
+    merged = Semantic(NAMES)
+    states = [parts[k].state() for k in generator.permutation(4)]
+    merged.load_state({key: sum(state[key] for state in states) for key in states[0]})
+    assert merged.compute() == whole.compute()
+
+
+def test_nan_logits_are_an_error():
+    logits = torch.zeros(5, 2, 2)
+    logits[1, 0, 0] = torch.nan
+    sample = Sample("b", torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(4, 4).byte())
+    metric = Semantic(NAMES)
+    with pytest.raises(ScoreError, match=r"'b'.*NaN"):
+        metric.update(Segmentation((4, 4), NAMES, logits=logits), sample)
+    metric.load_state({**metric.state(), "invalid": torch.tensor([0, 0, 2])})
+    with pytest.raises(ScoreError, match=r"2 predictions.*NaN"):
+        metric.compute()
+
+
 def test_by_hand():
     # target     prediction
     # 0 0 1 1    0 1 1 void
@@ -175,6 +366,11 @@ def test_bad_input():
         metric.update(prediction, pair(np.zeros((4, 3)), np.zeros((4, 3)))[1])
     with pytest.raises(LabelError, match=r"'a'.*34"):
         metric.update(prediction, pair(np.zeros((3, 4)), np.full((3, 4), 34))[1])
+    with pytest.raises(LabelError, match=r"'a'.*float32.*integers"):
+        metric.update(prediction, Sample("a", sample.image, torch.zeros(3, 4)))
+    negative = Sample("a", sample.image, torch.full((3, 4), -1, dtype=torch.int16))
+    with pytest.raises(LabelError, match=r"'a'.*-1"):
+        metric.update(prediction, negative)
     assert metric.state()["matrix"].sum() == 0
     for options in ({}, {"classes": ()}, {"num_classes": 0}, {"classes": "road"},
                     {"classes": NAMES, "num_classes": 4}):  # fmt: skip
@@ -185,6 +381,22 @@ def test_bad_input():
 def test_labels_that_the_device_counted_as_invalid_are_reported():
     metric = Semantic(NAMES)
     state = metric.state()
-    metric.load_state({**state, "invalid": torch.tensor([0, 7])})
+    metric.load_state({**state, "invalid": torch.tensor([0, 7, 0])})
     with pytest.raises(LabelError, match="7 target pixels"):
         metric.compute()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_zero_label": True}, {"ignore_index": 2}])
+def test_logits_are_scored_like_their_labels(options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 6, 7, generator=generator)
+    target = torch.randint(0, 5, (40, 50), generator=generator).to(torch.uint8)
+    sample = Sample("a", torch.zeros(3, 40, 50, dtype=torch.uint8), target)
+    prediction = Segmentation((40, 50), NAMES, logits=logits)
+    metric, expected = Semantic(NAMES, **options), Semantic(NAMES, **options)
+    metric.update(prediction, sample)
+    assert prediction._labels is None  # it did without
+    expected.update(prediction.with_labels(prediction.labels), sample)
+    for name, value in expected.state().items():
+        assert torch.equal(metric.state()[name], value), name
+    assert metric.state()["matrix"].sum() > 0

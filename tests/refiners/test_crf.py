@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from pyseg.refiners.crf import CRF
+from pyseg.refiners.crf import CRF, thin
 from pyseg.types import Segmentation
 
 
@@ -20,11 +20,71 @@ def scene():
 def test_moves_the_border_to_the_edge():
     image, target, prediction = scene()
     refined = CRF().refine(image, prediction)
-    before = (prediction.labels == target).float().mean()
-    after = (refined.labels == target).float().mean()
-    assert before < 0.9 and after > 0.99
+    strong = CRF(bilateral=((80.0, 13.0, 10.0),)).refine(image, prediction)
+    before, after, most = (
+        (one.labels == target).float().mean() for one in (prediction, refined, strong)
+    )
+    assert before < 0.85 and after > 0.92 and most > 0.99
     torch.testing.assert_close(refined.logits.exp().sum(0), torch.ones(40, 60))
     assert prediction.logits is not refined.logits
+
+
+def poles():
+    """Two bright poles, five pixels wide, before a ground of two shades; logits of stride 4."""
+    labels = torch.zeros(64, 96, dtype=torch.long)
+    labels[:, 40:] = 1
+    labels[10:50, 20:25] = labels[10:50, 70:75] = 2
+    image = torch.tensor([60, 160, 120], dtype=torch.uint8)[labels].expand(3, -1, -1).contiguous()
+    logits = torch.nn.functional.one_hot(labels, 3).permute(2, 0, 1)[None].float()
+    logits = 4 * torch.nn.functional.avg_pool2d(logits, 4)[0]
+    return image, labels, Segmentation((64, 96), ("left", "right", "pole"), logits=logits)
+
+
+def test_thin_classes_are_protected():
+    image, labels, prediction = poles()
+    strong = {"gaussian": ((6.0, 12.0),), "bilateral": ()}
+    pole = labels == 2
+    before = (prediction.labels == 2)[pole].float().mean()
+    bare = CRF(**strong, protect=0).refine(image, prediction)
+    kept = CRF(**strong).refine(image, prediction)
+    assert before > 0.5
+    assert (bare.labels == 2)[pole].float().mean() < 0.1 * before  # what a CRF does to poles
+    assert (kept.labels == 2)[pole].float().mean() >= before
+    where = thin(prediction, 2.0)
+    assert torch.equal(where, prediction.labels == 2)
+    expected = torch.where(where, prediction.probabilities().log(), bare.logits)
+    torch.testing.assert_close(kept.logits, expected)
+
+
+def test_thin_is_relative_to_the_stride():
+    _, _, prediction = poles()
+    assert not thin(prediction, 0.4).any()  # poles are squares of radius 2 and more
+    assert thin(prediction, 16).all()
+    fine = prediction.with_logits(
+        torch.nn.functional.interpolate(prediction.logits[None], (64, 96), mode="bilinear")[0]
+    )
+    assert torch.equal(thin(fine, 8), thin(prediction, 2.0))
+
+
+def test_thin_against_brute_force():
+    """A pixel is covered where some square of one label, cut at the border, holds it."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(4, 5, 8, generator=generator)
+    prediction = Segmentation((15, 24), tuple("abcd"), logits=logits)
+    labels, radius = prediction.labels, 2  # stride 3, protect 0.7
+    covered = torch.zeros(15, 24, dtype=torch.bool)
+    for y in range(15):
+        for x in range(24):
+            square = (slice(max(0, y - 2), y + 3), slice(max(0, x - 2), x + 3))
+            if len(labels[square].unique()) == 1:
+                covered[square] = True
+    assert radius == round(0.7 * 3)
+    expected = torch.zeros(15, 24, dtype=torch.bool)
+    for label in range(4):
+        own = labels == label
+        expected[own] = covered[own].float().mean() < 0.5
+    assert expected.any() and not expected.all()
+    assert torch.equal(thin(prediction, 0.7), expected)
 
 
 def test_batches_equal_single_images():
@@ -55,5 +115,7 @@ def test_errors():
         CRF().refine(image, prediction.with_labels(prediction.labels))
     with pytest.raises(ValueError, match="iterations must be 0 or more"):
         CRF(iterations=-1)
+    with pytest.raises(ValueError, match="protect must be 0 or more"):
+        CRF(protect=-1.0)
     with pytest.raises(ValueError, match=r"bilateral must be \(sigma_xy, sigma_rgb, weight\)"):
         CRF(bilateral=((80.0, 13.0),))

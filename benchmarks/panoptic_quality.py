@@ -1,0 +1,132 @@
+"""Panoptic quality of one 1024 x 2048 image in memory, with about 60 segments.
+
+The peers get the maps that they want: panopticapi uint32 ids (what its rgb2id makes), torchmetrics
+pairs of class and instance. panopticapi reads files only, so its rules for one image are written
+down here again, by the same NumPy calls.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from pyseg.metrics.panoptic import Panoptic
+from pyseg.types import Segment, Segments
+
+SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
+
+
+def label(segment_id):
+    return segment_id % CLASSES
+
+
+def make_maps(kind="smooth"):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "random":  # the worst case: no two pixels alike
+        maps = torch.randint(0, SEGMENTS, (2, *SIZE), generator=generator)
+        return [ids.int() for ids in maps]
+    scores = torch.randn(1, SEGMENTS, 16, 32, generator=generator)
+    target = interpolate(scores, SIZE, mode="bicubic").argmax(1)[0]
+    scores += 0.3 * torch.randn(scores.shape, generator=generator)
+    return [interpolate(scores, SIZE, mode="bicubic").argmax(1)[0].int(), target.int()]
+
+
+def segments(ids):
+    found, areas = ids.unique(return_counts=True)
+    return Segments(ids, tuple(Segment(k, label(k), 1.0, area) for k, area in
+                               zip(found.tolist(), areas.tolist(), strict=True) if k))  # fmt: skip
+
+
+def numpy_panoptic_quality(prediction, target, predicted, targets):
+    """tp, fp, fn and IoU sum per class as panopticapi's evaluation.py finds them."""
+    found, areas = np.unique(prediction, return_counts=True)
+    area = dict(zip(found.tolist(), areas.tolist(), strict=True))
+    pairs, counts = np.unique(
+        target.astype(np.uint64) * 256**3 + prediction.astype(np.uint64), return_counts=True
+    )
+    overlap = {}
+    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
+        overlap[divmod(pair, 256**3)] = count
+    result = np.zeros((CLASSES, 4))
+    matched_targets, matched = set(), set()
+    for (t, p), both in overlap.items():
+        if t not in targets or p not in predicted or targets[t][0] != predicted[p]:
+            continue
+        union = area[p] + targets[t][1] - both - overlap.get((0, p), 0)
+        if both / union > 0.5:
+            result[predicted[p]] += (1, 0, 0, both / union)
+            matched_targets.add(t)
+            matched.add(p)
+    for t, (category, _) in targets.items():
+        result[category, 2] += t not in matched_targets
+    for p, category in predicted.items():
+        if p not in matched and overlap.get((0, p), 0) / area[p] <= 0.5:
+            result[category, 1] += 1
+    return result
+
+
+def check(ours, peer):
+    counts = ours.state()["counts"].cpu().double().numpy()
+    counts[:, 3] /= 2**40
+    assert np.allclose(counts, peer, rtol=0, atol=1e-9)
+
+
+def scored(prediction, target, **options):
+    metric = Panoptic([f"class {k}" for k in range(CLASSES)], **options)
+    metric.update_segments(prediction, target, "image")
+    return metric
+
+
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_panopticapi(compare, kind, threads):
+    prediction, target = (segments(ids) for ids in make_maps(kind))
+    p, t = (s.map.numpy().astype(np.uint32) for s in (prediction, target))
+    predicted = {item.id: item.label for item in prediction.items}
+    targets = {item.id: (item.label, item.area) for item in target.items}
+    compare(
+        ours=lambda: scored(prediction, target),
+        peer=lambda: numpy_panoptic_quality(p, t, predicted, targets),
+        peer_name="panopticapi's algorithm in NumPy",
+        threads=threads,
+        goal={1: 12, 2: 20}[threads],
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_torchmetrics(compare, threads):
+    functional = pytest.importorskip("torchmetrics.functional.detection")
+    prediction, target = (segments(ids) for ids in make_maps())
+    # ids to (class, instance); class CLASSES is void, among the stuff
+    pairs = [torch.stack([torch.where(s.map > 0, s.map % CLASSES, CLASSES), s.map], -1)[None]
+             for s in (prediction, target)]  # fmt: skip
+    compare(
+        ours=lambda: scored(prediction, target).compute()["pq"],
+        peer=lambda: functional.panoptic_quality(
+            *pairs, things=set(range(CLASSES)), stuffs={CLASSES}
+        ),
+        peer_name="torchmetrics",
+        threads=threads,
+        goal=1200,
+        rounds=2,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_cuda(compare, kind):
+    prediction, target = (segments(ids) for ids in make_maps(kind))
+    p, t = (s.map.numpy().astype(np.uint32) for s in (prediction, target))
+    predicted = {item.id: item.label for item in prediction.items}
+    targets = {item.id: (item.label, item.area) for item in target.items}
+    on_device = [Segments(s.map.cuda(), s.items) for s in (prediction, target)]
+    compare(
+        ours=lambda: scored(*on_device),
+        peer=lambda: numpy_panoptic_quality(p, t, predicted, targets),
+        peer_name="panopticapi's algorithm in NumPy, on the CPU",
+        threads=1,
+        check=check,
+        device="cuda",
+    )

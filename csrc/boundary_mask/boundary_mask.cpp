@@ -1,0 +1,126 @@
+// Pixels near another label, on the CPU: row by row, with the length of the run of equal rows kept
+// per column.
+#include "boundary_mask.h"
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "../common/common.h"
+
+namespace {
+
+using namespace pyseg;
+
+constexpr int64_t kBlock = 64;  // pixels that are compared together
+
+// Sets the pixels whose window along the row has one label; returns nothing else.
+template <class T>
+PYSEG_MULTIVERSION void find_uniform(const T* labels, Window window, uint8_t* uniform) {
+  const int64_t width = window.width;
+  std::memset(uniform, 0, width);
+  int64_t start = 0;
+  const auto close = [&](int64_t end) __attribute__((always_inline)) {
+    const int64_t first = start == 0 && !window.border ? 0 : start + window.distance;
+    const int64_t last = end == width && !window.border ? width : end - window.distance;
+    if (first < last) std::memset(uniform + first, 1, last - first);
+    start = end;
+  };
+  int64_t x = 0;
+  for (; x + kBlock <= width; x += kBlock) {
+    const T label = labels[start];
+    T different = 0;
+    for (int64_t k = x; k < x + kBlock; ++k) different |= T(labels[k] ^ label);
+    if (different == 0) continue;
+    for (int64_t k = x; k < x + kBlock; ++k)
+      if (labels[k] != labels[start]) close(k);
+  }
+  for (; x < width; ++x)
+    if (labels[x] != labels[start]) close(x);
+  close(width);
+}
+
+// streak: how many rows up to this one were uniform and had this label.
+template <class T>
+PYSEG_MULTIVERSION void add_row(const uint8_t* __restrict uniform, const T* __restrict labels,
+                                const T* __restrict above, int64_t width,
+                                int32_t* __restrict streak) {
+  for (int64_t x = 0; x < width; ++x) {
+    const int32_t before = labels[x] == above[x] ? streak[x] : 0;
+    streak[x] = uniform[x] ? before + 1 : 0;
+  }
+}
+
+PYSEG_MULTIVERSION void write_row(const int32_t* __restrict streak, int64_t width, int32_t needed,
+                                  uint8_t* __restrict mask) {
+  for (int64_t x = 0; x < width; ++x) mask[x] = streak[x] < needed;
+}
+
+// Rows [begin, end) of one image.
+template <class T>
+void mark_rows(const T* labels, const Window& window, int64_t begin, int64_t end, uint8_t* mask) {
+  const int64_t width = window.width, last = window.height - 1, distance = window.distance;
+  std::vector<uint8_t> uniform(width);
+  std::vector<int32_t> streak(width);
+  int64_t ready = -1;  // the row that `uniform` is of
+  for (int64_t y = begin - distance; y < end + distance; ++y) {
+    const bool outside = y < 0 || y > last;
+    const int64_t row = std::clamp<int64_t>(y, 0, last);
+    if (outside && window.border) {
+      std::fill(streak.begin(), streak.end(), 0);
+    } else {
+      if (row != ready) find_uniform(labels + row * width, window, uniform.data());
+      ready = row;
+      const int64_t above = std::clamp<int64_t>(y - 1, 0, last);
+      add_row(uniform.data(), labels + row * width, labels + above * width, width, streak.data());
+    }
+    if (y - distance >= begin)
+      write_row(streak.data(), width, int32_t(2 * distance + 1), mask + (y - distance) * width);
+  }
+}
+
+template <class T>
+void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& window) {
+  const T* in = static_cast<const T*>(labels.const_data_ptr());
+  uint8_t* out = static_cast<uint8_t*>(mask.mutable_data_ptr());
+  const int64_t pixels = window.height * window.width;
+  // Every range of rows also needs the rows around it.
+  const int64_t grain =
+      std::max<int64_t>(2 * window.distance, (int64_t(1) << 17) / window.width + 1);
+  torch::stable::parallel_for(
+      0, labels.size(0) * window.height, grain, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t image = begin / window.height;
+          const int64_t stop = std::min(end, (image + 1) * window.height);
+          mark_rows(in + image * pixels, window, begin - image * window.height,
+                    stop - image * window.height, out + image * pixels);
+          begin = stop;
+        }
+      });
+}
+
+Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer
+                         int64_t distance, bool border) {
+  Tensor mask = torch::stable::new_empty(labels, labels.sizes(), ScalarType::Bool);
+  if (labels.numel() == 0) return mask;
+  const Tensor in = torch::stable::contiguous(labels);
+  const int64_t height = in.size(1), width = in.size(2);
+  const Window window{height, width, std::min(distance, std::max(height, width)), border};
+  switch (in.scalar_type()) {
+    case ScalarType::Byte:
+    case ScalarType::Char: boundary_mask_typed<uint8_t>(in, mask, window); break;
+    case ScalarType::Short: boundary_mask_typed<int16_t>(in, mask, window); break;
+    case ScalarType::Int: boundary_mask_typed<int32_t>(in, mask, window); break;
+    case ScalarType::Long: boundary_mask_typed<int64_t>(in, mask, window); break;
+    default: PYSEG_CHECK(false, "labels must be uint8, int8, int16, int32 or int64");
+  }
+  return mask;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
+  m.def("boundary_mask(Tensor labels, int distance, bool border) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) { m.impl("boundary_mask", TORCH_BOX(&boundary_mask_cpu)); }

@@ -1,0 +1,21 @@
+// Which pixels are near another label, shared by the CPU and the CUDA kernel.
+//
+// A pixel is inside its region if the square window of (2 d + 1)^2 pixels around it has one label:
+// if the windows of 2 d + 1 pixels along the row do, in each of the 2 d + 1 rows, and those rows
+// agree. Both are lengths of runs of equal pixels, so the cost does not depend on d, nor on the
+// number of classes.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/host_device.h"
+
+namespace pyseg {
+
+struct Window {
+  int64_t height, width;
+  int64_t distance;  // at most the larger side
+  bool border;       // whether the outside of the image is another label, or continues the image
+};
+
+}  // namespace pyseg

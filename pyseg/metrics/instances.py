@@ -1,0 +1,366 @@
+"""`InstanceAP`: COCO's average precision of masks, boxes and boundaries, by faster-coco-eval."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ScoreError
+from ..image import encode_rle
+from ..types import Instances, Sample, Segmentation
+
+KINDS = ("mask", "box", "boundary")
+_COCO_NAME = {"mask": "segm", "box": "bbox", "boundary": "boundary"}
+_AREAS = ("", "_small", "_medium", "_large")  # all, below 32^2, to 96^2, above
+
+
+class InstanceAP:
+    """Average precision and recall of detected objects, as COCO defines them.
+
+    AP is the mean over classes and over the IoU thresholds .50, .55, …, .95 of the area under the
+    precision-recall curve, sampled at 101 recalls; detections are matched greedily by score, 100
+    per image and class at most; ground truth marked as crowd neither counts nor punishes (Lin et
+    al. 2014; pycocotools). IoU is that of masks, of boxes, or for the boundary AP the smaller of
+    mask IoU and boundary IoU, with a boundary as wide as 2 % of the image diagonal (Cheng et al.
+    2021). Numbers are faster-coco-eval's, which equal pycocotools'.
+
+    An object's size, for the scores of small (below 32^2 pixels), medium and large (from 96^2 on)
+    objects, is the area of its mask; for boxes a detection's is that of its box.
+
+    The state is one record per image, so that neither order nor distribution changes a bit; equal
+    scores are ranked by the images' names.
+
+    Args:
+        classes: names of the C classes.
+        kinds: which IoUs: any of "mask", "box", "boundary".
+
+    Raises:
+        ImportError: faster-coco-eval is not installed.
+
+    Example:
+        >>> metric = InstanceAP(("person", "car"))
+        >>> metric.update(prediction, sample)      # both with instances
+        >>> metric.compute()["mask_ap"]
+    """
+
+    def __init__(self, classes: Sequence[str], *, kinds: Sequence[str] = KINDS) -> None:
+        if isinstance(classes, str) or not classes:
+            raise ValueError(f"InstanceAP needs classes, a sequence of names, got {classes!r}")
+        if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
+            raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
+        _faster_coco_eval()  # better now than after an hour of images
+        self.classes, self.kinds = tuple(classes), tuple(kinds)
+        self.headline = tuple(f"{kind}_ap" for kind in self.kinds)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        self._records: list[dict[str, Any]] = []
+
+    def update(self, prediction: Segmentation, sample: Sample) -> None:
+        """Adds one image: its ``instances`` against the sample's.
+
+        Raises:
+            ScoreError: either has no instances, their sizes differ, a class index is out of range
+                or a score is not finite.
+        """
+        truth, found = sample.instances, prediction.instances
+        name = f"sample {sample.name!r}"
+        if truth is None:
+            raise ScoreError(f"{name} has no instances to score against")
+        if found is None:
+            raise ScoreError(f"{name}: the prediction has no instances; use a model that detects "
+                             "objects, or the metric 'semantic'")  # fmt: skip
+        self._check(truth, prediction.size, f"{name}: the ground truth")
+        self._check(found, prediction.size, f"{name}: the prediction")
+        if not found.scores.isfinite().all():
+            raise ScoreError(f"{name}: the prediction has scores that are not finite: "
+                             f"{found.scores[~found.scores.isfinite()][0].item()}")  # fmt: skip
+        crowd = [False] * len(truth.labels) if truth.crowd is None else truth.crowd.tolist()
+        self._records.append(
+            {
+                "name": sample.name,
+                "size": tuple(prediction.size),
+                "truth": [
+                    {**entry, "area": int(mask.sum()), "iscrowd": int(many)}
+                    for entry, mask, many in zip(_entries(truth), truth.masks, crowd, strict=True)
+                ],
+                "detections": [
+                    {**entry, "score": score}
+                    for entry, score in zip(_entries(found), found.scores.tolist(), strict=True)
+                ],
+            }
+        )
+
+    def _check(self, instances: Instances, size: tuple[int, int], what: str) -> None:
+        count = len(instances.labels)
+        if tuple(instances.masks.shape) != (count, *size) or instances.boxes.shape != (count, 4):
+            raise ScoreError(f"{what} has masks {list(instances.masks.shape)} and boxes "
+                             f"{list(instances.boxes.shape)} for {count} labels; they must be "
+                             f"[{count}, {size[0]}, {size[1]}] and [{count}, 4]")  # fmt: skip
+        labels = instances.labels.tolist()
+        wrong = sorted({label for label in labels if not 0 <= label < len(self.classes)})
+        if wrong:
+            raise ScoreError(f"{what} has objects of class {wrong[0]}; classes are 0 to "
+                             f"{len(self.classes) - 1}, COCO's category ids need converting to "
+                             "them")  # fmt: skip
+        if not instances.boxes.isfinite().all():
+            raise ScoreError(f"{what} has boxes that are not finite")
+
+    def state(self) -> dict[str, list[dict[str, Any]]]:
+        """``images``: one record per image; the records of several processes are joined."""
+        return {"images": list(self._records)}
+
+    def load_state(self, state: Mapping[str, list[dict[str, Any]]]) -> None:
+        """Replaces the records by those of ``state``."""
+        self._records = list(state["images"])
+
+    def compute(self) -> dict[str, Any]:
+        """The scores so far, as fractions.
+
+        Returns:
+            For each kind (``mask_``, ``box_``, ``boundary_``): ``ap``, ``ap50``, ``ap75``,
+            ``ap_small``, ``ap_medium``, ``ap_large``, ``ar1``, ``ar10``, ``ar100`` (average recall
+            with so many detections an image), ``ar_small``, ``ar_medium``, ``ar_large``; nan where
+            there is no such ground truth. ``per_class``: name -> ``mask_ap``, … and ``objects``;
+            ``images``, ``objects`` (of ground truth, without crowds) and ``detections``.
+
+        Raises:
+            ScoreError: an image was counted twice.
+        """
+        records = sorted(self._records, key=lambda record: record["name"])
+        for one, other in itertools.pairwise(records):
+            if one["name"] == other["name"]:
+                raise ScoreError(f"sample {one['name']!r} was scored twice; names must differ, and "
+                                 "each process must score images of its own")  # fmt: skip
+        truth = {
+            "images": [
+                {"id": k, "height": record["size"][0], "width": record["size"][1]}
+                for k, record in enumerate(records, 1)
+            ],
+            "categories": [{"id": k, "name": name} for k, name in enumerate(self.classes)],
+            "annotations": [
+                {**entry, "image_id": k, "id": 0}
+                for k, record in enumerate(records, 1)
+                for entry in record["truth"]
+            ],
+        }
+        found = [
+            {**entry, "image_id": k}
+            for k, record in enumerate(records, 1)
+            for entry in record["detections"]
+        ]
+        # Given a box as well, COCO takes its area for that of the mask.
+        masks = [{k: v for k, v in entry.items() if k != "bbox"} for entry in found]
+        return _scores(truth, {kind: found if kind == "box" else masks for kind in self.kinds})
+
+
+def instance_ap(
+    truth: str | os.PathLike[str],
+    predictions: str | os.PathLike[str],
+    kinds: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Average precision of COCO files: annotations (instances_*.json) and results.
+
+    Areas are those that pycocotools takes: of ground truth the file's ``area``; of a detection that
+    of its ``bbox`` where the results have one, else of its mask.
+
+    Args:
+        truth: JSON with ``images``, ``annotations`` (polygons or RLE) and ``categories``.
+        predictions: JSON list of ``image_id``, ``category_id``, ``score`` and ``segmentation``
+            (RLE) or ``bbox`` (x, y, width, height) or both.
+        kinds: any of "mask", "box", "boundary"; None = those that both files allow.
+
+    Returns:
+        As `InstanceAP.compute`.
+
+    Raises:
+        ScoreError: a file cannot be read or is not of that form, or a prediction names an image or
+            category that the ground truth lacks; the message gives its index.
+        ImportError: faster-coco-eval is not installed.
+    """
+    _faster_coco_eval()
+    annotations, results = _read_json(truth), _read_json(predictions)
+    annotated = _check_truth(annotations, str(truth))
+    detected = _check_results(results, annotations, str(predictions))
+    possible = [kind for kind in KINDS if ("bbox" if kind == "box" else "segmentation") in (
+        annotated & detected)]  # fmt: skip
+    if kinds is None:
+        kinds = possible
+    if missing := [kind for kind in kinds if kind not in possible]:
+        raise ScoreError(f"{missing[0]} AP needs a "
+                         f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
+                         f"{truth} and {predictions}; they allow "
+                         f"{', '.join(possible) or 'none'}")  # fmt: skip
+    if not kinds:
+        raise ScoreError(f"{truth} and {predictions} share neither bbox nor segmentation in every "
+                         "entry")  # fmt: skip
+    return _scores(annotations, dict.fromkeys(kinds, results))
+
+
+def _entries(instances: Instances) -> Iterator[dict[str, Any]]:
+    for label, mask, box in zip(
+        instances.labels.tolist(), instances.masks, instances.boxes.tolist(), strict=True
+    ):
+        left, top, right, bottom = box
+        yield {
+            "category_id": label,
+            "segmentation": encode_rle(mask),
+            "bbox": [left, top, right - left, bottom - top],
+        }
+
+
+def _faster_coco_eval() -> Any:
+    try:
+        import faster_coco_eval
+    except ImportError as error:
+        raise ImportError("instance AP needs faster-coco-eval; run pip install "
+                          "'pyseg-toolkit[coco]'") from error  # fmt: skip
+    return faster_coco_eval
+
+
+def _scores(truth: dict[str, Any], found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """COCO's scores; ``found`` has the detections for each kind."""
+    names = {entry["id"]: entry["name"] for entry in truth["categories"]}
+    objects = dict.fromkeys(names, 0)
+    for entry in truth["annotations"]:
+        objects[entry["category_id"]] += not entry.get("iscrowd", 0)
+    scores: dict[str, Any] = {}
+    per_class: dict[str, dict[str, float]] = {names[k]: {} for k in sorted(names)}
+    for kind, detections in found.items():
+        table, by_class = _evaluate(truth, detections, _COCO_NAME[kind])
+        scores.update({f"{kind}_{key}": value for key, value in table.items()})
+        for k, value in zip(sorted(names), by_class, strict=True):
+            per_class[names[k]][f"{kind}_ap"] = value
+    return {
+        **scores,
+        "per_class": {
+            names[k]: {**per_class[names[k]], "objects": objects[k]} for k in sorted(names)
+        },
+        "images": len(truth["images"]),
+        "objects": sum(objects.values()),
+        "detections": len(next(iter(found.values()))),
+    }
+
+
+def _evaluate(
+    truth: dict[str, Any], detections: Sequence[dict[str, Any]], kind: str
+) -> tuple[dict[str, float], list[float]]:
+    """The 12 numbers of COCO's table, and the AP of every category in the order of ids."""
+    package = _faster_coco_eval()
+    truth = copy.deepcopy(truth)  # the evaluation writes into its annotations
+    for number, entry in enumerate(truth["annotations"], 1):
+        entry["id"] = number  # COCO takes a match with id 0 for none
+    images = package.COCO(truth)
+    evaluation = package.COCOeval_faster(
+        images, images.loadRes(copy.deepcopy(list(detections))), kind
+    )
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    # precision [threshold, recall, class, area, detections], recall [threshold, class, area, …]
+    table = {f"ap{area}": _mean(precision[:, :, :, k, 2]) for k, area in enumerate(_AREAS)}
+    table |= {"ap50": _mean(precision[0, :, :, 0, 2]), "ap75": _mean(precision[5, :, :, 0, 2])}
+    table |= {f"ar{n}": _mean(recall[:, :, 0, k]) for k, n in enumerate((1, 10, 100))}
+    table |= {f"ar{area}": _mean(recall[:, :, k, 2]) for k, area in enumerate(_AREAS) if k}
+    return table, [_mean(precision[:, :, k, 0, 2]) for k in range(precision.shape[2])]
+
+
+def _mean(values: Any) -> float:
+    """Mean without the -1 of classes that have no ground truth."""
+    present = values[values > -1]
+    return float(present.mean()) if present.size else math.nan
+
+
+def _read_json(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ScoreError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ScoreError(f"{path} is not JSON: {error}") from error
+
+
+@contextlib.contextmanager
+def _named(what: str) -> Iterator[None]:
+    """Turns what a malformed entry raises into one error that names it."""
+    try:
+        yield
+    except ScoreError as error:
+        raise ScoreError(f"{what} {error}") from None
+    except KeyError as error:
+        raise ScoreError(f"{what} lacks {error.args[0]!r}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ScoreError(f"{what} is malformed: {error}") from error
+
+
+def _check_truth(content: Any, file: str) -> set[str]:
+    """Which of segmentation and bbox every annotation has."""
+    with _named(f"{file}:"):
+        if not isinstance(content, dict):
+            raise ScoreError("ground truth is an object with images, annotations and categories, "
+                             f"got a {type(content).__name__}; results go second")  # fmt: skip
+        sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in content["images"]}
+        categories = {entry["id"]: entry["name"] for entry in content["categories"]}
+        if not sizes or not categories:
+            raise ScoreError("there are no images or no categories: nothing to score")
+        if len(set(categories.values())) != len(categories):
+            raise ScoreError("two categories have the same name")
+        annotations = content["annotations"]
+    for index, entry in enumerate(annotations):
+        with _named(f"{file}: annotation {index}"):
+            if entry["image_id"] not in sizes:
+                raise ScoreError(f"has image_id {entry['image_id']!r}, which is not in images")
+            if entry["category_id"] not in categories:
+                raise ScoreError(f"has category_id {entry['category_id']!r}, which is not in "
+                                 "categories")  # fmt: skip
+            if not entry["area"] >= 0:
+                raise ScoreError(f"has area {entry['area']!r}")
+            _check_shape(entry, sizes[entry["image_id"]])
+    return {key for key in ("segmentation", "bbox") if all(key in entry for entry in annotations)}
+
+
+def _check_results(content: Any, truth: dict[str, Any], file: str) -> set[str]:
+    if not isinstance(content, list):
+        raise ScoreError(f"{file}: results are a list of detections, got a "
+                         f"{type(content).__name__}; ground truth goes first")  # fmt: skip
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
+    categories = {entry["id"] for entry in truth["categories"]}
+    for index, entry in enumerate(content):
+        with _named(f"{file}: detection {index}"):
+            if entry["image_id"] not in sizes:
+                raise ScoreError(f"has image_id {entry['image_id']!r}, which the ground truth "
+                                 "lacks; were these images scored on another split?")  # fmt: skip
+            if entry["category_id"] not in categories:
+                raise ScoreError(f"has category_id {entry['category_id']!r}, which the ground "
+                                 "truth lacks; class indices must be converted to category "
+                                 "ids")  # fmt: skip
+            if not math.isfinite(entry["score"]):
+                raise ScoreError(f"has score {entry['score']!r}")
+            _check_shape(entry, sizes[entry["image_id"]])
+    keys = {key for key in ("segmentation", "bbox") if all(key in entry for entry in content)}
+    # A box follows from a mask.
+    return keys | {"bbox"} if "segmentation" in keys else keys
+
+
+def _check_shape(entry: Mapping[str, Any], size: tuple[int, int]) -> None:
+    shape = entry.get("segmentation")
+    if isinstance(shape, dict) and tuple(shape["size"]) != tuple(size):
+        raise ScoreError(f"has a mask of size {list(shape['size'])}, its image is {list(size)}")
+    if "segmentation" in entry and not isinstance(shape, (dict, list)):
+        raise ScoreError(f"has a segmentation that is a {type(shape).__name__}; it must be an RLE "
+                         "or a list of polygons")  # fmt: skip
+    if "bbox" in entry:
+        box = [float(value) for value in entry["bbox"]]
+        if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:
+            raise ScoreError(f"has bbox {entry['bbox']}; it must be x, y, width, height")
+
+
+__all__ = ["InstanceAP", "instance_ap"]

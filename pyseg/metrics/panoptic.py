@@ -1,0 +1,384 @@
+"""`Panoptic`: panoptic quality, of maps in memory and of folders in COCO's format."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LabelError
+from ..image import read_segment_ids
+from ..ops import boundary_mask, panoptic_quality
+from ..ops.boundary_mask import boundary_distance
+from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
+from ..types import Sample, Segment, Segmentation, Segments
+
+GROUPS = ("", "_things", "_stuff")
+
+
+class Panoptic:
+    """Panoptic quality over a dataset, from counts of matched and unmatched segments.
+
+    Kirillov et al., Panoptic Segmentation, 2019. Per class, over all images: PQ = sum of the IoUs
+    of matched segments / (tp + fp / 2 + fn / 2), SQ = that sum / tp, RQ = tp / (tp + fp / 2 +
+    fn / 2). Averages are over the classes that occur, in the ground truth or predicted. What
+    matches, and how void and crowds count, is exactly as in panopticapi: see
+    `pyseg.ops.panoptic_quality`. Two of its defects are options here.
+
+    Sums of IoUs are kept as integers in units of 2^-40, so that neither the order of the images nor
+    how they are spread over processes changes a bit.
+
+    Args:
+        classes: names of the C classes.
+        things: which of them are countable objects, by index or name; without it there are no
+            averages over things and stuff.
+        boundary_ratio: boundary PQ (Cheng et al., 2021) where it is above 0: the width of the
+            boundary as a share of the image's diagonal, 0.02 in the paper.
+        all_crowds: in an image with several crowds of a class every one of them excuses predictions
+            of that class; False is what panopticapi does, which remembers the last one only.
+        allow_empty: a group (things, stuff) of which no class occurs has nan for an average; False
+            raises ZeroDivisionError, as panopticapi does.
+
+    Example:
+        >>> metric = Panoptic(("person", "sky"), things=("person",))
+        >>> metric.update(prediction, sample)
+        >>> metric.compute()["pq"]
+    """
+
+    headline = ("pq", "sq", "rq")  # what tables show first
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        *,
+        things: Collection[int | str] = (),
+        boundary_ratio: float = 0.0,
+        all_crowds: bool = False,
+        allow_empty: bool = True,
+    ) -> None:
+        if isinstance(classes, str) or not classes:
+            raise ValueError(f"classes must be a sequence of names, got {classes!r}")
+        if not 0 <= boundary_ratio < 1:
+            raise ValueError(f"boundary_ratio must be in [0, 1), 0 for plain panoptic quality, got "
+                             f"{boundary_ratio}")  # fmt: skip
+        self.classes = tuple(classes)
+        self.things = frozenset(self._index(thing) for thing in things)
+        self.boundary_ratio = boundary_ratio
+        self.all_crowds = all_crowds
+        self.allow_empty = allow_empty
+        self.reset()
+
+    def _index(self, thing: int | str) -> int:
+        if isinstance(thing, str) and thing in self.classes:
+            return self.classes.index(thing)
+        if isinstance(thing, int) and 0 <= thing < len(self.classes):
+            return thing
+        raise ValueError(f"things must be classes, by name or index below {len(self.classes)}, got "
+                         f"{thing!r}")  # fmt: skip
+
+    def reset(self) -> None:
+        """Forgets all images."""
+        # On the CPU until the first update, then wherever the predictions are.
+        self._counts = torch.zeros(len(self.classes), 4, dtype=torch.int64)
+        self._problems = torch.zeros(len(PROBLEMS), dtype=torch.int64)
+
+    def update(self, prediction: Segmentation, sample: Sample) -> None:
+        """Counts one image.
+
+        Args:
+            prediction: its ``segments`` are scored.
+            sample: must have ``segments``; their listed areas are trusted.
+
+        Raises:
+            LabelError: either has no segments, sizes differ, or a map and its list do not agree (on
+                CUDA the latter comes from `compute`).
+        """
+        if sample.segments is None:
+            raise LabelError(f"sample {sample.name!r} has no segments to score against; panoptic "
+                             "quality needs a data set with panoptic labels")  # fmt: skip
+        if prediction.segments is None:
+            raise LabelError(f"the prediction for sample {sample.name!r} has no segments; end the "
+                             "pipeline with a panoptic stage")  # fmt: skip
+        self.update_segments(prediction.segments, sample.segments, sample.name)
+
+    def update_segments(self, prediction: Segments, target: Segments, name: str) -> None:
+        """Counts one image, as `update` does; ``name`` is for messages."""
+        boundaries = {}
+        try:
+            if self.boundary_ratio > 0:
+                distance = boundary_distance(target.map.shape, self.boundary_ratio)
+                maps = {"prediction": prediction.map, "target": target.map}
+                boundaries = {f"{side}_boundary": boundary_mask(ids[None], distance)[0]
+                              for side, ids in maps.items()}  # fmt: skip
+            counts, problems = panoptic_quality(
+                prediction.map,
+                target.map.to(prediction.map.device),
+                _table([[item.id, item.label] for item in prediction.items], 2),
+                self._targets(target.items),
+                len(self.classes),
+                **boundaries,
+            )
+        except ValueError as error:
+            raise LabelError(f"sample {name!r}: {error}") from error
+        if problems.device.type == "cpu" and problems[OTHER_AREA]:
+            _warn_of_areas(f"sample {name!r}: {int(problems[OTHER_AREA])}")
+        self._counts = self._counts.to(counts.device) + counts
+        self._problems = self._problems.to(counts.device) + problems
+
+    def _targets(self, items: Sequence[Segment]) -> Tensor:
+        last = {item.label: item.id for item in items if item.crowd}
+        rows = []
+        for item in items:
+            forgotten = not self.all_crowds and last.get(item.label) != item.id
+            crowd = (2 if forgotten else 1) if item.crowd else 0
+            rows.append([item.id, item.label, item.area, crowd])
+        return _table(rows, 4)
+
+    def state(self) -> dict[str, Tensor]:
+        """Counts whose sum over processes is the state of the whole.
+
+        ``counts`` [C, 4] int64 (true positives, false positives, false negatives, sum of IoUs in
+        units of 2^-40) and ``problems`` [6] int64 (see `pyseg.ops.panoptic_quality`).
+        """
+        return {"counts": self._counts, "problems": self._problems}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replaces the counts by ``state``, as `state` gives them."""
+        for name, own in self.state().items():
+            if state[name].shape != own.shape:
+                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
+                                 f"{len(self.classes)} classes, got "
+                                 f"{list(state[name].shape)}")  # fmt: skip
+        self._counts, self._problems = state["counts"].clone(), state["problems"].clone()
+
+    def compute(self) -> dict[str, Any]:
+        """The scores so far, as fractions.
+
+        Returns:
+            ``pq``, ``sq``, ``rq`` over all classes, and with ``_things`` and ``_stuff`` over those;
+            ``per_class`` name -> ``pq``, ``sq``, ``rq``, ``tp``, ``fp``, ``fn``, ``iou_sum``;
+            ``classes_counted``, ``things_counted``, ``stuff_counted``: how many classes occur.
+            A class that does not occur has nan, and so has a group without any.
+
+        Raises:
+            LabelError: maps and lists that do not agree were seen on CUDA.
+            ZeroDivisionError: no thing or no stuff occurs, and ``allow_empty`` is False.
+        """
+        problems = self._problems.tolist()
+        wrong = [f"{n} {what}" for k, (n, what) in enumerate(zip(problems, PROBLEMS, strict=True))
+                 if n and k != OTHER_AREA]  # fmt: skip
+        if wrong:
+            raise LabelError(f"{'; '.join(wrong)}; run the metric on the CPU to see which")
+        if problems[OTHER_AREA] and self._problems.device.type != "cpu":
+            _warn_of_areas(str(problems[OTHER_AREA]))
+        counts = self._counts.cpu()
+        tp, fp, fn = counts[:, :3].double().unbind(1)
+        iou_sum = counts[:, 3].double() / 2**FRACTION_BITS
+        weight = tp + (fp + fn) / 2
+        present = weight > 0
+        columns = {"pq": iou_sum / weight, "sq": iou_sum / tp.clamp(min=1), "rq": tp / weight}
+        columns["sq"][~present] = math.nan
+        is_thing = torch.tensor([index in self.things for index in range(len(self.classes))])
+        members = (present, present & is_thing, present & ~is_thing)
+        result: dict[str, Any] = {}
+        for group, chosen in zip(GROUPS, members, strict=True):
+            if not chosen.any() and not self.allow_empty:
+                raise ZeroDivisionError(f"no class{group.replace('_', ' of ')} occurs")
+            for key, column in columns.items():
+                result[key + group] = column[chosen].mean().item()
+        result["per_class"] = {
+            name: {
+                **{key: column[index].item() for key, column in columns.items()},
+                **dict(zip(("tp", "fp", "fn"), counts[index, :3].tolist(), strict=True)),
+                "iou_sum": iou_sum[index].item(),
+            }
+            for index, name in enumerate(self.classes)
+        }
+        for key, chosen in zip(("classes", "things", "stuff"), members, strict=True):
+            result[f"{key}_counted"] = int(chosen.sum())
+        return result
+
+
+def _table(rows: list[list[int]], columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64).view(-1, columns)
+
+
+def _warn_of_areas(found: str) -> None:
+    warnings.warn(f"{found} target segments have another area in pixels than is listed; the listed "
+                  "one is used, as panopticapi does", stacklevel=3)  # fmt: skip
+
+
+# --- COCO's format: PNGs and a JSON -------------------------------------------------------------
+
+
+def score_files(
+    target: str | os.PathLike[str],
+    prediction: str | os.PathLike[str],
+    *,
+    target_folder: str | os.PathLike[str] | None = None,
+    prediction_folder: str | os.PathLike[str] | None = None,
+    categories: str | os.PathLike[str] | None = None,
+    boundary_ratio: float = 0.0,
+    all_crowds: bool = False,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """Panoptic quality of predictions in COCO's panoptic format, as panopticapi prints it.
+
+    One image at a time. An image without a prediction is an error; a prediction of an image that is
+    not in the ground truth is left out, with a warning.
+
+    Args:
+        target: JSON of the ground truth.
+        prediction: JSON of the predictions.
+        target_folder: its PNGs; by default the folder of the JSON's name, beside it.
+        prediction_folder: the same of the predictions.
+        categories: JSON with the categories (``id``, ``name``, ``isthing``), as a list or under
+            ``categories``; by default those of ``target``.
+        boundary_ratio, all_crowds: see `Panoptic`.
+        track: wraps the sequence of images, for a progress bar such as ``rich.progress.track``.
+
+    Returns:
+        ``All``, ``Things``, ``Stuff``, each with ``pq``, ``sq``, ``rq`` (fractions, nan where no
+        class occurs) and ``n`` (classes that occur); ``per_class_counts`` name -> ``category_id``,
+        ``tp``, ``fp``, ``fn``, ``iou_sum`` of the classes that occur.
+
+    Raises:
+        LabelError: a JSON is missing, damaged or incomplete; an image has no prediction; an id is
+            in a PNG and not in its JSON, or the other way round; there are no images.
+        ImageError: a PNG is missing or unreadable.
+    """
+    truth, guesses = _read_json(target), _read_json(prediction)
+    source = target if categories is None else categories
+    known = _categories(truth if categories is None else _read_json(categories), source)
+    index = {entry["id"]: k for k, entry in enumerate(known)}
+    metric = Panoptic(
+        [entry["name"] for entry in known],
+        things=[k for k, entry in enumerate(known) if entry["isthing"]],
+        boundary_ratio=boundary_ratio,
+        all_crowds=all_crowds,
+    )
+    folders = [Path(given) if given is not None else Path(file).with_suffix("")
+               for given, file in ((target_folder, target),
+                                   (prediction_folder, prediction))]  # fmt: skip
+    for folder in folders:
+        if not folder.is_dir():
+            raise LabelError(f"there is no folder {str(folder)!r} with panoptic PNGs; say where "
+                             "they are (--gt-dir, --pred-dir)")  # fmt: skip
+    wanted, found = _annotations(truth, target), _annotations(guesses, prediction)
+    if not wanted:
+        raise LabelError(f"{str(target)!r} has no annotations: there is nothing to score")
+    if missing := [key for key in wanted if key not in found]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LabelError(f"{str(prediction)!r} has no prediction for image {missing[0]!r}{more}")
+    if extra := [key for key in found if key not in wanted]:
+        warnings.warn(f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
+                      "they are not scored", stacklevel=2)  # fmt: skip
+    for key in track([*wanted]):
+        sides = [
+            _read_segments(entries[key], folder, index, file)
+            for entries, folder, file in zip(
+                (wanted, found), folders, (target, prediction), strict=True
+            )
+        ]
+        metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
+    return _as_panopticapi(metric.compute(), known)
+
+
+def _as_panopticapi(scores: dict[str, Any], categories: Sequence[Mapping[str, Any]]) -> dict:
+    groups = zip(("All", "Things", "Stuff"), GROUPS, ("classes", "things", "stuff"), strict=True)
+    result: dict[str, Any] = {
+        title: {
+            **{key: scores[key + group] for key in ("pq", "sq", "rq")},
+            "n": scores[f"{counted}_counted"],
+        }
+        for title, group, counted in groups
+    }
+    result["per_class_counts"] = {
+        entry["name"]: {
+            "category_id": entry["id"],
+            **{key: counts[key] for key in ("tp", "fp", "fn", "iou_sum")},
+        }
+        for entry in categories
+        if any((counts := scores["per_class"][entry["name"]])[key] for key in ("tp", "fp", "fn"))
+    }
+    return result
+
+
+def _read_json(path: str | os.PathLike[str]) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LabelError(f"{os.fspath(path)!r} does not exist; check the path") from error
+    except (OSError, ValueError) as error:
+        raise LabelError(f"{os.fspath(path)!r} cannot be read as JSON ({error})") from error
+
+
+def _categories(value: Any, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    entries = value.get("categories") if isinstance(value, dict) else value
+    if not isinstance(entries, list) or not entries:
+        raise LabelError(f"{os.fspath(path)!r} has no categories; give a JSON that has them "
+                         "(--categories)")  # fmt: skip
+    for key in ("id", "name", "isthing"):
+        if not all(isinstance(entry, dict) and key in entry for entry in entries):
+            raise LabelError(f"{os.fspath(path)!r} has a category without {key!r}; it needs id, "
+                             "name and isthing")  # fmt: skip
+        values = [entry[key] for entry in entries]
+        if key != "isthing" and len(set(values)) < len(values):
+            raise LabelError(f"{os.fspath(path)!r} has two categories with the same {key}")
+    return entries
+
+
+def _annotations(value: Any, path: str | os.PathLike[str]) -> dict[Any, dict[str, Any]]:
+    """The entries of a JSON by image."""
+    entries = value.get("annotations") if isinstance(value, dict) else None
+    if not isinstance(entries, list):
+        raise LabelError(f"{os.fspath(path)!r} has no list of annotations: it is not in COCO's "
+                         "panoptic format")  # fmt: skip
+    result = {}
+    for position, entry in enumerate(entries):
+        for key in ("image_id", "file_name", "segments_info"):
+            if key not in entry:
+                raise LabelError(f"annotation {position} of {os.fspath(path)!r} has no {key!r}: it "
+                                 "is not in COCO's panoptic format")  # fmt: skip
+        if entry["image_id"] in result:
+            raise LabelError(f"{os.fspath(path)!r} has image {entry['image_id']!r} twice")
+        result[entry["image_id"]] = entry
+    return result
+
+
+def _read_segments(
+    entry: Mapping[str, Any],
+    folder: Path,
+    index: Mapping[int, int],
+    path: str | os.PathLike[str],
+) -> Segments:
+    """One annotation with its PNG; areas that are not listed are counted."""
+    ids = read_segment_ids(folder / entry["file_name"])
+    items = []
+    for segment in entry["segments_info"]:
+        where = f"image {entry['image_id']!r} of {os.fspath(path)!r}"
+        if "id" not in segment or "category_id" not in segment:
+            raise LabelError(f"{where} has a segment without 'id' or 'category_id'")
+        if segment["category_id"] not in index:
+            raise LabelError(f"{where} has segment {segment['id']} of the unknown category "
+                             f"{segment['category_id']}")  # fmt: skip
+        area = segment.get("area")
+        if area is None:
+            area = int((ids == segment["id"]).sum())
+        items.append(
+            Segment(
+                id=segment["id"],
+                label=index[segment["category_id"]],
+                score=1.0,
+                area=area,
+                crowd=bool(segment.get("iscrowd", 0)),
+            )
+        )
+    return Segments(ids, tuple(items))

@@ -1,0 +1,674 @@
+"""Instance and panoptic models: Mask R-CNN, panoptic FPN and UPSNet on torchvision's detector.
+
+Class indices put the stuff classes first: 0 to num_stuff - 1 are stuff, the others things. Images
+are resized as torchvision's detectors do (``min_size``, ``max_size``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..image import default_palette
+from ..ops import DeformConv2d, panoptic_head, panoptic_logits, panoptic_merge, upsample_argmax
+from ..ops.panoptic_merge import PanopticMaps, paste
+from ..types import VOID, Instances, Sample, Segment, Segmentation, Segments
+
+COCO_THINGS = 80
+PRUNE_SCORE, PRUNE_NMS, PRUNE_OVERLAP, PRUNE_MOST = 0.6, 0.5, 0.3, 100  # UPSNet, at test time
+
+
+class Detections(NamedTuple):
+    """Of one image, in pixels of the network's input, by falling score."""
+
+    boxes: Tensor  # [K, 4] xyxy
+    scores: Tensor  # [K]
+    labels: Tensor  # [K] class indices of the model
+    masks: Tensor  # [K, 28, 28] probabilities
+
+
+class FPNSemanticHead(nn.Module):
+    """The semantic branch of panoptic FPN: every level comes to 1/4 in steps of two, and is summed.
+
+    Source: Kirillov, Girshick, He & Dollár, "Panoptic feature pyramid networks", CVPR 2019.
+    """
+
+    def __init__(self, channels: int, width: int, classes: int) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList()
+        for level in range(4):
+            layers: list[nn.Module] = []
+            for step in range(max(level, 1)):
+                layers += [
+                    nn.Conv2d(channels if step == 0 else width, width, 3, padding=1, bias=False),
+                    nn.GroupNorm(min(32, width // 4), width),
+                    nn.ReLU(inplace=True),
+                ]
+                if level > 0:
+                    layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+            self.levels.append(nn.Sequential(*layers))
+        self.score = nn.Conv2d(width, classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """P2 to P5 to logits [N, classes, h, w] at 1/4, and the features they come from."""
+        size = features[0].shape[2:]
+        total = sum(
+            level(feature)[..., : size[0], : size[1]]
+            for level, feature in zip(self.levels, features, strict=True)
+        )
+        assert isinstance(total, Tensor)
+        return self.score(total), total
+
+
+class DeformableSemanticHead(nn.Module):
+    """The semantic head of UPSNet: deformable convolutions shared by P2 to P5, then one 1x1.
+
+    Source: Xiong et al., "UPSNet: A unified panoptic segmentation network", CVPR 2019.
+    """
+
+    def __init__(self, channels: int, width: int, classes: int, depth: int = 2) -> None:
+        super().__init__()
+        self.offsets, self.layers = nn.ModuleList(), nn.ModuleList()
+        for i in range(depth):
+            inputs = channels if i <= max(depth - 2, 0) else width
+            outputs = width if i >= depth - 2 else channels
+            self.offsets.append(_zeroed(nn.Conv2d(inputs, 18, 3, padding=1)))
+            self.layers.append(DeformConv2d(inputs, outputs, 3, padding=1))
+        self.score = nn.Conv2d(4 * width, classes, 1)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """P2 to P5 to logits [N, classes, h, w] at 1/4, and the features they come from."""
+        size = features[0].shape[2:]
+        outputs = []
+        for feature in features:
+            for offset, layer in zip(self.offsets, self.layers, strict=True):
+                feature = F.relu(layer(feature, offset(feature)))
+            if feature.shape[2:] != size:
+                feature = F.interpolate(feature, size, mode="bilinear")
+            outputs.append(feature)
+        together = torch.cat(outputs, 1)
+        return self.score(together), together
+
+
+def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+class InstanceModel(nn.Module):
+    """Mask R-CNN, with or without a semantic branch and a rule that merges both.
+
+    ``forward`` takes samples and gives losses; `predict` takes images.
+
+    Args:
+        detector: torchvision's ``MaskRCNN``; its labels 1 to T are the things.
+        classes: names, the stuff classes first.
+        num_stuff: how many of them are stuff.
+        semantic: maps P2 to P5 to logits of all classes at 1/4 and the features before the last
+            layer; None = instances only.
+        unified: merge by `pyseg.ops.panoptic_head` (UPSNet); False = `pyseg.ops.panoptic_merge`.
+        palette: one colour per class; None = `pyseg.image.default_palette`.
+        semantic_weight: of the semantic loss; that of the loss on regions of interest is a fifth.
+        panoptic_weight: of the panoptic loss (``unified`` only).
+        stuff_area: smallest stuff segment, in pixels of the image.
+        score_threshold: lowest score of an instance of the panoptic map (not ``unified``).
+    """
+
+    def __init__(
+        self,
+        detector: Any,
+        classes: Sequence[str],
+        num_stuff: int,
+        semantic: nn.Module | None = None,
+        *,
+        unified: bool = False,
+        palette: Sequence[tuple[int, int, int]] | None = None,
+        semantic_weight: float = 1.0,
+        panoptic_weight: float = 0.5,
+        stuff_area: int = 4096,
+        score_threshold: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.classes = tuple(classes)
+        if not 0 <= num_stuff < len(self.classes):
+            raise ValueError(f"num_stuff must leave at least one thing among "
+                             f"{len(self.classes)} classes, got {num_stuff}")  # fmt: skip
+        self.num_stuff = num_stuff
+        colours = default_palette(len(self.classes)) if palette is None else palette
+        self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
+        self.detector, self.semantic, self.unified = detector, semantic, unified
+        self.semantic_weight, self.panoptic_weight = semantic_weight, panoptic_weight
+        self.stuff_area, self.score_threshold = stuff_area, score_threshold
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """Names of the classes that are countable."""
+        return self.classes[self.num_stuff :]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    # ------------------------------------------------------------------------------- training
+
+    def forward(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Losses of a batch.
+
+        Args:
+            samples: with ``instances`` of thing classes, and with ``labels`` if there is a semantic
+                branch.
+
+        Returns:
+            torchvision's five losses of RPN, boxes and masks, and ``loss_semantic``, ``loss_roi``
+            and ``loss_panoptic`` where the model has those heads.
+
+        Raises:
+            ValueError: a sample lacks what is needed, or an instance is of a stuff class.
+        """
+        images = [sample.image.to(self.device).float() / 255 for sample in samples]
+        targets = [self._target(sample) for sample in samples]
+        batch, targets = self.detector.transform(images, targets)
+        features = self.detector.backbone(batch.tensors)
+        proposals, losses = self.detector.rpn(batch, features, targets)
+        _, own = self.detector.roi_heads(features, proposals, batch.image_sizes, targets)
+        losses = {**losses, **own}
+        if self.semantic is not None:
+            logits, before = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            labels = self._resized_labels(samples, batch, logits)
+            losses.update(self._semantic_losses(logits, before, labels, targets))
+            if self.unified:
+                losses["loss_panoptic"] = self.panoptic_weight * self._panoptic_loss(
+                    logits, features, labels, targets, batch.image_sizes
+                )
+        return losses
+
+    def _target(self, sample: Sample) -> dict[str, Tensor]:
+        if sample.instances is None:
+            raise ValueError(f"sample {sample.name!r} has no instances to learn from")
+        if self.semantic is not None and sample.labels is None:
+            raise ValueError(f"sample {sample.name!r} has no labels for the semantic branch")
+        labels = sample.instances.labels
+        if len(labels) and not self.num_stuff <= int(labels.min()) <= int(labels.max()) < len(
+            self.classes
+        ):
+            raise ValueError(f"sample {sample.name!r} has instances of classes "
+                             f"{sorted(set(labels.tolist()))}; things are {self.num_stuff} to "
+                             f"{len(self.classes) - 1}")  # fmt: skip
+        boxes = sample.instances.boxes.float()
+        solid = ((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)  # torchvision refuses empty boxes
+        return {
+            "boxes": boxes[solid].to(self.device),
+            "labels": (labels[solid] - self.num_stuff + 1).to(self.device),
+            "masks": sample.instances.masks[solid].to(self.device, torch.uint8),
+        }
+
+    def _resized_labels(self, samples: Sequence[Sample], batch: Any, logits: Tensor) -> Tensor:
+        """Labels [N, H, W] at the size of the network's input, void where images were padded."""
+        height, width = batch.tensors.shape[2:]
+        out = torch.full((len(samples), height, width), VOID, device=logits.device)
+        for n, (sample, size) in enumerate(zip(samples, batch.image_sizes, strict=True)):
+            assert sample.labels is not None
+            labels = sample.labels.to(logits.device, torch.float32)[None, None]
+            resized = F.interpolate(labels, tuple(size), mode="nearest-exact")[0, 0]
+            out[n, : size[0], : size[1]] = resized.long()
+        return out
+
+    def _semantic_losses(self, logits, before, labels, targets) -> dict[str, Tensor]:
+        full = F.interpolate(logits, labels.shape[1:], mode="bilinear")
+        losses = {"loss_semantic": self.semantic_weight * _cross_entropy(full, labels)}
+        boxes = [target["boxes"] for target in targets]
+        if self.unified and any(len(box) for box in boxes):
+            # The last layer again, on the features of every object at 28 x 28: small objects count
+            # as much as large ones.
+            ops = importlib.import_module("torchvision.ops")
+            assert self.semantic is not None
+            pooled = ops.roi_align(before, boxes, (28, 28), 0.25, aligned=True)
+            regions = torch.cat(
+                [_nearest_crops(one, box) for one, box in zip(labels, boxes, strict=True)]
+            )
+            score: Any = self.semantic.score
+            losses["loss_roi"] = 0.2 * self.semantic_weight * _cross_entropy(score(pooled), regions)
+        return losses
+
+    def _panoptic_loss(self, logits, features, labels, targets, sizes) -> Tensor:
+        """Cross-entropy over stuff, ground truth instances and unknown, at 1/4."""
+        heads = self.detector.roi_heads
+        boxes = [target["boxes"] for target in targets]
+        pooled = heads.mask_roi_pool(features, boxes, sizes)
+        masks = heads.mask_predictor(heads.mask_head(pooled)).split([len(box) for box in boxes])
+        losses = []
+        for n, target in enumerate(targets):
+            count = len(boxes[n])
+            own = masks[n][torch.arange(count), target["labels"]]
+            # Three in ten things are hidden from the head, so that it learns what unknown is.
+            kept = torch.randperm(count, device=logits.device)[: max(int(0.7 * count), 1)].sort()[0]
+            classes = target["labels"][kept] - 1 + self.num_stuff
+            channels = panoptic_logits(
+                logits[n].float(), own[kept].float(), boxes[n][kept] / 4, classes,
+                num_stuff=self.num_stuff,
+            )  # fmt: skip
+            truth = F.interpolate(
+                labels[n][None, None].float(), logits.shape[2:], mode="nearest-exact"
+            )[0, 0].long()
+            truth[(truth >= self.num_stuff) & (truth != VOID)] = self.num_stuff + len(kept)
+            quarter = F.interpolate(
+                target["masks"][:, None].float(), scale_factor=0.25, mode="nearest-exact"
+            )[:, 0, : truth.shape[0], : truth.shape[1]]
+            for i, k in enumerate(kept.tolist()):
+                region = truth[: quarter.shape[1], : quarter.shape[2]]
+                region[quarter[k] > 0] = self.num_stuff + i
+            loss = F.cross_entropy(channels[None], truth[None], ignore_index=VOID, reduction="none")
+            losses.append(loss.mean())  # void pixels count in the denominator, as in the original
+        return torch.stack(losses).mean()
+
+    # ------------------------------------------------------------------------------ inference
+
+    @torch.inference_mode()
+    def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:
+        """Instances, and where there is a semantic branch also logits and panoptic segments.
+
+        Args:
+            images: each [3, H, W] uint8 RGB, of any sizes.
+
+        Returns:
+            One `Segmentation` per image with ``instances`` and, with a semantic branch, ``logits``
+            at a quarter of the network's input and ``segments``.
+
+        Raises:
+            ValueError: an image of another shape.
+            TypeError: an image of another dtype.
+        """
+        for index, image in enumerate(images):
+            if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+                raise ValueError(f"images[{index}] must be [3, H, W] RGB with H, W > 0, "
+                                 f"got {list(image.shape)}")  # fmt: skip
+            if image.dtype != torch.uint8:
+                raise TypeError(f"images[{index}] must be uint8, got {image.dtype}; read it with "
+                                "pyseg.image.read_image or convert it first")  # fmt: skip
+        was_training = self.training
+        self.eval()
+        try:
+            return [self._predict_one(image) for image in images]
+        finally:
+            self.train(was_training)
+
+    def _predict_one(self, image: Tensor) -> Segmentation:
+        size = (image.shape[1], image.shape[2])
+        batch, _ = self.detector.transform([image.to(self.device).float() / 255])
+        features = self.detector.backbone(batch.tensors)
+        proposals, _ = self.detector.rpn(batch, features)
+        found, _ = self.detector.roi_heads(features, proposals, batch.image_sizes)
+        scale = [size[i] / batch.image_sizes[0][i] for i in range(2)]
+        detections = Detections(
+            found[0]["boxes"] * found[0]["boxes"].new_tensor([scale[1], scale[0]] * 2),
+            found[0]["scores"],
+            found[0]["labels"] - 1 + self.num_stuff,
+            found[0]["masks"][:, 0],
+        )
+        logits = segments = None
+        if self.semantic is not None:
+            logits, _ = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            # Without the padding of the network's input, whose size is a multiple of 32.
+            cells = [math.ceil(n / 4) for n in batch.image_sizes[0]]
+            logits = logits[0, :, : cells[0], : cells[1]].contiguous()
+            canvas = [max(round(4 * n * s), m) for n, s, m in zip(cells, scale, size, strict=True)]
+            join = self._unify if self.unified else self._merge
+            segments = join(detections, logits, canvas, size)
+        return Segmentation(
+            size,
+            self.classes,
+            logits=logits,
+            segments=segments,
+            instances=Instances(
+                detections.boxes,
+                paste(detections.masks, detections.boxes, size),
+                detections.scores,
+                detections.labels,
+            ),
+            image=image,
+            palette=self.palette,
+        )
+
+    def _merge(self, found: Detections, logits: Tensor, canvas, size) -> Segments:
+        semantic = upsample_argmax(logits[None], canvas)[0, : size[0], : size[1]]
+        return panoptic_merge(
+            found.masks, found.scores, found.labels, semantic, boxes=found.boxes,
+            stuff_classes=range(self.num_stuff), stuff_area=self.stuff_area,
+            score_threshold=self.score_threshold,
+        ).segments()[0]  # fmt: skip
+
+    def _unify(self, found: Detections, logits: Tensor, canvas, size) -> Segments:
+        found = self._prune(found, size)
+        channels = panoptic_head(
+            logits, found.masks.logit(eps=1e-4), found.boxes, found.labels,
+            num_stuff=self.num_stuff, size=canvas,
+        )[: size[0], : size[1]].long()  # fmt: skip
+        semantic = upsample_argmax(logits[None], canvas)[0, : size[0], : size[1]]
+        stuff, things, classes = self.num_stuff, len(found.labels), len(self.classes)
+        votes = torch.bincount(
+            (channels * classes + semantic).flatten(), minlength=(stuff + things + 1) * classes
+        ).reshape(-1, classes)[:-1]  # of every channel but unknown, by semantic class
+        labels = torch.cat([torch.arange(stuff, device=votes.device), found.labels])
+        # An instance most of whose pixels are one stuff class in the semantic map becomes stuff.
+        most, winner = votes.max(1)
+        turned = (winner < stuff) & (2 * most >= votes.sum(1))
+        turned[:stuff] = False
+        kinds = torch.where(turned, winner, labels).tolist()
+        areas, scores = votes.sum(1).tolist(), [1.0] * stuff + found.scores.tolist()
+        total = [0] * stuff
+        for label, area in zip(kinds, areas, strict=True):
+            if label < stuff:
+                total[label] += area
+        items = [
+            Segment(0, label, score, area)
+            for label, score, area in zip(kinds[stuff:], scores[stuff:], areas[stuff:], strict=True)
+            if label >= stuff and area > 0
+        ]
+        items += [
+            Segment(0, label, 1.0, area)
+            for label, area in enumerate(total)
+            if area and area >= self.stuff_area
+        ]
+        items = [replace(item, id=number + 1) for number, item in enumerate(items)]
+        stuff_ids = {item.label: item.id for item in items if item.label < stuff}
+        thing_ids = iter(item.id for item in items if item.label >= stuff)
+        ids = [
+            stuff_ids.get(label, 0) if label < stuff else next(thing_ids) if area else 0
+            for label, area in zip(kinds, areas, strict=True)
+        ]
+        table = torch.tensor([*ids, 0], dtype=torch.int32, device=channels.device)
+        return Segments(table[channels], tuple(items))
+
+    def _prune(self, found: Detections, size) -> Detections:
+        """UPSNet's choice of instances: by score, by boxes whatever their class, by masks."""
+        ops = importlib.import_module("torchvision.ops")
+        kept = (found.scores > PRUNE_SCORE).nonzero()[:, 0]
+        found = Detections(*(part[kept] for part in found))
+        kept = ops.nms(found.boxes, found.scores, PRUNE_NMS)[:PRUNE_MOST]
+        found = Detections(*(part[kept] for part in found))
+        chosen = []
+        for label in found.labels.unique().tolist():
+            own = (found.labels == label).nonzero()[:, 0]
+            merged: PanopticMaps = panoptic_merge(
+                found.masks[own], found.scores[own], found.labels[own],
+                torch.zeros(size, dtype=torch.uint8, device=own.device), boxes=found.boxes[own],
+                stuff_classes=(), score_threshold=0.0, overlap_threshold=PRUNE_OVERLAP,
+            )  # fmt: skip
+            chosen.append(own[merged.table[merged.table[:, 0] > 0, 3]])
+        kept = torch.cat(chosen).sort()[0] if chosen else kept[:0]
+        return Detections(*(part[kept] for part in found))
+
+
+# --------------------------------------------------------------------------------------- factories
+
+
+def maskrcnn_resnet50_fpn(
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = "default",
+    min_size: int = 800,
+    max_size: int = 1333,
+) -> InstanceModel:
+    """Mask R-CNN (He et al., 2017) with ResNet-50 and FPN; instances only.
+
+    Args:
+        num_classes: number of thing classes; None = the 90 ids of COCO.
+        weights: ``"default"`` or torchvision's ``"COCO_V1"``, a path or a URL, None = random.
+        min_size: images are resized so that their shorter side has this many pixels,
+        max_size: unless the longer one would then have more than this.
+    """
+    return _maskrcnn(
+        "maskrcnn_resnet50_fpn", "MaskRCNN_ResNet50_FPN_Weights", num_classes, weights, min_size,
+        max_size,
+    )  # fmt: skip
+
+
+def maskrcnn_resnet50_fpn_v2(
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = "default",
+    min_size: int = 800,
+    max_size: int = 1333,
+) -> InstanceModel:
+    """Mask R-CNN with the improved recipe of Li et al. (2021); options as the one above."""
+    return _maskrcnn(
+        "maskrcnn_resnet50_fpn_v2", "MaskRCNN_ResNet50_FPN_V2_Weights", num_classes, weights,
+        min_size, max_size,
+    )  # fmt: skip
+
+
+def maskrcnn_resnet101_fpn(
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+) -> InstanceModel:
+    """Mask R-CNN with ResNet-101 and FPN; there are no published weights of torchvision's."""
+    things = COCO_THINGS if num_classes is None else num_classes
+    model = InstanceModel(
+        _detector("resnet101", things, min_size, max_size), _names(things), num_stuff=0
+    )
+    return _loaded(model, weights)
+
+
+def panoptic_fpn_resnet50(
+    *,
+    num_classes: int | None = None,
+    num_stuff: int | None = None,
+    weights: str | Path | None = None,
+    backbone: str = "resnet50",
+    min_size: int = 800,
+    max_size: int = 1333,
+    stuff_area: int = 4096,
+) -> InstanceModel:
+    """Panoptic FPN (Kirillov et al., 2019): Mask R-CNN, a semantic branch, the heuristic merge.
+
+    Args:
+        num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
+        num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
+        weights: a path or a URL, None = random.
+        backbone: ``"resnet18"`` to ``"resnet152"``.
+        min_size: images are resized so that their shorter side has this many pixels,
+        max_size: unless the longer one would then have more than this.
+        stuff_area: smallest stuff segment in pixels.
+    """
+    classes, stuff = _panoptic_classes(num_classes, num_stuff)
+    model = InstanceModel(
+        _detector(backbone, classes - stuff, min_size, max_size), _names(classes), stuff,
+        FPNSemanticHead(256, 128, classes), stuff_area=stuff_area,
+    )  # fmt: skip
+    return _loaded(model, weights)
+
+
+def upsnet_resnet50(
+    *,
+    num_classes: int | None = None,
+    num_stuff: int | None = None,
+    weights: str | Path | None = None,
+    backbone: str = "resnet50",
+    depth: int = 2,
+    min_size: int = 800,
+    max_size: int = 1333,
+    stuff_area: int = 2048,
+) -> InstanceModel:
+    """UPSNet (Xiong et al., 2019): one network, merged by a panoptic head without parameters.
+
+    Args:
+        num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
+        num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
+        weights: a path or a URL, None = random.
+        backbone: ``"resnet18"`` to ``"resnet152"``.
+        depth: deformable layers of the semantic head: 2 for Cityscapes, 3 for COCO.
+        min_size: images are resized so that their shorter side has this many pixels,
+        max_size: unless the longer one would then have more than this.
+        stuff_area: smallest stuff segment in pixels: 2048 for Cityscapes, 4096 for COCO.
+    """
+    return _upsnet(
+        backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, False
+    )
+
+
+def upsnet_resnet101_dcn(
+    *,
+    num_classes: int | None = None,
+    num_stuff: int | None = None,
+    weights: str | Path | None = None,
+    depth: int = 3,
+    min_size: int = 800,
+    max_size: int = 1333,
+    stuff_area: int = 4096,
+) -> InstanceModel:
+    """UPSNet with ResNet-101 whose 3x3 convolutions from res3 on are deformable; else as above."""
+    return _upsnet(
+        "resnet101", num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, True
+    )
+
+
+class DeformableConv(nn.Module):
+    """A 3x3 convolution with offsets of its own, which begin at 0."""
+
+    def __init__(self, plain: nn.Conv2d) -> None:
+        super().__init__()
+        shape: dict[str, Any] = {
+            "stride": plain.stride,
+            "padding": plain.padding,
+            "dilation": plain.dilation,
+        }
+        self.offset = _zeroed(nn.Conv2d(plain.in_channels, 18, 3, **shape))
+        self.conv = DeformConv2d(
+            plain.in_channels, plain.out_channels, 3, groups=plain.groups, bias=False, **shape
+        )
+        self.conv.weight = nn.Parameter(plain.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.offset(x))
+
+
+def _upsnet(
+    backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, dcn
+) -> InstanceModel:
+    classes, stuff = _panoptic_classes(num_classes, num_stuff)
+    detector = _detector(backbone, classes - stuff, min_size, max_size)
+    if dcn:
+        for name in ("layer2", "layer3", "layer4"):
+            for block in getattr(detector.backbone.body, name):
+                block.conv2 = DeformableConv(block.conv2)
+    model = InstanceModel(
+        detector, _names(classes), stuff, DeformableSemanticHead(256, 128, classes, depth),
+        unified=True, stuff_area=stuff_area,
+    )  # fmt: skip
+    return _loaded(model, weights)
+
+
+def _panoptic_classes(num_classes: int | None, num_stuff: int | None) -> tuple[int, int]:
+    if (num_classes is None) != (num_stuff is None):
+        raise ValueError("give num_classes (stuff and things together) and num_stuff, or neither; "
+                         f"got {num_classes} and {num_stuff}")  # fmt: skip
+    classes, stuff = (133, 53) if num_classes is None else (num_classes, num_stuff)
+    assert stuff is not None
+    if not 0 < stuff < classes:
+        raise ValueError(f"num_stuff must be 1 to num_classes - 1, got {stuff} of {classes}")
+    return classes, stuff
+
+
+def _names(count: int) -> tuple[str, ...]:
+    return tuple(f"class {i}" for i in range(count))
+
+
+def _detector(
+    backbone: str, things: int, min_size: int, max_size: int, frozen: bool = False
+) -> Any:
+    """torchvision's Mask R-CNN with random weights."""
+    if things < 1:
+        raise ValueError(f"num_classes must leave at least one thing, got {things}")
+    detection = importlib.import_module("torchvision.models.detection")
+    utils = importlib.import_module("torchvision.models.detection.backbone_utils")
+    resnet = importlib.import_module("torchvision.models.resnet")
+    if not (backbone.startswith("resnet") and hasattr(resnet, backbone)):
+        raise ValueError(f"backbone must be one of torchvision's resnets, such as 'resnet50', got "
+                         f"{backbone!r}")  # fmt: skip
+    misc = importlib.import_module("torchvision.ops.misc")
+    norm = partial(misc.FrozenBatchNorm2d, eps=0.0) if frozen else nn.BatchNorm2d
+    body = utils.resnet_fpn_backbone(
+        backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5
+    )
+    return detection.MaskRCNN(body, num_classes=things + 1, min_size=min_size, max_size=max_size)
+
+
+def _loaded(model: InstanceModel, weights: str | Path | None) -> InstanceModel:
+    from .. import weights as files
+
+    if weights is not None:
+        path = files.resolve(weights, known={})
+        files.load_into(model, files.load_state(path), path)
+    return model.eval()
+
+
+def _maskrcnn(
+    name: str, enum_name: str, num_classes: int | None, weights: str | Path | None,
+    min_size: int, max_size: int,
+) -> InstanceModel:  # fmt: skip
+    from .. import weights as files
+
+    detection = importlib.import_module("torchvision.models.detection")
+    enum = getattr(detection, enum_name)
+    categories = enum.DEFAULT.meta["categories"][1:]  # without the background
+    count = len(categories) if num_classes is None else num_classes
+    if count < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    state: dict[str, Tensor] = {}
+    if weights is not None:
+        known = {
+            member.name: files.Remote(member.url, Path(member.url).stem.rpartition("-")[2])
+            for member in enum
+        }
+        known["default"] = known["DEFAULT"] = known[enum.DEFAULT.name]
+        path = files.resolve(weights, known=known)
+        state = files.load_state(path)
+        if not any(key.startswith("detector.") for key in state):  # torchvision's own checkpoints
+            state = {f"detector.{key}": value for key, value in state.items()}
+    if state and not any(key.endswith("num_batches_tracked") for key in state):
+        # The first version was trained with normalisation frozen, and without an epsilon.
+        detector = _detector("resnet50", count, min_size, max_size, frozen=True)
+    else:
+        detector = getattr(detection, name)(
+            weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
+            max_size=max_size,
+        )  # fmt: skip
+    names = tuple(categories) if count == len(categories) else _names(count)
+    model = InstanceModel(detector, _unique(names), num_stuff=0)
+    if state:
+        files.load_into(model, state, path)
+    return model.eval()
+
+
+def _unique(names: Sequence[str]) -> tuple[str, ...]:
+    """COCO's ids have gaps, which torchvision all calls N/A."""
+    return tuple(name if name != "N/A" else f"unused {i + 1}" for i, name in enumerate(names))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the pixels that have a label; 0 where none has."""
+    count = (labels != VOID).sum().clamp(min=1)
+    return F.cross_entropy(logits.float(), labels, ignore_index=VOID, reduction="sum") / count
+
+
+def _nearest_crops(labels: Tensor, boxes: Tensor) -> Tensor:
+    """Labels [H, W] at the centres of 28 x 28 cells of every box: [K, 28, 28]."""
+    steps = (torch.arange(28, device=labels.device) + 0.5) / 28
+    x = boxes[:, 0, None] + (boxes[:, 2] - boxes[:, 0])[:, None] * steps
+    y = boxes[:, 1, None] + (boxes[:, 3] - boxes[:, 1])[:, None] * steps
+    rows = y.long().clamp(0, labels.shape[0] - 1)
+    columns = x.long().clamp(0, labels.shape[1] - 1)
+    return labels[rows[:, :, None], columns[:, None]]

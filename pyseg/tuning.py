@@ -1,0 +1,263 @@
+"""`tune_crf`: fits the parameters of the refiner `crf` on a validation split."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import refiners
+from .errors import PysegError
+from .evaluation import finite
+from .image import write_json
+from .metrics.semantic import Semantic
+from .pipeline import Pipeline
+from .types import Dataset, Sample, Segmentation
+
+OFF: dict[str, Any] = {"iterations": 0}
+USUAL: dict[str, Any] = {  # of pydensecrf's example, which most code in the field copied
+    "iterations": 10,
+    "gaussian": ((3.0, 3.0),),
+    "bilateral": ((80.0, 13.0, 10.0),),
+    "protect": 0.0,
+}
+ITERATIONS = (1, 2, 3, 5, 10)
+PROTECT = (0.0, 1.0, 1.5, 2.0, 3.0)
+# Ranges of the numbers of (gaussian, bilateral), drawn on a logarithmic scale. Small standard
+# deviations of the bilateral kernel make large lattices, which are slow.
+RANGES = ((1, 5), (0.5, 8), (15, 100), (5, 25), (0.5, 12))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Parameters and what they score."""
+
+    name: str  # "off", "default", "usual", "trial 1", …
+    parameters: dict[str, Any]  # of the refiner
+    fit: dict[str, Any]  # scores of the metric `semantic` on the images fitted; nan may be None
+    check: dict[str, Any] | None = None  # on the others; only of those trials that are reported
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The result of `tune_crf`."""
+
+    spec: str  # with the best parameters; without a CRF where they gain nothing on the others
+    classes: tuple[str, ...]
+    fitted: int  # images
+    checked: int
+    trials: int
+    reported: tuple[Trial, ...]  # off, usual, default, and the best if it is another
+    best: Trial  # on the images fitted
+
+    @property
+    def gain(self) -> float:
+        """mIoU of the best over that of no CRF, on images that were not fitted."""
+        assert self.best.check is not None and self.reported[0].check is not None
+        return self.best.check["miou"] - self.reported[0].check["miou"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; nan becomes None."""
+        return {
+            "spec": self.spec,
+            "fitted": self.fitted,
+            "checked": self.checked,
+            "trials": self.trials,
+            "best": self.best.name,
+            "gain": self.gain,
+            "reported": [_entry(trial) for trial in self.reported],
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the table that is printed, as text: IoU per class on the others."""
+        head = ["crf", f"mIoU, {self.fitted} fitted", f"mIoU, {self.checked} others"]
+        rows = []
+        for trial in self.reported:
+            assert trial.check is not None
+            rows.append([
+                trial.name, f"{trial.fit['miou']:.4f}", f"{trial.check['miou']:.4f}",
+                *(f"{trial.check['per_class'][name]['iou']:.3f}" for name in self.classes),
+            ])  # fmt: skip
+        return [*head, *self.classes], rows
+
+
+def tune_crf(
+    pipeline: Pipeline,
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    trials: int = 40,
+    seed: int = 0,
+    log: Path | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Tuning:
+    """Searches parameters of `crf` behind a pipeline; no CRF at all is one of the candidates.
+
+    The pipeline runs once per image; its logits stay in memory in half precision. The first half of
+    the images is fitted, by mIoU, and the second half tells what the fit is worth: in a video,
+    neighbouring frames would be the same image twice. After no CRF, the usual and the default
+    parameters, half of the trials are drawn at random and half vary the best so far.
+
+    Args:
+        pipeline: its last stage must give logits.
+        dataset: at least two samples, with labels.
+        limit: use so many images, spread evenly over the dataset; None = all.
+        trials: candidates to score.
+        seed: of the candidates.
+        log: JSON file of all scores, rewritten after each trial. Where it is of the same images and
+            pipeline, scores that it holds are not computed again.
+        track: wraps the sequence of steps, for a progress bar.
+
+    Raises:
+        PysegError: too few images or trials, classes that differ, a log of another search, or a
+            last stage without logits.
+
+    Example:
+        >>> tuning = tune_crf(pyseg.build("streetnet"), CamVid("camvid", "val"), limit=40)
+        >>> tuning.spec, tuning.gain
+    """
+    if tuple(dataset.classes) != tuple(pipeline.classes):
+        raise PysegError(f"the pipeline's classes are not the dataset's: {pipeline.classes} and "
+                         f"{tuple(dataset.classes)}")  # fmt: skip
+    if trials < 3:
+        raise PysegError(f"trials must be at least 3, got {trials}: the first are no CRF, the "
+                         "usual and the default parameters")  # fmt: skip
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 2:
+        raise PysegError(f"tuning needs at least 2 images, one to fit and one to check, got {count}"
+                         "; raise limit or choose another split")  # fmt: skip
+    indices = [k * len(dataset) // count for k in range(count)]
+    fitted = (count + 1) // 2
+    factory = refiners.get("crf")
+    signature = inspect.signature(factory).parameters
+    default = {name: signature[name].default for name in USUAL}
+    rng = random.Random(seed)
+    images: list[tuple[Sample, Segmentation]] = []
+    done: list[Trial] = []
+    known: dict[str, dict[str, Any]] = {}
+    names: list[str] = []
+
+    def score(parameters: dict[str, Any], part: list[tuple[Sample, Segmentation]]):
+        metric, refiner = Semantic(pipeline.classes), factory(**parameters)
+        for sample, prediction in part:
+            image = sample.image.to(pipeline.device)
+            metric.update(refiner.refine(image, prediction), sample)
+        scores = metric.compute()
+        if math.isnan(scores["miou"]):
+            raise PysegError(f"{part[0][0].name} to {part[-1][0].name} have no labelled pixel")
+        return scores
+
+    for step in track(range(count + trials)):
+        if step < count:
+            sample = dataset[indices[step]]
+            prediction = pipeline.run_stages(sample.image)[-1]
+            if prediction.logits is None:
+                raise PysegError(f"crf needs logits, but {pipeline} gives labels only")
+            if sample.labels is None:
+                raise PysegError(f"{sample.name} has no labels: nothing to fit")
+            # An overlay's image would be kept twice.
+            prediction = replace(prediction.with_logits(prediction.logits.half()), image=None)
+            images.append((sample, prediction))
+            names.append(sample.name)
+            continue
+        if step == count and log is not None:
+            known = _read(log, str(pipeline), names)
+        index = step - count
+        if index < 3:
+            name, parameters = (("off", OFF), ("usual", USUAL), ("default", default))[index]
+        else:
+            name = f"trial {index - 2}"
+            best = max(done[1:], key=_score)
+            varied = 2 * index > trials
+            while True:
+                parameters = _vary(best.parameters, rng) if varied else _draw(rng)
+                if all(parameters != trial.parameters for trial in done):
+                    break
+        fit = known.get(_key(parameters)) or score(parameters, images[:fitted])
+        done.append(Trial(name, parameters, fit))
+        if log is not None:
+            entries = [_entry(trial) for trial in done]
+            write_json(log, {"pipeline": str(pipeline), "images": names, "trials": entries})
+
+    best = max(done, key=_score)  # the first of equals, and so no CRF before any
+    reported = {trial.name: trial for trial in [*done[:3], best]}
+    for name, trial in reported.items():
+        reported[name] = replace(trial, check=score(trial.parameters, images[fitted:]))
+    tuning = Tuning(
+        str(pipeline), tuple(pipeline.classes), fitted, count - fitted, len(done),
+        tuple(reported.values()), reported[best.name],
+    )  # fmt: skip
+    if tuning.gain <= 0:
+        return tuning
+    options = ", ".join(f"{key}={value!r}" for key, value in best.parameters.items())
+    return replace(tuning, spec=f"{pipeline}+crf({options})")
+
+
+def _score(trial: Trial) -> float:
+    return trial.fit["miou"]
+
+
+def _rounded(value: float) -> float:
+    """To two digits, so that a spec can be read."""
+    return float(f"{value:.2g}")
+
+
+def _assembled(iterations: int, numbers: Sequence[float], protect: float) -> dict[str, Any]:
+    a, b, c, d, e = (_rounded(number) for number in numbers)
+    return {
+        "iterations": iterations, "gaussian": ((a, b),), "bilateral": ((c, d, e),),
+        "protect": protect,
+    }  # fmt: skip
+
+
+def _draw(rng: random.Random) -> dict[str, Any]:
+    numbers = [math.exp(rng.uniform(math.log(a), math.log(b))) for a, b in RANGES]
+    return _assembled(rng.choice(ITERATIONS), numbers, rng.choice(PROTECT))
+
+
+def _vary(parameters: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """One or two of the numbers changed by up to a factor of two."""
+    numbers = [*parameters["gaussian"][0], *parameters["bilateral"][0]]
+    iterations, protect = parameters["iterations"], parameters["protect"]
+    for which in rng.sample(range(len(numbers) + 2), rng.choice((1, 2))):
+        if which == len(numbers):
+            iterations = rng.choice(ITERATIONS)
+        elif which == len(numbers) + 1:
+            protect = rng.choice(PROTECT)
+        else:
+            low, high = RANGES[which]
+            numbers[which] = min(max(numbers[which] * 2 ** rng.uniform(-1, 1), low), high)
+    return _assembled(iterations, numbers, protect)
+
+
+def _entry(trial: Trial) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": trial.name, "parameters": trial.parameters, "fit": finite(trial.fit),
+    }  # fmt: skip
+    if trial.check is not None:
+        entry["check"] = finite(trial.check)
+    return entry
+
+
+def _read(log: Path, pipeline: str, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Parameters, as text, to the scores that a log holds."""
+    if not log.is_file():
+        return {}
+    try:
+        stored = json.loads(log.read_text(encoding="utf-8"))
+        same = stored["pipeline"] == pipeline and stored["images"] == names
+        scores = {_key(entry["parameters"]): entry["fit"] for entry in stored["trials"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise PysegError(f"{log} is no log of pyseg tune; name another file") from error
+    if not same:
+        raise PysegError(f"{log} belongs to other images or another pipeline; name another file")
+    return scores
+
+
+def _key(parameters: dict[str, Any]) -> str:
+    return json.dumps(parameters, sort_keys=True)  # lists for tuples, as in the log
