@@ -41,8 +41,8 @@ def deform_conv2d(
     gradients that pass through it.
 
     Differentiable once, in all five tensors. Nothing depends on the order of threads: on the CPU
-    the gradients have the same bits whatever their number. Under autocast everything but float64 is cast to the autocast dtype, as
-    for ``conv2d``.
+    the gradients have the same bits whatever their number. Under autocast everything but float64 is
+    cast to the autocast dtype, as for ``conv2d``.
 
     Args:
         input: [N, C, H, W], float16, bfloat16, float32 or float64. The other tensors have its dtype
