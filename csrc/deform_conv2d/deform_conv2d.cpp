@@ -206,7 +206,7 @@ struct SampleBuffer {
   }
 };
 
-// The same bits as BFloat16(x), without its call.
+// A number as what is multiplied.
 template <class Real, class Column>
 Column as_column(Real x) {
   if constexpr (std::is_same_v<Column, uint16_t>)
@@ -242,16 +242,16 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
     Column* to = weights.get() + weights_at[b];
     std::fill_n(to, round_up(block.depth, kStep) * columns, Column(0));
     const int64_t first = block.first - block.group * p.group_channels();
-    for (int64_t o = 0; o < per_group; ++o)
-      for (int64_t c = 0; c < block.width; ++c) {
-        const T* from =
-            weight + ((block.group * per_group + o) * p.group_channels() + first + c) * taps;
+    const int64_t row = p.group_channels() * taps;  // of an output's weights
+    const T* from = weight + block.group * per_group * row + first * taps;
+    for (int64_t start = 0; start < per_group; start += 16)  // whole lines of the cache
+      for (int64_t c = 0; c < block.width; ++c)
         for (int64_t t = 0; t < taps; ++t) {
           const int64_t k = t * block.width + c;
-          to[(k / kStep * columns + o) * kStep + k % kStep] =
-              as_column<Real, Column>(Real(from[t]));
+          Column* line = to + k / kStep * columns * kStep + k % kStep;
+          for (int64_t o = start; o < std::min(per_group, start + 16); ++o)
+            line[o * kStep] = as_column<Real, Column>(Real(from[o * row + c * taps + t]));
         }
-      }
   });
 
   const int64_t stride = round_up(deepest, kPadding) + kPadding;  // of a row of columns

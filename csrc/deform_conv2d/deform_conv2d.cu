@@ -11,6 +11,10 @@
 // output pixels, found by sorting: nothing is added atomically, and nothing synchronises.
 #include "deform_conv2d.h"
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <mma.h>
+
 #include <algorithm>
 
 #include "../common/launch.h"
@@ -248,6 +252,157 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T>
+struct TensorCore;
+template <>
+struct TensorCore<Half> {
+  using type = __half;
+};
+template <>
+struct TensorCore<BFloat16> {
+  using type = __nv_bfloat16;
+};
+
+template <class T, int Width>
+struct alignas(Width * sizeof(T)) Pack {
+  T v[Width];
+};
+
+// The same in half precision. The columns are rounded to it, and multiplied by tensor cores: each
+// warp has 32 outputs and 32 pixels. Width: channels, and outputs, that are loaded together.
+template <class T, int Width>
+__global__ void __launch_bounds__(kThreads)
+    forward_tensor_kernel(const T* __restrict__ input,  // [N, plane + 1, C]
+                          const T* __restrict__ offset, const T* __restrict__ mask,
+                          const T* __restrict__ weight,  // [groups, taps, C / groups, O / groups]
+                          const T* __restrict__ bias, Shape s,
+                          T* __restrict__ output) {  // [N, O, plane]
+#if defined(PYSEG_EMULATED) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  namespace wmma = nvcuda::wmma;
+  using Number = typename TensorCore<T>::type;
+  constexpr int kDepth = 64, kColumnStride = kDepth + 8, kWeightStride = kOutputs + 8;
+  __shared__ __align__(32) T columns[kPixels * kColumnStride];  // [pixel, channel]
+  __shared__ __align__(32) T weights[kDepth * kWeightStride];   // [channel, output]
+  __shared__ __align__(32) float stage[kThreads / 32 * 256];    // a fragment of each warp
+  __shared__ int corner_index[4 * kPixels];
+  __shared__ float corner_weight[4 * kPixels];
+  const int tiles = (s.group_outputs + kOutputs - 1) / kOutputs;
+  const int group = int(blockIdx.y) / tiles, first_output = int(blockIdx.y) % tiles * kOutputs;
+  const int64_t first_pixel = int64_t(blockIdx.x) * kPixels;
+  const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int warp_output = warp % 4 * 32, warp_pixel = warp / 4 * 32;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[2][2];
+  for (auto& row : sums)
+    for (auto& sum : row) wmma::fill_fragment(sum, 0.0f);
+
+  const int group_end = (group + 1) * s.group_channels;
+  for (int start = group * s.group_channels; start < group_end;) {
+    const int offset_group = start / s.offset_channels;
+    const int end = min(group_end, (offset_group + 1) * s.offset_channels);
+    for (int t = 0; t < s.taps; ++t) {
+      __syncthreads();
+      if (thread < kPixels) {
+        const int64_t pixel = min(first_pixel + thread, s.pixels - 1);
+        const Sample<float> sample = locate<T, float>(offset, mask, s, pixel, offset_group, t);
+        for (int i = 0; i < 4; ++i) {
+          corner_index[i * kPixels + thread] = sample.corners.index[i];
+          corner_weight[i * kPixels + thread] = sample.weight(i);
+        }
+      }
+      for (int c = start; c < end; c += kDepth) {
+        __syncthreads();
+        constexpr int kAcross = kDepth / Width;
+        const int k = thread % kAcross * Width;
+#pragma unroll 4
+        for (int p = thread / kAcross; p < kPixels; p += kThreads / kAcross) {
+          const int64_t image = min(first_pixel + p, s.pixels - 1) / s.out_plane;
+          const T* from = input + image * (s.plane + 1) * s.channels + c + k;
+          float values[Width] = {};
+          if (c + k < end)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const Pack<T, Width> corner = *reinterpret_cast<const Pack<T, Width>*>(
+                  from + int64_t(corner_index[i * kPixels + p]) * s.channels);
+#pragma unroll
+              for (int j = 0; j < Width; ++j)
+                values[j] += corner_weight[i * kPixels + p] * float(corner.v[j]);
+            }
+          Pack<T, Width> rounded;
+#pragma unroll
+          for (int j = 0; j < Width; ++j) rounded.v[j] = T(values[j]);
+          *reinterpret_cast<Pack<T, Width>*>(columns + p * kColumnStride + k) = rounded;
+        }
+        const T* matrix = weight + ((int64_t(group) * s.taps + t) * s.group_channels + c -
+                                    group * s.group_channels) *
+                                       s.group_outputs;
+#pragma unroll 4
+        for (int i = thread; i < kDepth * kOutputs / Width; i += kThreads) {
+          const int row = i / (kOutputs / Width), o = i % (kOutputs / Width) * Width;
+          Pack<T, Width> part;
+#pragma unroll
+          for (int j = 0; j < Width; ++j) part.v[j] = T(0.0f);
+          if (c + row < end && first_output + o < s.group_outputs)
+            part = *reinterpret_cast<const Pack<T, Width>*>(
+                matrix + int64_t(row) * s.group_outputs + first_output + o);
+          *reinterpret_cast<Pack<T, Width>*>(weights + row * kWeightStride + o) = part;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int depth = 0; depth < kDepth; depth += 16) {
+          wmma::fragment<wmma::matrix_a, 16, 16, 16, Number, wmma::col_major> left[2];
+          wmma::fragment<wmma::matrix_b, 16, 16, 16, Number, wmma::col_major> right[2];
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            wmma::load_matrix_sync(left[i],
+                                   reinterpret_cast<const Number*>(weights + depth * kWeightStride +
+                                                                   warp_output + 16 * i),
+                                   kWeightStride);
+            wmma::load_matrix_sync(right[i],
+                                   reinterpret_cast<const Number*>(
+                                       columns + (warp_pixel + 16 * i) * kColumnStride + depth),
+                                   kColumnStride);
+          }
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+#pragma unroll
+            for (int j = 0; j < 2; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
+        }
+      }
+    }
+    start = end;
+  }
+
+  float* const square = stage + warp * 256;  // [output, pixel]
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      __syncwarp();
+      wmma::store_matrix_sync(square, sums[i][j], 16, wmma::mem_row_major);
+      __syncwarp();
+      const int64_t pixel = first_pixel + warp_pixel + 16 * j + lane % 16;
+      if (pixel >= s.pixels) continue;  // of 16 lanes: they meet the others at the next __syncwarp
+      for (int row = lane / 16; row < 16; row += 2) {
+        const int o = first_output + warp_output + 16 * i + row;
+        if (o >= s.group_outputs) break;
+        const int64_t channel = int64_t(group) * s.group_outputs + o;
+        output[(pixel / s.out_plane * s.groups * s.group_outputs + channel) * s.out_plane +
+               pixel % s.out_plane] =
+            T(square[row * 16 + lane % 16] + (bias ? float(bias[channel]) : 0.0f));
+      }
+    }
+#endif
+}
+
+// Whether a problem is large enough for tensor cores, and the device has those for both types.
+bool has_tensor_cores(const Shape& s) {
+  if (std::min(s.group_channels, s.offset_channels) < 32 || s.group_outputs < 16) return false;
+  int device = 0, major = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 8;
+}
+
+template <class T>
 void forward(const Problem& p, const Tensor& input, const Tensor& offset, const Tensor& weight,
              const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, Tensor& output,
              cudaStream_t stream) {
@@ -262,6 +417,21 @@ void forward(const Problem& p, const Tensor& input, const Tensor& offset, const 
                mutable_data<T>(matrix));
   const dim3 grid(unsigned(ceil_div(s.pixels, kPixels)),
                   unsigned(p.groups * ceil_div(s.group_outputs, kOutputs)));
+  if constexpr (sizeof(T) == 2) {
+    if (has_tensor_cores(s)) {
+      const bool fours =
+          s.group_channels % 4 == 0 && s.offset_channels % 4 == 0 && s.group_outputs % 4 == 0;
+      const auto launch = [&](auto kernel) {
+        PYSEG_LAUNCH(kernel, grid, kThreads, 0, stream, data<T>(laid_out), data<T>(offset),
+                     data<T>(mask), data<T>(matrix), data<T>(bias), s, mutable_data<T>(output));
+      };
+      if (fours)
+        launch(&forward_tensor_kernel<T, 4>);
+      else
+        launch(&forward_tensor_kernel<T, 1>);
+      return;
+    }
+  }
   PYSEG_LAUNCH((forward_kernel<T, Real>), grid, kThreads, 0, stream, data<T>(laid_out),
                data<T>(offset), data<T>(mask), data<T>(matrix), data<T>(bias), s,
                mutable_data<T>(output));

@@ -34,14 +34,15 @@ def deform_conv2d(
 
         y * stride - padding + i * dilation + offset_y,    the same for x
 
-    and outside the image there are zeros. Sums are float32 (float64 for float64); for bfloat16 the
-    sampled values are rounded to bfloat16 before they are multiplied with the weights where the
-    processor multiplies bfloat16. An infinite offset is outside the image; one that is NaN makes
-    its output pixel NaN, and the gradients that pass through it.
+    and outside the image there are zeros. Sums are float32 (float64 for float64). Where the
+    hardware multiplies half precision (bfloat16 on CPUs with AVX512-BF16, both types on tensor
+    cores), sampled values are rounded to the input's dtype before they meet the weights. An
+    infinite offset is outside the image; one that is NaN makes its output pixel NaN, and the
+    gradients that pass through it.
 
-    Differentiable once, in all five tensors; on the CPU the gradients have the same bits whatever
-    the number of threads. Under autocast everything but float64 is cast to the autocast dtype, as
-    for ``conv2d``.
+    Differentiable once, in all five tensors. Nothing depends on the order of threads: on the CPU
+    the gradients have the same bits whatever their number. Under autocast everything but float64 is
+    cast to the autocast dtype, as for ``conv2d``.
 
     Args:
         input: [N, C, H, W], float16, bfloat16, float32 or float64. The other tensors have its dtype

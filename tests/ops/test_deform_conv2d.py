@@ -101,6 +101,7 @@ CASES = {
     "both groups": dict(channels=12, outputs=4, groups=2, offset_groups=3),
     "depthwise": dict(channels=20, outputs=20, groups=20, offset_groups=20),
     "groups and wide": dict(channels=96, outputs=34, groups=2, offset_groups=2, images=1),
+    "wide": dict(channels=68, outputs=140, kernel=(1, 2), padding=(0, 1)),
     "asymmetric": dict(kernel=(2, 5), stride=(2, 1), padding=(0, 3), dilation=(3, 2)),
     "large kernel": dict(kernel=(7, 7), padding=(3, 3), channels=18, size=(8, 9)),
     "stride": dict(stride=(3, 2), size=(20, 19)),
@@ -120,7 +121,7 @@ def test_against_torchvision(generator, case, dtype, tolerance):
     assert_close(got, with_gradients(torchvision_deform_conv2d, case), tolerance)
 
 
-SMALL = ["plain", "v1", "both groups", "groups and wide", "asymmetric", "depthwise", "1x1", "far"]
+SMALL = ["plain", "v1", "wide", "both groups", "groups and wide", "asymmetric", "1x1", "far"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
