@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -69,7 +70,9 @@ DatasetOption = Annotated[
     str, typer.Option(help="Registered data set, with options if need be: "
                       "\"folder(classes='names.txt')\".")
 ]  # fmt: skip
-RootOption = Annotated[Path, typer.Option(help="Folder of the data set.")]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
+]
 
 
 @app.command("list")
@@ -148,7 +151,7 @@ def predict(
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
-    root: RootOption,
+    root: RootOption = None,
     split: Annotated[str | None, typer.Option(help="Split, such as val.")] = None,
     metric: Annotated[
         list[str] | None,
@@ -221,11 +224,11 @@ def panoptic_quality(
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
     dataset: DatasetOption,
-    root: RootOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
     ],
     epochs: Annotated[int, typer.Option(help="Passes over the data.")],
+    root: RootOption = None,
     split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
     validation_split: Annotated[
         str | None, typer.Option(help="Split to score now and then.")
@@ -233,7 +236,10 @@ def train(
     weights: Annotated[
         str, typer.Option(help="Weights to start from; none for random ones.")
     ] = "none",
-    batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = 12,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per step and process. [default: 12; 2 with instances]"),
+    ] = None,
     crop_size: Annotated[
         tuple[int, int], typer.Option(help="Height and width of the crops, pixels.")
     ] = (240, 320),
@@ -249,8 +255,13 @@ def train(
     photometric: Annotated[
         float, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 2.5e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of AdamW, after the warm-up. [default: 2.5e-3; 5e-4 with instances]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of AdamW. [default: 0.02; 1e-4 with instances]")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps spent warming up.")] = 0.03,
     class_power: Annotated[
         float, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
@@ -269,19 +280,29 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline."""
-    options: dict[str, Any] = {
-        "batch_size": batch_size, "crop_size": crop_size, "scale": scale, "full_size": full_size,
-        "class_crops": class_crops, "photometric": photometric, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "warmup": warmup, "class_power": class_power,
-        "jaccard": jaccard, "auxiliary": auxiliary, "ema": ema, "precision": precision,
-        "cache": cache, "workers": workers, "save_every": save_every,
-        "validate_every": validate_every, "seed": seed, "resume": resume,
+    """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline.
+
+    For models of instances (maskrcnn…, panoptic_fpn…, upsnet…) the options about crops, class
+    weights, auxiliary heads and workers have no meaning and must be left alone.
+    """
+    both: dict[str, Any] = {
+        "photometric": photometric, "warmup": warmup, "ema": ema, "precision": precision,
+        "cache": cache, "save_every": save_every, "validate_every": validate_every, "seed": seed,
+        "resume": resume,
+    }  # fmt: skip
+    chosen = {"batch_size": batch_size, "learning_rate": learning_rate,
+              "weight_decay": weight_decay}  # fmt: skip
+    both |= {key: value for key, value in chosen.items() if value is not None}
+    semantic: dict[str, Any] = {
+        "crop_size": crop_size, "scale": scale, "full_size": full_size,
+        "class_crops": class_crops, "class_power": class_power, "jaccard": jaccard,
+        "auxiliary": auxiliary, "workers": workers,
     }  # fmt: skip
     import torch
     from accelerate import PartialState
 
-    from . import training
+    from . import instance_training, training
+    from .models.panoptic import InstanceModel
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None
@@ -291,8 +312,16 @@ def train(
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
     network = pipeline.stages[0].object
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
+    fit: Any = training.train
+    options = both | semantic
+    if isinstance(network, InstanceModel):
+        defaults = inspect.signature(training.train).parameters
+        changed = [key for key, value in semantic.items() if value != defaults[key].default]
+        if changed:
+            raise PysegError(f"{', '.join(changed)} have no meaning for {model}: leave them out")
+        fit, options = instance_training.train_instances, both
     try:
-        log = training.train(
+        log = fit(
             network, data, output_dir=output, epochs=epochs, validation=validation,
             progress=_console().is_terminal, **options,
         )  # fmt: skip
@@ -304,7 +333,7 @@ def train(
     if as_json:
         return _print_json(log)
     last = log[-1]
-    scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou") if key in last)
+    scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou", "pq") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
@@ -379,7 +408,7 @@ def check_labels_command(
 def tune(
     refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
     dataset: DatasetOption,
-    root: RootOption,
+    root: RootOption = None,
     spec: Annotated[
         str,
         typer.Option(
@@ -479,7 +508,7 @@ def _pipeline(
     return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
 
 
-def _dataset(text: str, root: Path, split: str | None) -> Dataset:
+def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     from . import datasets
     from .registry import check_options
     from .spec import parse
@@ -490,7 +519,9 @@ def _dataset(text: str, root: Path, split: str | None) -> Dataset:
     (stage,) = stages
     factory = datasets.get(stage.name)
     check_options(stage, factory)
-    given = {"root": root, **({} if split is None else {"split": split}), **stage.options}
+    places: dict[str, Any] = {"root": root, "split": split}
+    given = {key: value for key, value in places.items() if value is not None}
+    given |= stage.options
     try:
         return factory(**given)
     except (OSError, ValueError, TypeError) as error:

@@ -122,8 +122,10 @@ def evaluate(
         metrics = (metrics,)
     count = total if limit is None else min(limit, total)
     indices = [k * total // count for k in range(count)]
+    things = getattr(dataset, "things", ())
     scorers = [
-        {name: _make_metric(name, dataset.classes) for name in metrics} for _ in pipeline.stages
+        {name: _make_metric(name, dataset.classes, things) for name in metrics}
+        for _ in pipeline.stages
     ]
     milliseconds = [0.0] * len(pipeline.stages)
     peaks: list[int | None] = [None] * len(pipeline.stages)
@@ -163,8 +165,11 @@ def evaluate(
     return Evaluation(str(pipeline), count, tuple(rows), headline)
 
 
-def _make_metric(text: str, classes: Sequence[str]) -> Metric:
-    """A metric from its name and options; it is told the classes, or how many there are."""
+def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str]) -> Metric:
+    """A metric from its name and options; it is told the classes, or how many there are.
+
+    Panoptic data sets also say which classes are ``things``.
+    """
     stages = parse(text).stages
     if len(stages) != 1:
         raise SpecError(f"metric {text!r} must be one name; give several metrics as a list")
@@ -177,6 +182,8 @@ def _make_metric(text: str, classes: Sequence[str]) -> Metric:
         options.setdefault("classes", tuple(classes))
     elif "num_classes" in accepted:
         options.setdefault("num_classes", len(classes))
+    if accepted is not None and "things" in accepted:
+        options.setdefault("things", tuple(things))
     try:
         metric = factory(**options)
     except (TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ because its run-time must come first.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,17 @@ for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
     yield ops.upsample_argmax(logits, *size)
 logits[0, 1, 3, 3] = torch.nan
 yield ops.upsample_argmax(logits.to(memory_format=torch.channels_last), 40, 9)
+""",
+    "upsample_confusion": """
+g = torch.Generator().manual_seed(0)
+for shape, size, dtype in [((2, 3, 3, 9), (26, 140), torch.uint8),
+                           ((1, 120, 2, 4), (3, 130), torch.int16),
+                           ((1, 3, 20, 9), (11, 5), torch.int64)]:
+    logits = torch.randn(shape, generator=g)
+    target = torch.randint(0, shape[1] + 2, (shape[0], *size), generator=g).to(dtype)
+    yield ops.upsample_confusion(logits, target, 1)
+logits[0, 1, 3, 3] = torch.nan
+yield ops.upsample_confusion(logits.half(), target, 255)
 """,
 }
 OPS = [source.stem for source in emulation.kernels()]
@@ -155,8 +167,7 @@ def test_sanitizers_find_a_mistake(which, tmp_path):
     folder = emulation.ROOT / "csrc" / op
     source = (folder / f"{op}.cu").read_text()
     assert right in source
-    source = source.replace(right, wrong).replace("../common/", "")
-    source = source.replace(f'"{op}.h"', f'"{folder / op}.h"')
+    source = re.sub(r'#include "(.+)"', rf'#include "{folder}/\1"', source.replace(right, wrong))
     mistaken = tmp_path / f"mistaken_{op}.cu"
     mistaken.write_text(source)
     result = run_sanitized(which, [mistaken], [op])
