@@ -296,6 +296,28 @@ def _points():
     return torch.stack([y.flatten(), x.flatten()], 1)
 
 
+def test_terms_and_marginals_may_change_between_steps(random):
+    """What is remembered between a divergence and the step after it must not outlive either."""
+    _, unary = scene(random)
+
+    def run(module):
+        crf = module.DenseCRF2D(50, 37, 5)
+        crf.setUnaryEnergy(unary)
+        crf.addPairwiseGaussian(3, 3.0)
+        crf.addPairwiseGaussian(4, 0.0)  # without effect
+        q, tmp1, tmp2 = crf.startInference()
+        found = [crf.klDivergence(q), crf.klDivergence(q)]
+        crf.addPairwiseGaussian(5, 2.0)
+        found.append(crf.klDivergence(q))
+        crf.stepInference(q, tmp1, tmp2)
+        crf.setUnaryEnergy(2 * unary)
+        return q, [*found, crf.klDivergence(q)]
+
+    ours, expected = run(dcrf), run(peer("densecrf"))
+    assert_same(ours[0], expected[0])
+    np.testing.assert_allclose(ours[1], expected[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
