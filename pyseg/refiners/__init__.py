@@ -1,6 +1,7 @@
 """Registry of refiners: ``register``, ``get``, ``list`` and ``info`` by name."""
 
 from ..registry import Registry
+from .crf import CRF as CRF
 
 _registry = Registry("refiner", "pyseg.refiners")
 
