@@ -434,7 +434,7 @@ def tune(
     ] = None,
     check_split: Annotated[str, typer.Option(help="Split that --train is checked on.")] = "val",
     epochs: Annotated[int, typer.Option(help="Of --train.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of --train.")] = 0.01,
+    learning_rate: Annotated[float, typer.Option(help="Of --train.")] = 0.03,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,

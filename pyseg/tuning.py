@@ -241,7 +241,7 @@ def train_crf(
     *,
     limit: int | None = None,
     epochs: int = 4,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.03,
     seed: int = 0,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
     **options: Any,
