@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,19 +163,68 @@ def evaluate(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page (index.html) and its numbers as JSON.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every stage of a pipeline on a data set, with time and peak memory."""
+    """Score every stage of a pipeline on a data set, with time and peak memory.
+
+    Under torchrun or accelerate launch the images are shared out; the scores stay the same.
+    """
     from . import evaluation
 
-    data = _dataset(dataset, root, split)
-    pipeline = _pipeline(spec, weights, num_classes, device)
-    result = evaluation.evaluate(
-        pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating")
-    )
+    with _processes(device) as device:
+        data = _dataset(dataset, root, split)
+        pipeline = _pipeline(spec, weights, num_classes, device)
+        recorder = None
+        if report is not None:
+            from .report import Recorder
+
+            recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
+        result = evaluation.evaluate(
+            pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating"),
+            observe=recorder.add if recorder else None,
+        )  # fmt: skip
+        if recorder is not None:
+            recorder.write(result, f"{dataset}, {split}" if split else dataset)
+    if not result.is_main_process:
+        return
     if as_json:
         return _print_json(result.to_list())
     _print_evaluation(result)
+    if report is not None:
+        typer.echo(f"wrote {report / 'index.html'} and {report / 'report.json'}")
+
+
+@app.command("cost")
+def cost_command(
+    spec: SpecOption,
+    image: Annotated[
+        Path | None, typer.Option(help="A typical image. [default: the bundled street image]")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Resize the image first, such as 1024x2048.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 5,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time, peak memory, parameters and FLOPs of every stage on one image."""
+    from .cost import cost, read_sized
+
+    picture = read_sized(image, size)
+    result = cost(_pipeline(spec, weights, num_classes, device), picture, rounds=rounds)
+    if as_json:
+        return _print_json(result.to_dict())
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    height, width = result.size
+    threads = f", {result.threads} threads" if result.device == "cpu" else ""
+    typer.echo(f"{result.spec} on {height}x{width} pixels, {result.device}{threads}, median of "
+               f"{result.rounds}; FLOPs as torch counts them, 2 per multiply-add")  # fmt: skip
 
 
 @app.command("panoptic-quality")
@@ -399,7 +450,8 @@ def check_labels_command(
             kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
             typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
         verdict = "no errors" if report.ok else "not fit for training"
-        typer.echo(f"{report.files} label maps: {verdict}")
+        maps = "1 label map" if report.files == 1 else f"{report.files} label maps"
+        typer.echo(f"{maps}: {verdict}")
     if not report.ok:
         raise typer.Exit(FAILED)
 
@@ -554,6 +606,21 @@ def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
         raise PysegError(f"dataset {stage.name!r}: {error}") from error
 
 
+@contextlib.contextmanager
+def _processes(device: str | None) -> Iterator[str | None]:
+    """Joins the processes of torchrun or accelerate launch; yields this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not (device or "cpu").startswith("cuda"))
+    try:
+        yield str(state.device) if device == "cuda" else device
+    finally:
+        state.destroy_process_group()
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -567,7 +634,8 @@ def _track(what: str) -> Any:
         from rich import progress
 
         console = _console()
-        return progress.track(items, what, console=console, disable=not console.is_terminal)
+        shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+        return progress.track(items, what, console=console, disable=not shown)
 
     return track
 

@@ -8,3 +8,10 @@
 #else
 #define PYSEG_HOST_DEVICE inline __attribute__((always_inline))
 #endif
+
+// Before a loop whose arrays must end up in registers.
+#ifdef __CUDACC__
+#define PYSEG_UNROLL _Pragma("unroll")
+#else
+#define PYSEG_UNROLL _Pragma("GCC unroll 9")
+#endif

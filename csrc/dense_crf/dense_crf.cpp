@@ -215,15 +215,6 @@ class VertexTable {
   std::vector<uint64_t> names_;
 };
 
-// One kernel: a Gaussian of `features` channels. Channel -2 is x, -1 is y (pixels), others are
-// planes of the features tensor.
-struct Kernel {
-  int features;
-  int first_entry;  // of a pixel's entries, where this kernel's d + 1 begin
-  int channels[kMaxFeatures];
-  double sigmas[kMaxFeatures];
-};
-
 enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
 
 struct Settings {

@@ -50,7 +50,13 @@ def dense_crf(
     K_k is a normalised Gaussian kernel between all pairs of pixels, each pixel with itself
     included. The kernels are applied by permutohedral lattices, one per kernel.
 
-    The result is the same, bit for bit, for any number of threads.
+    The result is the same, bit for bit, for any number of threads, and on CUDA from run to run.
+
+    On CUDA the host waits once for the device, for the number of lattice vertices. A stream that is
+    being captured into a CUDA graph does not wait: the graph has room for at least one vertex per
+    pixel and kernel, in place of the number that there is; where it is replayed with an image that
+    needs more, or whose features span too many cells, it prints so and fails as assertions on the
+    device do. NaN or infinity in a tensor then makes the result NaN instead of raising.
 
     Args:
         unary: [N, C, H, W] energies, -log(probability), C up to 256. float32; float16 and bfloat16

@@ -69,6 +69,20 @@ for count, shape in [(4, (9, 700)), (150, (40, 300))]:
     yield ops.panoptic_quality(*maps, truth[1:, :2].contiguous(), truth[:-1].contiguous(), 3,
                                *(maps % 3 > 0))
 """,
+    "deform_conv2d": """
+g = torch.Generator().manual_seed(0)
+for groups, offset_groups, channels, outputs, dtype in [(2, 3, 6, 4, torch.float32),
+                                                        (1, 1, 35, 130, torch.bfloat16),
+                                                        (1, 2, 18, 3, torch.float64)]:
+    def randn(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+    tensors = [randn(2, channels, 5, 6), 3 * randn(2, 4 * offset_groups, 5, 7),
+               randn(outputs, channels // groups, 1, 2)]
+    mask = randn(2, 2 * offset_groups, 5, 7) if groups == 2 else None
+    yield ops.deform_conv2d(*tensors, randn(outputs), mask, [1, 1], [0, 1], [1, 1])
+    grad = randn(2, outputs, 5, 7)
+    yield ops._deform_conv2d_backward(grad, *tensors, mask, [1, 1], [0, 1], [1, 1])
+""",
     "upsample_argmax": """
 g = torch.Generator().manual_seed(0)
 for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
@@ -89,6 +103,16 @@ for shape, size, dtype in [((2, 3, 3, 9), (26, 140), torch.uint8),
     yield ops.upsample_confusion(logits, target, 1)
 logits[0, 1, 3, 3] = torch.nan
 yield ops.upsample_confusion(logits.half(), target, 255)
+""",
+    "dense_crf": """
+g = torch.Generator().manual_seed(0)
+features = 255 * torch.rand(2, 3, 17, 20, generator=g)
+kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 80.0, 80.0, 80.0])
+for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3), (1, 0.25, 0))]:
+    unary = torch.randn(2, classes, 17, 20, generator=g)
+    for normalization in (1, 2):
+        yield ops.dense_crf(unary, features, torch.tensor([3.0, 10.0]), compatibility, *kernels, 2,
+                            normalization, *quality)
 """,
 }
 OPS = [source.stem for source in emulation.kernels()]

@@ -366,6 +366,11 @@ def test_bad_input():
         metric.update(prediction, pair(np.zeros((4, 3)), np.zeros((4, 3)))[1])
     with pytest.raises(LabelError, match=r"'a'.*34"):
         metric.update(prediction, pair(np.zeros((3, 4)), np.full((3, 4), 34))[1])
+    with pytest.raises(LabelError, match=r"'a'.*float32.*integers"):
+        metric.update(prediction, Sample("a", sample.image, torch.zeros(3, 4)))
+    negative = Sample("a", sample.image, torch.full((3, 4), -1, dtype=torch.int16))
+    with pytest.raises(LabelError, match=r"'a'.*-1"):
+        metric.update(prediction, negative)
     assert metric.state()["matrix"].sum() == 0
     for options in ({}, {"classes": ()}, {"num_classes": 0}, {"classes": "road"},
                     {"classes": NAMES, "num_classes": 4}):  # fmt: skip

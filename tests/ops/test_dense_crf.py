@@ -14,7 +14,7 @@ from PIL import Image
 import pyseg
 from pyseg.image import read_image
 from pyseg.ops import dense_crf
-from pyseg.ops.dense_crf import NORMALIZATION, QUALITY, reference
+from pyseg.ops.dense_crf import NORMALIZATION, QUALITY, _kernels, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -402,6 +402,175 @@ def test_bad_tensors(generator, change, message):
 def test_bad_options(generator, options, message):
     with pytest.raises(ValueError, match=message):
         dense_crf(*example(generator), **options)
+
+
+# -- the CUDA kernels, on a GPU or emulated, against the CPU kernels
+
+
+def arguments(
+    unary, image, gaussian=((3.0, 3.0),), bilateral=((80.0, 13.0, 10.0),), features=(), **options
+):
+    """What `dense_crf` passes to the operator."""
+    kernels = _kernels(unary, image, gaussian, bilateral, features, unary.dtype)
+    return (
+        unary,
+        kernels.features,
+        kernels.weights,
+        options.get("compatibility"),
+        kernels.sizes,
+        kernels.channels,
+        kernels.sigmas,
+        options.get("iterations", 3),
+        NORMALIZATION[options.get("normalization", "symmetric")],
+        *QUALITY[options.get("quality", "default")],
+    )
+
+
+def on(device, given):
+    return [a.to(device.name) if isinstance(a, torch.Tensor) else a for a in given]
+
+
+def check_device(device, unary, image, tolerance=1e-5, **options):
+    given = arguments(unary, image, **options)
+    q = device.ops.dense_crf(*on(device, given)).cpu()
+    expected = torch.ops.pyseg.dense_crf(*given)
+    # The lattice is the same to the last bit, so only the order of sums differs.
+    torch.testing.assert_close(q, expected, atol=tolerance, rtol=0)
+    assert (expected - torch.softmax(-unary, 1)).abs().max() > 0.01 or unary[0].numel() < 9
+    return q
+
+
+SEVERAL = {
+    "gaussian": ((3.0, 2.0), ((2.0, 5.0), 1.0)),
+    "bilateral": ((30.0, 20.0, 2.0), (10.0, (20.0, 30.0, 40.0), 1.0)),
+}
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 5, 9, 13), {}),
+        ((2, 3, 17, 40), {"normalization": "before"}),
+        ((1, 3, 18, 35), {"normalization": "after", "quality": "compatible"}),
+        ((2, 3, 9, 13), SEVERAL),
+        ((1, 1, 1, 1), {}),
+        ((1, 2, 1, 70), {"quality": "compatible"}),
+    ],
+)
+def test_small_kernel_agrees_with_cpu(device, generator, shape, options):
+    check_device(device, *example(generator, *shape), **options)
+
+
+@pytest.mark.parametrize("quality", QUALITY)
+@pytest.mark.parametrize("normalization", NORMALIZATION)
+def test_device_levels(device, generator, quality, normalization):
+    weight = 0.05 if normalization == "none" else 1.0
+    check_device(
+        device,
+        *example(generator, 1, 4, 12, 21),
+        gaussian=((3.0, weight),),
+        bilateral=((20.0, 60.0, weight),),
+        quality=quality,
+        normalization=normalization,
+    )
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_device_features_of_any_dimension(device, generator, size):
+    unary, image = example(generator, 2, 3, 10, 13)
+    kernel = (smooth(generator, 2, size, 10, 13), [0.3 + 0.05 * i for i in range(size)], 2.0)
+    check_device(device, unary, image, gaussian=(), bilateral=(), features=(kernel,))
+
+
+@pytest.mark.parametrize("classes", [2, 4, 8, 11, 19, 21, 32, 150, 256])
+def test_device_classes(device, generator, classes):
+    check_device(device, *example(generator, 1, classes, 9, 18))
+
+
+def test_device_float64(device, generator):
+    unary, image = example(generator, 1, 7, 17, 20)
+    check_device(device, unary.double(), image, tolerance=1e-12)
+
+
+def test_device_compatibility(device, generator):
+    unary, image = example(generator, 1, 6, 12, 21)
+    check_device(device, unary, image, compatibility=torch.rand(6, 6, generator=generator))
+
+
+def test_device_nothing_to_do(device, generator):
+    unary, image = example(generator, 2, 4, 9, 13)
+    expected = torch.softmax(-unary, 1)
+    for options in ({"iterations": 0}, {"gaussian": (), "bilateral": ()}):
+        q = device.ops.dense_crf(*on(device, arguments(unary, image, **options)))
+        torch.testing.assert_close(q.cpu(), expected)
+    q = device.ops.dense_crf(*on(device, arguments(unary[:0], image[:0])))
+    assert q.shape == (0, 4, 9, 13)
+
+
+def test_device_batch_is_its_images(device, generator):
+    unary, image = example(generator, 3, 3, 9, 20)
+    image[1] //= 8  # its names of vertices lie elsewhere when it is alone
+    q = device.ops.dense_crf(*on(device, arguments(unary, image)))
+    for i in range(3):
+        alone = device.ops.dense_crf(*on(device, arguments(unary[i : i + 1], image[i : i + 1])))
+        assert torch.equal(q[i : i + 1], alone)
+
+
+def test_device_more_vertices_than_expected(device, generator):
+    unary, _ = example(generator, 1, 3, 20, 40)
+    noise = torch.randint(0, 256, (1, 3, 20, 40), generator=generator, dtype=torch.uint8)
+    check_device(device, unary, noise, bilateral=((80.0, 6.0, 10.0),))
+
+
+def test_device_bad_input(device, generator):
+    unary, image = example(generator, 1, 3, 9, 13)
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match="unary holds NaN or infinity"):
+            device.ops.dense_crf(*on(device, arguments(unary.masked_fill(unary > 2, value), image)))
+        planes = torch.where(unary > 2, value, 1.0)
+        given = arguments(unary, image, features=((planes, 1.0, 1.0),))
+        with pytest.raises(ValueError, match="image or features hold NaN or infinity"):
+            device.ops.dense_crf(*on(device, given))
+    with pytest.raises(ValueError, match="sigma is too small"):
+        given = arguments(unary, image, bilateral=((1e-6, 13.0, 1.0),))
+        device.ops.dense_crf(*on(device, given))
+    with pytest.raises(ValueError, match="weights must be"):
+        given = arguments(unary, image)
+        device.ops.dense_crf(*on(device, (*given[:2], given[2][:1], *given[3:])))
+
+
+def test_while_a_graph_is_captured(emulated, generator):
+    from emulation import settings
+
+    given = arguments(*example(generator, 2, 3, 17, 33))
+    expected = emulated.dense_crf(*given)
+    with settings(capturing=1):  # waiting for the stream would raise
+        assert torch.equal(emulated.dense_crf(*given), expected)
+        for bad in (0, 1):  # the unary, then the features
+            wrong = list(given)
+            wrong[bad] = wrong[bad].clone()
+            wrong[bad][0, 0, 5, 5] = torch.nan
+            assert emulated.dense_crf(*wrong)[0].isnan().all()
+        unary, image = example(generator, 1, 2, 15, 20)
+        kernel = (torch.rand(1, 8, 15, 20, generator=generator), 0.1, 1.0)
+        given = arguments(unary, image, features=(kernel,), quality="high")
+        with pytest.raises(RuntimeError, match="trap"):  # more vertices than there is room for
+            emulated.dense_crf(*given)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_graph(generator):
+    unary, image = (t.cuda() for t in example(generator, 2, 11, 60, 80))
+    expected = dense_crf(unary, image)  # also loads the kernels
+    static_unary, static_image = unary.clone(), torch.zeros_like(image)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q = dense_crf(static_unary, static_image)
+    static_image.copy_(image)
+    for _ in range(2):
+        graph.replay()
+        assert torch.equal(q, expected)
 
 
 # -- the operator
