@@ -138,3 +138,26 @@ def test_cuda_batch_of_8(compare, classes, height, width):
         check=check,
         device="cuda",
     )
+
+
+@pytest.mark.parametrize("size", [(11, 360, 480), (19, 1024, 2048)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_backward(compare, threads, size):
+    """The peer is our own forward pass: the goal is a backward pass of 2.5 times its time."""
+    unary, image = make_inputs(*size)
+    unary.requires_grad_()
+    weight = torch.tensor(10.0, requires_grad=True)
+    q = dense_crf(unary, image, bilateral=((80.0, 13.0, weight),), iterations=ITERATIONS)
+    direction = torch.randn_like(q)
+
+    def forward():
+        with torch.no_grad():
+            return dense_crf(unary, image, iterations=ITERATIONS)
+
+    compare(
+        ours=lambda: torch.autograd.grad(q, (unary, weight), direction, retain_graph=True),
+        peer=forward,
+        peer_name="its forward pass",
+        threads=threads,
+        goal=0.4,
+    )

@@ -477,6 +477,16 @@ def tune(
         Path | None,
         typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
     ] = None,
+    train: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a search, train kernel weights and label compatibility on "
+            "--split and save the pipeline to this folder."
+        ),
+    ] = None,
+    check_split: Annotated[str, typer.Option(help="Split that --train is checked on.")] = "val",
+    epochs: Annotated[int, typer.Option(help="Of --train.")] = 4,
+    learning_rate: Annotated[float, typer.Option(help="Of --train.")] = 0.03,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -492,6 +502,22 @@ def tune(
         raise PysegError(f"tune knows the refiner crf, got {refiner!r}")
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
+    if train is not None:
+        if check_split == split:
+            raise PysegError(f"--train and its check need different splits, got {split!r} for both"
+                             "; use --split train")  # fmt: skip
+        check = _dataset(dataset, root, check_split)
+        training = tuning.train_crf(
+            pipeline, data, check, limit=limit, epochs=epochs, learning_rate=learning_rate,
+            seed=seed, track=_track("training"),
+        )  # fmt: skip
+        training.pipeline.save(train)
+        if as_json:
+            return _print_json(training.to_dict())
+        _print_table(*training.table(), numbers=True)
+        typer.echo(f"loss of each epoch: {', '.join(f'{x:.4f}' for x in training.losses)}; use "
+                   f"--spec {train}")  # fmt: skip
+        return
     result = tuning.tune_crf(
         pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
     )

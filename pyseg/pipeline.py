@@ -277,7 +277,7 @@ def build(
     """
     parsed = parse(spec)
     target = None if device is None else _checked_device(device)
-    stages = []
+    stages: list[Stage] = []
     for index, stage in enumerate(parsed.stages):
         factory = _factory(index, stage)
         options = dict(stage.options)
@@ -286,6 +286,8 @@ def build(
         passed: dict[str, Any] = {}
         if index == 0 and num_classes is not None:
             passed["num_classes"] = num_classes
+        if index > 0 and "num_classes" in (accepted or {}):
+            passed["num_classes"] = len(stages[0].object.classes)
         if weights is None or (index == 0 and weights != DEFAULT):
             passed["weights"] = weights
         for name, value in passed.items():
@@ -327,7 +329,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pip
         factory = _factory(index, stage)
         options = dict(stage.options)
         accepted = accepted_options(factory) or {}
-        if index == 0 and "num_classes" in accepted:
+        if "num_classes" in accepted:
             options.setdefault("num_classes", len(description["classes"]))
         if entry["weights"] and "weights" in accepted:
             options["weights"] = None  # the architecture alone; its weights lie here

@@ -10,7 +10,7 @@ import pyseg
 from pyseg import cli, datasets, models
 from pyseg.errors import PysegError
 from pyseg.refiners.crf import CRF
-from pyseg.tuning import ITERATIONS, PROTECT, RANGES, tune_crf
+from pyseg.tuning import ITERATIONS, PROTECT, RANGES, train_crf, tune_crf
 from pyseg.types import Sample, Segmentation
 
 CLASSES = ("left", "right", "disc")
@@ -220,3 +220,53 @@ def test_command_says_that_no_crf_is_best(tmp_path):
 def test_command_knows_one_refiner(tmp_path):
     result = run("sam", "--dataset", "scenes", "--root", tmp_path)
     assert result.exit_code == 2 and "tune knows the refiner crf, got 'sam'" in result.stderr
+
+
+def test_training_lowers_the_loss_and_raises_miou():
+    pipeline = pyseg.build("coarse")
+    training = train_crf(pipeline, Scenes(), Scenes(), epochs=3, iterations=3)
+    assert Coarse.calls == 10  # once per image of both
+    assert len(training.losses) == 3
+    assert training.losses[2] < training.losses[1] < training.losses[0]
+    assert training.trained["miou"] > training.off["miou"]
+    # The scores are those of the pipelines.
+    assert math.isclose(training.off["miou"], score(pipeline, range(5)))
+    assert math.isclose(training.default["miou"], score(pyseg.build("coarse+crf"), range(5)))
+    assert math.isclose(training.trained["miou"], score(training.pipeline, range(5)))
+    assert len(pipeline.stages) == 1
+    repeated = train_crf(pipeline, Scenes(), Scenes(), epochs=3, iterations=3)
+    assert repeated.losses == training.losses
+
+
+def test_training_refuses():
+    pipeline, data = pyseg.build("coarse"), Scenes()
+    with pytest.raises(PysegError, match="epochs and learning_rate must be positive"):
+        train_crf(pipeline, data, data, epochs=0)
+    with pytest.raises(PysegError, match="dataset has no images"):
+        train_crf(pipeline, data, data, limit=0)
+    with pytest.raises(PysegError, match="scene0 of check has no labelled pixel"):
+        train_crf(pipeline, data, Scenes(labelled=False))
+    with pytest.raises(PysegError, match="gives labels only"):
+        train_crf(pyseg.build("labels_only"), data, data)
+    other = Scenes()
+    other.classes = ("left", "right", "ball")
+    with pytest.raises(PysegError, match="not those of check"):
+        train_crf(pipeline, data, other)
+
+
+def test_command_trains_and_saves_a_pipeline(tmp_path):
+    arguments = ("crf", "--dataset", "scenes", "--root", tmp_path, "--spec", "coarse")
+    arguments += ("--limit", 2, "--epochs", 2, "--train", tmp_path / "refined")
+    shown = run(*arguments, "--split", "train")
+    assert shown.exit_code == 0, shown.output
+    for word in ("off", "default", "trained", "loss of each epoch", "refined"):
+        assert word in shown.output
+    image = Scenes()[4].image
+    loaded = pyseg.load(tmp_path / "refined")
+    assert str(loaded) == "coarse+crf(trainable=True)"
+    plain = pyseg.build("coarse+crf")(image)
+    assert not torch.equal(loaded(image).logits, plain.logits)
+    result = json.loads(run(*arguments, "--split", "train", "--json").output)
+    assert len(result["losses"]) == 2 and result["trained"]["miou"] > 0
+    same = run(*arguments)
+    assert same.exit_code == 2 and "need different splits" in same.stderr

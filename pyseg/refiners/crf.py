@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
+from .. import weights as weight_files
 from ..types import Segmentation
 
+TINY = torch.finfo(torch.float32).tiny  # has a logarithm, where a softmax underflowed to 0
 
-class CRF:
+
+class CRF(nn.Module):
     """Dense CRF by mean-field inference (Krähenbühl and Koltun, 2011) on the model's probabilities.
 
     The logits are upsampled to the image's size, their negative log-probabilities are the unary
@@ -40,9 +45,18 @@ class CRF:
             levels, weight).
         protect: a class is thin in an image if squares of radius ``protect`` times the stride of
             the logits, inside of the class, cover less than half of it. 0 protects nothing.
+        trainable: makes the weights of the kernels and the compatibility of labels parameters, as
+            in Zheng et al., "Conditional random fields as recurrent neural networks" (2015):
+            ``log_weights`` [K], gaussian kernels first, so that weights stay positive, and
+            ``compatibility`` [C, C], see `pyseg.ops.dense_crf`. They start as the weights given
+            and as the Potts model. Standard deviations stay as they are.
+        num_classes: C; `pyseg.build` takes it from the model.
+        weights: state dict of a trained CRF: a path or URL. None = the start.
 
     Example:
         >>> pyseg.build("streetnet+crf(iterations=5, bilateral=((60, 10, 4),))")
+        >>> crf = CRF(trainable=True, num_classes=11)
+        >>> loss = torch.nn.functional.nll_loss(crf(images, logits), labels, ignore_index=255)
     """
 
     def __init__(
@@ -52,7 +66,11 @@ class CRF:
         gaussian: Sequence[tuple[float, float]] = ((2.0, 1.0),),
         bilateral: Sequence[tuple[float, float, float]] = ((40.0, 10.0, 2.0),),
         protect: float = 2.0,
+        trainable: bool = False,
+        num_classes: int | None = None,
+        weights: str | Path | None = None,
     ) -> None:
+        super().__init__()
         if iterations < 0:
             raise ValueError(f"iterations must be 0 or more, got {iterations}")
         if not 0 <= protect < float("inf"):
@@ -61,11 +79,73 @@ class CRF:
         self.gaussian = _kernels("gaussian", gaussian, "(sigma_xy, weight)")
         self.bilateral = _kernels("bilateral", bilateral, "(sigma_xy, sigma_rgb, weight)")
         self.protect = protect
+        self.log_weights: Tensor | None = None
+        self.compatibility: Tensor | None = None
+        if not trainable:
+            if weights is not None:
+                raise ValueError("weights are those of a trained CRF: set trainable=True, too")
+            return
+        start = [kernel[-1] for kernel in (*self.gaussian, *self.bilateral)]
+        if min(start, default=1) <= 0:
+            raise ValueError(f"trainable needs positive weights of kernels, got {start}")
+        state = None
+        if weights is not None:
+            weights = weight_files.resolve(weights)
+            state = weight_files.load_state(weights)
+            if num_classes is None and "compatibility" in state:
+                num_classes = len(state["compatibility"])
+        if num_classes is None:
+            raise ValueError("trainable needs num_classes, or weights that tell it")
+        self.log_weights = nn.Parameter(torch.tensor(start).log())
+        self.compatibility = nn.Parameter(1 - torch.eye(num_classes))
+        if state is not None:
+            assert weights is not None
+            weight_files.load_into(self, state, weights)
 
     def __repr__(self) -> str:
+        trained = "" if self.compatibility is None else ", trainable=True"
         return (
             f"CRF(iterations={self.iterations}, gaussian={self.gaussian}, "
-            f"bilateral={self.bilateral}, protect={self.protect})"
+            f"bilateral={self.bilateral}, protect={self.protect}{trained})"
+        )
+
+    def forward(self, images: Tensor, logits: Tensor) -> Tensor:
+        """Refined log-probabilities, differentiable in ``logits`` and in the parameters.
+
+        What `refine` returns, but no class is protected: that has no gradient.
+
+        Args:
+            images: [N, 3, H, W] RGB, 0 to 255, uint8 or floating point.
+            logits: [N, C, h, w], upsampled to H x W here.
+
+        Returns:
+            [N, C, H, W], float32; probabilities below 1e-38 count as that.
+
+        Raises:
+            ValueError: shapes do not fit, or another number of classes than the parameters have.
+        """
+        size = images.shape[2:]
+        logits = logits.float()
+        if logits.shape[2:] != size:
+            logits = interpolate(logits, size, mode="bilinear", align_corners=False)
+        return self._marginals(images, -logits.log_softmax(1)).clamp_min(TINY).log()
+
+    def _marginals(self, images: Tensor, unary: Tensor) -> Tensor:
+        from ..ops import dense_crf
+
+        gaussian, bilateral = self.gaussian, self.bilateral
+        if self.log_weights is not None:
+            learnt = self.log_weights.exp().unbind()
+            gaussian = tuple((k[0], w) for k, w in zip(gaussian, learnt, strict=False))
+            learnt = learnt[len(gaussian) :]
+            bilateral = tuple((*k[:2], w) for k, w in zip(bilateral, learnt, strict=True))
+        return dense_crf(
+            unary,
+            images,
+            gaussian=gaussian,
+            bilateral=bilateral,
+            iterations=self.iterations,
+            compatibility=self.compatibility,
         )
 
     def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
@@ -83,12 +163,11 @@ class CRF:
         """
         return self.refine_batch([image], [prediction])[0]
 
+    @torch.no_grad()
     def refine_batch(
         self, images: Sequence[Tensor], predictions: Sequence[Segmentation]
     ) -> list[Segmentation]:
         """`refine` for several images; those of one size and class count share a kernel launch."""
-        from ..ops import dense_crf
-
         groups: dict[tuple, list[int]] = {}
         for index, prediction in enumerate(predictions):
             if prediction.logits is None:
@@ -101,17 +180,9 @@ class CRF:
             return refined
         for members in groups.values():
             probabilities = torch.stack([predictions[i].probabilities() for i in members])
-            # log of the smallest normal number instead of -inf where a softmax underflowed
-            unary = probabilities.clamp_min_(torch.finfo(torch.float32).tiny).log_().neg_()
+            unary = probabilities.clamp_min_(TINY).log_().neg_()
             batch = torch.stack([images[i].to(unary.device) for i in members])
-            marginals = dense_crf(
-                unary,
-                batch,
-                gaussian=self.gaussian,
-                bilateral=self.bilateral,
-                iterations=self.iterations,
-            )
-            logits = marginals.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+            logits = self._marginals(batch, unary).clamp_min_(TINY).log_()
             for position, i in enumerate(members):
                 result = logits[position]
                 if self.protect:

@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from pyseg.refiners.crf import CRF, thin
+import pyseg
+from pyseg.errors import PysegError
+from pyseg.refiners import CRF
+from pyseg.refiners.crf import thin
 from pyseg.types import Segmentation
 
 
@@ -119,3 +122,81 @@ def test_errors():
         CRF(protect=-1.0)
     with pytest.raises(ValueError, match=r"bilateral must be \(sigma_xy, sigma_rgb, weight\)"):
         CRF(bilateral=((80.0, 13.0),))
+    with pytest.raises(ValueError, match="set trainable=True"):
+        CRF(weights="crf.safetensors")
+    with pytest.raises(ValueError, match="trainable needs num_classes"):
+        CRF(trainable=True)
+    with pytest.raises(ValueError, match="trainable needs positive weights"):
+        CRF(trainable=True, num_classes=2, gaussian=((2.0, 0.0),))
+    with pytest.raises(ValueError, match=r"compatibility must be \[2, 2\]"):
+        CRF(trainable=True, num_classes=3).refine(image, prediction)
+
+
+def test_training_starts_where_the_plain_crf_is():
+    image, _, prediction = scene()
+    plain, trainable = CRF(protect=0), CRF(protect=0, trainable=True, num_classes=2)
+    assert not list(plain.parameters()) and len(list(trainable.parameters())) == 2
+    expected = plain.refine(image, prediction).logits
+    refined = trainable.refine(image, prediction).logits
+    assert not refined.requires_grad
+    torch.testing.assert_close(refined, expected, atol=1e-4, rtol=1e-4)
+    small = prediction.logits[None, :, ::2, ::2]
+    batch = trainable(image[None], small)
+    expected = plain.refine(image, prediction.with_logits(small[0])).logits
+    torch.testing.assert_close(batch[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_trains():
+    image, labels, prediction = poles()
+    crf = CRF(trainable=True, num_classes=3, iterations=2, gaussian=((6.0, 12.0),), bilateral=())
+    logits = prediction.logits[None].requires_grad_()
+    optimizer = torch.optim.Adam(crf.parameters(), lr=0.02)
+    losses = []
+    for _ in range(5):
+        loss = torch.nn.functional.nll_loss(crf(image[None], logits), labels[None])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.7 * losses[0]
+    assert logits.grad.isfinite().all() and logits.grad.abs().sum() > 0
+    assert crf.log_weights.exp() < 12.0  # which wiped out the poles
+    # ... and a step against the gradient of the logits lowers the loss, too
+    with torch.no_grad():
+        moved = logits - 0.1 * logits.grad / logits.grad.norm()
+        before, after = (
+            torch.nn.functional.nll_loss(crf(image[None], x), labels[None]) for x in (logits, moved)
+        )
+    assert after < before
+
+
+def test_trained_parameters_are_saved_and_used(tmp_path):
+    image, _, prediction = scene()
+    crf = CRF(trainable=True, num_classes=2, protect=0)
+    with torch.no_grad():
+        crf.log_weights.add_(torch.tensor([0.5, -0.3]))
+        crf.compatibility.copy_(torch.tensor([[0.0, 2.0], [0.5, 0.1]]))
+    torch.save(crf.state_dict(), tmp_path / "crf.pt")
+    again = CRF(trainable=True, protect=0, weights=tmp_path / "crf.pt")
+    expected = crf.refine(image, prediction).logits
+    assert torch.equal(again.refine(image, prediction).logits, expected)
+    assert not torch.equal(CRF(protect=0).refine(image, prediction).logits, expected)
+    with pytest.raises(PysegError, match="of another shape"):
+        CRF(trainable=True, num_classes=3, weights=tmp_path / "crf.pt")
+
+
+def test_trained_pipeline_is_saved_and_loaded(tmp_path):
+    image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
+    pipeline = pyseg.build("streetnet+crf(trainable=True, iterations=2)", weights=None)
+    crf = pipeline.stages[1].object
+    assert crf.compatibility.shape == (11, 11)
+    with torch.no_grad():
+        crf.compatibility.add_(torch.rand(11, 11))
+    pipeline.save(tmp_path / "saved")
+    loaded = pyseg.load(tmp_path / "saved")
+    assert torch.equal(loaded.stages[1].object.compatibility, crf.compatibility)
+    assert torch.equal(loaded(image).logits, pipeline(image).logits)
+    path = tmp_path / "crf.pt"
+    torch.save(crf.state_dict(), path)
+    built = pyseg.build(f"streetnet+crf(trainable=True, weights={str(path)!r})")
+    assert torch.equal(built.stages[1].object.compatibility, crf.compatibility)
