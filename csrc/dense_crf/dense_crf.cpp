@@ -19,10 +19,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <vector>
 
 #include "../common/common.h"
+#include "arguments.h"
 
 namespace {
 
@@ -31,7 +33,6 @@ using namespace pyseg;
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
-constexpr int kMaxClasses = 256;
 constexpr int kMaxBlocks = kMaxClasses / 16;
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
 constexpr uint64_t kNoName = ~uint64_t(0);
@@ -51,9 +52,20 @@ struct TilePass {
   int classes, stride, entries, width, height;
 };
 
+// The same pass when gradients flow back: `out` takes those of the messages, `q` is not used, and
+// `buffer` is twice as long.
+template <class Real>
+struct TileBackward {
+  TilePass<Real> pass;
+  const Real* gradient;  // of Q, the tile's corner in [C, H, W]; null where `back` has it
+  const Real* back;      // [tile rows, stride] gradients of the sums that Q was splat into, or null
+  Real* unary_gradient;  // the corner in [C, H, W]; what is there is added to if `back` is not null
+};
+
 template <class Real>
 struct RowFunctions {
   void (*tile)(const TilePass<Real>&);
+  void (*tile_backward)(const TileBackward<Real>&);
   void (*gather)(const Real*, const int32_t*, int64_t, Real*, int, int);
   void (*pack)(const Real*, int64_t, Real*, int, int);
   void (*combine)(const Real*, const int32_t*, const int32_t*, int64_t, int64_t, Real*, int, int);
@@ -203,16 +215,6 @@ class VertexTable {
   std::vector<uint64_t> names_;
 };
 
-enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
-
-struct Settings {
-  std::vector<Kernel> kernels;
-  int iterations;
-  Blur blur;
-  bool classic_scale;  // of kernels that are not normalised: that of Adams et al.
-  Normalization normalization;
-};
-
 struct Tile {
   int x, y, width, height;
   int64_t first_pixel;
@@ -240,6 +242,57 @@ std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
   return tiles;
 }
 
+// Rows that one thread works on, in parts that begin where cache lines do.
+template <class Real>
+struct Scratch {
+  Scratch(const std::vector<int64_t>& rows, int stride) {
+    int64_t all = 0;
+    for (const int64_t count : rows) all += count;
+    memory = std::make_unique<Real[]>(all * stride + 16);
+    Real* next = memory.get();
+    while (reinterpret_cast<uintptr_t>(next) % 64) ++next;
+    for (const int64_t count : rows) parts.push_back(next), next += count * stride;
+  }
+  std::unique_ptr<Real[]> memory;
+  std::vector<Real*> parts;
+};
+
+// Messages are matrix^T times the blurred sums, -compatibility times a kernel's weight; rows of
+// the matrix are `stride` apart. None is the identity.
+template <class Real>
+std::vector<Real> mixing_matrix(const Real* compatibility, int classes, int stride,
+                                bool transposed) {
+  std::vector<Real> matrix;
+  if (!compatibility) return matrix;
+  matrix.assign(classes * stride, 0);
+  for (int i = 0; i < classes; ++i)
+    for (int j = 0; j < classes; ++j)
+      matrix[i * stride + j] = -compatibility[transposed ? i * classes + j : j * classes + i];
+  return matrix;
+}
+
+// products[i, j] += sum of a[v, i] * b[v, j] over rows that are `width` apart; `matrix` false: only
+// their trace, into products[0].
+template <class Real>
+PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, int64_t count, int width,
+                                     int classes, bool matrix, Real* products) {
+  for (int64_t v = 0; v < count; ++v, a += width, b += width) {
+    if (matrix) {
+      for (int i = 0; i < classes; ++i) {
+        Real* const row = products + i * classes;
+        const Real factor = a[i];
+#pragma omp simd
+        for (int j = 0; j < classes; ++j) row[j] += factor * b[j];
+      }
+    } else {
+      Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int j = 0; j < classes; ++j) sum += a[j] * b[j];
+      products[0] += sum;
+    }
+  }
+}
+
 // The lattices of one image, and mean-field inference on them.
 template <class Real>
 class Crf {
@@ -252,7 +305,10 @@ class Crf {
 
   void build(const Real* features);
   void infer(const Real* unary, const Real* weights, const Real* compatibility, int classes,
-             Real* q) const;
+             Real* q, std::vector<std::unique_ptr<Real[]>>* sums = nullptr) const;
+  void backward(const Real* unary, const Real* weights, const Real* compatibility, int classes,
+                const Real* gradient, Real* unary_gradient, double* weight_gradients,
+                double* compatibility_gradient) const;
 
  private:
   struct Part {  // of one tile in one kernel's lattice, while it is built
@@ -265,9 +321,20 @@ class Crf {
   void merge(int kernel);
   void link(int kernel, VertexTable& table);
   void normalize();
-  void filter(const Real* partial, const RowFunctions<Real>& functions, int width, Real* values,
-              Real* spare) const;
-  Real kernel_scale(const Kernel& kernel) const;
+  template <class Visit>
+  void filter(const Real* partial, const RowFunctions<Real>& functions, int width, bool transposed,
+              Visit visit, Real* values, Real* spare) const;
+  void mix(const RowFunctions<Real>& functions, int kernel, int64_t count,
+           const std::vector<Real>& matrix, Real weight, int classes, int width,
+           Real* values) const;
+  void add_gradients(int kernel, const Real* messages, const Real* sums, const Real* compatibility,
+                     Real weight, int classes, int width, double* weight_gradients,
+                     double* compatibility_gradient) const;
+  std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
+  TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
+  Real kernel_scale(const Kernel& kernel) const {
+    return Real(pyseg::kernel_scale(kernel.features, settings_.blur, settings_.classic_scale));
+  }
 
   const Settings settings_;
   const int64_t height_, width_;
@@ -280,6 +347,7 @@ class Crf {
   std::unique_ptr<Real[]> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
   std::unique_ptr<int32_t[]> row_vertex_;      // [rows of all tiles] vertex
   std::vector<int64_t> first_vertex_;          // [kernels + 1]; vertex 0 is the one that is absent
+  std::vector<int64_t> occupied_;              // [kernels] those that pixels touch; they come first
   std::vector<std::vector<int32_t>> links_;    // [kernels][axes, vertices, 2] neighbours
   std::vector<int32_t> starts_, vertex_rows_;  // rows of each vertex, in the order of tiles
 };
@@ -314,26 +382,9 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
     low[i] *= scale, high[i] *= scale;
   }
   VertexNames names{};
-  names.features = d;
-  int bits = 0;
-  while ((1 << bits) < d + 1) ++bits;
-  names.remainder = (uint64_t(1) << bits) - 1;
-  for (int axis = 0; axis < d; ++axis) {  // the same sums as in `locate`
-    double least = axis ? -axis * high[axis - 1] : 0, most = axis ? -axis * low[axis - 1] : 0;
-    for (int i = axis; i < d; ++i) least += low[i], most += high[i];
-    const double margin = 2 + settings_.blur.rings;
-    const double range = most - least + 2 * margin + 2;
-    int needed = 1;
-    while (std::ldexp(1.0, needed) < range) ++needed;
-    names.low[axis] = int(std::max(-1e9, std::floor(least - margin)));
-    if (bits < 64) names.unit[axis] = uint64_t(1) << bits;
-    names.all += names.unit[axis];
-    bits += needed;
-    PYSEG_CHECK(bits < 64 && std::abs(least) < 4e6 && std::abs(most) < 4e6,
-                "a sigma is too small: the features span ", range,
-                " cells of the lattice or more, too many to be told apart; use a larger sigma or "
-                "scale that feature down");
-  }
+  PYSEG_CHECK(pyseg::name_vertices(d, low, high, settings_.blur.rings, 64, names),
+              "a sigma is too small: the features span too many cells of the lattice to be told "
+              "apart; use a larger sigma or scale that feature down");
   return names;
 }
 
@@ -396,6 +447,7 @@ void Crf<Real>::merge(int l) {
       row_vertex_[row++] = table.insert(name);
     }
   }
+  occupied_[l] = table.names().size();
   link(l, table);
 }
 
@@ -446,6 +498,7 @@ void Crf<Real>::build(const Real* features) {
   }
   row_vertex_ = uninitialised<int32_t>(rows);
   first_vertex_.assign(kernels_ + 1, 0);
+  occupied_.resize(kernels_);
   links_.resize(kernels_);
   for_each(kernels_, [&](int64_t l, int64_t) { merge(int(l)); });
   first_vertex_[0] = 1;
@@ -479,11 +532,13 @@ void Crf<Real>::build(const Real* features) {
   parts_.clear();
 }
 
-// Sums the tiles' rows of each vertex and blurs them; the result is in `values`. Both buffers are
-// [vertices, width] and hold zeros in row 0.
+// Sums the tiles' rows of each vertex, calls visit(kernel, sums) and blurs them; the result is in
+// `values`. Both buffers are [vertices, width] and hold zeros in row 0. Blurs along different axes
+// do not commute where vertices are absent: the transposed filter takes them in reverse order.
 template <class Real>
+template <class Visit>
 void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions, int width,
-                       Real* values, Real* spare) const {
+                       bool transposed, Visit visit, Real* values, Real* spare) const {
   const int n = width / 16;
   const Real side = Real(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
   for (int l = 0; l < kernels_; ++l) {
@@ -494,8 +549,10 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
       functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
                         from, n, width);
     });
+    visit(l, from);
     for (int step = 0; step < steps; ++step) {
-      const int32_t* const links = links_[l].data() + step % axes * count * 2;
+      const int axis = (transposed ? steps - 1 - step : step) % axes;
+      const int32_t* const links = links_[l].data() + axis * count * 2;
       for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
         functions.blur(from, links + begin * 2, side, base + begin, base + end, to, n, width);
       });
@@ -518,7 +575,9 @@ void Crf<Real>::normalize() {
     for (int l = 0; l < kernels_; ++l)
       for (const Real one : parts_[l][t].ones) *row = one, row += width;
   });
-  filter(partial.data(), row_functions<Real>(width), width, values.data(), spare.data());
+  filter(
+      partial.data(), row_functions<Real>(width), width, false, [](int, Real*) {}, values.data(),
+      spare.data());
   if (how != Normalization::symmetric) splat_ = uninitialised<Real>(height_ * width_ * entries_);
   for_each(tiles_.size(), [&](int64_t t, int64_t) {
     const Tile& tile = tiles_[t];
@@ -543,109 +602,221 @@ void Crf<Real>::normalize() {
   });
 }
 
-// What makes the lattice's kernel 1 at distance 0, as exp(0) is. The classic value is that of
-// Adams et al.; ours keeps the integral over space, which is what a dense image sums.
+// Turns blurred sums of one kernel, or their gradients, into messages.
 template <class Real>
-Real Crf<Real>::kernel_scale(const Kernel& kernel) const {
-  const double d = kernel.features;
-  const Blur& blur = settings_.blur;
-  if (settings_.classic_scale) return Real(1 / (1 + std::exp2(-d)));
-  return Real(std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1) *
-              std::pow(1 - 2 * blur.spread, blur.passes * (d + 1)));
+void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
+                    const std::vector<Real>& matrix, Real weight, int classes, int width,
+                    Real* values) const {
+  const Real factor = weight * kernel_scale(settings_.kernels[l]);
+  for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
+    functions.mix(values, matrix.empty() ? nullptr : matrix.data(), factor, begin, end, width / 16,
+                  width, classes);
+  });
+}
+
+// For each thread: `row_sets` times the rows of the largest tile, then `lines` of pixels.
+template <class Real>
+std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int lines, int stride) const {
+  int64_t rows = 0;
+  for (const Tile& tile : tiles_) rows = std::max(rows, tile.rows);
+  std::vector<int64_t> sizes(row_sets, rows);
+  sizes.push_back(lines * kTileWidth);
+  std::vector<Scratch<Real>> scratches;
+  for (int i = 0; i < torch::stable::get_num_threads(); ++i) scratches.emplace_back(sizes, stride);
+  return scratches;
+}
+
+// What all passes over a tile have in common.
+template <class Real>
+TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int classes,
+                                    int stride) const {
+  const int64_t entry = tile.first_pixel * entries_;
+  TilePass<Real> pass{};
+  pass.unary = unary + tile.y * width_ + tile.x;
+  pass.rows = pixel_rows_.get() + entry;
+  pass.slice = slice_.get() + entry;
+  pass.splat = (splat_ ? splat_ : slice_).get() + entry;
+  pass.plane = height_ * width_, pass.image_width = width_;
+  pass.classes = classes, pass.stride = stride, pass.entries = entries_;
+  pass.width = tile.width, pass.height = tile.height;
+  return pass;
 }
 
 template <class Real>
 void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compatibility,
-                      int classes, Real* q) const {
+                      int classes, Real* q, std::vector<std::unique_ptr<Real[]>>* sums) const {
   const int width = row_width<Real>(classes), stride = (width + 15) / 16 * 16, n = width / 16;
   const RowFunctions<Real> functions = row_functions<Real>(width);
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
+  const int64_t occupied = std::accumulate(occupied_.begin(), occupied_.end(), int64_t(0));
   const auto partial = uninitialised<Real>(rows * width);
   const auto values = uninitialised<Real>(vertices * width);
   const auto spare = uninitialised<Real>(vertices * width);
   if (vertices) std::fill_n(values.get(), width, Real(0)), std::fill_n(spare.get(), width, Real(0));
-  // Messages are mix^T times the blurred sums: the kernel's weight, times -compatibility.
-  std::vector<Real> mix;
-  if (compatibility) {
-    mix.assign(classes * stride, 0);
-    for (int to = 0; to < classes; ++to)
-      for (int from = 0; from < classes; ++from)
-        mix[from * stride + to] = -compatibility[to * classes + from];
-  }
-  int64_t most_rows = 0;
-  for (const Tile& tile : tiles_) most_rows = std::max(most_rows, tile.rows);
-  struct Scratch {
-    std::vector<Real> memory;
-    Real *in, *out, *buffer;
-  };
-  std::vector<Scratch> scratch(torch::stable::get_num_threads());
-  for (Scratch& one : scratch) {
-    one.memory.resize((2 * most_rows + kTileWidth) * stride + 16);
-    one.in = one.memory.data();
-    while (reinterpret_cast<uintptr_t>(one.in) % 64) ++one.in;  // a vector in one cache line
-    one.out = one.in + most_rows * stride;
-    one.buffer = one.out + most_rows * stride;
-  }
+  const std::vector<Real> matrix = mixing_matrix(compatibility, classes, stride, false);
+  const auto scratches = scratch(2, 1, stride);
   std::atomic<bool> not_finite{false};
   for (int step = 0; step <= iterations; ++step) {
     const bool first = step == 0, last = step == iterations;
+    if (last && !q) break;
     for_each(tiles_.size(), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
-      const Scratch& own = scratch[worker];
-      const int64_t corner = tile.y * width_ + tile.x, entry = tile.first_pixel * entries_;
+      const std::vector<Real*>& own = scratches[worker].parts;
       if (!first)
-        functions.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, own.in, n,
+        functions.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, own[0], n,
                          width);
-      if (!last) std::fill_n(own.out, tile.rows * stride, Real(0));
+      if (!last) std::fill_n(own[1], tile.rows * stride, Real(0));
       bool bad = false;
-      TilePass<Real> pass{};
-      pass.unary = unary + corner;
-      pass.q = last ? q + corner : nullptr;
-      pass.in = first ? nullptr : own.in;
-      pass.out = last ? nullptr : own.out;
-      pass.rows = pixel_rows_.get() + entry;
-      pass.slice = slice_.get() + entry;
-      pass.splat = (splat_ ? splat_ : slice_).get() + entry;
-      pass.buffer = own.buffer;
+      TilePass<Real> pass = tile_pass(tile, unary, classes, stride);
+      pass.q = last ? q + tile.y * width_ + tile.x : nullptr;
+      pass.in = first ? nullptr : own[0];
+      pass.out = last ? nullptr : own[1];
+      pass.buffer = own[2];
       pass.not_finite = &bad;
-      pass.plane = height_ * width_, pass.image_width = width_;
-      pass.classes = classes, pass.stride = stride, pass.entries = entries_;
-      pass.width = tile.width, pass.height = tile.height;
       functions.tile(pass);
       if (bad) not_finite = true;
       if (!last)
-        functions.pack(own.out, tile.rows, partial.get() + tile.first_row * width, n, width);
+        functions.pack(own[1], tile.rows, partial.get() + tile.first_row * width, n, width);
     });
     PYSEG_CHECK(!not_finite,
                 "unary holds NaN or infinity; it must be -log(probability): clamp the "
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
-    filter(partial.get(), functions, width, values.get(), spare.get());
+    filter(partial.get(), functions, width, false, [](int, Real*) {}, values.get(), spare.get());
+    if (sums) sums->push_back(uninitialised<Real>(occupied * width));
+    Real* kept = sums ? sums->back().get() : nullptr;
     for (int l = 0; l < kernels_; ++l) {
-      const Real factor = weights[l] * kernel_scale(settings_.kernels[l]);
-      const int64_t base = first_vertex_[l];
-      for_ranges(first_vertex_[l + 1] - base, kPiece, [&](int64_t begin, int64_t end) {
-        functions.mix(values.get(), mix.empty() ? nullptr : mix.data(), factor, base + begin,
-                      base + end, n, width, classes);
-      });
+      Real* const own = values.get() + first_vertex_[l] * width;
+      if (sums) kept = std::copy_n(own, occupied_[l] * width, kept);
+      mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], matrix, weights[l], classes, width,
+          own);
     }
   }
 }
 
+// Runs `infer` once more, keeping the blurred sums of each iteration, which are small next to Q,
+// then goes through the iterations backwards and recomputes each Q from them.
 template <class Real>
-void dense_crf_typed(const Tensor& unary, const Tensor& features, const Tensor& weights,
-                     const std::optional<Tensor>& compatibility, const Settings& settings,
-                     Tensor& q) {
-  const int64_t images = unary.size(0), classes = unary.size(1),
-                plane = unary.size(2) * unary.size(3);
-  for (int64_t i = 0; i < images; ++i) {
-    Crf<Real> crf(settings, unary.size(2), unary.size(3));
-    crf.build(features.const_data_ptr<Real>() + i * features.size(1) * plane);
-    crf.infer(unary.const_data_ptr<Real>() + i * classes * plane, weights.const_data_ptr<Real>(),
-              compatibility ? compatibility->const_data_ptr<Real>() : nullptr, int(classes),
+void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* compatibility,
+                         int classes, const Real* gradient, Real* unary_gradient,
+                         double* weight_gradients, double* compatibility_gradient) const {
+  const int width = row_width<Real>(classes), stride = (width + 15) / 16 * 16, n = width / 16;
+  const RowFunctions<Real> functions = row_functions<Real>(width);
+  const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
+  const int iterations = kernels_ ? settings_.iterations : 0;
+  std::vector<std::unique_ptr<Real[]>> sums;
+  infer(unary, weights, compatibility, classes, nullptr, &sums);
+  const auto partial = uninitialised<Real>(rows * width);
+  const auto messages = uninitialised<Real>(vertices * width);
+  const auto gradients = uninitialised<Real>(vertices * width);
+  const auto spare = uninitialised<Real>(vertices * width);
+  for (Real* const buffer : {messages.get(), gradients.get(), spare.get()})
+    if (vertices) std::fill_n(buffer, width, Real(0));
+  const auto matrix = mixing_matrix(compatibility, classes, stride, false);
+  const auto transposed = mixing_matrix(compatibility, classes, stride, true);
+  const auto scratches = scratch(3, 2, stride);
+  for (int step = iterations; step >= 0; --step) {
+    const bool first = step == 0, last = step == iterations;
+    const Real* kept = first ? nullptr : sums[step - 1].get();
+    for (int l = 0; l < kernels_ && !first; ++l, kept += occupied_[l - 1] * width) {
+      Real* const own = messages.get() + first_vertex_[l] * width;
+      std::copy_n(kept, occupied_[l] * width, own);
+      mix(functions, l, occupied_[l], matrix, weights[l], classes, width, own);
+    }
+    for_each(tiles_.size(), [&](int64_t t, int64_t worker) {
+      const Tile& tile = tiles_[t];
+      const std::vector<Real*>& own = scratches[worker].parts;
+      const int32_t* const vertex = row_vertex_.get() + tile.first_row;
+      if (!first) {
+        functions.gather(messages.get(), vertex, tile.rows, own[0], n, width);
+        std::fill_n(own[1], tile.rows * stride, Real(0));
+      }
+      if (!last) functions.gather(gradients.get(), vertex, tile.rows, own[2], n, width);
+      const int64_t corner = tile.y * width_ + tile.x;
+      TileBackward<Real> backward{};
+      backward.pass = tile_pass(tile, unary, classes, stride);
+      backward.pass.in = first ? nullptr : own[0];
+      backward.pass.out = first ? nullptr : own[1];
+      backward.pass.buffer = own[3];
+      backward.gradient = last ? gradient + corner : nullptr;
+      backward.back = last ? nullptr : own[2];
+      backward.unary_gradient = unary_gradient + corner;
+      functions.tile_backward(backward);
+      if (!first)
+        functions.pack(own[1], tile.rows, partial.get() + tile.first_row * width, n, width);
+    });
+    if (first) break;
+    kept = sums[step - 1].get();
+    const auto visit = [&](int l, Real* buffer) {
+      Real* const own = buffer + first_vertex_[l] * width;
+      add_gradients(l, own, kept, compatibility, weights[l], classes, width, weight_gradients,
+                    compatibility_gradient);
+      kept += occupied_[l] * width;
+      mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], transposed, weights[l], classes,
+          width, own);
+    };
+    filter(partial.get(), functions, width, true, visit, gradients.get(), spare.get());
+  }
+}
+
+// Of one kernel's weight and of the compatibility, by the products of the gradients of messages
+// with the sums that the messages were made of; `messages` and `sums` are of occupied vertices.
+template <class Real>
+void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums,
+                              const Real* compatibility, Real weight, int classes, int width,
+                              double* weight_gradients, double* compatibility_gradient) const {
+  constexpr int64_t kParts = 16, kExact = 1024;  // so many products are summed in Real
+  const int64_t count = occupied_[l], size = compatibility ? classes * classes : 1;
+  std::vector<double> products(kParts * size, 0.0);
+  for_each(kParts, [&](int64_t part, int64_t) {
+    std::vector<Real> few(size);
+    for (int64_t begin = count * part / kParts, end = count * (part + 1) / kParts; begin < end;
+         begin += kExact) {
+      std::fill(few.begin(), few.end(), Real(0));
+      add_products(messages + begin * width, sums + begin * width, std::min(kExact, end - begin),
+                   width, classes, compatibility != nullptr, few.data());
+      for (int64_t i = 0; i < size; ++i) products[part * size + i] += few[i];
+    }
+  });
+  const double scale = kernel_scale(settings_.kernels[l]);
+  for (int64_t i = 0; i < size; ++i) {
+    double sum = 0;
+    for (int64_t part = 0; part < kParts; ++part) sum += products[part * size + i];
+    weight_gradients[l] += scale * sum * (compatibility ? -double(compatibility[i]) : 1);
+    if (compatibility) compatibility_gradient[i] -= scale * weight * sum;
+  }
+}
+
+template <class Real>
+void infer(const Arguments& a, Tensor& q) {
+  const int64_t classes = a.unary.size(1), plane = a.unary.size(2) * a.unary.size(3);
+  for (int64_t i = 0; i < a.unary.size(0); ++i) {
+    Crf<Real> crf(a.settings, a.unary.size(2), a.unary.size(3));
+    crf.build(a.features.const_data_ptr<Real>() + i * a.features.size(1) * plane);
+    crf.infer(a.unary.const_data_ptr<Real>() + i * classes * plane,
+              a.weights.const_data_ptr<Real>(), data<Real>(a.compatibility), int(classes),
               q.mutable_data_ptr<Real>() + i * classes * plane);
   }
+}
+
+template <class Real>
+void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor& weights,
+              Tensor& compatibility) {
+  const int64_t classes = a.unary.size(1), plane = a.unary.size(2) * a.unary.size(3);
+  std::vector<double> of_weights(weights.numel()), of_compatibility(compatibility.numel());
+  for (int64_t i = 0; i < a.unary.size(0); ++i) {
+    Crf<Real> crf(a.settings, a.unary.size(2), a.unary.size(3));
+    crf.build(a.features.const_data_ptr<Real>() + i * a.features.size(1) * plane);
+    crf.backward(a.unary.const_data_ptr<Real>() + i * classes * plane,
+                 a.weights.const_data_ptr<Real>(), data<Real>(a.compatibility), int(classes),
+                 gradient.const_data_ptr<Real>() + i * classes * plane,
+                 unary.mutable_data_ptr<Real>() + i * classes * plane, of_weights.data(),
+                 of_compatibility.data());
+  }
+  std::copy(of_weights.begin(), of_weights.end(), weights.mutable_data_ptr<Real>());
+  std::copy(of_compatibility.begin(), of_compatibility.end(),
+            compatibility.mutable_data_ptr<Real>());
 }
 
 Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability), float or double
@@ -657,69 +828,37 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
                      std::vector<double> sigmas,     // as many
                      int64_t iterations, int64_t normalization, int64_t passes, double spread,
                      int64_t rings) {
-  Settings settings;
-  PYSEG_CHECK(unary.dim() == 4 && features.dim() == 4, "unary and features must have 4 dimensions");
-  const int64_t classes = unary.size(1), height = unary.size(2), width = unary.size(3);
-  PYSEG_CHECK(classes >= 1 && classes <= kMaxClasses, "unary must have 1 to ", kMaxClasses,
-              " classes, got ", shape(unary));
-  PYSEG_CHECK(height > 0 && width > 0, "unary is empty: ", shape(unary));
-  PYSEG_CHECK(
-      features.size(0) == unary.size(0) && features.size(2) == height && features.size(3) == width,
-      "unary and features differ in size: ", shape(unary), " and ", shape(features));
-  PYSEG_CHECK(iterations >= 0, "iterations must not be negative, got ", iterations);
-  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 &&
-                  rings <= 4 && normalization >= 0 && normalization <= 3,
-              "passes, spread, rings or normalization out of range");
-  PYSEG_CHECK(weights.dim() == 1 && weights.size(0) == int64_t(sizes.size()), "weights must be [",
-              sizes.size(), "], got ", shape(weights));
-  int64_t entries = 0;
-  size_t at = 0;
-  for (const int64_t size : sizes) {
-    PYSEG_CHECK(size >= 1 && size <= kMaxFeatures && at + size <= channels.size() &&
-                    channels.size() == sigmas.size(),
-                "a kernel must have 1 to ", kMaxFeatures, " features, each with its sigma");
-    Kernel kernel{};
-    kernel.features = int(size), kernel.first_entry = int(entries);
-    for (int64_t i = 0; i < size; ++i, ++at) {
-      PYSEG_CHECK(channels[at] >= -2 && channels[at] < features.size(1), "channel ", channels[at],
-                  " is not among the ", features.size(1), " features");
-      PYSEG_CHECK(sigmas[at] > 0 && std::isfinite(sigmas[at]), "sigma must be positive, got ",
-                  sigmas[at]);
-      kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
-    }
-    settings.kernels.push_back(kernel);
-    entries += size + 1;
-  }
-  PYSEG_CHECK(entries * kTileWidth <= kTileEntries, "too many kernels: ", sizes.size());
-  PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",
-              height, " x ", width, " pixels with ", entries,
-              " lattice entries each exceeds 2^31 entries: split the image");
-  settings.iterations = int(iterations), settings.blur = {int(passes), spread, int(rings)};
-  settings.normalization = Normalization(normalization);
-  settings.classic_scale = rings == 0 && passes == 1;
-  const Tensor u = torch::stable::contiguous(unary), f = torch::stable::contiguous(features);
-  const Tensor w = torch::stable::contiguous(weights);
-  std::optional<Tensor> m;
-  if (compatibility) {
-    PYSEG_CHECK(compatibility->dim() == 2 && compatibility->size(0) == classes &&
-                    compatibility->size(1) == classes,
-                "compatibility must be [", classes, ", ", classes, "], got ",
-                shape(*compatibility));
-    m = torch::stable::contiguous(*compatibility);
-  }
-  Tensor q = torch::stable::new_empty(u, {unary.size(0), classes, height, width});
+  const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
+                            iterations, normalization, passes, spread, rings);
+  Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
-  const auto type = unary.scalar_type();
-  PYSEG_CHECK(type == features.scalar_type() && type == weights.scalar_type() &&
-                  (!m || type == m->scalar_type()),
-              "unary, features, weights and compatibility must have one dtype");
-  if (type == ScalarType::Float) {
-    dense_crf_typed<float>(u, f, w, m, settings, q);
-  } else {
-    PYSEG_CHECK(type == ScalarType::Double, "unary must be float32 or float64");
-    dense_crf_typed<double>(u, f, w, m, settings, q);
-  }
+  if (unary.scalar_type() == ScalarType::Float)
+    infer<float>(a, q);
+  else
+    infer<double>(a, q);
   return q;
+}
+
+std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
+    const Tensor& gradient, const Tensor& unary, const Tensor& features, const Tensor& weights,
+    const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
+    std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
+    int64_t normalization, int64_t passes, double spread, int64_t rings) {
+  const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
+                            iterations, normalization, passes, spread, rings);
+  PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
+              "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
+  const Tensor g = torch::stable::contiguous(gradient);
+  Tensor of_unary = torch::stable::new_empty(a.unary, a.unary.sizes());
+  prefer_huge_pages(of_unary.mutable_data_ptr(), of_unary.numel() * of_unary.element_size());
+  Tensor of_weights = torch::stable::new_empty(a.weights, a.weights.sizes());
+  const int64_t labels = compatibility ? unary.size(1) : 0;
+  Tensor of_compatibility = torch::stable::new_empty(a.weights, {labels, labels});
+  if (unary.scalar_type() == ScalarType::Float)
+    backward<float>(a, g, of_unary, of_weights, of_compatibility);
+  else
+    backward<double>(a, g, of_unary, of_weights, of_compatibility);
+  return {of_unary, of_weights, of_compatibility};
 }
 
 }  // namespace
@@ -730,6 +869,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
       " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float "
       "spread,"
       " int rings) -> Tensor");
+  // Gradients of unary, weights and compatibility, [0, 0] where there is none.
+  m.def(
+      "dense_crf_backward(Tensor gradient, Tensor unary, Tensor features, Tensor weights, Tensor? "
+      "compatibility, int[] sizes, int[] channels, float[] sigmas, int iterations, int "
+      "normalization, int passes, float spread, int rings) -> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) { m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
+  m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu));
+  m.impl("dense_crf_backward", TORCH_BOX(&dense_crf_backward_cpu));
+}

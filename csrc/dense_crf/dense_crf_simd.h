@@ -290,6 +290,98 @@ struct Loops {
     }
   }
 
+  // Up to 16 pixels in one image row: their messages [16, stride] are replaced by the gradients of
+  // the logits; `slopes` [16, stride] are those of Q, unless they come from memory.
+  static void softmax_backward(const TileBackward<Real>& a, int64_t pixel, int count, int n,
+                               int stride, Real* rows, const Real* slopes) {
+    const TilePass<Real>& pass = a.pass;
+    const int classes = pass.classes;
+    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
+    Real gradients[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
+    const auto pixels = [&](const Real* from) {
+      if (count == 16) return load<16>(from);
+      Block some{};
+      for (int i = 0; i < count; ++i) some[i] = from[i];
+      return some;
+    };
+    if (pass.in) to_planes(rows, stride, n, planes);
+    if (a.back) to_planes(slopes, stride, n, gradients);
+    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
+    for (int c = 0; c < classes; ++c) {
+      const Block u = pixels(pass.unary + c * pass.plane + pixel);
+      const Block logit = pass.in ? load<16>(planes + 16 * c) - u : -u;
+      largest = logit > largest ? logit : largest;
+      store<16>(planes + 16 * c, logit);
+    }
+    Block sum{}, mean{};
+    for (int c = 0; c < classes; ++c) {
+      const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
+      const Block g =
+          a.back ? load<16>(gradients + 16 * c) : pixels(a.gradient + c * pass.plane + pixel);
+      sum += e;
+      mean += e * g;
+      store<16>(planes + 16 * c, e);
+      store<16>(gradients + 16 * c, g);
+    }
+    const Block scale = Real(1) / sum;
+    mean *= scale;
+    for (int c = 0; c < classes; ++c) {
+      Real* const to = a.unary_gradient + c * pass.plane + pixel;
+      const Block slope = load<16>(planes + 16 * c) * scale * (load<16>(gradients + 16 * c) - mean);
+      store<16>(planes + 16 * c, slope);
+      const Block total = (a.back ? pixels(to) : Block{}) - slope;
+      if (count == 16)
+        store<16>(to, total);
+      else
+        for (int i = 0; i < count; ++i) to[i] = total[i];
+    }
+    if (!pass.out) return;
+    for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
+      store<16>(planes + 16 * c, Block{});
+    to_rows(planes, broadcast<16>(Real(1)), n, rows, stride);
+  }
+
+  // One mean-field update of a tile, backwards: slice the messages and, with the weights of the
+  // splat, the gradients; softmax; splat with the weights of the slice.
+  static void tile_backward(const TileBackward<Real>& a) {
+    const TilePass<Real>& pass = a.pass;
+    const int n = pass.stride / 16, entries = pass.entries, width = pass.width;
+    const int stride = Blocks < 0 ? pass.stride : (16 * Blocks + Tail + 15) / 16 * 16;
+    const Real *const in = pass.in, *const back = a.back, *slice = pass.slice, *splat = pass.splat;
+    Real *const out = pass.out, *const logits = pass.buffer;
+    Real* const slopes = logits + kTileWidth * stride;
+    const uint16_t* rows = pass.rows;
+    for (int y = 0; y < pass.height; ++y) {
+      const int64_t size = int64_t(width) * entries;
+      for (int x = 0; x < width; ++x) {
+        const int at = x * entries;
+        Row row{};
+        if (in) {
+          for (int k = 0; k < entries; ++k) add(row, slice[at + k], in + rows[at + k] * stride, n);
+          put(row, logits + x * stride, n);
+        }
+        if (back) {
+          row = Row{};
+          for (int k = 0; k < entries; ++k)
+            add(row, splat[at + k], back + rows[at + k] * stride, n);
+          put(row, slopes + x * stride, n);
+        }
+      }
+      for (int x = 0; x < width; x += 16)
+        softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
+                         logits + x * stride, slopes + x * stride);
+      if (out)
+        for (int x = 0; x < width; ++x) {
+          const int at = x * entries;
+          Row row;
+          get(row, logits + x * stride, n);
+          for (int k = 0; k < entries; ++k)
+            accumulate(row, slice[at + k], out + rows[at + k] * stride, n);
+        }
+      rows += size, slice += size, splat += size;
+    }
+  }
+
   // Lattice rows are `width` apart, those of a tile `stride`.
   static void gather(const Real* values, const int32_t* vertices, int64_t count, Real* to, int n,
                      int width) {
@@ -348,7 +440,9 @@ struct Loops {
     }
   }
 
-  static RowFunctions<Real> functions() { return {tile, gather, pack, combine, blur, mix}; }
+  static RowFunctions<Real> functions() {
+    return {tile, tile_backward, gather, pack, combine, blur, mix};
+  }
 };
 
 template <class Real>

@@ -78,7 +78,10 @@ def dense_crf(
         compatibility: [C, C] penalty of label i (row) for a neighbour of label j. None is the
             Potts model: a penalty of 1 where the labels differ.
 
-    A weight is a number or a tensor with one element.
+    A weight is a number or a tensor with one element. Gradients flow to unary, to weights and to
+    compatibility, through all iterations as in Zheng et al. (2015); there are none for image and
+    features, and no second derivatives. The backward pass runs the iterations once more instead of
+    keeping Q of each.
 
     Returns:
         [N, C, H, W] probabilities, of the dtype of unary.
@@ -86,13 +89,15 @@ def dense_crf(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an image without pixels; a sigma that is
             not positive, or so small that the lattice's coordinates overflow; NaN or infinity in
-            unary, image or features; more than 2^31 lattice entries in an image.
+            unary, image or features; more than 2^31 lattice entries in an image; image or features
+            require a gradient.
 
     Source:
         Krähenbühl & Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
         potentials", NIPS 2011, and for the normalisation "Parameter learning and convergent
         inference for dense random fields", ICML 2013. Lattice: Adams, Baek & Davis, "Fast
-        high-dimensional filtering using the permutohedral lattice", Eurographics 2010.
+        high-dimensional filtering using the permutohedral lattice", Eurographics 2010. Gradients:
+        Zheng et al., "Conditional random fields as recurrent neural networks", ICCV 2015.
 
     Example:
         >>> unary = -torch.rand(1, 3, 48, 64).softmax(1).log()
@@ -155,6 +160,8 @@ def _check_planes(name: str, planes: Tensor, unary: Tensor) -> None:
             f"{list(planes.shape)}"
         )
     _check_device(name, planes, unary)
+    if planes.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, which dense_crf has not: detach() it")
 
 
 def _sigmas(name: str, given, count: int) -> list[float]:
@@ -243,11 +250,14 @@ def _kernels(unary, image, gaussian, bilateral, features, dtype) -> Kernels:
 
 
 def _stack(weights: list, device, dtype) -> Tensor:
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return torch.tensor(weights, device=device, dtype=dtype)
-    return torch.stack(
-        [torch.as_tensor(weight, device=device, dtype=dtype).reshape(()) for weight in weights]
-    )
+    # full() runs on the device: a tensor made of numbers would be copied there, and waited for.
+    scalars = [
+        weight.to(dtype).reshape(())
+        if isinstance(weight, Tensor)
+        else torch.full((), float(weight), device=device, dtype=dtype)
+        for weight in weights
+    ]
+    return torch.stack(scalars) if scalars else torch.empty(0, device=device, dtype=dtype)
 
 
 @torch.library.register_fake("pyseg::dense_crf")
@@ -255,14 +265,37 @@ def _(unary, features, weights, compatibility, *parameters):
     return torch.empty_like(unary, memory_format=torch.contiguous_format)
 
 
-def _backward(context, gradient):
-    raise NotImplementedError(
-        "dense_crf has no gradient in this version: call it under torch.no_grad(), or detach its "
-        "inputs"
+@torch.library.register_fake("pyseg::dense_crf_backward")
+def _(gradient, unary, features, weights, compatibility, *parameters):
+    return (
+        torch.empty_like(unary, memory_format=torch.contiguous_format),
+        torch.empty_like(weights, memory_format=torch.contiguous_format),
+        weights.new_empty((0, 0) if compatibility is None else compatibility.shape),
     )
 
 
-torch.library.register_autograd("pyseg::dense_crf", _backward)
+def _remember(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+    ctx.parameters = inputs[4:]
+
+
+def _backward(ctx, gradient):
+    compatibility = ctx.saved_tensors[3]
+    if ctx.needs_input_grad[1]:
+        raise NotImplementedError("dense_crf has no gradient for image and features: detach() them")
+    unary, weights, mixing = torch.ops.pyseg.dense_crf_backward(
+        gradient, *ctx.saved_tensors, *ctx.parameters
+    )
+    rest = (None,) * len(ctx.parameters)
+    return unary, None, weights, None if compatibility is None else mixing, *rest
+
+
+def _backward_twice(ctx, *gradients):
+    raise NotImplementedError("dense_crf has no second derivatives")
+
+
+torch.library.register_autograd("pyseg::dense_crf", _backward, setup_context=_remember)
+torch.library.register_autograd("pyseg::dense_crf_backward", _backward_twice)
 
 
 def reference(

@@ -476,13 +476,59 @@ def test_device_bad_input(device, generator):
         device.ops.dense_crf(*on(device, (*given[:2], given[2][:1], *given[3:])))
 
 
+def check_device_gradients(device, unary, image, tolerance=1e-5, **options):
+    given = arguments(unary, image, **options)
+    gradient = torch.randn(unary.shape, generator=torch.Generator().manual_seed(1)).to(unary)
+    results = device.ops.dense_crf_backward(*on(device, (gradient, *given)))
+    expected = torch.ops.pyseg.dense_crf_backward(gradient, *given)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.shape == wanted.shape
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(result.cpu(), wanted, atol=tolerance * (1 + largest), rtol=0)
+    assert unary.shape[1] == 1 or expected[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 9, 13), {}),
+        ((1, 5, 17, 20), {"normalization": "before", "quality": "compatible"}),
+        ((1, 3, 5, 34), {"normalization": "after", **SEVERAL}),
+        ((1, 4, 9, 13), {"compatibility": torch.rand(4, 4)}),
+        ((1, 1, 1, 1), {}),
+    ],
+)
+def test_small_kernel_gradients_agree_with_cpu(device, generator, shape, options):
+    check_device_gradients(device, *example(generator, *shape), **options)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 19, 40, 150, 256])
+@pytest.mark.parametrize("potts", [True, False])
+def test_device_gradients_by_class(device, generator, classes, potts):
+    unary, image = example(generator, 1, classes, 5, 9)
+    matrix = None if potts else torch.rand(classes, classes, generator=generator)
+    check_device_gradients(device, unary, image, compatibility=matrix, iterations=2)
+
+
+def test_device_gradients_in_double(device, generator):
+    unary, image = example(generator, 1, 256, 5, 9)
+    check_device_gradients(device, unary.double(), image, tolerance=1e-12, iterations=1)
+
+
+def test_device_gradients_without_messages(device, generator):
+    unary, image = example(generator, 2, 3, 9, 13)
+    for options in ({"iterations": 0}, {"gaussian": (), "bilateral": ()}):
+        check_device_gradients(device, unary, image, **options)
+
+
 def test_while_a_graph_is_captured(emulated, generator):
     from emulation import settings
 
-    given = arguments(*example(generator, 2, 3, 17, 33))
+    given = first = arguments(*example(generator, 2, 3, 17, 33))
     expected = emulated.dense_crf(*given)
     with settings(capturing=1):  # waiting for the stream would raise
         assert torch.equal(emulated.dense_crf(*given), expected)
+        gradients = emulated.dense_crf_backward(given[0], *given)
         for bad in (0, 1):  # the unary, then the features
             wrong = list(given)
             wrong[bad] = wrong[bad].clone()
@@ -493,6 +539,9 @@ def test_while_a_graph_is_captured(emulated, generator):
         given = arguments(unary, image, features=(kernel,), quality="high")
         with pytest.raises(RuntimeError, match="trap"):  # more vertices than there is room for
             emulated.dense_crf(*given)
+    again = emulated.dense_crf_backward(first[0], *first)
+    for gradient, wanted in zip(gradients, again, strict=True):
+        assert torch.equal(gradient, wanted)
 
 
 @pytest.mark.gpu
@@ -512,16 +561,24 @@ def test_cuda_graph(generator):
 
 # -- the operator
 
+# sizes, channels and sigmas, as it takes them
+KERNELS = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 13.0, 13.0, 13.0])
+
 
 def test_opcheck(generator):
     unary, image = example(generator)
-    features = image.float()
-    weights = torch.tensor([3.0, 10.0])
-    kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 13.0, 13.0, 13.0])
+    weights = torch.tensor([3.0, 10.0], requires_grad=True)
     for compatibility in (None, 1 - torch.eye(4)):
         torch.library.opcheck(
             torch.ops.pyseg.dense_crf.default,
-            (unary, features, weights, compatibility, *kernels, 2, 1, 2, 0.2, 1),
+            (
+                unary.requires_grad_(),
+                image.float(),
+                weights,
+                compatibility,
+                *KERNELS,
+                *(2, 1, 2, 0.2, 1),
+            ),
         )
 
 
@@ -531,8 +588,183 @@ def test_compile(generator):
     assert torch.equal(compiled(unary, image, iterations=2), dense_crf(unary, image, iterations=2))
 
 
-def test_backward_raises_instead_of_giving_no_gradient():
-    unary = torch.rand(1, 3, 5, 6, requires_grad=True)
-    q = dense_crf(unary, torch.zeros(1, 3, 5, 6, dtype=torch.uint8), iterations=1)
-    with pytest.raises(NotImplementedError, match="no gradient in this version"):
+# -- gradients
+
+
+def differentiable(generator, n=2, c=3, h=5, w=7):
+    """float64 unary, image, two weights and a compatibility that is not symmetric."""
+    unary, image = example(generator, n, c, h, w)
+    weights = torch.tensor([0.8, 1.3], dtype=torch.double).unbind()
+    matrix = torch.rand(c, c, generator=generator, dtype=torch.double)
+    return [unary.double(), *weights, matrix], image
+
+
+def marginals(function, image, potts=False, **options):
+    """A function of the inputs that `differentiable` gives; a third weight is a plain number."""
+
+    def run(unary, spatial, colour, matrix):
+        kernels = ((1.5, spatial), ((3.0, 2.0), 0.4)), ((4.0, 40.0, colour),)
+        return function(
+            unary, image, *kernels, 3, compatibility=None if potts else matrix, **options
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("potts", [True, False])
+@pytest.mark.parametrize("normalization", NORMALIZATION)
+@pytest.mark.parametrize("quality", QUALITY)
+def test_gradients_are_those_of_finite_differences(generator, normalization, quality, potts):
+    inputs, image = differentiable(generator)
+    if normalization == "none":
+        inputs[1:3] = [0.2 * weight for weight in inputs[1:3]]
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    run = marginals(dense_crf, image, potts, quality=quality, normalization=normalization)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "h", "w"), [(2, 3, 3, 4), (1, 1, 4, 5), (2, 3, 1, 1), (1, 2, 1, 9), (0, 2, 3, 4)]
+)
+def test_every_gradient_at_small_sizes(generator, n, c, h, w):
+    inputs, image = differentiable(generator, n, c, h, w)
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    if n:
+        assert torch.autograd.gradcheck(marginals(dense_crf, image), inputs)
+    else:
+        marginals(dense_crf, image)(*inputs).sum().backward()
+        assert inputs[0].grad.shape == inputs[0].shape
+        assert all((tensor.grad == 0).all() for tensor in inputs[1:])
+
+
+@pytest.mark.parametrize("kernels", [((), (), 5), (((3.0, 2.0),), (), 0)])
+def test_gradient_without_messages_is_that_of_softmax(generator, kernels):
+    (unary, *_), image = differentiable(generator)
+    unary.requires_grad_()
+    q = dense_crf(unary, image, *kernels, compatibility=torch.eye(3))
+    direction = torch.randn(q.shape, generator=generator, dtype=q.dtype)
+    (ours,) = torch.autograd.grad(q, unary, direction)
+    (expected,) = torch.autograd.grad(torch.softmax(-unary, 1), unary, direction)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_gradients_are_close_to_those_of_the_exact_kernels(generator):
+    inputs, image = differentiable(generator, 2, 4, 20, 33)
+    labels = smooth(generator, 2, 4, 20, 33).argmax(1)
+    found = []
+    for function, options in ((dense_crf, {"quality": "high"}), (reference, {})):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        q = marginals(function, image, **options)(*leaves)
+        loss = torch.nn.functional.nll_loss(q.log(), labels)
+        found.append(torch.autograd.grad(loss, leaves))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("classes", [1, 3, 8, 11, 19, 24, 32, 40, 150])
+def test_gradients_in_single_precision(generator, classes):
+    """float64 takes other loops; here the derivative along the gradient is compared, too."""
+    inputs, image = differentiable(generator, 1, classes, 40, 140)
+    direction = torch.randn(inputs[0].shape, generator=generator)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        q = marginals(dense_crf, image)(*leaves)
+        found.append(torch.autograd.grad(q, leaves, direction.to(dtype)))
+    for ours, exact in zip(*found, strict=True):
+        # A rounding may choose another, equally near vertex, hence not equal for each pixel.
+        torch.testing.assert_close(ours.double().norm(), exact.norm(), rtol=1e-3, atol=1e-4)
+        assert (ours - exact).norm() <= 1e-2 * exact.norm() + 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_of_half_precision_are_computed_in_single(generator, dtype):
+    inputs, image = differentiable(generator)
+    half = inputs[0].to(dtype).requires_grad_()
+    single = inputs[0].to(dtype).float().requires_grad_()
+    direction = torch.randn(half.shape, generator=generator).to(dtype)
+    dense_crf(half, image).backward(direction)
+    dense_crf(single, image).backward(direction.float())
+    assert half.grad.dtype == dtype
+    assert torch.equal(half.grad, single.grad.to(dtype))
+
+
+def test_gradients_have_the_same_bits_for_any_number_of_threads(generator):
+    inputs, image = differentiable(generator, 1, 8, 130, 300)
+    inputs = [tensor.float().requires_grad_() for tensor in inputs]
+    direction = torch.randn(inputs[0].shape, generator=generator)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        q = marginals(dense_crf, image)(*inputs)
+        found.append(torch.autograd.grad(q, inputs, direction))
+    for gradients in found[1:]:
+        assert all(map(torch.equal, gradients, found[0]))
+
+
+def test_strides_of_the_gradient_do_not_matter(generator):
+    inputs, image = differentiable(generator)
+    inputs[0] = inputs[0].to(memory_format=torch.channels_last)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    direction = torch.randn(2, 5, 7, 6, generator=generator, dtype=torch.double)
+    direction = direction[..., ::2].permute(0, 3, 1, 2)
+    q = marginals(dense_crf, image)(*inputs)
+    strided = torch.autograd.grad(q, inputs, direction, retain_graph=True)
+    expected = torch.autograd.grad(q, inputs, direction.contiguous())
+    assert all(map(torch.equal, strided, expected))
+
+
+def test_images_and_features_have_no_gradient(generator):
+    (unary, *_), image = differentiable(generator)
+    planes = torch.rand(2, 2, 5, 7, requires_grad=True)
+    with pytest.raises(ValueError, match=r"image requires a gradient, .* detach"):
+        dense_crf(unary, image.float().requires_grad_())
+    with pytest.raises(ValueError, match=r"features\[0\] requires a gradient"):
+        dense_crf(unary, image, features=((planes, 1.0, 1.0),))
+    with torch.no_grad():
+        dense_crf(unary, image, features=((planes, 1.0, 1.0),))
+    features = image.double().requires_grad_()
+    weights = torch.ones(2, dtype=torch.double)
+    operator = torch.ops.pyseg.dense_crf
+    q = operator(unary, features, weights, None, *KERNELS, 2, 1, 2, 0.2, 1)
+    with pytest.raises(NotImplementedError, match="no gradient for image and features"):
         q.sum().backward()
+
+
+def test_second_derivatives_raise(generator):
+    inputs, image = differentiable(generator)
+    inputs[0].requires_grad_()
+    q = marginals(dense_crf, image)(*inputs)
+    (gradient,) = torch.autograd.grad(q.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+def test_opcheck_of_the_gradient(generator):
+    unary, image = example(generator)
+    arguments = (torch.rand(2, 4, 20, 33), unary, image.float(), torch.tensor([3.0, 10.0]))
+    for compatibility in (None, 1 - torch.eye(4)):
+        torch.library.opcheck(
+            torch.ops.pyseg.dense_crf_backward.default,
+            (*arguments, compatibility, *KERNELS, 2, 1, 2, 0.2, 1),
+        )
+
+
+def test_bad_gradient():
+    unary = torch.zeros(1, 4, 5, 6)
+    for gradient in (torch.zeros(1, 4, 5, 7), torch.zeros(1, 4, 5, 6, dtype=torch.double)):
+        with pytest.raises(ValueError, match=r"gradient must be \[1, 4, 5, 6\]"):
+            torch.ops.pyseg.dense_crf_backward(
+                gradient, unary, unary, torch.ones(2), None, *KERNELS, 2, 1, 2, 0.2, 1
+            )
+
+
+def test_compiled_gradients(generator):
+    inputs, image = differentiable(generator)
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    run = marginals(dense_crf, image)
+    expected = torch.autograd.grad(run(*inputs).square().sum(), inputs)
+    compiled = torch.compile(run, fullgraph=True)
+    ours = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other)
