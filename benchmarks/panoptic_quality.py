@@ -1,6 +1,6 @@
 """Panoptic quality of one 1024 x 2048 image in memory, with about 60 segments.
 
-The peers get the maps that they want: panopticapi int64 ids (what its rgb2id makes), torchmetrics
+The peers get the maps that they want: panopticapi uint32 ids (what its rgb2id makes), torchmetrics
 pairs of class and instance. panopticapi reads files only, so its rules for one image are written
 down here again, by the same NumPy calls.
 """
@@ -11,7 +11,6 @@ import torch
 from torch.nn.functional import interpolate
 
 from pyseg.metrics.panoptic import Panoptic
-from pyseg.ops import boundary_mask
 from pyseg.types import Segment, Segments
 
 SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
@@ -82,7 +81,7 @@ def scored(prediction, target, **options):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_panopticapi(compare, kind, threads):
     prediction, target = (segments(ids) for ids in make_maps(kind))
-    p, t = prediction.map.long().numpy(), target.map.long().numpy()
+    p, t = (s.map.numpy().astype(np.uint32) for s in (prediction, target))
     predicted = {item.id: item.label for item in prediction.items}
     targets = {item.id: (item.label, item.area) for item in target.items}
     compare(
@@ -114,44 +113,12 @@ def test_torchmetrics(compare, threads):
     )
 
 
-def erode(mask, distance):
-    """A mask without its boundary, as boundary_iou_api has it from OpenCV."""
-    cv2 = pytest.importorskip("cv2")
-    padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
-    eroded = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=distance)
-    return mask - eroded[1:-1, 1:-1]
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_boundaries_of_segments(compare, threads):
-    """What boundary PQ adds: the boundary of every segment of a map."""
-    pytest.importorskip("cv2").setNumThreads(threads)
-    ids = make_maps()[1]
-    array = ids.numpy()
-
-    def by_segment():
-        boundary = np.zeros(array.shape, np.uint8)
-        for k in np.unique(array):
-            boundary |= erode((array == k).astype(np.uint8), 46)
-        return boundary
-
-    compare(
-        ours=lambda: boundary_mask(ids[None], 46)[0],
-        peer=by_segment,
-        peer_name="OpenCV erosion per segment",
-        threads=threads,
-        goal=20,
-        check=lambda ours, peer: np.testing.assert_array_equal(ours.numpy(), peer > 0),
-        rounds=3,
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["random", "smooth"])
 def test_cuda(compare, kind):
     prediction, target = (segments(ids) for ids in make_maps(kind))
-    p, t = prediction.map.long().numpy(), target.map.long().numpy()
+    p, t = (s.map.numpy().astype(np.uint32) for s in (prediction, target))
     predicted = {item.id: item.label for item in prediction.items}
     targets = {item.id: (item.label, item.area) for item in target.items}
     on_device = [Segments(s.map.cuda(), s.items) for s in (prediction, target)]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,7 +72,9 @@ DatasetOption = Annotated[
     str, typer.Option(help="Registered data set, with options if need be: "
                       "\"folder(classes='names.txt')\".")
 ]  # fmt: skip
-RootOption = Annotated[Path, typer.Option(help="Folder of the data set.")]
+RootOption = Annotated[
+    Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
+]
 
 
 @app.command("list")
@@ -148,7 +153,7 @@ def predict(
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
-    root: RootOption,
+    root: RootOption = None,
     split: Annotated[str | None, typer.Option(help="Split, such as val.")] = None,
     metric: Annotated[
         list[str] | None,
@@ -158,19 +163,68 @@ def evaluate(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for a page (index.html) and its numbers as JSON.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Score every stage of a pipeline on a data set, with time and peak memory."""
+    """Score every stage of a pipeline on a data set, with time and peak memory.
+
+    Under torchrun or accelerate launch the images are shared out; the scores stay the same.
+    """
     from . import evaluation
 
-    data = _dataset(dataset, root, split)
-    pipeline = _pipeline(spec, weights, num_classes, device)
-    result = evaluation.evaluate(
-        pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating")
-    )
+    with _processes(device) as device:
+        data = _dataset(dataset, root, split)
+        pipeline = _pipeline(spec, weights, num_classes, device)
+        recorder = None
+        if report is not None:
+            from .report import Recorder
+
+            recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
+        result = evaluation.evaluate(
+            pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating"),
+            observe=recorder.add if recorder else None,
+        )  # fmt: skip
+        if recorder is not None:
+            recorder.write(result, f"{dataset}, {split}" if split else dataset)
+    if not result.is_main_process:
+        return
     if as_json:
         return _print_json(result.to_list())
     _print_evaluation(result)
+    if report is not None:
+        typer.echo(f"wrote {report / 'index.html'} and {report / 'report.json'}")
+
+
+@app.command("cost")
+def cost_command(
+    spec: SpecOption,
+    image: Annotated[
+        Path | None, typer.Option(help="A typical image. [default: the bundled street image]")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Resize the image first, such as 1024x2048.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 5,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Time, peak memory, parameters and FLOPs of every stage on one image."""
+    from .cost import cost, read_sized
+
+    picture = read_sized(image, size)
+    result = cost(_pipeline(spec, weights, num_classes, device), picture, rounds=rounds)
+    if as_json:
+        return _print_json(result.to_dict())
+    head, rows = result.table()
+    _print_table(head, rows, numbers=True)
+    height, width = result.size
+    threads = f", {result.threads} threads" if result.device == "cpu" else ""
+    typer.echo(f"{result.spec} on {height}x{width} pixels, {result.device}{threads}, median of "
+               f"{result.rounds}; FLOPs as torch counts them, 2 per multiply-add")  # fmt: skip
 
 
 @app.command("panoptic-quality")
@@ -221,11 +275,11 @@ def panoptic_quality(
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
     dataset: DatasetOption,
-    root: RootOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
     ],
     epochs: Annotated[int, typer.Option(help="Passes over the data.")],
+    root: RootOption = None,
     split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
     validation_split: Annotated[
         str | None, typer.Option(help="Split to score now and then.")
@@ -233,7 +287,10 @@ def train(
     weights: Annotated[
         str, typer.Option(help="Weights to start from; none for random ones.")
     ] = "none",
-    batch_size: Annotated[int, typer.Option(help="Images per step and process.")] = 12,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Images per step and process. [default: 12; 2 with instances]"),
+    ] = None,
     crop_size: Annotated[
         tuple[int, int], typer.Option(help="Height and width of the crops, pixels.")
     ] = (240, 320),
@@ -249,8 +306,13 @@ def train(
     photometric: Annotated[
         float, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW, after the warm-up.")] = 2.5e-3,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.02,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Of AdamW, after the warm-up. [default: 2.5e-3; 5e-4 with instances]"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="Of AdamW. [default: 0.02; 1e-4 with instances]")
+    ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps spent warming up.")] = 0.03,
     class_power: Annotated[
         float, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
@@ -269,19 +331,29 @@ def train(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline."""
-    options: dict[str, Any] = {
-        "batch_size": batch_size, "crop_size": crop_size, "scale": scale, "full_size": full_size,
-        "class_crops": class_crops, "photometric": photometric, "learning_rate": learning_rate,
-        "weight_decay": weight_decay, "warmup": warmup, "class_power": class_power,
-        "jaccard": jaccard, "auxiliary": auxiliary, "ema": ema, "precision": precision,
-        "cache": cache, "workers": workers, "save_every": save_every,
-        "validate_every": validate_every, "seed": seed, "resume": resume,
+    """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline.
+
+    For models of instances (maskrcnn…, panoptic_fpn…, upsnet…) the options about crops, class
+    weights, auxiliary heads and workers have no meaning and must be left alone.
+    """
+    both: dict[str, Any] = {
+        "photometric": photometric, "warmup": warmup, "ema": ema, "precision": precision,
+        "cache": cache, "save_every": save_every, "validate_every": validate_every, "seed": seed,
+        "resume": resume,
+    }  # fmt: skip
+    chosen = {"batch_size": batch_size, "learning_rate": learning_rate,
+              "weight_decay": weight_decay}  # fmt: skip
+    both |= {key: value for key, value in chosen.items() if value is not None}
+    semantic: dict[str, Any] = {
+        "crop_size": crop_size, "scale": scale, "full_size": full_size,
+        "class_crops": class_crops, "class_power": class_power, "jaccard": jaccard,
+        "auxiliary": auxiliary, "workers": workers,
     }  # fmt: skip
     import torch
     from accelerate import PartialState
 
-    from . import training
+    from . import instance_training, training
+    from .models.panoptic import InstanceModel
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None
@@ -291,8 +363,16 @@ def train(
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
     network = pipeline.stages[0].object
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
+    fit: Any = training.train
+    options = both | semantic
+    if isinstance(network, InstanceModel):
+        defaults = inspect.signature(training.train).parameters
+        changed = [key for key, value in semantic.items() if value != defaults[key].default]
+        if changed:
+            raise PysegError(f"{', '.join(changed)} have no meaning for {model}: leave them out")
+        fit, options = instance_training.train_instances, both
     try:
-        log = training.train(
+        log = fit(
             network, data, output_dir=output, epochs=epochs, validation=validation,
             progress=_console().is_terminal, **options,
         )  # fmt: skip
@@ -304,7 +384,7 @@ def train(
     if as_json:
         return _print_json(log)
     last = log[-1]
-    scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou") if key in last)
+    scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou", "pq") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
@@ -370,7 +450,8 @@ def check_labels_command(
             kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
             typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
         verdict = "no errors" if report.ok else "not fit for training"
-        typer.echo(f"{report.files} label maps: {verdict}")
+        maps = "1 label map" if report.files == 1 else f"{report.files} label maps"
+        typer.echo(f"{maps}: {verdict}")
     if not report.ok:
         raise typer.Exit(FAILED)
 
@@ -379,7 +460,7 @@ def check_labels_command(
 def tune(
     refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
     dataset: DatasetOption,
-    root: RootOption,
+    root: RootOption = None,
     spec: Annotated[
         str,
         typer.Option(
@@ -479,7 +560,7 @@ def _pipeline(
     return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
 
 
-def _dataset(text: str, root: Path, split: str | None) -> Dataset:
+def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     from . import datasets
     from .registry import check_options
     from .spec import parse
@@ -490,11 +571,28 @@ def _dataset(text: str, root: Path, split: str | None) -> Dataset:
     (stage,) = stages
     factory = datasets.get(stage.name)
     check_options(stage, factory)
-    given = {"root": root, **({} if split is None else {"split": split}), **stage.options}
+    places: dict[str, Any] = {"root": root, "split": split}
+    given = {key: value for key, value in places.items() if value is not None}
+    given |= stage.options
     try:
         return factory(**given)
     except (OSError, ValueError, TypeError) as error:
         raise PysegError(f"dataset {stage.name!r}: {error}") from error
+
+
+@contextlib.contextmanager
+def _processes(device: str | None) -> Iterator[str | None]:
+    """Joins the processes of torchrun or accelerate launch; yields this one's device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not (device or "cpu").startswith("cuda"))
+    try:
+        yield str(state.device) if device == "cuda" else device
+    finally:
+        state.destroy_process_group()
 
 
 def _console() -> Any:
@@ -510,7 +608,8 @@ def _track(what: str) -> Any:
         from rich import progress
 
         console = _console()
-        return progress.track(items, what, console=console, disable=not console.is_terminal)
+        shown = console.is_terminal and os.environ.get("RANK", "0") == "0"
+        return progress.track(items, what, console=console, disable=not shown)
 
     return track
 

@@ -1,4 +1,8 @@
-"""`evaluate`: scores, time and memory of every stage of a pipeline over a dataset."""
+"""`evaluate`: scores, time and memory of every stage of a pipeline over a dataset.
+
+Started by ``torchrun`` or ``accelerate launch``, every process scores images of its own, and the
+states of the metrics are added, so that the scores are those of one process to the last bit.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as distributed
+from torch import Tensor
+
 from . import metrics as metrics_registry
 from .errors import PluginError, PysegError, SpecError
-from .pipeline import Pipeline
+from .pipeline import Pipeline, StageResult
 from .registry import accepted_options, check_options
 from .spec import parse
-from .types import Dataset, Metric
+from .types import Dataset, Metric, Sample
 
 MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
 
@@ -48,6 +55,7 @@ class Evaluation:
     images: int
     stages: tuple[StageScores, ...]
     headline: dict[str, tuple[str, ...]]  # metric -> its numbers that the table shows
+    is_main_process: bool = True  # of several, the one that prints and writes
 
     def to_list(self) -> list[dict[str, Any]]:
         """JSON-ready: one dict per stage, with every number of every metric."""
@@ -58,7 +66,7 @@ class Evaluation:
         shown = [(metric, key) for metric, keys in self.headline.items() for key in keys]
         head = ["stage"]
         for _, key in shown:
-            head += [_TITLES.get(key, key.replace("_", " ")), "Δ"]
+            head += [title_of(key), "Δ"]
         head += ["ms/image", "peak MB"]
         rows = []
         for index, stage in enumerate(self.stages):
@@ -82,7 +90,13 @@ class Evaluation:
         )
 
 
-_TITLES = {"miou": "mIoU", "fwiou": "fwIoU", "f1": "F1"}
+_TITLES = {"miou": "mIoU", "fwiou": "fwIoU", "f1": "F1", "iou": "IoU", "ece": "ECE", "mce": "MCE",
+           "nll": "NLL", "roc_auc": "ROC AUC"}  # fmt: skip
+
+
+def title_of(key: str) -> str:
+    """What tables call a number of a metric."""
+    return _TITLES.get(key, key.replace("_", " "))
 
 
 def evaluate(
@@ -92,11 +106,16 @@ def evaluate(
     *,
     limit: int | None = None,
     track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    observe: Callable[[Sample, list[StageResult]], None] | None = None,
 ) -> Evaluation:
     """Runs a pipeline over a dataset and scores the prediction after each of its stages.
 
     One image at a time, in one pass. Times are those of `Pipeline.trace`, after one image to warm
     up; peak memory is measured for the first few images only.
+
+    Where torch.distributed is initialised, process r of n scores images r, r + n, …, each once, and
+    all processes return the same result: additive states give the same scores bit for bit, times
+    are means over all images, memory is the largest of any process.
 
     Args:
         pipeline: its classes must be the dataset's, in the same order.
@@ -104,6 +123,8 @@ def evaluate(
         metrics: registered names, with options if need be: ``"semantic(ignore_index=0)"``.
         limit: score this many images, spread evenly over the dataset; None = all.
         track: wraps the sequence of indices, for a progress bar such as ``rich.progress.track``.
+        observe: called with every sample and the results of its stages, such as
+            `pyseg.report.Recorder.add`.
 
     Raises:
         PysegError: the dataset is empty or its classes are not the pipeline's; errors of its
@@ -122,12 +143,15 @@ def evaluate(
         metrics = (metrics,)
     count = total if limit is None else min(limit, total)
     indices = [k * total // count for k in range(count)]
+    things = getattr(dataset, "things", ())
     scorers = [
-        {name: _make_metric(name, dataset.classes) for name in metrics} for _ in pipeline.stages
+        {name: _make_metric(name, dataset.classes, things) for name in metrics}
+        for _ in pipeline.stages
     ]
     milliseconds = [0.0] * len(pipeline.stages)
     peaks: list[int | None] = [None] * len(pipeline.stages)
-    for done, index in enumerate(track(indices)):
+    rank, processes = _place()
+    for done, index in enumerate(track(indices[rank::processes])):
         sample = dataset[index]
         if done == 0:
             pipeline.trace(sample.image)
@@ -138,6 +162,16 @@ def evaluate(
                 peaks[k] = max(peaks[k] or 0, result.peak_bytes)
             for scorer in scorers[k].values():
                 scorer.update(result.prediction, sample)
+        if observe is not None:
+            observe(sample, results)
+    if processes > 1:
+        for k, stage_scorers in enumerate(scorers):
+            for name, scorer in stage_scorers.items():
+                merge_states(name, scorer)
+            costs = gather_objects((milliseconds[k], peaks[k]))
+            milliseconds[k] = math.fsum(time for time, _ in costs)
+            measured = [peak for _, peak in costs if peak is not None]
+            peaks[k] = max(measured) if measured else None
 
     rows: list[StageScores] = []
     for k, stage in enumerate(pipeline.stages):
@@ -160,11 +194,14 @@ def evaluate(
         name: tuple(getattr(scorer, "headline", _numbers(rows[0].metrics[name])[:1]))
         for name, scorer in scorers[0].items()
     }
-    return Evaluation(str(pipeline), count, tuple(rows), headline)
+    return Evaluation(str(pipeline), count, tuple(rows), headline, rank == 0)
 
 
-def _make_metric(text: str, classes: Sequence[str]) -> Metric:
-    """A metric from its name and options; it is told the classes, or how many there are."""
+def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str]) -> Metric:
+    """A metric from its name and options; it is told the classes, or how many there are.
+
+    Panoptic data sets also say which classes are ``things``.
+    """
     stages = parse(text).stages
     if len(stages) != 1:
         raise SpecError(f"metric {text!r} must be one name; give several metrics as a list")
@@ -177,6 +214,8 @@ def _make_metric(text: str, classes: Sequence[str]) -> Metric:
         options.setdefault("classes", tuple(classes))
     elif "num_classes" in accepted:
         options.setdefault("num_classes", len(classes))
+    if accepted is not None and "things" in accepted:
+        options.setdefault("things", tuple(things))
     try:
         metric = factory(**options)
     except (TypeError, ValueError) as error:
@@ -210,7 +249,48 @@ def _numbers(values: dict[str, Any]) -> list[str]:
     return [key for key, value in values.items() if isinstance(value, float)]
 
 
+def gather_objects(value: Any) -> list[Any]:
+    """``value`` of every process, in the order of ranks; one process gives itself."""
+    _, processes = _place()
+    if processes == 1:
+        return [value]
+    gathered: list[Any] = [None] * processes
+    distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+def _place() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def merge_states(name: str, metric: Metric) -> None:
+    """Gives ``metric`` in every process the sum of the states of all."""
+    _, processes = _place()
+    if processes == 1:
+        return
+    # NCCL reduces on the GPU only.
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    state = metric.state()
+    total: dict[str, Any] = {}
+    for key in sorted(state):
+        value = state[key]
+        if isinstance(value, Tensor):
+            total[key] = value.detach().to(device, copy=True).contiguous()
+            distributed.all_reduce(total[key])
+        elif isinstance(value, list):
+            total[key] = [record for part in gather_objects(value) for record in part]
+        else:
+            raise PluginError(f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
+                              "states are tensors and lists, whose sum over processes is the state "
+                              "of the whole")  # fmt: skip
+    metric.load_state(total)
+
+
 def finite(value: Any) -> Any:
+    """``value`` for JSON, which has no nan and no infinity: both become None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

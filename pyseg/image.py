@@ -372,9 +372,14 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
 
 def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     """Writes ``value`` as JSON."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes ``text`` in UTF-8."""
     path = Path(path)
     with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 
@@ -576,4 +581,5 @@ __all__ = [
     "write_json",
     "write_labels",
     "write_panoptic",
+    "write_text",
 ]

@@ -73,7 +73,8 @@ class _Findings:
     """What was seen while reading."""
 
     failed: list[tuple[str, str]] = field(default_factory=list)  # file, reason
-    colours: list[tuple[str, str]] = field(default_factory=list)  # file, what kind of colours
+    lossy: list[str] = field(default_factory=list)
+    colours: dict[str, list[str]] = field(default_factory=dict)  # what kind of colours -> files
     floats: list[str] = field(default_factory=list)
     scaled: list[str] = field(default_factory=list)  # 16-bit files whose ids were multiplied
     sizes: list[tuple[str, str]] = field(default_factory=list)
@@ -234,15 +235,14 @@ def _read(found: _Findings, path: Path, name: str, picture: Path | None, void: s
     if picture is not None and (different := _different_size(image, picture)):
         found.sizes.append((name, different))
     if image.format in ("JPEG", "MPO"):
-        found.failed.append((name, f"{name} is a JPEG, whose compression changes class ids; use "
-                             "the PNG that it was made from"))  # fmt: skip
+        found.lossy.append(name)
         return
     if image.mode == "F":
         found.floats.append(name)
         return
     array = np.array(image)
     if array.ndim == 3:
-        found.colours.append((name, _colour_kind(array)))
+        found.colours.setdefault(_colour_kind(array), []).append(name)
         return
     if image.mode == "L":
         array = array // image.info.get("grey_step", 1)
@@ -299,17 +299,25 @@ def _colour_kind(array: np.ndarray) -> str:
     flat = rgb.reshape(-1, 3).astype(np.int64)
     count = len(np.unique(flat @ np.array([1, 256, 65536])))
     if count <= 256:
-        return f"{count} colours, a palette turned into RGB: map each colour to its class id"
-    return f"{count} colours, a photograph, a blended overlay or segment ids in RGB"
+        return ("few different ones: a palette turned into RGB, whose colours have to be mapped to "
+                "class ids, or segment ids in RGB")  # fmt: skip
+    return "more than 256 different ones: a photograph, a blended overlay or a smoothed palette"
 
 
 def _file_problems(found: _Findings) -> list[Problem]:
-    problems = [Problem("unreadable", reason, (name,)) for name, reason in found.failed]
-    for kind in dict.fromkeys(kind for _, kind in found.colours):
-        names = tuple(name for name, other in found.colours if other == kind)
-        problems.append(Problem("colours", f"{_count(names, 'label map')} with colours instead of "
-                                f"one class id per pixel ({kind}): {_some(names)}; save ids as "
-                                "a grey or palette PNG", names))  # fmt: skip
+    problems: list[Problem] = []
+    if found.failed:
+        reasons = [reason for _, reason in found.failed]
+        problems.append(Problem("unreadable", _some(reasons, "; "),
+                                tuple(name for name, _ in found.failed)))  # fmt: skip
+    if found.lossy:
+        problems.append(Problem("lossy", f"{_count(found.lossy, 'JPEG file')}, whose compression "
+                                f"changes class ids: {_some(found.lossy)}; use the PNGs that they "
+                                "were made from", tuple(found.lossy)))  # fmt: skip
+    for kind, files in found.colours.items():
+        problems.append(Problem("colours", f"{_count(files, 'label map')} with colours instead of "
+                                f"one class id per pixel ({kind}): {_some(files)}; save ids as "
+                                "a grey or palette PNG", tuple(files)))  # fmt: skip
     if found.floats:
         problems.append(Problem("floats", f"{_count(found.floats, 'label map')} in floating "
                                 f"point: {_some(found.floats)}; convert to uint8, class ids "
@@ -382,7 +390,7 @@ def _value_problems(
                                 f"{min(classes)}: ids seem to start at 1; subtract 1, or give the "
                                 "class list if class 0 is only absent",
                                 error=min(classes) == 1))  # fmt: skip
-    elif len(classes) > 1 and max(classes) > max(40, 4 * len(classes)):
+    elif len(classes) > 200 or (len(classes) > 1 and max(classes) > max(40, 4 * len(classes))):
         # Where no class list says what is right: values that class ids seldom have.
         problems.append(Problem("sparse-values", f"{len(classes)} values spread over "
                                 f"{min(classes)} to {max(classes)}: {_some(sorted(classes))}. "
@@ -408,7 +416,7 @@ def _likely_cause(wrong: Sequence[int], seen: set[int], count: int | None) -> st
                 "instead of train ids (0 to 18)")  # fmt: skip
     if set(wrong) == {255}:
         return "255 is the usual ignore_index: give --ignore-index 255, or correct the masks"
-    if len(wrong) > 32:
+    if len(wrong) > (32 if count is not None else 200):
         return "So many values suggest a photograph or a colour map turned grey"
     return ("They look like the grey values of a colour-coded map: read its colours instead, and "
             "map each to its class id")  # fmt: skip

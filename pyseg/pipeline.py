@@ -54,6 +54,7 @@ class StageResult:
     prediction: Segmentation
     milliseconds: float
     peak_bytes: int | None  # above what was held before the stage; None where not measured
+    flops: int | None = None  # as torch counts them; None where not counted
 
 
 class Pipeline:
@@ -141,12 +142,15 @@ class Pipeline:
             for image, result in zip(images, results, strict=True)
         ]
 
-    def trace(self, image: Any, *, memory: bool = False) -> list[StageResult]:
+    def trace(self, image: Any, *, memory: bool = False, flops: bool = False) -> list[StageResult]:
         """Runs one image and keeps what every stage returned, with its wall time.
 
         Args:
             image: as for calling the pipeline.
             memory: measure peak memory too (which costs some milliseconds a stage).
+            flops: count floating-point operations too, by ``torch.utils.flop_counter``: 2 for every
+                multiply-add of torch's matrix products, convolutions and attention, nothing for
+                other operations and for pyseg's kernels. The times then include the counting.
 
         Returns:
             One `StageResult` per stage. The time includes the stage's label map, computed here,
@@ -156,14 +160,16 @@ class Pipeline:
         predictions: list[Segmentation] = []
         results = []
         for index, stage in enumerate(self.stages):
-            with _peak_memory(self.device, memory) as peak:
+            with _peak_memory(self.device, memory) as peak, _flop_counter(flops) as counted:
                 _synchronize(self.device)
                 start = time.perf_counter()
                 predictions = self._apply(index, [tensor], predictions)
                 _ = predictions[0].labels
                 _synchronize(self.device)
                 elapsed = time.perf_counter() - start
-            results.append(StageResult(stage.name, predictions[0], elapsed * 1e3, peak()))
+            results.append(
+                StageResult(stage.name, predictions[0], elapsed * 1e3, peak(), counted())
+            )
         return results
 
     def profile(self, image: Any) -> list[StageResult]:
@@ -398,6 +404,18 @@ def _checked_device(device: str | torch.device) -> torch.device:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _flop_counter(wanted: bool) -> Iterator[Callable[[], int | None]]:
+    """Yields a function that, afterwards, gives the floating-point operations counted."""
+    if not wanted:
+        yield lambda: None
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        yield counter.get_total_flops
 
 
 @contextmanager

@@ -174,7 +174,10 @@ def tune_crf(
             name = f"trial {index - 2}"
             best = max(done[1:], key=_score)
             varied = 2 * index > trials
-            parameters = _vary(best.parameters, rng) if varied else _draw(rng)
+            while True:
+                parameters = _vary(best.parameters, rng) if varied else _draw(rng)
+                if all(parameters != trial.parameters for trial in done):
+                    break
         fit = known.get(_key(parameters)) or score(parameters, images[:fitted])
         done.append(Trial(name, parameters, fit))
         if log is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -16,6 +16,7 @@ from .types import VOID, Instances, Segmentation
 Colour: TypeAlias = "tuple[int, int, int]"
 
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
+_BAR, _GAP = (66, 113, 174), (226, 118, 118)
 _CORRECT, _WRONG, _MISSED, _IGNORED = (222, 226, 230), (214, 40, 57), (247, 160, 30), (64, 68, 76)
 
 
@@ -150,6 +151,69 @@ def error_map(
     return _with_legend(Image.fromarray(pixels), entries)
 
 
+def reliability_diagram(reliability: Mapping[str, Sequence[float]], size: int = 480) -> Image.Image:
+    """Accuracy over confidence, bin by bin (DeGroot and Fienberg 1983; Niculescu-Mizil 2005).
+
+    A blue bar is a bin's accuracy, red what it lacks to (or has above) the bin's mean confidence,
+    the dashed diagonal perfect calibration; grey bars below are the share of the pixels.
+
+    Args:
+        reliability: ``lower``, ``confidence``, ``accuracy`` and ``pixels`` by bin, as
+            `pyseg.metrics.calibration.Calibration.compute` gives them.
+        size: width in pixels.
+    """
+    if size < 120:
+        raise ValueError(f"size must be at least 120 pixels, got {size}")
+    bins, total = len(reliability["lower"]), sum(reliability["pixels"])
+    font = _font(size)
+    margin, gap = round(font.size * 3.2), round(font.size * 1.2)
+    side = size - margin - gap
+    strip = side // 4
+    canvas = Image.new("RGB", (size, gap + side + gap + strip + round(font.size * 3.4)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    bottom, floor = gap + side, gap + side + gap + strip
+
+    def x(value: float) -> float:
+        return margin + value * side
+
+    def y(value: float) -> float:
+        return bottom - value * side
+
+    for k in range(bins):
+        left, right = (
+            round(x(k / bins)) + 1,
+            max(round(x((k + 1) / bins)) - 1, round(x(k / bins)) + 1),
+        )
+        share = reliability["pixels"][k] / total if total else 0.0
+        if share == 0:
+            continue
+        accuracy, confidence = reliability["accuracy"][k], reliability["confidence"][k]
+        draw.rectangle((left, y(accuracy), right, bottom), fill=_BAR)
+        ends = sorted((y(accuracy), y(confidence)))
+        draw.rectangle((left, ends[0], right, ends[1]), fill=_GAP)
+        draw.rectangle((left, floor - share * strip, right, floor), fill=_IGNORED)
+    dash = side / 60
+    for k in range(0, 60, 2):
+        draw.line((margin + k * dash, bottom - k * dash, margin + (k + 1) * dash,
+                   bottom - (k + 1) * dash), fill=_INK, width=max(1, size // 300))  # fmt: skip
+    draw.rectangle((margin, gap, margin + side, bottom), outline=_INK)
+    draw.line((margin, floor, margin + side, floor), fill=_INK)
+    for tick in (0.0, 0.5, 1.0):
+        draw.text(
+            (margin - font.size * 0.4, y(tick)), f"{tick:g}", fill=_INK, font=font, anchor="rm"
+        )
+        draw.text(
+            (x(tick), floor + font.size * 0.9), f"{tick:g}", fill=_INK, font=font, anchor="mm"
+        )
+    draw.text((x(0.5), floor + font.size * 2.3), "confidence", fill=_INK, font=font, anchor="mm")
+    for text, height in (("accuracy", gap + side // 2), ("pixels", floor - strip // 2)):
+        label = Image.new("RGB", (round(font.getlength(text)) + 4, round(font.size * 1.4)), _PAPER)
+        ImageDraw.Draw(label).text((2, label.height / 2), text, fill=_INK, font=font, anchor="lm")
+        turned = label.rotate(90, expand=True)
+        canvas.paste(turned, (round(font.size * 0.2), height - turned.height // 2))
+    return canvas
+
+
 def _array(image: Tensor) -> np.ndarray:
     """[3, H, W] uint8 to [H, W, 3]."""
     return image.cpu().permute(1, 2, 0).contiguous().numpy()
@@ -262,4 +326,4 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) ->
     return canvas
 
 
-__all__ = ["error_map", "overlay", "side_by_side"]
+__all__ = ["error_map", "overlay", "reliability_diagram", "side_by_side"]

@@ -152,6 +152,23 @@ def test_absent_classes_are_null_in_json(pipeline):
     assert math.isfinite(rows[1]["delta"]["semantic"]["miou"])
 
 
+def test_options_of_metrics_in_a_spec(pipeline):
+    names = ["semantic(subset=('Dark', 2))", "semantic(reduce_zero_label=True, ignore_index=3)"]
+    data = Data(2)
+    with pytest.raises(LabelError):  # the void rows are 254 then
+        evaluate(pipeline, data, names)
+    part, whole = evaluate(pipeline, Data(2), [names[0], "semantic"]).stages[0].metrics.values()
+    iou = [whole["per_class"][name]["iou"] for name in ("Dark", "light")]
+    assert part["miou"] == pytest.approx(sum(iou) / 2)
+
+
+def test_observe_sees_every_sample_and_all_stages(pipeline):
+    seen = []
+    evaluate(pipeline, Data(3), observe=lambda sample, results: seen.append((sample.name, results)))
+    assert [name for name, _ in seen] == ["s0", "s1", "s2"]
+    assert all([r.name for r in results] == ["bybrightness", "mend"] for _, results in seen)
+
+
 def test_limit_spreads_over_the_dataset(pipeline):
     data = Data(9)
     assert evaluate(pipeline, data, limit=3).images == 3

@@ -1,13 +1,13 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from pyseg.cli import app
 from pyseg.errors import PysegError
 from pyseg.label_check import check_labels
 
@@ -111,6 +111,7 @@ def test_colours_instead_of_ids(tree):
     folder = tree(
         {
             "coloured": palette[generator.integers(0, 3, (8, 9))],
+            "other": palette[generator.integers(0, 2, (8, 9))],
             "grey": np.repeat(generator.integers(0, 3, (8, 9, 1), np.uint8), 3, 2),
             "photograph": generator.integers(0, 256, (40, 41, 3), np.uint8),
         }
@@ -118,9 +119,15 @@ def test_colours_instead_of_ids(tree):
     report = check_labels(folder, num_classes=3)
     found = {problem.files: problem.message for problem in report.problems}
     assert kinds(report) == ["colours"] * 3
-    assert "3 colours, a palette" in found["coloured.png",]
+    assert "a palette turned into RGB" in found["coloured.png", "other.png"]
     assert "keep one" in found["grey.png",]
     assert "photograph" in found["photograph.png",]
+
+
+def test_photographs_as_labels(tree):
+    grey = np.random.default_rng(1).integers(0, 256, (60, 60), np.uint8)
+    problem = only(check_labels(tree({"a": grey})), "sparse-values")
+    assert "photograph" in problem.message and not problem.error
 
 
 def test_colour_map_turned_grey(tree):
@@ -192,7 +199,7 @@ def test_damaged_lossy_and_doubled_files(tree):
     (folder / "labels" / "c.png").write_bytes(b"no image")
     report = check_labels(folder, num_classes=3)
     messages = {problem.files: (problem.kind, problem.message) for problem in report.problems}
-    assert messages["b.jpg",][0] == "unreadable" and "JPEG" in messages["b.jpg",][1]
+    assert messages["b.jpg",][0] == "lossy" and "JPEG" in messages["b.jpg",][1]
     assert messages["c.png",][0] == "unreadable" and "not an image" in messages["c.png",][1]
     assert messages["a.bmp", "a.png"][0] == "same-name"
 
@@ -225,17 +232,17 @@ def test_command(tree):
     folder = tree({"a": [[0, 1, 2, 3]]})
 
     def run(*arguments):
-        command = [sys.executable, "-m", "pyseg", "check-labels", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True)
+        return CliRunner().invoke(app, ["check-labels", str(folder), *arguments])
 
     good = run("--num-classes", "4")
-    assert good.returncode == 0 and "1 label maps: no errors" in good.stdout, good.stderr
+    assert good.exit_code == 0 and "1 label map: no errors" in good.output
     bad = run("--num-classes", "3")
-    assert bad.returncode == 1 and "error [off-by-one]" in bad.stdout
+    assert bad.exit_code == 1 and "error [off-by-one]" in bad.output
     as_json = run("--num-classes", "3", "--json")
-    report = json.loads(as_json.stdout)
-    assert as_json.returncode == 1 and report["errors"][0]["kind"] == "off-by-one"
+    report = json.loads(as_json.output)
+    assert as_json.exit_code == 1 and report["errors"][0]["kind"] == "off-by-one"
     assert report["values"][3] == {"value": 3, "name": "", "pixels": 1, "files": 1}
+    assert run("--images", str(folder / "none")).exit_code == 2
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA}; set PYSEG_TEST_DATA")

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 from PIL import Image
 
 from pyseg.types import Instances, Segment, Segmentation, Segments
-from pyseg.visual import error_map, overlay, side_by_side
+from pyseg.visual import error_map, overlay, reliability_diagram, side_by_side
 
 PALETTE = ((200, 0, 0), (0, 200, 0), (0, 0, 200))
 CLASSES = ("building", "tree", "sky")
@@ -158,3 +159,31 @@ def test_error_map(labels):
         error_map(guess[:5], target)
     with pytest.raises(ValueError, match="image must be"):
         error_map(guess, target, image[:, :5])
+
+
+def test_reliability_diagram():
+    """Bars reach where accuracy says, the gap to where confidence says; empty bins stay empty."""
+    bins = {
+        "lower": [0.0, 0.25, 0.5, 0.75],
+        "confidence": [math.nan, 0.3, 0.6, 0.9],
+        "accuracy": [math.nan, 0.4, 0.6, 0.5],
+        "pixels": [0, 100, 100, 200],
+    }
+    pixels = np.asarray(reliability_diagram(bins, 400)).astype(int)
+    ink = (pixels == (32, 32, 32)).all(2)
+    top, bottom = np.flatnonzero(ink.mean(1) > 0.5)[:2]
+    columns = np.flatnonzero(ink[top:bottom].mean(0) > 0.9)
+    left, side = columns[0], columns[-1] - columns[0]
+    assert abs(side - (bottom - top)) <= 1
+
+    def height(k, colour):
+        x = left + round((k + 0.8) * side / 4)  # beside the diagonal
+        return (pixels[top:bottom, x] == colour).all(1).sum() / side
+
+    for k, (blue, red) in enumerate([(0, 0), (0.3, 0.1), (0.6, 0), (0.5, 0.4)]):
+        assert height(k, (66, 113, 174)) == pytest.approx(blue, abs=0.03), k
+        assert height(k, (226, 118, 118)) == pytest.approx(red, abs=0.03), k
+    empty = {**bins, "pixels": [0, 0, 0, 0], "accuracy": [math.nan] * 4}
+    assert not (np.asarray(reliability_diagram(empty)) == (66, 113, 174)).all(2).any()
+    with pytest.raises(ValueError, match="size"):
+        reliability_diagram(bins, 50)

@@ -87,17 +87,16 @@ void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& windo
   // Every range of rows also needs the rows around it.
   const int64_t grain =
       std::max<int64_t>(2 * window.distance, (int64_t(1) << 17) / window.width + 1);
-  torch::stable::parallel_for(0, labels.size(0) * window.height, grain,
-                              [&](int64_t begin, int64_t end) {
-                                while (begin < end) {
-                                  const int64_t image = begin / window.height;
-                                  const int64_t stop = std::min(end, (image + 1) * window.height);
-                                  mark_rows(in + image * pixels, window,
-                                            begin - image * window.height,
-                                            stop - image * window.height, out + image * pixels);
-                                  begin = stop;
-                                }
-                              });
+  torch::stable::parallel_for(
+      0, labels.size(0) * window.height, grain, [&](int64_t begin, int64_t end) {
+        while (begin < end) {
+          const int64_t image = begin / window.height;
+          const int64_t stop = std::min(end, (image + 1) * window.height);
+          mark_rows(in + image * pixels, window, begin - image * window.height,
+                    stop - image * window.height, out + image * pixels);
+          begin = stop;
+        }
+      });
 }
 
 Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer

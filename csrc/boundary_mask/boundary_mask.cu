@@ -16,12 +16,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int kThreads = 128;
-constexpr int kTile = 1024;  // columns of a block of the first kernel
+constexpr int kTile = 1024;               // columns of a block of the first kernel
 constexpr int64_t kMaxDistance = 180000;  // its bits fit 48 KiB of shared memory
 
 // Grid: x counts the tiles of a row, y the rows, z the images.
 template <class T>
-__global__ void find_uniform_kernel(const T* labels,     // [N, H, W]
+__global__ void find_uniform_kernel(const T* labels,  // [N, H, W]
                                     Window window,
                                     uint8_t* uniform) {  // [N, H, W]
   PYSEG_DYNAMIC_SHARED(uint32_t, changes);  // bit i: column base + i is not like the one before
@@ -123,8 +123,7 @@ Tensor boundary_mask_cuda(const Tensor& labels, int64_t distance, bool border) {
     case ScalarType::Short: launch<int16_t>(in, uniform, mask, window, stream); break;
     case ScalarType::Int: launch<int32_t>(in, uniform, mask, window, stream); break;
     case ScalarType::Long: launch<int64_t>(in, uniform, mask, window, stream); break;
-    default:
-      throw std::invalid_argument("labels must be uint8, int8, int16, int32 or int64");
+    default: throw std::invalid_argument("labels must be uint8, int8, int16, int32 or int64");
   }
   return mask;
 }

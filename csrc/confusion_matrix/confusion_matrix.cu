@@ -1,11 +1,10 @@
 // Confusion matrix on CUDA: each block counts into shared memory, then adds its cells to the
 // image's. All sums are of integers, so their order does not matter. Nothing synchronises; labels
 // out of range are counted in `invalid` for the caller to read when it wants the result.
-#include "confusion_matrix.h"
+#include "confusion_matrix.cuh"
 
 #include <algorithm>
 
-#include "../common/launch.h"
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -14,30 +13,9 @@ namespace {
 using pyseg::LabelCoder;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Count = unsigned long long;
 
 constexpr int kThreads = 256;
-constexpr int kItems = 16;              // consecutive pixels of one thread
-constexpr int kSharedBytes = 48 << 10;  // what a kernel may have without asking
-
-struct Outputs {
-  Count* matrix;   // [N, C, C]
-  Count* missed;   // [N, C]
-  Count* invalid;  // [N, 2]
-};
-
-__device__ void add_to_image(const Outputs& out, int64_t image, int classes, uint32_t row,
-                             uint32_t column, Count amount) {
-  const uint32_t c = uint32_t(classes);
-  if (row < c && column < c)
-    atomicAdd(out.matrix + (image * classes + row) * classes + column, amount);
-  else if (row < c && column == c)
-    atomicAdd(out.missed + image * classes + row, amount);
-  else if (row < c)
-    atomicAdd(out.invalid + image * 2, amount);
-  else if (row == c + 1)
-    atomicAdd(out.invalid + image * 2 + 1, amount);
-}
+constexpr int kItems = 16;  // consecutive pixels of one thread
 
 // Grid: x walks over the pixels of an image, y is the image. Shared: `copies` tables, a warp's
 // threads use copy (warp % copies), so that warps do not wait for each other's cells.

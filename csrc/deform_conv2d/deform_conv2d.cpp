@@ -31,6 +31,7 @@
 namespace {
 
 using namespace pyseg;
+using namespace pyseg::deformable;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
@@ -59,21 +60,28 @@ struct Samples {
   Real* scale(int tap) const { return weight(6, tap); }
 };
 
+template <class T>
+using Multiply = void (*)(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t,
+                          const T*, int64_t, T*, int64_t);
+template <class From, class To>
+using Transpose = void (*)(const From*, int64_t, int64_t, int64_t, To*, int64_t);
+
 template <class T, class Real>
 struct Functions {
   void (*locate)(const T*, const T*, int64_t, const Taps&, const Real*, const Real*, int,
                  const Samples<Real>&);
   void (*gather)(const Real*, int64_t, const Samples<Real>&, int, Real*, int64_t);
-  void (*multiply)(int64_t, int64_t, int64_t, const Real*, int64_t, int64_t, const Real*, int64_t,
-                   Real*, int64_t, bool);
+  Multiply<Real> multiply;
   void (*scatter)(const Real*, int64_t, const Samples<Real>&, int, const Real*, Real*, int64_t,
                   Real*, Real*);
   void (*offset_gradients)(const Samples<Real>&, int, const Real*, Real*, int64_t);
+  Transpose<T, Real> transpose_in;
+  Transpose<Real, T> transpose_out;
   // With dot products of bfloat16, else null.
-  void (*gather_pairs)(const float*, int64_t, const Samples<float>&, int, uint16_t*,
+  void (*gather_pairs)(const uint16_t*, int64_t, const Samples<float>&, int, uint16_t*,
                        int64_t) = nullptr;
-  void (*multiply_pairs)(int64_t, int64_t, int64_t, const float*, int64_t, int64_t, const float*,
-                         int64_t, float*, int64_t, bool) = nullptr;
+  Multiply<float> multiply_pairs = nullptr;
+  Transpose<uint16_t, uint16_t> transpose_bits = nullptr;
 };
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
@@ -141,24 +149,10 @@ class Buffer {
   std::unique_ptr<T, Free> data_;
 };
 
-struct Problem {
-  int64_t images, channels, height, width;
-  int64_t outputs, out_height, out_width;
-  int64_t kernel_height, kernel_width;
-  int64_t groups, offset_groups;
-  int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-
-  int64_t plane() const { return height * width; }
-  int64_t out_plane() const { return out_height * out_width; }
-  int64_t tap_count() const { return kernel_height * kernel_width; }
-  int64_t group_outputs() const { return outputs / groups; }
-  int64_t group_channels() const { return channels / groups; }
-  int64_t tiles() const { return (out_plane() + kTile - 1) / kTile; }
-  Taps taps() const {
-    return {int(tap_count()), int(kernel_width), int(dilation_y),
-            int(dilation_x),  int(height),       int(width)};
-  }
-};
+Taps tap_geometry(const Problem& p) {
+  return {int(p.tap_count()), int(p.kernel_width), int(p.dilation_y),
+          int(p.dilation_x),  int(p.height),       int(p.width)};
+}
 
 // Channels of one weight group and one offset group.
 struct Block {
@@ -194,24 +188,11 @@ void base_positions(const Problem& p, int64_t first, int count, Real* y, Real* x
 }
 
 // [channels, plane] -> [plane, channels], with zeros for one more pixel and a vector.
-template <class T, class Real>
-void lay_out(const T* in, int64_t channels, int64_t plane, Real* out) {
-  constexpr int64_t kPiece = 64;
-  for (int64_t first = 0; first < plane; first += kPiece) {
-    const int64_t end = std::min(plane, first + kPiece);
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = first; i < end; ++i) out[i * channels + c] = Real(in[c * plane + i]);
-  }
-  std::fill_n(out + plane * channels, channels + kPadding, Real(0));
-}
-
-// [rows, stride] -> columns of [channels, plane]
-template <class Real, class T>
-void lay_back(const Real* in, int64_t stride, int64_t rows, int64_t channels, T* out,
-              int64_t plane) {
-  for (int64_t first = 0; first < channels; first += 16)
-    for (int64_t c = first; c < std::min(channels, first + 16); ++c)
-      for (int64_t i = 0; i < rows; ++i) out[c * plane + i] = T(in[i * stride + c]);
+template <class T, class Stored>
+void lay_out(Transpose<T, Stored> transpose, const T* in, int64_t channels, int64_t plane,
+             Stored* out) {
+  transpose(in, plane, channels, plane, out, channels);
+  std::fill_n(out + plane * channels, channels + kPadding, Stored(0));
 }
 
 template <class Real>
@@ -243,13 +224,14 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   const Functions<T, Real> f = functions<T, Real>();
   const std::vector<Block> blocks = cut(p);
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t tiles = (out_plane + kTile - 1) / kTile;
   const int64_t per_group = p.group_outputs(), columns = round_up(per_group, kPadding);
   std::vector<int64_t> weights_at, block_at;  // of each block
   int64_t weights_size = 0, block_size = 0, deepest = 0;
   for (const Block& block : blocks) {
     weights_at.push_back(weights_size), block_at.push_back(block_size);
     weights_size += round_up(block.depth, kStep) * columns;
-    block_size += (plane + 1) * block.width + kPadding;
+    block_size += round_up((plane + 1) * block.width + kPadding, 32);
     deepest = std::max(deepest, block.depth);
   }
 
@@ -282,50 +264,57 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   std::vector<std::unique_ptr<Workspace>> workspaces(torch::stable::get_num_threads());
   // As many images at a time as fit 64 MB, or one.
   const int64_t together =
-      std::clamp<int64_t>((int64_t(64) << 20) / (block_size * int64_t(sizeof(Real))), 1,
+      std::clamp<int64_t>((int64_t(64) << 20) / (block_size * int64_t(sizeof(Column))), 1,
                           std::max<int64_t>(1, p.images));
-  const Buffer<Real> laid_out(block_size * together);
+  const Buffer<Column> laid_out(block_size * together);
+  // What each group's sums begin with.
+  const Buffer<Real> biases(p.groups * columns);
+  std::fill_n(biases.get(), p.groups * columns, Real(0));
+  for (int64_t o = 0; bias && o < p.outputs; ++o)
+    biases.get()[o / per_group * columns + o % per_group] = Real(bias[o]);
   for (int64_t start = 0; start < p.images; start += together) {
     const int64_t images = std::min(together, p.images - start);
     for_each(images * int64_t(blocks.size()), [&](int64_t job, int64_t) {
       const int64_t image = job / int64_t(blocks.size()), b = job % int64_t(blocks.size());
-      lay_out(input + ((start + image) * p.channels + blocks[b].first) * plane, blocks[b].width,
-              plane, laid_out.get() + image * block_size + block_at[b]);
+      const T* from = input + ((start + image) * p.channels + blocks[b].first) * plane;
+      Column* to = laid_out.get() + image * block_size + block_at[b];
+      if constexpr (kStep == 1)
+        lay_out(f.transpose_in, from, blocks[b].width, plane, to);
+      else
+        lay_out(f.transpose_bits, reinterpret_cast<const uint16_t*>(from), blocks[b].width, plane,
+                to);
     });
-    for_each(images * p.tiles(), [&](int64_t job, int64_t worker) {
+    for_each(images * tiles, [&](int64_t job, int64_t worker) {
       if (!workspaces[worker])
         workspaces[worker].reset(new Workspace{SampleBuffer<Real>(p.offset_groups * taps),
                                                Buffer<Column>(kTile * stride),
                                                Buffer<Real>(kTile * columns)});
       Workspace& w = *workspaces[worker];
-      const int64_t image = job / p.tiles(), n = start + image;
-      const int64_t first = job % p.tiles() * kTile;
+      const int64_t image = job / tiles, n = start + image;
+      const int64_t first = job % tiles * kTile;
       const int count = int(std::min<int64_t>(kTile, out_plane - first));
       const int64_t rows = round_up(count, kRowGroup);
       base_positions(p, first, count, w.y, w.x);
       for (int64_t g = 0; g < p.offset_groups; ++g) {
         const int64_t at = (n * p.offset_groups + g) * taps;
         f.locate(offset + at * 2 * out_plane + first,
-                 mask ? mask + at * out_plane + first : nullptr, out_plane, p.taps(), w.y, w.x,
-                 count, w.samples.at(g, taps));
+                 mask ? mask + at * out_plane + first : nullptr, out_plane, tap_geometry(p), w.y,
+                 w.x, count, w.samples.at(g, taps));
       }
       for (size_t b = 0; b < blocks.size(); ++b) {
         const Block& block = blocks[b];
         const bool begins = b == 0 || blocks[b - 1].group != block.group;
         const bool ends = b + 1 == blocks.size() || blocks[b + 1].group != block.group;
         const int64_t first_output = block.group * per_group;
-        if (begins)
-          for (int64_t i = 0; i < rows; ++i)
-            for (int64_t o = 0; o < columns; ++o)
-              w.sums.get()[i * columns + o] =
-                  bias && o < per_group ? Real(bias[first_output + o]) : Real(0);
-        const Real* from = laid_out.get() + image * block_size + block_at[b];
+        const Real* start_of_sums = begins ? biases.get() + block.group * columns : w.sums.get();
+        const int64_t start_stride = begins ? 0 : columns;
+        const Column* from = laid_out.get() + image * block_size + block_at[b];
         const Samples<Real> samples = w.samples.at(block.offset_group, taps);
         const Column* right = weights.get() + weights_at[b];
         if constexpr (kStep == 1) {
           f.gather(from, block.width, samples, count, w.columns.get(), stride);
           f.multiply(rows, columns, block.depth, w.columns.get(), stride, 1, right, columns,
-                     w.sums.get(), columns, true);
+                     start_of_sums, start_stride, w.sums.get(), columns);
         } else {
           f.gather_pairs(from, block.width, samples, count, w.columns.get(), stride);
           const int64_t depth = round_up(block.depth, kStep);
@@ -334,12 +323,12 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
                       w.columns.get() + i * stride + depth, Column(0));
           f.multiply_pairs(rows, columns, depth / kStep,
                            reinterpret_cast<const float*>(w.columns.get()), stride / kStep, 1,
-                           reinterpret_cast<const float*>(right), columns, w.sums.get(), columns,
-                           true);
+                           reinterpret_cast<const float*>(right), columns, start_of_sums,
+                           start_stride, w.sums.get(), columns);
         }
         if (ends)
-          lay_back(w.sums.get(), columns, count, per_group,
-                   output + (n * p.outputs + first_output) * out_plane + first, out_plane);
+          f.transpose_out(w.sums.get(), columns, count, per_group,
+                          output + (n * p.outputs + first_output) * out_plane + first, out_plane);
       }
     });
   }
@@ -357,21 +346,22 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   const std::vector<Block> blocks = cut(p);
   const int64_t count_of_blocks = int64_t(blocks.size());
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
+  const int64_t tiles = (out_plane + kTile - 1) / kTile;
   const int64_t per_group = p.group_outputs(), padded = round_up(per_group, kRowGroup);
 
   // The gradient of each group's outputs with a pixel's outputs together: [groups, images,
   // out_plane, padded], and as many rows more as a group of rows may read.
   const int64_t image_size = out_plane * padded;
   const Buffer<Real> gradient(p.groups * p.images * image_size + kRowGroup * padded);
-  for_each(p.groups * p.images * p.tiles(), [&](int64_t job, int64_t) {
-    const int64_t image = job / p.tiles(), first = job % p.tiles() * kTile;  // group, image
+  for_each(p.groups * p.images * tiles, [&](int64_t job, int64_t) {
+    const int64_t image = job / tiles, first = job % tiles * kTile;  // group, image
     const int64_t end = std::min(out_plane, first + kTile);
     const T* from =
         grad + (image % p.images * p.outputs + image / p.images * per_group) * out_plane;
     Real* to = gradient.get() + image * image_size;
-    for (int64_t o = 0; o < padded; ++o)
-      for (int64_t i = first; i < end; ++i)
-        to[i * padded + o] = o < per_group ? Real(from[o * out_plane + i]) : Real(0);
+    f.transpose_in(from + first, out_plane, per_group, end - first, to + first * padded, padded);
+    for (int64_t i = first; i < end; ++i)
+      std::fill(to + i * padded + per_group, to + (i + 1) * padded, Real(0));
   });
   std::fill_n(gradient.get() + p.groups * p.images * image_size, kRowGroup * padded, Real(0));
 
@@ -416,31 +406,33 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
     const SampleBuffer<Real> sample_buffer(taps);
     const Samples<Real> samples = sample_buffer.at(0, taps);
     const Buffer<Real> column(kTile * stride), column_gradient(kTile * stride);
-    const Buffer<Real> products(taps * 4 * kTile);
+    const Buffer<Real> products(taps * 4 * kTile), zeros(columns);
+    std::fill_n(zeros.get(), columns, Real(0));
     Real y[kTile], x[kTile];
     for (int64_t n = part * p.images / parts; n < (part + 1) * p.images / parts; ++n) {
       const int64_t plane_at = (n * p.channels + block.first) * plane;
-      lay_out(input + plane_at, block.width, plane, laid_out.get());
+      lay_out(f.transpose_in, input + plane_at, block.width, plane, laid_out.get());
       std::fill_n(input_gradient.get(), block_size, Real(0));
       const Real* image_gradient = gradient.get() + (block.group * p.images + n) * image_size;
       const int64_t at = (n * p.offset_groups + block.offset_group) * taps * out_plane;
       for (int64_t first = 0; first < out_plane; first += kBackwardTile) {
         const int count = int(std::min<int64_t>(kBackwardTile, out_plane - first));
         base_positions(p, first, count, y, x);
-        f.locate(offset + 2 * at + first, mask ? mask + at + first : nullptr, out_plane, p.taps(),
-                 y, x, count, samples);
+        f.locate(offset + 2 * at + first, mask ? mask + at + first : nullptr, out_plane,
+                 tap_geometry(p), y, x, count, samples);
         const Real* tile_gradient = image_gradient + first * padded;
         f.multiply(round_up(count, kRowGroup), columns, per_group, tile_gradient, padded, 1,
-                   weights.get(), columns, column_gradient.get(), stride, false);
+                   weights.get(), columns, zeros.get(), 0, column_gradient.get(), stride);
         f.scatter(laid_out.get(), block.width, samples, count, column_gradient.get(), column.get(),
                   stride, input_gradient.get(), products.get());
         f.offset_gradients(samples, count, products.get(),
                            offset_gradients.get() + (b * p.images + n) * offset_size + first,
                            out_plane);
         f.multiply(padded, columns, count, tile_gradient, 1, padded, column.get(), stride,
-                   weight_gradient.get(), columns, true);
+                   weight_gradient.get(), columns, weight_gradient.get(), columns);
       }
-      lay_back(input_gradient.get(), block.width, plane, block.width, out.input + plane_at, plane);
+      f.transpose_out(input_gradient.get(), block.width, plane, block.width, out.input + plane_at,
+                      plane);
     }
   });
 
@@ -483,72 +475,6 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   });
 }
 
-const char* const kPair = "must be two integers";
-
-Problem describe(const Tensor& input, const Tensor& offset, const Tensor& weight,
-                 const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& dilation) {
-  PYSEG_CHECK(input.dim() == 4 && offset.dim() == 4 && weight.dim() == 4,
-              "input, offset and weight must have 4 dimensions, got ", shape(input), ", ",
-              shape(offset), " and ", shape(weight));
-  PYSEG_CHECK(stride.size() == 2, "stride ", kPair);
-  PYSEG_CHECK(padding.size() == 2, "padding ", kPair);
-  PYSEG_CHECK(dilation.size() == 2, "dilation ", kPair);
-  Problem p;
-  p.images = input.size(0), p.channels = input.size(1);
-  p.height = input.size(2), p.width = input.size(3);
-  p.outputs = weight.size(0), p.kernel_height = weight.size(2), p.kernel_width = weight.size(3);
-  p.out_height = offset.size(2), p.out_width = offset.size(3);
-  p.stride_y = stride[0], p.stride_x = stride[1];
-  p.padding_y = padding[0], p.padding_x = padding[1];
-  p.dilation_y = dilation[0], p.dilation_x = dilation[1];
-  PYSEG_CHECK(
-      p.channels > 0 && p.plane() > 0 && p.outputs > 0 && p.tap_count() > 0 && weight.size(1) > 0,
-      "input and weight must not be empty, got ", shape(input), " and ", shape(weight));
-  PYSEG_CHECK(p.plane() < std::numeric_limits<int32_t>::max() - 2 * p.width,
-              "input must have fewer than 2^31 pixels, got ", shape(input));
-  p.groups = p.channels / weight.size(1);
-  PYSEG_CHECK(p.groups * weight.size(1) == p.channels && p.outputs % p.groups == 0, "weight ",
-              shape(weight), " does not fit input ", shape(input));
-  p.offset_groups = offset.size(1) / (2 * p.tap_count());
-  PYSEG_CHECK(p.offset_groups > 0 && offset.size(1) % (2 * p.tap_count()) == 0 &&
-                  p.channels % p.offset_groups == 0 && offset.size(0) == p.images,
-              "offset ", shape(offset), " does not fit input ", shape(input), " and weight ",
-              shape(weight));
-  if (mask)
-    PYSEG_CHECK(mask->dim() == 4 && mask->size(0) == p.images &&
-                    mask->size(1) == p.offset_groups * p.tap_count() &&
-                    mask->size(2) == p.out_height && mask->size(3) == p.out_width,
-                "mask ", shape(*mask), " does not fit offset ", shape(offset));
-  if (bias)
-    PYSEG_CHECK(bias->dim() == 1 && bias->size(0) == p.outputs, "bias ", shape(*bias),
-                " does not fit weight ", shape(weight));
-  for (const Tensor* other : {&offset, &weight, bias ? &*bias : &input, mask ? &*mask : &input})
-    PYSEG_CHECK(other->scalar_type() == input.scalar_type(),
-                "input, offset, weight, bias and mask must have the same dtype");
-  return p;
-}
-
-Tensor packed(const Tensor& tensor) { return torch::stable::contiguous(tensor); }
-std::optional<Tensor> packed(const std::optional<Tensor>& tensor) {
-  return tensor ? std::optional<Tensor>(torch::stable::contiguous(*tensor)) : std::nullopt;
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-const T* data(const std::optional<Tensor>& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
-T* mutable_data(Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 Tensor deform_conv2d_cpu(const Tensor& input_, const Tensor& offset_, const Tensor& weight_,
                          const std::optional<Tensor>& bias_, const std::optional<Tensor>& mask_,
                          std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -584,10 +510,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
     std::vector<int64_t> dilation) {
   const Problem p =
       describe(input_, offset_, weight_, std::nullopt, mask_, stride, padding, dilation);
-  PYSEG_CHECK(grad_.dim() == 4 && grad_.size(0) == p.images && grad_.size(1) == p.outputs &&
-                  grad_.size(2) == p.out_height && grad_.size(3) == p.out_width &&
-                  grad_.scalar_type() == input_.scalar_type(),
-              "grad ", shape(grad_), " is not that of the output");
+  check_gradient(p, grad_, input_);
   const Tensor grad = packed(grad_), input = packed(input_), offset = packed(offset_);
   const Tensor weight = packed(weight_);
   const auto mask = packed(mask_);

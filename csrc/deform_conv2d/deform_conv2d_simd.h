@@ -77,13 +77,12 @@ struct Pairs {
 
 template <class Kind, int Width, class T>
 PYSEG_INLINE void multiply_panel(int64_t depth, const T* a, int64_t am, int64_t ak, const T* b,
-                                 int64_t bk, T* c, int64_t cm, bool add) {
+                                 int64_t bk, const T* start, int64_t sm, T* c, int64_t cm) {
   Vector<T> sums[PYSEG_ROWS][Width];
 #pragma GCC unroll 12
   for (int m = 0; m < PYSEG_ROWS; ++m)
 #pragma GCC unroll 2
-    for (int n = 0; n < Width; ++n)
-      sums[m][n] = add ? load(c + m * cm + n * kLanes<T>) : Vector<T>{};
+    for (int n = 0; n < Width; ++n) sums[m][n] = load(start + m * sm + n * kLanes<T>);
   for (int64_t k = 0; k < depth; ++k, a += ak, b += bk) {
     Vector<T> right[Width];
 #pragma GCC unroll 2
@@ -101,29 +100,90 @@ PYSEG_INLINE void multiply_panel(int64_t depth, const T* a, int64_t am, int64_t 
     for (int n = 0; n < Width; ++n) store(c + m * cm + n * kLanes<T>, sums[m][n]);
 }
 
-// c[m, n] = (add ? c[m, n] : 0) + sum over k of a[m * am + k * ak] b[k * bk + n], for whole groups
-// of rows and whole vectors of columns.
+// c[m, n] = start[m * sm + n] + sum over k of a[m * am + k * ak] b[k * bk + n], for whole groups of
+// rows and whole vectors of columns.
 template <class Kind, class T>
 void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ak,
-              const T* b, int64_t bk, T* c, int64_t cm, bool add) {
+              const T* b, int64_t bk, const T* start, int64_t sm, T* c, int64_t cm) {
   int64_t n = 0;
   for (; n + 2 * kLanes<T> <= columns; n += 2 * kLanes<T>)
     for (int64_t m = 0; m < rows; m += PYSEG_ROWS)
-      multiply_panel<Kind, 2>(depth, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, add);
+      multiply_panel<Kind, 2>(depth, a + m * am, am, ak, b + n, bk, start + m * sm + n, sm,
+                              c + m * cm + n, cm);
   if (n < columns)
     for (int64_t m = 0; m < rows; m += PYSEG_ROWS)
-      multiply_panel<Kind, 1>(depth, a + m * am, am, ak, b + n, bk, c + m * cm + n, cm, add);
+      multiply_panel<Kind, 1>(depth, a + m * am, am, ak, b + n, bk, start + m * sm + n, sm,
+                              c + m * cm + n, cm);
 }
 
+// Storage of another type than the arithmetic: bfloat16, as what it is or as its bits.
 template <class T>
-PYSEG_INLINE void store_column(T* to, Vector<T> value) {
+PYSEG_INLINE Vector<T> load_wide(const T* from) {
+  return load(from);
+}
+template <class T>
+PYSEG_INLINE void store_narrow(T* to, Vector<T> value) {
   store(to, value);
 }
 #ifdef PYSEG_BF16
-PYSEG_INLINE void store_column(uint16_t* to, Vector<float> value) {
+PYSEG_INLINE Vector<float> load_wide(const uint16_t* from) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
+PYSEG_INLINE void store_narrow(uint16_t* to, Vector<float> value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
 }
+PYSEG_INLINE void store_narrow(BFloat16* to, Vector<float> value) {
+  store_narrow(reinterpret_cast<uint16_t*>(to), value);
+}
 #endif
+template <class From, class To>
+constexpr bool kTransposesInVectors = std::is_same_v<From, To>;
+#ifdef PYSEG_BF16
+template <>
+constexpr bool kTransposesInVectors<float, BFloat16> = true;
+#endif
+
+// out[c * out_stride + r] = in[r * in_stride + c]
+template <class From, class To>
+void transpose(const From* in, int64_t in_stride, int64_t rows, int64_t columns, To* out,
+               int64_t out_stride) {
+  int64_t whole_rows = 0, whole_columns = 0;
+  if constexpr (kTransposesInVectors<From, To>) {
+    typedef std::conditional_t<sizeof(From) == 8, int64_t,
+                               std::conditional_t<sizeof(From) == 4, int32_t, int16_t>>
+        Integer;
+    constexpr int kSide = kLanes<From>;
+    whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
+    Vector<Integer> low, high;  // the first, and the second halves of two vectors, alternating
+    for (int i = 0; i < kSide; ++i) {
+      low[i] = Integer(i / 2 + i % 2 * kSide);
+      high[i] = Integer(low[i] + kSide / 2);
+    }
+    for (int64_t c = 0; c < whole_columns; c += kSide)
+      for (int64_t r = 0; r < whole_rows; r += kSide) {
+        Vector<From> v[kSide], w[kSide];
+#pragma GCC unroll 32
+        for (int i = 0; i < kSide; ++i) v[i] = load(in + (r + i) * in_stride + c);
+      // Each pass moves one bit of an element's place from its row to its column.
+#pragma GCC unroll 5
+        for (int pass = 1; pass < kSide; pass *= 2) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kSide / 2; ++i) {
+            w[2 * i] = __builtin_shuffle(v[i], v[i + kSide / 2], low);
+            w[2 * i + 1] = __builtin_shuffle(v[i], v[i + kSide / 2], high);
+          }
+#pragma GCC unroll 32
+          for (int i = 0; i < kSide; ++i) v[i] = w[i];
+        }
+#pragma GCC unroll 32
+        for (int i = 0; i < kSide; ++i) store_narrow(out + (c + i) * out_stride + r, v[i]);
+      }
+  }
+  for (int64_t c = 0; c < columns; ++c)
+    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+      out[c * out_stride + r] = To(in[r * in_stride + c]);
+}
 
 // Corners and weights of every tap at the pixels of a tile.
 template <class T, class Real>
@@ -160,7 +220,7 @@ void locate(const T* offset,  // [taps, 2, plane], from the tile's first pixel o
 // The columns of a tile: columns[p, t * width + c], channel c of a block at tap t of pixel p. A
 // vector that overlaps the next tap is written before that tap; rows have room for one more.
 template <class Real, class Column>
-void gather(const Real* block,  // [input pixels + 1, width]
+void gather(const Column* block,  // [input pixels + 1, width]
             int64_t width, const Samples<Real>& samples, int count, Column* columns,
             int64_t stride) {
   for (int t = 0; t < samples.taps; ++t) {
@@ -168,16 +228,17 @@ void gather(const Real* block,  // [input pixels + 1, width]
     const Real* weight = samples.weight(0, t);
     Column* to = columns + t * width;
     for (int p = 0; p < count; ++p, to += stride) {
-      const Real* p0 = block + index[p] * width;
-      const Real* p1 = block + index[kTile + p] * width;
-      const Real* p2 = block + index[2 * kTile + p] * width;
-      const Real* p3 = block + index[3 * kTile + p] * width;
+      const Column* p0 = block + index[p] * width;
+      const Column* p1 = block + index[kTile + p] * width;
+      const Column* p2 = block + index[2 * kTile + p] * width;
+      const Column* p3 = block + index[3 * kTile + p] * width;
       const Vector<Real> w0 = broadcast(weight[p]), w1 = broadcast(weight[kTile + p]);
       const Vector<Real> w2 = broadcast(weight[2 * kTile + p]);
       const Vector<Real> w3 = broadcast(weight[3 * kTile + p]);
       for (int64_t c = 0; c < width; c += kLanes<Real>)
-        store_column(to + c, fma(w3, load(p3 + c),
-                                 fma(w2, load(p2 + c), fma(w1, load(p1 + c), w0 * load(p0 + c)))));
+        store_narrow(to + c, fma(w3, load_wide(p3 + c),
+                                 fma(w2, load_wide(p2 + c),
+                                     fma(w1, load_wide(p1 + c), w0 * load_wide(p0 + c)))));
     }
   }
 }
@@ -279,10 +340,13 @@ Functions<T, Real> functions() {
   f.multiply = &multiply<Numbers<Real>, Real>;
   f.scatter = &scatter<Real>;
   f.offset_gradients = &offset_gradients<Real>;
+  f.transpose_in = &transpose<T, Real>;
+  f.transpose_out = &transpose<Real, T>;
 #ifdef PYSEG_BF16
   if constexpr (std::is_same_v<T, BFloat16>) {
     f.gather_pairs = &gather<float, uint16_t>;
     f.multiply_pairs = &multiply<Pairs, float>;
+    f.transpose_bits = &transpose<uint16_t, uint16_t>;
   }
 #endif
   return f;

@@ -15,6 +15,14 @@ namespace pyseg {
 constexpr int kMaxClasses = 256;
 constexpr int64_t kMaxEntries = 512;  // of a pixel
 
+// Beyond this the sum of a large image's messages would overflow; false for NaN too.
+template <class Real>
+PYSEG_HOST_DEVICE bool usable(Real weight) {
+  return weight <= Real(1e15) && weight >= Real(-1e15);
+}
+constexpr const char* kUnusable =
+    "weights and compatibility must be finite and at most 1e15 in magnitude";
+
 enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
 
 struct Settings {

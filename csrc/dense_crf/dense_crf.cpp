@@ -789,6 +789,19 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums,
 }
 
 template <class Real>
+bool all_usable(const Tensor& tensor) {
+  const Real* const values = tensor.const_data_ptr<Real>();
+  return std::all_of(values, values + tensor.numel(), usable<Real>);
+}
+
+void check_values(const Arguments& a) {
+  for (const Tensor* const tensor : {&a.weights, a.compatibility ? &*a.compatibility : &a.weights})
+    PYSEG_CHECK(a.unary.scalar_type() == ScalarType::Float ? all_usable<float>(*tensor)
+                                                           : all_usable<double>(*tensor),
+                kUnusable);
+}
+
+template <class Real>
 void infer(const Arguments& a, Tensor& q) {
   const int64_t classes = a.unary.size(1), plane = a.unary.size(2) * a.unary.size(3);
   for (int64_t i = 0; i < a.unary.size(0); ++i) {
@@ -830,6 +843,7 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
                      int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
                             iterations, normalization, passes, spread, rings);
+  check_values(a);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
   if (unary.scalar_type() == ScalarType::Float)
@@ -846,6 +860,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
     int64_t normalization, int64_t passes, double spread, int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
                             iterations, normalization, passes, spread, rings);
+  check_values(a);
   PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
               "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const Tensor g = torch::stable::contiguous(gradient);

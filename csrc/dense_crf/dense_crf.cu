@@ -53,7 +53,8 @@ struct Counters {
   int overflow;      // a table had too little room
   int bad_features;  // NaN or infinity
   int bad_unary;
-  int bad_names;  // a sigma is too small
+  int bad_weights;  // or compatibility
+  int bad_names;    // a sigma is too small
 };
 
 // Room for as many.
@@ -203,6 +204,13 @@ __global__ void finite_kernel(const Real* unary, int64_t n, Counters* counters) 
        i += int64_t(gridDim.x) * blockDim.x)
     bad |= !(unary[i] * Real(0) == Real(0));
   if (bad) atomicOr(&counters->bad_unary, 1);
+}
+
+template <class Real>
+__global__ void usable_kernel(const Real* values, int64_t n, Counters* counters) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += int64_t(gridDim.x) * blockDim.x)
+    if (!usable(values[i])) atomicOr(&counters->bad_weights, 1);
 }
 
 struct Scales {
@@ -1041,7 +1049,8 @@ class Crf {
   }
 
   const Grid& grid() const { return grid_; }
-  void build(const Real* unary, const Real* features, int planes, const Real* weights);
+  void build(const Real* unary, const Real* features, int planes, const Real* weights,
+             const Real* compatibility);
   void infer(const Real* unary, const Real* compatibility, Real* q,
              std::vector<Vec*>* kept = nullptr);
   void backward(const Real* unary, const Real* compatibility, const Real* gradient, Real* of_unary,
@@ -1204,16 +1213,21 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
 }
 
 template <class Real>
-void Crf<Real>::build(const Real* unary, const Real* features, int planes, const Real* weights) {
+void Crf<Real>::build(const Real* unary, const Real* features, int planes, const Real* weights,
+                      const Real* compatibility) {
   const int64_t tiles = grid_.tiles(), entries = tiles * grid_.per_tile();
   shift_ = 64 - std::max(1, log2_above(int64_t(kernels()) * grid_.images - 1));
   counters_ = memory_.template get<Counters>(1);
   STD_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counters), stream_));
   const bool wait = !capturing(stream_);
   const int64_t pixels = int64_t(grid_.height) * grid_.width;
-  if (wait)
+  if (wait) {
     each(finite_kernel<Real>, grid_.images * pixels * classes_, unary,
          grid_.images * pixels * classes_, counters_);
+    each(usable_kernel<Real>, kernels(), weights, kernels(), counters_);
+    if (compatibility)
+      each(usable_kernel<Real>, classes_ * classes_, compatibility, classes_ * classes_, counters_);
+  }
   Memory scratch(like_);
   Key* const ranges = scratch.get<Key>(2 * planes);
   if (planes) {
@@ -1244,6 +1258,7 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
           cudaMemcpyAsync(&found, counters_, sizeof found, cudaMemcpyDeviceToHost, stream_));
       STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
       PYSEG_CHECK(!found.bad_features, "image or features hold NaN or infinity");
+      PYSEG_CHECK(!found.bad_weights, kUnusable);
       PYSEG_CHECK(!found.bad_unary,
                   "unary holds NaN or infinity; it must be -log(probability): clamp the "
                   "probabilities, for example p.clamp_min(1e-6).log().neg()");
@@ -1469,7 +1484,7 @@ void for_images(const Arguments& a, int buffers, cudaStream_t stream, Run run) {
                   buffers, stream);
     crf.build(a.unary.const_data_ptr<Real>() + first * classes * plane,
               a.features.const_data_ptr<Real>() + first * planes * plane, int(planes),
-              a.weights.const_data_ptr<Real>());
+              a.weights.const_data_ptr<Real>(), data<Real>(a.compatibility));
     run(crf, first);
   }
 }

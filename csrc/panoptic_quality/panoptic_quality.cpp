@@ -3,6 +3,7 @@
 #include "panoptic_quality.h"
 
 #include <algorithm>
+#include <cstring>
 #include <mutex>
 #include <optional>
 #include <vector>
@@ -13,23 +14,34 @@ namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 32;  // pixels that are looked at together
+constexpr int64_t kBlock = 1024;  // pixels that are compared at a time: these stay in the L1 cache
+constexpr int64_t kDirect = int64_t(1) << 14;  // ids below are looked up in an array
 constexpr int64_t kMaxCells = int64_t(1) << 26;
 
 // Position of an id in a list, from 1 on; void is 0, and anything else is last.
 class Positions {
  public:
   explicit Positions(const std::vector<int32_t>& ids) : other_(uint32_t(ids.size()) + 1) {
-    while ((size_t(1) << bits_) < 4 * (ids.size() + 1)) ++bits_;
+    const int64_t last = ids.empty() ? 0 : ids.back();  // they rise
+    direct_.assign(std::min(last + 1, kDirect), other_);
+    while ((size_t(1) << bits_) < 4 * ids.size()) ++bits_;
     slots_.assign(size_t(1) << bits_, {-1, other_});  // no listed id is negative
-    insert(0, 0);
-    for (size_t i = 0; i < ids.size(); ++i) insert(ids[i], uint32_t(i) + 1);
+    direct_[0] = 0;
+    for (size_t i = 0; i < ids.size(); ++i) {
+      if (ids[i] < kDirect) {
+        direct_[ids[i]] = uint32_t(i) + 1;
+        continue;
+      }
+      size_t place = start(ids[i]);
+      while (slots_[place].id != -1) place = next(place);
+      slots_[place] = {ids[i], uint32_t(i) + 1};
+    }
   }
 
   PYSEG_INLINE uint32_t operator()(int32_t id) const {
+    if (uint32_t(id) < direct_.size()) return direct_[id];
     size_t place = start(id);
-    while (slots_[place].id != id && slots_[place].id != -1)
-      place = (place + 1) & (slots_.size() - 1);
+    while (slots_[place].id != id && slots_[place].id != -1) place = next(place);
     return slots_[place].position;
   }
 
@@ -41,14 +53,11 @@ class Positions {
   PYSEG_INLINE size_t start(int32_t id) const {
     return (uint32_t(id) * 2654435769u) >> (32 - bits_);
   }
-  void insert(int32_t id, uint32_t position) {
-    size_t place = start(id);
-    while (slots_[place].id != -1) place = (place + 1) & (slots_.size() - 1);
-    slots_[place] = {id, position};
-  }
+  PYSEG_INLINE size_t next(size_t place) const { return (place + 1) & (slots_.size() - 1); }
 
   int bits_ = 2;
   uint32_t other_;
+  std::vector<uint32_t> direct_;
   std::vector<Slot> slots_;
 };
 
@@ -65,47 +74,55 @@ struct Tables {
   int64_t* boundary_pairs;
 };
 
-// Maps are mostly flat: ids are looked up where a run of equal pixels ends, and nowhere else.
+// changed[i]: whether pixel i is not like the one before it, which is there for i = 0 too.
 template <bool Boundary>
-PYSEG_MULTIVERSION void count_pairs(Maps maps, int64_t n, const Positions& rows,
-                                    const Positions& columns, Tables tables) {
+PYSEG_MULTIVERSION void find_changes(Maps maps, int64_t n, uint8_t* __restrict changed) {
+  const int32_t *t = maps.target, *p = maps.prediction;
+  for (int64_t i = 0; i < n; ++i) changed[i] = (t[i] ^ t[i - 1]) | (p[i] ^ p[i - 1]) ? 1 : 0;
+  if (!Boundary) return;
+  const uint8_t *tb = maps.target_boundary, *pb = maps.prediction_boundary;
+  for (int64_t i = 0; i < n; ++i) changed[i] |= uint8_t((tb[i] ^ tb[i - 1]) | (pb[i] ^ pb[i - 1]));
+}
+
+// Maps are mostly flat: only where a run of equal pixels ends is something looked up and counted.
+template <bool Boundary>
+void count_pairs(Maps maps, int64_t n, const Positions& rows, const Positions& columns,
+                 Tables tables) {
   const int32_t *t = maps.target, *p = maps.prediction;
   const uint8_t *tb = maps.target_boundary, *pb = maps.prediction_boundary;
+  const uint32_t other_row = uint32_t(tables.others), other_column = uint32_t(tables.width) - 1;
   int64_t start = 0;
-  const auto close = [&](int64_t end) __attribute__((always_inline)) {
-    const uint32_t row = rows(t[start]), column = columns(p[start]);
+  uint32_t row = rows(t[0]), column = columns(p[0]);
+  const auto count_run = [&](int64_t end) {
     tables.pairs[row * tables.width + column] += end - start;
     if (Boundary) {
-      const uint32_t boundary_row = row == 0 || tb[start] ? row : uint32_t(tables.others);
-      const uint32_t boundary_column =
-          column == 0 || pb[start] ? column : uint32_t(tables.width) - 1;
+      const uint32_t boundary_row = row == 0 || tb[start] ? row : other_row;
+      const uint32_t boundary_column = column == 0 || pb[start] ? column : other_column;
       tables.boundary_pairs[boundary_row * tables.width + boundary_column] += end - start;
     }
-    start = end;
   };
-  const auto ends_at = [&](int64_t i) __attribute__((always_inline)) {
-    return t[i] != t[start] || p[i] != p[start] ||
-           (Boundary && (tb[i] != tb[start] || pb[i] != pb[start]));
-  };
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) {
-    const int32_t target = t[start], prediction = p[start];
-    int32_t different = 0;
-    for (int64_t k = i; k < i + kBlock; ++k) different |= (t[k] ^ target) | (p[k] ^ prediction);
-    if (Boundary) {
-      const uint8_t on_target = tb[start], on_prediction = pb[start];
-      uint8_t other = 0;
-      for (int64_t k = i; k < i + kBlock; ++k)
-        other |= uint8_t((tb[k] ^ on_target) | (pb[k] ^ on_prediction));
-      different |= other;
+  alignas(64) uint8_t changed[kBlock + 8];
+  for (int64_t begin = 1; begin < n; begin += kBlock) {
+    const int64_t size = std::min(kBlock, n - begin);
+    find_changes<Boundary>(
+        {t + begin, p + begin, Boundary ? tb + begin : nullptr, Boundary ? pb + begin : nullptr},
+        size, changed);
+    std::memset(changed + size, 0, 8);
+    for (int64_t i = 0; i < size; i += 8) {
+      uint64_t eight;
+      std::memcpy(&eight, changed + i, 8);
+      // The pixels that are compared next: otherwise counting and reading memory take turns.
+      __builtin_prefetch(t + begin + kBlock + i);
+      __builtin_prefetch(p + begin + kBlock + i);
+      for (; eight; eight &= eight - 1) {
+        const int64_t place = begin + i + __builtin_ctzll(eight) / 8;
+        count_run(place);
+        row = rows(t[place]), column = columns(p[place]);
+        start = place;
+      }
     }
-    if (different == 0) continue;
-    for (int64_t k = i; k < i + kBlock; ++k)
-      if (ends_at(k)) close(k);
   }
-  for (; i < n; ++i)
-    if (ends_at(i)) close(i);
-  if (n > 0) close(n);
+  count_run(n);
 }
 
 struct Segment {
@@ -202,8 +219,8 @@ std::tuple<Tensor, Tensor> panoptic_quality_cpu(
     int64_t num_classes,
     const std::optional<Tensor>& prediction_boundary,  // [H, W] bool: then boundary PQ
     const std::optional<Tensor>& target_boundary) {
-  Tensor counts = torch::stable::new_zeros(target, {num_classes, int64_t(kCounts)},
-                                           ScalarType::Long);
+  Tensor counts =
+      torch::stable::new_zeros(target, {num_classes, int64_t(kCounts)}, ScalarType::Long);
   Tensor problems = torch::stable::new_zeros(target, {int64_t(kProblems)}, ScalarType::Long);
   const std::vector<Segment> targets = read_segments(target_segments);
   const std::vector<Segment> predictions = read_segments(prediction_segments);

@@ -200,11 +200,11 @@ const uint8_t* bytes(const std::optional<Tensor>& mask) {
   return mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr;
 }
 
-std::tuple<Tensor, Tensor> panoptic_quality_cuda(
-    const Tensor& prediction, const Tensor& target, const Tensor& prediction_segments,
-    const Tensor& target_segments, int64_t num_classes,
-    const std::optional<Tensor>& prediction_boundary,
-    const std::optional<Tensor>& target_boundary) {
+std::tuple<Tensor, Tensor> panoptic_quality_cuda(const Tensor& prediction, const Tensor& target,
+                                                 const Tensor& prediction_segments,
+                                                 const Tensor& target_segments, int64_t num_classes,
+                                                 const std::optional<Tensor>& prediction_boundary,
+                                                 const std::optional<Tensor>& target_boundary) {
   const DeviceScope device(target);
   Tensor counts =
       torch::stable::new_zeros(target, {num_classes, int64_t(kCounts)}, ScalarType::Long);
@@ -249,8 +249,7 @@ std::tuple<Tensor, Tensor> panoptic_quality_cuda(
                    targets, predictions, tables);
   }
   PYSEG_LAUNCH(apply_rules_kernel, 1, kThreads, 0, device.stream, targets, predictions, tables,
-               pb.has_value(), whole, edge, matched,
-               static_cast<Sum*>(counts.mutable_data_ptr()),
+               pb.has_value(), whole, edge, matched, static_cast<Sum*>(counts.mutable_data_ptr()),
                static_cast<Sum*>(problems.mutable_data_ptr()));
   return {counts, problems};
 }

@@ -16,7 +16,7 @@ constexpr int kFractionBits = 40;  // of a sum of IoUs: 1e-12, room for 8 millio
 
 enum Crowd : int64_t {
   kNoCrowd = 0,
-  kCrowd = 1,         // a prediction that lies in it and has its class is no false positive
+  kCrowd = 1,          // a prediction that lies in it and has its class is no false positive
   kForgottenCrowd = 2  // a crowd that excuses nothing: panopticapi keeps the last one per class
 };
 

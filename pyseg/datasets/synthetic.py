@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -23,10 +25,12 @@ class StreetScenes:
 
     Sky, two rows of buildings, road and pavements in perspective, trees, and cars, people and
     bicycles at random distances, sized by them, nearer ones over farther ones; then light, haze,
-    blur and noise. Sample k of one seed is always the same, whatever the length. For tests, for
-    comparing methods on equal terms and for learning how the parts fit; it replaces no real data.
+    blur and noise. Sample k of one split and seed is always the same, whatever the length. For
+    tests, for comparing methods on equal terms and for learning how the parts fit; it replaces no
+    real data.
 
     Args:
+        split: ``"train"``, ``"val"`` or any other name; splits share no scene.
         length: number of samples.
         size: (height, width) of the images in pixels, each at least 32.
         seed: sets of different seeds share no scene.
@@ -36,7 +40,7 @@ class StreetScenes:
         ValueError: an argument out of range.
 
     Example:
-        >>> scenes = StreetScenes(4, size=(64, 128))
+        >>> scenes = StreetScenes(length=4, size=(64, 128))
         >>> scenes[0].image.shape, len(scenes[0].segments.items) > 3
         (torch.Size([3, 64, 128]), True)
     """
@@ -47,8 +51,9 @@ class StreetScenes:
 
     def __init__(
         self,
-        length: int = 100,
+        split: str = "train",
         *,
+        length: int = 100,
         size: tuple[int, int] = (256, 512),
         seed: int = 0,
         objects: tuple[int, int] = (3, 12),
@@ -62,6 +67,7 @@ class StreetScenes:
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
         self.length, self.size, self.seed, self.objects = length, tuple(size), seed, objects
+        self.split = split
 
     def __len__(self) -> int:
         return self.length
@@ -70,10 +76,11 @@ class StreetScenes:
         if not -self.length <= index < self.length:
             raise IndexError(f"index {index} is out of range for {self.length} scenes")
         index %= self.length
-        scene = _Scene(np.random.default_rng([self.seed, index]), *self.size)
+        rng = np.random.default_rng([self.seed, zlib.crc32(self.split.encode()), index])
+        scene = _Scene(rng, *self.size)
         scene.draw_background()
         scene.draw_objects(int(scene.rng.integers(self.objects[0], self.objects[1] + 1)))
-        return scene.sample(f"scene_{self.seed}_{index:05d}")
+        return scene.sample(f"{self.split}_{self.seed}_{index:05d}")
 
 
 class _Scene:

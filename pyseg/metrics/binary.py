@@ -12,13 +12,14 @@ from torch import Tensor
 from ..types import VOID, Sample, Segmentation
 from .inputs import class_targets, raise_invalid
 
-SHOWN_THRESHOLDS = 64  # in compute(), which becomes JSON; `curves` has all
+LIMIT = 32  # log-odds that the histogram spans: a probability of 1e-14 and of 1 - 1e-14
+SHOWN_THRESHOLDS = 256  # in compute(), which becomes JSON; `curves` has all
 
 
 class Curves(NamedTuple):
-    """Rates at every threshold, from 0 (all positive) to 1; each [bins + 1] float64."""
+    """Rates at every threshold, from all positive to none; each [bins + 1] float64."""
 
-    thresholds: Tensor
+    thresholds: Tensor  # probabilities; the first is 0, the last 1
     precision: Tensor  # nan where nothing is predicted positive
     recall: Tensor  # = true positive rate
     false_positive_rate: Tensor
@@ -30,17 +31,18 @@ class Binary:
     A pixel's score is the probability of the positive class, at full resolution; it is predicted
     positive where that is at least the threshold. Pixels without ground truth count nowhere.
 
-    The curves come from a histogram of scores with fixed bins [k, k + 1) / ``bins``, the last one
-    closed: its counts are integers that add over images and processes. Scores of one bin count as
-    equal, so roc_auc and average_precision are exactly those of the scores rounded down to a
-    multiple of 1 / ``bins``; with 4096 bins the area moves by less than the share of pairs of a
-    positive and a negative pixel that lie in one bin.
+    The curves come from a histogram of the score's log-odds, log(p / (1 - p)), with equal bins
+    [k, k + 1) * 64 / ``bins`` from -32 to 32; what lies beyond falls into the outer bins. So sure
+    scores, near 0 and 1, are told apart as well as others. The counts are integers that add over
+    images and processes. Scores of one bin count as equal: roc_auc and average_precision are
+    exactly those of the log-odds rounded down to bins, and the area is off by at most half the
+    share of the pairs of a positive and a negative pixel that lie in one bin.
 
     Args:
         classes: names of the C >= 2 classes.
         positive: name or index of the positive class; None = the last.
         threshold: of the scores at a threshold, within 0..1.
-        bins: of the histogram; a power of two, so that float32 scores meet bin edges exactly.
+        bins: of the histogram; a power of two from 64 on, so that float32 meets edges exactly.
         ignore_index: label of pixels without ground truth.
 
     Example:
@@ -57,7 +59,7 @@ class Binary:
         *,
         positive: str | int | None = None,
         threshold: float = 0.5,
-        bins: int = 4096,
+        bins: int = 8192,
         ignore_index: int = VOID,
     ) -> None:
         self.classes = tuple(classes)
@@ -73,8 +75,8 @@ class Binary:
                              f"{len(self.classes) - 1}, {names}")  # fmt: skip
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be within 0..1, got {threshold}")
-        if not 2 <= bins <= 65536 or bins & (bins - 1):
-            raise ValueError(f"bins must be a power of two from 2 to 65536, got {bins}")
+        if not 64 <= bins <= 65536 or bins & (bins - 1):
+            raise ValueError(f"bins must be a power of two from 64 to 65536, got {bins}")
         self.positive, self.threshold, self.bins = index, threshold, bins
         self.ignore_index = ignore_index
         self.reset()
@@ -96,12 +98,16 @@ class Binary:
         target, logits, invalid = class_targets(
             prediction, sample, len(self.classes), self.ignore_index
         )
-        # NaN, which compute() reports, has no bin.
-        score = logits.softmax(0)[self.positive].nan_to_num(0.0)
-        truth = (target == self.positive).long()
-        cell = 2 * truth + (score >= self.threshold)
+        valid = target >= 0
+        rest = [k for k in range(len(self.classes)) if k != self.positive]
+        odds = logits[self.positive] - logits[rest].logsumexp(0)
+        odds = odds[valid].nan_to_num(0.0)  # NaN, which compute() reports, has no bin
+        truth = (target[valid] == self.positive).long()
+        cell = 2 * truth + (odds.sigmoid() >= self.threshold)
         counts = torch.bincount(cell, minlength=4).view(2, 2)
-        place = (score * self.bins).long().clamp(max=self.bins - 1)
+        half = self.bins // 2
+        # Clamped as floats: infinite odds are no integers.
+        place = (odds * (half // LIMIT)).floor().clamp(-half, half - 1).long() + half
         histogram = torch.bincount(truth * self.bins + place, minlength=2 * self.bins)
         device = target.device
         self._counts = self._counts.to(device) + counts
@@ -112,7 +118,7 @@ class Binary:
         """Counts whose sum over processes is the state of the whole.
 
         ``counts`` [2, 2] int64 (rows = target, columns = prediction; 1 = positive), ``histogram``
-        [2, bins] int64 (scores by target) and ``invalid`` [3] int64.
+        [2, bins] int64 (log-odds by target) and ``invalid`` [3] int64.
         """
         return {
             "counts": self._counts,
@@ -133,10 +139,12 @@ class Binary:
         """Precision, recall and false positive rate at each of the ``bins`` + 1 bin edges."""
         negative, positive = self._histogram.cpu()
         zero = torch.zeros(1, dtype=torch.int64)
-        # At threshold k / bins: everything in bin k and above is predicted positive.
+        # At edge k: everything in bin k and above is predicted positive.
         tp = torch.cat([positive.flip(0).cumsum(0).flip(0), zero]).double()
         fp = torch.cat([negative.flip(0).cumsum(0).flip(0), zero]).double()
-        thresholds = torch.arange(self.bins + 1, dtype=torch.float64) / self.bins
+        odds = torch.linspace(-LIMIT, LIMIT, self.bins + 1, dtype=torch.float64)
+        thresholds = odds.sigmoid()
+        thresholds[0], thresholds[-1] = 0, 1
         return Curves(thresholds, tp / (tp + fp), tp / tp[0], fp / fp[0])
 
     def compute(self) -> dict[str, Any]:
@@ -147,8 +155,8 @@ class Binary:
             ``specificity``, ``pixel_accuracy``. Over all thresholds: ``roc_auc`` (area under the
             ROC curve, ties counting half), ``average_precision`` (sum of precision times step of
             recall, without interpolation), ``best_iou`` and its ``best_threshold``, a bin edge.
-            ``pixels`` and ``positives`` (of ground truth), and ``curves``: lists over 65 evenly
-            spaced thresholds (fewer bins give fewer). A score whose denominator is 0 is nan.
+            ``pixels`` and ``positives`` (of ground truth), and ``curves``: lists over 257 of the
+            edges, or all of them if they are fewer. A score whose denominator is 0 is nan.
 
         Raises:
             LabelError, ScoreError: wrong labels or NaN logits were seen on CUDA.

@@ -69,11 +69,19 @@ class Calibration:
         target, logits, invalid = class_targets(
             prediction, sample, len(self.classes), self.ignore_index
         )
-        device = target.device
-        nll = -logits.log_softmax(0).gather(0, target[None])[0]
-        probabilities = logits.softmax(0).nan_to_num(0.0)  # compute() reports NaN
-        confidence, said = probabilities.max(0)
-        brier = probabilities.square().sum(0) - 2 * probabilities.gather(0, target[None])[0] + 1
+        device, valid = target.device, target >= 0
+        # Softmax with one exponential: e = exp(logit - largest), p = e / sum(e).
+        largest, said = logits.max(0)
+        shifted = logits - largest
+        of_target = shifted.gather(0, target.clamp(min=0)[None])[0]
+        e = shifted.exp_()
+        total = e.sum(0)
+        p_target = of_target.exp() / total
+        brier = e.square_().sum(0) / total.square() - 2 * p_target + 1
+        nll = (total.log() - of_target)[valid]
+        # NaN, which compute() reports, has no bin.
+        confidence, brier = (v[valid].nan_to_num(0.0) for v in (total.reciprocal(), brier))
+        target, said = target[valid], said[valid]
         edges = torch.linspace(0, 1, self.bins + 1, device=device)[1:-1]
         place = torch.bucketize(confidence, edges, right=True)
 

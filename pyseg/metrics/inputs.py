@@ -39,12 +39,12 @@ def target_of(prediction: Segmentation, sample: Sample, device: torch.device) ->
 def class_targets(
     prediction: Segmentation, sample: Sample, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Ground truth and upsampled logits of the pixels that have ground truth.
+    """Ground truth of an image, and its logits upsampled.
 
     Returns:
-        targets [P] int64, logits [C, P] float32 (bilinear, as `Segmentation.probabilities`), and
-        [3] int64 counts for `raise_invalid`: no predictions, targets out of range (which are left
-        out), images with NaN logits.
+        targets [H, W] int64, -1 where there is none; logits [C, H, W] float32 (bilinear, as
+        `Segmentation.probabilities`); [3] int64 counts for `raise_invalid`: no predictions, targets
+        out of range (which count as none), images with NaN logits.
 
     Raises:
         LabelError: labels that are no class ids, or are absent.
@@ -65,14 +65,13 @@ def class_targets(
         raise LabelError(f"sample {sample.name!r}: label values {target[wrong].unique().tolist()} "
                          f"are no class ids: 0 to {num_classes - 1}, and {ignore_index} is "
                          "void; `pyseg check-labels` finds the cause")  # fmt: skip
-    valid &= ~wrong
     logits = prediction.logits.float()[None]
     if logits.shape[2:] != target.shape:
         logits = torch.nn.functional.interpolate(
             logits, target.shape, mode="bilinear", align_corners=False
         )
     counts = torch.stack([undefined.new_zeros(()), wrong.sum(), undefined])
-    return target[valid], logits[0][:, valid], counts
+    return target.masked_fill(~valid | wrong, -1), logits[0], counts
 
 
 def nan_images(prediction: Segmentation, name: str) -> Tensor:

@@ -26,11 +26,11 @@ GROUPS = ("", "_things", "_stuff")
 class Panoptic:
     """Panoptic quality over a dataset, from counts of matched and unmatched segments.
 
-    Kirillov et al., Panoptic Segmentation, 2019. Per class, over all images: PQ = sum of the IoUs of
-    matched segments / (tp + fp / 2 + fn / 2), SQ = that sum / tp, RQ = tp / (tp + fp / 2 + fn / 2).
-    Averages are over the classes that occur, in the ground truth or predicted. What matches, and how
-    void and crowds count, is exactly as in panopticapi: see `pyseg.ops.panoptic_quality`. Two of its
-    defects are options here.
+    Kirillov et al., Panoptic Segmentation, 2019. Per class, over all images: PQ = sum of the IoUs
+    of matched segments / (tp + fp / 2 + fn / 2), SQ = that sum / tp, RQ = tp / (tp + fp / 2 +
+    fn / 2). Averages are over the classes that occur, in the ground truth or predicted. What
+    matches, and how void and crowds count, is exactly as in panopticapi: see
+    `pyseg.ops.panoptic_quality`. Two of its defects are options here.
 
     Sums of IoUs are kept as integers in units of 2^-40, so that neither the order of the images nor
     how they are spread over processes changes a bit.
@@ -275,8 +275,8 @@ def score_files(
     if not wanted:
         raise LabelError(f"{str(target)!r} has no annotations: there is nothing to score")
     if missing := [key for key in wanted if key not in found]:
-        raise LabelError(f"{str(prediction)!r} has no prediction for image {missing[0]!r}"
-                         + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))  # fmt: skip
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise LabelError(f"{str(prediction)!r} has no prediction for image {missing[0]!r}{more}")
     if extra := [key for key in found if key not in wanted]:
         warnings.warn(f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
                       "they are not scored", stacklevel=2)  # fmt: skip
@@ -328,7 +328,7 @@ def _categories(value: Any, path: str | os.PathLike[str]) -> list[dict[str, Any]
     for key in ("id", "name", "isthing"):
         if not all(isinstance(entry, dict) and key in entry for entry in entries):
             raise LabelError(f"{os.fspath(path)!r} has a category without {key!r}; it needs id, "
-                             "name and isthing, as in COCO's panoptic_coco_categories.json")  # fmt: skip
+                             "name and isthing")  # fmt: skip
         values = [entry[key] for entry in entries]
         if key != "isthing" and len(set(values)) < len(values):
             raise LabelError(f"{os.fspath(path)!r} has two categories with the same {key}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LabelError
-from ..ops import confusion_counts
+from ..ops import confusion_counts, upsample_confusion
 from ..types import VOID, Sample, Segmentation
 from .inputs import nan_images, raise_invalid, target_of
 
@@ -80,7 +80,8 @@ class Semantic:
         """Counts one image.
 
         Args:
-            prediction: its ``labels`` [H, W] are scored.
+            prediction: its ``labels`` [H, W] are scored, or its ``logits`` where those are not
+                made yet, with the same result.
             sample: must have ``labels`` [H, W].
 
         Raises:
@@ -89,21 +90,27 @@ class Semantic:
                 nothing waits for the device.
         """
         undefined = nan_images(prediction, sample.name)
-        labels = prediction.labels
-        target = target_of(prediction, sample, labels.device)
+        logits, count = prediction.logits, len(self.classes)
+        # Labels that nobody has asked for yet need not be made.
+        fused = prediction._labels is None and logits is not None and logits.shape[0] == count
+        device = logits.device if logits is not None and fused else prediction.labels.device
+        target = target_of(prediction, sample, device)
         if self.reduce_zero_label:
             target = self._reduced(target)
         try:
-            counts = confusion_counts(
-                labels[None], target[None], len(self.classes), self.ignore_index
-            )
+            if logits is not None and fused:
+                counts = upsample_confusion(
+                    logits[None], target[None], ignore_index=self.ignore_index
+                )
+            else:
+                counts = confusion_counts(
+                    prediction.labels[None], target[None], count, self.ignore_index
+                )
         except ValueError as error:
             raise LabelError(f"sample {sample.name!r}: {error}") from error
-        self._matrix = self._matrix.to(labels.device) + counts.matrix[0]
-        self._missed = self._missed.to(labels.device) + counts.missed[0]
-        self._invalid = self._invalid.to(labels.device) + torch.cat(
-            [counts.invalid[0], undefined[None]]
-        )
+        self._matrix = self._matrix.to(device) + counts.matrix[0]
+        self._missed = self._missed.to(device) + counts.missed[0]
+        self._invalid = self._invalid.to(device) + torch.cat([counts.invalid[0], undefined[None]])
 
     def _reduced(self, target: Tensor) -> Tensor:
         wide = target.to(torch.int32)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..image import default_palette
-from ..ops import panoptic_head, panoptic_logits, panoptic_merge, upsample_argmax
+from ..ops import DeformConv2d, panoptic_head, panoptic_logits, panoptic_merge, upsample_argmax
 from ..ops.panoptic_merge import PanopticMaps, paste
 from ..types import VOID, Instances, Sample, Segment, Segmentation, Segments
 
@@ -77,13 +77,12 @@ class DeformableSemanticHead(nn.Module):
 
     def __init__(self, channels: int, width: int, classes: int, depth: int = 2) -> None:
         super().__init__()
-        deformable = importlib.import_module("torchvision.ops").DeformConv2d
         self.offsets, self.layers = nn.ModuleList(), nn.ModuleList()
         for i in range(depth):
             inputs = channels if i <= max(depth - 2, 0) else width
             outputs = width if i >= depth - 2 else channels
             self.offsets.append(_zeroed(nn.Conv2d(inputs, 18, 3, padding=1)))
-            self.layers.append(deformable(inputs, outputs, 3, padding=1))
+            self.layers.append(DeformConv2d(inputs, outputs, 3, padding=1))
         self.score = nn.Conv2d(4 * width, classes, 1)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -541,17 +540,16 @@ class DeformableConv(nn.Module):
 
     def __init__(self, plain: nn.Conv2d) -> None:
         super().__init__()
-        deformable = importlib.import_module("torchvision.ops").DeformConv2d
         shape: dict[str, Any] = {
             "stride": plain.stride,
             "padding": plain.padding,
             "dilation": plain.dilation,
         }
         self.offset = _zeroed(nn.Conv2d(plain.in_channels, 18, 3, **shape))
-        self.conv = deformable(
+        self.conv = DeformConv2d(
             plain.in_channels, plain.out_channels, 3, groups=plain.groups, bias=False, **shape
         )
-        self.conv.weight = plain.weight
+        self.conv.weight = nn.Parameter(plain.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x, self.offset(x))

@@ -12,6 +12,7 @@ from .panoptic_head import panoptic_head, panoptic_logits
 from .panoptic_merge import PanopticMaps, panoptic_merge
 from .panoptic_quality import PanopticCounts, panoptic_quality
 from .upsample_argmax import upsample_argmax
+from .upsample_confusion import upsample_confusion
 
 __all__ = [
     "ConfusionCounts",
@@ -28,4 +29,5 @@ __all__ = [
     "panoptic_merge",
     "panoptic_quality",
     "upsample_argmax",
+    "upsample_confusion",
 ]

@@ -89,8 +89,8 @@ def dense_crf(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an image without pixels; a sigma that is
             not positive, or so small that the lattice's coordinates overflow; NaN or infinity in
-            unary, image or features; more than 2^31 lattice entries in an image; image or features
-            require a gradient.
+            unary, image or features, weights or penalties that are not finite or above 1e15; more
+            than 2^31 lattice entries in an image; image or features require a gradient.
 
     Source:
         Krähenbühl & Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
@@ -316,7 +316,7 @@ def reference(
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid = {X: columns.to(u).reshape(1, -1), Y: rows.to(u).reshape(1, -1)}
     channels, sigmas = list(kernels.channels), list(kernels.sigmas)
-    matrices = []
+    total = u.new_zeros(())
     for k, size in enumerate(kernels.sizes):
         scaled = []
         for channel, sigma in zip(channels[:size], sigmas[:size], strict=True):
@@ -326,18 +326,19 @@ def reference(
         points = torch.stack(scaled, -1)
         # The other modes of cdist lose digits where points are close.
         mode = "donot_use_mm_for_euclid_dist"
-        kernel = torch.exp(-0.5 * torch.cdist(points, points, compute_mode=mode).square())
+        kernel = torch.cdist(points, points, compute_mode=mode).square_().mul_(-0.5).exp_()
         sums = kernel.sum(2) + 1e-20
         if normalization == "symmetric":
-            kernel = kernel * (sums[:, :, None] * sums[:, None]).rsqrt()
+            kernel *= sums.rsqrt()[:, :, None]
+            kernel *= sums.rsqrt()[:, None]
         elif normalization == "before":
-            kernel = kernel / sums[:, None]
+            kernel /= sums[:, None]
         elif normalization == "after":
-            kernel = kernel / sums[:, :, None]
-        matrices.append(kernels.weights[k] * kernel)
+            kernel /= sums[:, :, None]
+        total = total + kernels.weights[k] * kernel
     q = torch.softmax(-u, 1)
-    for _ in range(iterations if matrices else 0):
-        message = sum(q @ kernel.mT for kernel in matrices)
+    for _ in range(iterations if kernels.sizes else 0):
+        message = q @ total.mT
         if compatibility is not None:
             message = -(compatibility.double() @ message)
         q = torch.softmax(message - u, 1)

@@ -8,18 +8,18 @@ from pyseg.types import VOID
 
 
 def test_scenes_depend_on_seed_and_index_only():
-    scenes, longer = StreetScenes(3, size=(64, 96)), StreetScenes(30, size=(64, 96))
+    scenes, longer = StreetScenes(length=3, size=(64, 96)), StreetScenes(length=30, size=(64, 96))
     assert [torch.equal(scenes[k].image, longer[k].image) for k in range(3)] == [True] * 3
     assert torch.equal(scenes[-1].labels, longer[2].labels)
     assert not torch.equal(scenes[0].image, scenes[1].image)
-    assert not torch.equal(scenes[0].image, StreetScenes(3, size=(64, 96), seed=1)[0].image)
-    assert scenes[0].name != StreetScenes(3, seed=1)[0].name
+    assert not torch.equal(scenes[0].image, StreetScenes(length=3, size=(64, 96), seed=1)[0].image)
+    assert scenes[0].name != StreetScenes(length=3, seed=1)[0].name
 
 
 @pytest.mark.parametrize("size", [(32, 32), (97, 131), (256, 512)])
 def test_labels_segments_and_instances_agree(size):
     seen = set()
-    for sample in StreetScenes(8, size=size, seed=5):
+    for sample in StreetScenes(length=8, size=size, seed=5):
         assert sample.image.shape == (3, *size) and sample.image.dtype == torch.uint8
         assert sample.labels.shape == size
         map, items = sample.segments.map, sample.segments.items
@@ -49,7 +49,7 @@ def test_labels_segments_and_instances_agree(size):
 
 
 def test_no_objects():
-    sample = StreetScenes(1, size=(40, 60), objects=(0, 0))[0]
+    sample = StreetScenes(length=1, size=(40, 60), objects=(0, 0))[0]
     assert sample.instances.masks.shape == (0, 40, 60)
     assert all(item.label < len(STUFF) for item in sample.segments.items)
 
@@ -70,4 +70,4 @@ def test_bad_arguments(arguments, message):
 
 def test_index_out_of_range():
     with pytest.raises(IndexError, match="index 3 is out of range for 3 scenes"):
-        StreetScenes(3)[3]
+        StreetScenes(length=3)[3]

@@ -6,6 +6,7 @@ because its run-time must come first.
 """
 
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,20 @@ for count, shape in [(4, (9, 700)), (150, (40, 300))]:
     yield ops.panoptic_quality(*maps, truth[1:, :2].contiguous(), truth[:-1].contiguous(), 3,
                                *(maps % 3 > 0))
 """,
+    "deform_conv2d": """
+g = torch.Generator().manual_seed(0)
+for groups, offset_groups, channels, outputs, dtype in [(2, 3, 6, 4, torch.float32),
+                                                        (1, 1, 35, 130, torch.bfloat16),
+                                                        (1, 2, 18, 3, torch.float64)]:
+    def randn(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+    tensors = [randn(2, channels, 5, 6), 3 * randn(2, 4 * offset_groups, 5, 7),
+               randn(outputs, channels // groups, 1, 2)]
+    mask = randn(2, 2 * offset_groups, 5, 7) if groups == 2 else None
+    yield ops.deform_conv2d(*tensors, randn(outputs), mask, [1, 1], [0, 1], [1, 1])
+    grad = randn(2, outputs, 5, 7)
+    yield ops._deform_conv2d_backward(grad, *tensors, mask, [1, 1], [0, 1], [1, 1])
+""",
     "upsample_argmax": """
 g = torch.Generator().manual_seed(0)
 for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
@@ -77,6 +92,17 @@ for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),
     yield ops.upsample_argmax(logits, *size)
 logits[0, 1, 3, 3] = torch.nan
 yield ops.upsample_argmax(logits.to(memory_format=torch.channels_last), 40, 9)
+""",
+    "upsample_confusion": """
+g = torch.Generator().manual_seed(0)
+for shape, size, dtype in [((2, 3, 3, 9), (26, 140), torch.uint8),
+                           ((1, 120, 2, 4), (3, 130), torch.int16),
+                           ((1, 3, 20, 9), (11, 5), torch.int64)]:
+    logits = torch.randn(shape, generator=g)
+    target = torch.randint(0, shape[1] + 2, (shape[0], *size), generator=g).to(dtype)
+    yield ops.upsample_confusion(logits, target, 1)
+logits[0, 1, 3, 3] = torch.nan
+yield ops.upsample_confusion(logits.half(), target, 255)
 """,
     "dense_crf": """
 g = torch.Generator().manual_seed(0)
@@ -167,8 +193,7 @@ def test_sanitizers_find_a_mistake(which, tmp_path):
     folder = emulation.ROOT / "csrc" / op
     source = (folder / f"{op}.cu").read_text()
     assert right in source
-    source = source.replace(right, wrong).replace("../common/", "")
-    source = source.replace(f'"{op}.h"', f'"{folder / op}.h"')
+    source = re.sub(r'#include "(.+)"', rf'#include "{folder}/\1"', source.replace(right, wrong))
     mistaken = tmp_path / f"mistaken_{op}.cu"
     mistaken.write_text(source)
     result = run_sanitized(which, [mistaken], [op])

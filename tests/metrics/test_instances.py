@@ -4,14 +4,15 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from pyseg.cli import app
 from pyseg.errors import ScoreError
 from pyseg.image import decode_rle, encode_rle
 from pyseg.metrics.instances import InstanceAP, instance_ap
@@ -376,20 +377,18 @@ def test_command(tmp_path):
     truth, results = as_coco(random_images(4, seed=3))
     for name, content in (("truth", truth), ("results", results)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    command = [sys.executable, "-m", "pyseg", "instance-ap", str(tmp_path / "truth.json")]
-    done = subprocess.run(
-        [*command, str(tmp_path / "results.json"), "--json"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    want = instance_ap(tmp_path / "truth.json", tmp_path / "results.json")
-    assert json.loads(done.stdout)["mask_ap"] == want["mask_ap"]
-    shown = subprocess.run(
-        [*command, str(tmp_path / "results.json")], capture_output=True, text=True
-    )
+
+    def run(*arguments):
+        return CliRunner().invoke(app, ["instance-ap", str(tmp_path / "truth.json"), *arguments])
+
+    file = str(tmp_path / "results.json")
+    want = instance_ap(tmp_path / "truth.json", file)
+    assert json.loads(run(file, "--json").output)["mask_ap"] == want["mask_ap"]
+    shown = run(file)
     for kind in ("mask", "box", "boundary"):
-        assert re.search(rf"{kind} +{want[f'{kind}_ap']:.4f}", shown.stdout), shown.stdout
-    wrong = subprocess.run([*command, str(tmp_path / "none.json")], capture_output=True, text=True)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: ")
+        assert re.search(rf"{kind} +{want[f'{kind}_ap']:.4f}", shown.output), shown.output
+    wrong = run(str(tmp_path / "none.json"))
+    assert wrong.exit_code == 2 and "cannot be read" in wrong.output
 
 
 def test_box_results_alone(tmp_path):

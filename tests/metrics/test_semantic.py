@@ -366,6 +366,11 @@ def test_bad_input():
         metric.update(prediction, pair(np.zeros((4, 3)), np.zeros((4, 3)))[1])
     with pytest.raises(LabelError, match=r"'a'.*34"):
         metric.update(prediction, pair(np.zeros((3, 4)), np.full((3, 4), 34))[1])
+    with pytest.raises(LabelError, match=r"'a'.*float32.*integers"):
+        metric.update(prediction, Sample("a", sample.image, torch.zeros(3, 4)))
+    negative = Sample("a", sample.image, torch.full((3, 4), -1, dtype=torch.int16))
+    with pytest.raises(LabelError, match=r"'a'.*-1"):
+        metric.update(prediction, negative)
     assert metric.state()["matrix"].sum() == 0
     for options in ({}, {"classes": ()}, {"num_classes": 0}, {"classes": "road"},
                     {"classes": NAMES, "num_classes": 4}):  # fmt: skip
@@ -379,3 +384,19 @@ def test_labels_that_the_device_counted_as_invalid_are_reported():
     metric.load_state({**state, "invalid": torch.tensor([0, 7, 0])})
     with pytest.raises(LabelError, match="7 target pixels"):
         metric.compute()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduce_zero_label": True}, {"ignore_index": 2}])
+def test_logits_are_scored_like_their_labels(options):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(5, 6, 7, generator=generator)
+    target = torch.randint(0, 5, (40, 50), generator=generator).to(torch.uint8)
+    sample = Sample("a", torch.zeros(3, 40, 50, dtype=torch.uint8), target)
+    prediction = Segmentation((40, 50), NAMES, logits=logits)
+    metric, expected = Semantic(NAMES, **options), Semantic(NAMES, **options)
+    metric.update(prediction, sample)
+    assert prediction._labels is None  # it did without
+    expected.update(prediction.with_labels(prediction.labels), sample)
+    for name, value in expected.state().items():
+        assert torch.equal(metric.state()[name], value), name
+    assert metric.state()["matrix"].sum() > 0

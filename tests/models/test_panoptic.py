@@ -48,8 +48,8 @@ def test_parameter_counts_are_the_published_ones(name, count):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     from torchvision.models import ResNet50_Weights, resnet
-    from torchvision.models.detection._utils import overwrite_eps
     from torchvision.models.detection import maskrcnn_resnet50_fpn
+    from torchvision.models.detection._utils import overwrite_eps
 
     torch.manual_seed(1)
     options = {"num_classes": 4, "min_size": 64, "max_size": 128}
@@ -68,7 +68,7 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     ours = pyseg.models.get("maskrcnn_resnet50_fpn")(
         num_classes=3, min_size=64, max_size=128, weights=tmp_path / "peer.pth"
     )
-    image = StreetScenes(1, size=(64, 100))[0].image
+    image = StreetScenes(length=1, size=(64, 100))[0].image
     with torch.inference_mode():
         expected = peer([image.float() / 255])[0]
     found = ours.predict([image])[0].instances
@@ -84,8 +84,8 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
 @pytest.mark.parametrize("name", ["panoptic_fpn_resnet50", "upsnet_resnet50"])
 def test_predict(name):
     model = make(name, stuff_area=20).train()
-    images = [sample.image for sample in StreetScenes(1, size=(48, 90))]
-    images.append(StreetScenes(1, size=(131, 77))[0].image)
+    images = [sample.image for sample in StreetScenes(length=1, size=(48, 90))]
+    images.append(StreetScenes(length=1, size=(131, 77))[0].image)
     for image, prediction in zip(images, model.predict(images), strict=True):
         assert prediction.size == tuple(image.shape[1:])
         assert prediction.logits.shape[0] == 8
@@ -133,7 +133,7 @@ def test_heads_take_odd_sizes(head):
 @pytest.mark.parametrize("name", ["panoptic_fpn_resnet50", "upsnet_resnet50"])
 def test_losses_reach_every_parameter(name):
     model = make(name).train()
-    losses = model([StreetScenes(2, size=(64, 96))[k] for k in range(2)])
+    losses = model([StreetScenes(length=2, size=(64, 96))[k] for k in range(2)])
     expected = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg",
                 "loss_mask", "loss_semantic"}  # fmt: skip
     if name.startswith("upsnet"):
@@ -149,7 +149,7 @@ def test_losses_reach_every_parameter(name):
 
 def test_images_without_objects_can_be_learnt_from():
     for name in ("panoptic_fpn_resnet50", "upsnet_resnet50"):
-        losses = make(name).train()([StreetScenes(1, size=(64, 96), objects=(0, 0))[0]])
+        losses = make(name).train()([StreetScenes(length=1, size=(64, 96), objects=(0, 0))[0]])
         assert all(torch.isfinite(loss) for loss in losses.values())
 
 
@@ -202,7 +202,7 @@ def test_save_and_load(tmp_path):
         "upsnet_resnet50(num_stuff=5,backbone='resnet18',min_size=64,max_size=128)",
         num_classes=8, weights=None,
     )  # fmt: skip
-    image = StreetScenes(1, size=(64, 96))[0].image
+    image = StreetScenes(length=1, size=(64, 96))[0].image
     pipeline.save(tmp_path / "saved")
     again = pyseg.load(tmp_path / "saved")
     one, two = pipeline(image), again(image)
@@ -225,7 +225,7 @@ def test_bad_options(options, message):
 
 def test_bad_samples():
     model = make("upsnet_resnet50").train()
-    sample = StreetScenes(1, size=(64, 96))[0]
+    sample = StreetScenes(length=1, size=(64, 96))[0]
     with pytest.raises(ValueError, match="has no instances to learn from"):
         model([Sample("a", sample.image, sample.labels)])
     with pytest.raises(ValueError, match="has no labels for the semantic branch"):

@@ -28,7 +28,7 @@ def label_maps(generator, size, images=2):
 
 def brute_force(labels, distance, border):
     """Looks at every window by itself."""
-    n, height, width = labels.shape
+    _, height, width = labels.shape
     mask = torch.zeros(labels.shape, dtype=torch.bool)
     for y in range(height):
         for x in range(width):

@@ -63,6 +63,11 @@ def make_case(
     )
 
 
+def copy_of(case, dtype):
+    tensors = {name: t if t is None else t.to(dtype) for name, t in case.tensors.items()}
+    return SimpleNamespace(tensors=tensors, geometry=case.geometry)
+
+
 def with_gradients(function, case, grad=None):
     """The output and the gradients of all tensors that are there."""
     leaves = {
@@ -113,6 +118,40 @@ def test_against_torchvision(generator, case, dtype, tolerance):
     case = make_case(generator, **CASES[case], dtype=dtype)
     got = with_gradients(deform_conv2d, case)
     assert_close(got, with_gradients(torchvision_deform_conv2d, case), tolerance)
+
+
+SMALL = ["plain", "v1", "both groups", "groups and wide", "asymmetric", "depthwise", "1x1", "far"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_small_kernel_against_torchvision(device, generator, name, dtype):
+    case = make_case(generator, **CASES[name], dtype=dtype)
+    wide = copy_of(case, torch.float64)
+    expected = with_gradients(torchvision_deform_conv2d, wide)
+    grad = torch.randn(expected["output"].shape, generator=torch.Generator().manual_seed(7))
+    args = [arg.to(device.name) if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    output = device.ops.deform_conv2d(*args)
+    args = [grad.double().to(output), *args[:3], *args[4:]]
+    *gradients, mask = device.ops._deform_conv2d_backward(*args)
+    got = dict(zip(("input", "offset", "weight", "bias"), gradients, strict=True))
+    got |= {"output": output, "mask": mask}
+    # In half precision the gradients of the columns are rounded, too.
+    tolerance = {torch.float16: 3e-3, torch.bfloat16: 2e-2, torch.float32: 1e-4}.get(dtype, 1e-10)
+    assert all(got[name].dtype == dtype for name in got)
+    got = {name: got[name].cpu().double() for name in expected}
+    assert_close(got, expected, tolerance)
+
+
+def test_small_kernel_of_an_empty_batch(device):
+    tensors = [torch.zeros(shape, device=device.name) for shape in
+               ((0, 6, 5, 5), (0, 18, 3, 3), (4, 6, 3, 3))]  # fmt: skip
+    geometry = ([1, 1], [0, 0], [1, 1])
+    output = device.ops.deform_conv2d(*tensors, None, None, *geometry)
+    assert output.shape == (0, 4, 3, 3)
+    gradients = device.ops._deform_conv2d_backward(output, *tensors, None, *geometry)
+    assert [g.shape for g in gradients[:4]] == [*(t.shape for t in tensors), (4,)]
+    assert not gradients[2].any() and not gradients[3].any()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -236,10 +275,7 @@ def test_zero_offsets_are_a_convolution(generator, dtype):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_within_rounding(generator, case, dtype):
     case = make_case(generator, **CASES[case], scale=1.0, dtype=dtype)
-    wide = SimpleNamespace(
-        tensors={name: t if t is None else t.double() for name, t in case.tensors.items()},
-        geometry=case.geometry,
-    )
+    wide = copy_of(case, torch.float64)
     grad = torch.randn(reference(**wide.tensors, **case.geometry).shape, generator=generator)
     grad = grad.to(dtype)
     got = with_gradients(deform_conv2d, case, grad)

@@ -1,0 +1,84 @@
+"""Boundary pixels of a 1024 x 2048 map: all classes in one pass against one erosion per class."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import interpolate
+
+from pyseg.ops import boundary_mask
+from pyseg.ops.boundary_mask import boundary_distance, reference
+
+SIZE = (1024, 2048)
+DISTANCE = boundary_distance(SIZE, 0.02)  # 46
+
+
+def make_map(kind, labels=19):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "random":  # the worst case: no two pixels alike
+        return torch.randint(0, labels, (1, *SIZE), generator=generator)
+    scores = torch.randn(1, labels, 16, 32, generator=generator)
+    return interpolate(scores, SIZE, mode="bicubic").argmax(1)
+
+
+def opencv_boundaries(labels):
+    """As in boundary_iou_api: every class less its erosion by 3 x 3, so many times."""
+    cv2 = pytest.importorskip("cv2")
+    boundary = np.zeros(labels.shape, np.uint8)
+    for k in np.unique(labels):
+        mask = (labels == k).astype(np.uint8)
+        padded = cv2.copyMakeBorder(mask, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
+        inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=DISTANCE)
+        boundary |= mask - inner[1:-1, 1:-1]
+    return boundary
+
+
+def check(ours, peer):
+    np.testing.assert_array_equal(ours.cpu().numpy(), np.asarray(peer) > 0)
+
+
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_classes(compare, kind, threads):
+    pytest.importorskip("cv2").setNumThreads(threads)
+    labels = make_map(kind).to(torch.uint8)
+    array = labels[0].numpy()
+    compare(
+        ours=lambda: boundary_mask(labels, DISTANCE)[0],
+        peer=lambda: opencv_boundaries(array),
+        peer_name="OpenCV erosion per class",
+        threads=threads,
+        goal=20,
+        check=check,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_segments(compare, threads):
+    """What boundary PQ needs: the boundaries of 60 segments."""
+    pytest.importorskip("cv2").setNumThreads(threads)
+    ids = make_map("smooth", 60).int()
+    array = ids[0].numpy()
+    compare(
+        ours=lambda: boundary_mask(ids, DISTANCE)[0],
+        peer=lambda: opencv_boundaries(array),
+        peer_name="OpenCV erosion per segment",
+        threads=threads,
+        goal=20,
+        check=check,
+        rounds=3,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["random", "smooth"])
+def test_cuda(compare, kind):
+    labels = make_map(kind).to("cuda", torch.uint8)
+    compare(
+        ours=lambda: boundary_mask(labels, DISTANCE),
+        peer=lambda: reference(labels, DISTANCE),
+        peer_name="max_pool2d of the labels",
+        threads=1,
+        check=lambda ours, peer: check(ours, peer.cpu()),
+        device="cuda",
+    )

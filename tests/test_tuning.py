@@ -1,0 +1,222 @@
+import json
+import math
+
+import pytest
+import torch
+from torch.nn.functional import avg_pool2d, one_hot
+from typer.testing import CliRunner
+
+import pyseg
+from pyseg import cli, datasets, models
+from pyseg.errors import PysegError
+from pyseg.refiners.crf import CRF
+from pyseg.tuning import ITERATIONS, PROTECT, RANGES, tune_crf
+from pyseg.types import Sample, Segmentation
+
+CLASSES = ("left", "right", "disc")
+
+
+class Scenes:
+    """Two grounds and a disc, each of one shade with noise; the truth is the shades' borders."""
+
+    classes, palette = CLASSES, ((10, 10, 10), (250, 250, 250), (250, 0, 0))
+
+    def __init__(self, root=None, split="val", labelled=True):
+        self.labelled = labelled
+
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        y, x = torch.meshgrid(torch.arange(40), torch.arange(56), indexing="ij")
+        labels = (x > 18 + 4 * index + y // 8).to(torch.uint8)
+        labels[(y - 20) ** 2 + (x - 12 - 6 * index) ** 2 < 80] = 2
+        shade = torch.tensor([60.0, 150.0, 230.0])[labels.long()]
+        image = shade + 5 * torch.randn(3, 40, 56, generator=generator)
+        labels[0] = 255
+        if not self.labelled:
+            labels[:] = 255
+        return Sample(f"scene{index}", image.clamp(0, 255).to(torch.uint8), labels)
+
+
+class Coarse:
+    """The truth at stride 8, which is what a CRF is for, or exactly."""
+
+    classes = CLASSES
+    calls = 0
+
+    def __init__(self, *, weights="default", stride: int = 8, exact: bool = False):
+        self.stride, self.exact = stride, exact
+
+    def predict(self, images):
+        Coarse.calls += len(images)
+        return [self._one(image) for image in images]
+
+    def _one(self, image):
+        shade = image.float().mean(0)
+        labels = (shade > 105).long() + (shade > 190).long()
+        logits = one_hot(labels, 3).permute(2, 0, 1)[None].float()
+        if not self.exact:
+            logits = 3 * avg_pool2d(logits, self.stride)
+        return Segmentation((40, 56), CLASSES, logits=logits[0], image=image)
+
+
+class LabelsOnly(Coarse):
+    def _one(self, image):
+        prediction = super()._one(image)
+        return prediction.with_labels(prediction.labels)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    Coarse.calls = 0
+    monkeypatch.setitem(models._registry._registered, "coarse", Coarse)
+    monkeypatch.setitem(models._registry._registered, "labels_only", LabelsOnly)
+    monkeypatch.setitem(datasets._registry._registered, "scenes", Scenes)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def score(pipeline, parts):
+    metric = pyseg.metrics.get("semantic")(classes=CLASSES)
+    for index in parts:
+        sample = Scenes()[index]
+        metric.update(pipeline.run_stages(sample.image)[-1], sample)
+    return metric.compute()["miou"]
+
+
+def test_finds_parameters_that_help_and_their_scores_are_true():
+    tuning = tune_crf(pyseg.build("coarse"), Scenes(), trials=12)
+    assert Coarse.calls == 5  # once per image
+    assert (tuning.fitted, tuning.checked, tuning.trials) == (3, 2, 12)
+    off, best = tuning.reported[0], tuning.best
+    assert off.name == "off" and [t.name for t in tuning.reported[1:3]] == ["usual", "default"]
+    assert best.fit["miou"] == max(t.fit["miou"] for t in tuning.reported) > off.fit["miou"]
+    assert tuning.gain > 0.05
+    # The scores are those of the pipelines that the specs build, but for half precision.
+    refined = pyseg.build(tuning.spec)
+    assert score(refined, (0, 1, 2)) == pytest.approx(best.fit["miou"], abs=2e-3)
+    assert score(refined, (3, 4)) == pytest.approx(best.check["miou"], abs=2e-3)
+    assert score(pyseg.build("coarse"), (3, 4)) == pytest.approx(off.check["miou"], abs=2e-3)
+    crf = refined.stages[1].object
+    assert isinstance(crf, CRF) and crf.iterations == best.parameters["iterations"]
+
+
+def test_recommends_no_crf_where_none_helps():
+    tuning = tune_crf(pyseg.build("coarse(exact=True)"), Scenes(), trials=5)
+    assert tuning.spec == "coarse(exact=True)"
+    assert tuning.best.name == "off" and tuning.gain == 0
+    assert [trial.name for trial in tuning.reported] == ["off", "usual", "default"]
+
+
+def test_is_deterministic_and_within_its_ranges(tmp_path):
+    logs = []
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        file = tmp_path / name
+        tune_crf(pyseg.build("coarse"), Scenes(), trials=10, seed=seed, log=file)
+        logs.append(json.loads(file.read_text())["trials"])
+    assert logs[0] == logs[1] != logs[2]
+    for trial in [*logs[0][3:], *logs[2][3:]]:
+        parameters = trial["parameters"]
+        assert parameters["iterations"] in ITERATIONS and parameters["protect"] in PROTECT
+        numbers = *parameters["gaussian"][0], *parameters["bilateral"][0]
+        for number, (low, high) in zip(numbers, RANGES, strict=True):
+            assert low <= number <= high
+
+
+def test_goes_on_from_its_log(tmp_path, monkeypatch):
+    log = tmp_path / "search.json"
+    whole = tune_crf(pyseg.build("coarse"), Scenes(), trials=8)
+
+    refined = []
+    original = CRF.refine
+    monkeypatch.setattr(
+        CRF, "refine", lambda self, *a: refined.append(self.iterations) or original(self, *a)
+    )
+
+    def interrupted(steps):
+        for step in steps:
+            if step == 5 + 6:  # 5 images, 6 trials
+                raise KeyboardInterrupt
+            yield step
+
+    with pytest.raises(KeyboardInterrupt):
+        tune_crf(pyseg.build("coarse"), Scenes(), trials=8, log=log, track=interrupted)
+    assert len(json.loads(log.read_text())["trials"]) == 6 and len(refined) == 3 * 6
+    refined.clear()
+    resumed = tune_crf(pyseg.build("coarse"), Scenes(), trials=8, log=log)
+    assert resumed.to_dict() == whole.to_dict()
+    assert len(refined) == 3 * 2 + 2 * len(resumed.reported)  # two trials, and the checks
+    assert len(json.loads(log.read_text())["trials"]) == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["search.json"]
+
+    with pytest.raises(PysegError, match="belongs to other images or another pipeline"):
+        tune_crf(pyseg.build("coarse(stride=4)"), Scenes(), trials=8, log=log)
+    log.write_text("[1, 2]")
+    with pytest.raises(PysegError, match="is no log of pyseg tune"):
+        tune_crf(pyseg.build("coarse"), Scenes(), trials=8, log=log)
+
+
+def test_images_are_spread_evenly():
+    seen = []
+
+    class Recorded(Scenes):
+        def __getitem__(self, index):
+            seen.append(index)
+            return super().__getitem__(index)
+
+    tuning = tune_crf(pyseg.build("coarse"), Recorded(), trials=3, limit=3)
+    assert seen == [0, 1, 3] and (tuning.fitted, tuning.checked) == (2, 1)
+
+
+def test_errors():
+    pipeline = pyseg.build("coarse")
+    with pytest.raises(PysegError, match="at least 2 images"):
+        tune_crf(pipeline, Scenes(), limit=1)
+    with pytest.raises(PysegError, match="trials must be at least 3"):
+        tune_crf(pipeline, Scenes(), trials=2)
+    with pytest.raises(PysegError, match="gives labels only"):
+        tune_crf(pyseg.build("labels_only"), Scenes(), trials=3)
+    with pytest.raises(PysegError, match="scene0 to scene2 have no labelled pixel"):
+        tune_crf(pipeline, Scenes(labelled=False), trials=3)
+    other = Scenes()
+    other.classes = ("left", "right", "ball")
+    with pytest.raises(PysegError, match="classes are not the dataset's"):
+        tune_crf(pipeline, other)
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.app, ["tune", *map(str, arguments)])
+
+
+def test_command(tmp_path):
+    arguments = ("crf", "--dataset", "scenes", "--root", tmp_path, "--trials", 6)
+    shown = run(*arguments, "--spec", "coarse", "--output", tmp_path / "log.json")
+    assert shown.exit_code == 0, shown.output
+    for word in ("off", "usual", "default", "mIoU, 3 fitted", "mIoU, 2 others", "disc"):
+        assert word in shown.output
+    assert '6 trials; use --spec "coarse+crf(iterations=' in shown.output
+    result = json.loads(run(*arguments, "--spec", "coarse", "--json").output)
+    assert result["trials"] == 6 and result["spec"] in shown.output
+    assert {trial["name"] for trial in result["reported"]} >= {"off", "usual", "default"}
+    assert math.isclose(
+        result["gain"],
+        next(t for t in result["reported"] if t["name"] == result["best"])["check"]["miou"]
+        - result["reported"][0]["check"]["miou"],
+    )
+    assert json.loads((tmp_path / "log.json").read_text())["images"][0] == "scene0"
+
+
+def test_command_says_that_no_crf_is_best(tmp_path):
+    shown = run("crf", "--dataset", "scenes", "--root", tmp_path, "--trials", 4,
+                "--spec", "coarse(exact=True)")  # fmt: skip
+    assert shown.exit_code == 0 and "no crf is best" in shown.output
+    assert '--spec "coarse(exact=True)"' in shown.output
+
+
+def test_command_knows_one_refiner(tmp_path):
+    result = run("sam", "--dataset", "scenes", "--root", tmp_path)
+    assert result.exit_code == 2 and "tune knows the refiner crf, got 'sam'" in result.stderr
