@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "../common/common.h"
+#include "arguments.h"
 
 namespace {
 
@@ -32,7 +33,6 @@ using namespace pyseg;
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
-constexpr int kMaxClasses = 256;
 constexpr int kMaxBlocks = kMaxClasses / 16;
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
 constexpr uint64_t kNoName = ~uint64_t(0);
@@ -215,16 +215,6 @@ class VertexTable {
   std::vector<uint64_t> names_;
 };
 
-enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
-
-struct Settings {
-  std::vector<Kernel> kernels;
-  int iterations;
-  Blur blur;
-  bool classic_scale;  // of kernels that are not normalised: that of Adams et al.
-  Normalization normalization;
-};
-
 struct Tile {
   int x, y, width, height;
   int64_t first_pixel;
@@ -342,7 +332,9 @@ class Crf {
                      double* compatibility_gradient) const;
   std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
-  Real kernel_scale(const Kernel& kernel) const;
+  Real kernel_scale(const Kernel& kernel) const {
+    return Real(pyseg::kernel_scale(kernel.features, settings_.blur, settings_.classic_scale));
+  }
 
   const Settings settings_;
   const int64_t height_, width_;
@@ -390,26 +382,9 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
     low[i] *= scale, high[i] *= scale;
   }
   VertexNames names{};
-  names.features = d;
-  int bits = 0;
-  while ((1 << bits) < d + 1) ++bits;
-  names.remainder = (uint64_t(1) << bits) - 1;
-  for (int axis = 0; axis < d; ++axis) {  // the same sums as in `locate`
-    double least = axis ? -axis * high[axis - 1] : 0, most = axis ? -axis * low[axis - 1] : 0;
-    for (int i = axis; i < d; ++i) least += low[i], most += high[i];
-    const double margin = 2 + settings_.blur.rings;
-    const double range = most - least + 2 * margin + 2;
-    int needed = 1;
-    while (std::ldexp(1.0, needed) < range) ++needed;
-    names.low[axis] = int(std::max(-1e9, std::floor(least - margin)));
-    if (bits < 64) names.unit[axis] = uint64_t(1) << bits;
-    names.all += names.unit[axis];
-    bits += needed;
-    PYSEG_CHECK(bits < 64 && std::abs(least) < 4e6 && std::abs(most) < 4e6,
-                "a sigma is too small: the features span ", range,
-                " cells of the lattice or more, too many to be told apart; use a larger sigma or "
-                "scale that feature down");
-  }
+  PYSEG_CHECK(pyseg::name_vertices(d, low, high, settings_.blur.rings, 64, names),
+              "a sigma is too small: the features span too many cells of the lattice to be told "
+              "apart; use a larger sigma or scale that feature down");
   return names;
 }
 
@@ -627,17 +602,6 @@ void Crf<Real>::normalize() {
   });
 }
 
-// What makes the lattice's kernel 1 at distance 0, as exp(0) is. The classic value is that of
-// Adams et al.; ours keeps the integral over space, which is what a dense image sums.
-template <class Real>
-Real Crf<Real>::kernel_scale(const Kernel& kernel) const {
-  const double d = kernel.features;
-  const Blur& blur = settings_.blur;
-  if (settings_.classic_scale) return Real(1 / (1 + std::exp2(-d)));
-  return Real(std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1) *
-              std::pow(1 - 2 * blur.spread, blur.passes * (d + 1)));
-}
-
 // Turns blurred sums of one kernel, or their gradients, into messages.
 template <class Real>
 void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
@@ -824,91 +788,17 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums,
   }
 }
 
-// Beyond this the sum of a large image's messages would overflow; false for NaN too.
 template <class Real>
-bool usable(const Tensor& tensor) {
+bool all_usable(const Tensor& tensor) {
   const Real* const values = tensor.const_data_ptr<Real>();
-  return std::all_of(values, values + tensor.numel(),
-                     [](Real x) { return std::abs(x) <= Real(1e15); });
+  return std::all_of(values, values + tensor.numel(), usable<Real>);
 }
 
-// The operator's arguments, checked and contiguous.
-struct Arguments {
-  Tensor unary, features, weights;
-  std::optional<Tensor> compatibility;
-  Settings settings;
-};
-
-Arguments check(const Tensor& unary, const Tensor& features, const Tensor& weights,
-                const std::optional<Tensor>& compatibility, const std::vector<int64_t>& sizes,
-                const std::vector<int64_t>& channels, const std::vector<double>& sigmas,
-                int64_t iterations, int64_t normalization, int64_t passes, double spread,
-                int64_t rings) {
-  Settings settings;
-  PYSEG_CHECK(unary.dim() == 4 && features.dim() == 4, "unary and features must have 4 dimensions");
-  const int64_t classes = unary.size(1), height = unary.size(2), width = unary.size(3);
-  PYSEG_CHECK(classes >= 1 && classes <= kMaxClasses, "unary must have 1 to ", kMaxClasses,
-              " classes, got ", shape(unary));
-  PYSEG_CHECK(height > 0 && width > 0, "unary is empty: ", shape(unary));
-  PYSEG_CHECK(
-      features.size(0) == unary.size(0) && features.size(2) == height && features.size(3) == width,
-      "unary and features differ in size: ", shape(unary), " and ", shape(features));
-  PYSEG_CHECK(iterations >= 0, "iterations must not be negative, got ", iterations);
-  PYSEG_CHECK(passes >= 1 && passes <= 8 && spread > 0 && spread < 0.5 && rings >= 0 &&
-                  rings <= 4 && normalization >= 0 && normalization <= 3,
-              "passes, spread, rings or normalization out of range");
-  PYSEG_CHECK(weights.dim() == 1 && weights.size(0) == int64_t(sizes.size()), "weights must be [",
-              sizes.size(), "], got ", shape(weights));
-  int64_t entries = 0;
-  size_t at = 0;
-  for (const int64_t size : sizes) {
-    PYSEG_CHECK(size >= 1 && size <= kMaxFeatures && at + size <= channels.size() &&
-                    channels.size() == sigmas.size(),
-                "a kernel must have 1 to ", kMaxFeatures, " features, each with its sigma");
-    Kernel kernel{};
-    kernel.features = int(size), kernel.first_entry = int(entries);
-    for (int64_t i = 0; i < size; ++i, ++at) {
-      PYSEG_CHECK(channels[at] >= -2 && channels[at] < features.size(1), "channel ", channels[at],
-                  " is not among the ", features.size(1), " features");
-      PYSEG_CHECK(sigmas[at] > 0 && std::isfinite(sigmas[at]), "sigma must be positive, got ",
-                  sigmas[at]);
-      kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
-    }
-    settings.kernels.push_back(kernel);
-    entries += size + 1;
-  }
-  PYSEG_CHECK(entries * kTileWidth <= kTileEntries, "too many kernels: ", sizes.size());
-  PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",
-              height, " x ", width, " pixels with ", entries,
-              " lattice entries each exceeds 2^31 entries: split the image");
-  settings.iterations = int(iterations), settings.blur = {int(passes), spread, int(rings)};
-  settings.normalization = Normalization(normalization);
-  settings.classic_scale = rings == 0 && passes == 1;
-  if (compatibility)
-    PYSEG_CHECK(compatibility->dim() == 2 && compatibility->size(0) == classes &&
-                    compatibility->size(1) == classes,
-                "compatibility must be [", classes, ", ", classes, "], got ",
-                shape(*compatibility));
-  const auto type = unary.scalar_type();
-  PYSEG_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-              "unary must be float32 or float64");
-  PYSEG_CHECK(type == features.scalar_type() && type == weights.scalar_type() &&
-                  (!compatibility || type == compatibility->scalar_type()),
-              "unary, features, weights and compatibility must have one dtype");
-  const auto contiguous = [](const Tensor& tensor) { return torch::stable::contiguous(tensor); };
-  Arguments result{contiguous(unary), contiguous(features), contiguous(weights),
-                   compatibility ? std::optional(contiguous(*compatibility)) : std::nullopt,
-                   settings};
-  for (const Tensor* tensor :
-       {&result.weights, result.compatibility ? &*result.compatibility : &result.weights})
-    PYSEG_CHECK(type == ScalarType::Float ? usable<float>(*tensor) : usable<double>(*tensor),
-                "weights and compatibility must be finite and at most 1e15 in magnitude");
-  return result;
-}
-
-template <class Real>
-const Real* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<Real>() : nullptr;
+void check_values(const Arguments& a) {
+  for (const Tensor* const tensor : {&a.weights, a.compatibility ? &*a.compatibility : &a.weights})
+    PYSEG_CHECK(a.unary.scalar_type() == ScalarType::Float ? all_usable<float>(*tensor)
+                                                           : all_usable<double>(*tensor),
+                kUnusable);
 }
 
 template <class Real>
@@ -953,6 +843,7 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
                      int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
                             iterations, normalization, passes, spread, rings);
+  check_values(a);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
   if (unary.scalar_type() == ScalarType::Float)
@@ -969,6 +860,7 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
     int64_t normalization, int64_t passes, double spread, int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
                             iterations, normalization, passes, spread, rings);
+  check_values(a);
   PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
               "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const Tensor g = torch::stable::contiguous(gradient);

@@ -19,26 +19,20 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <optional>
-#include <sstream>
+#include <numeric>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "../common/launch.h"
 #include "../common/primitives.cuh"
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
+#include "arguments.h"
 
 namespace {
 
 using namespace pyseg;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Key = unsigned long long;  // of a vertex: kernel, image, name
 
-constexpr int kMaxClasses = 256;
 constexpr int kBuildThreads = 128;
 constexpr int kBuildWarps = kBuildThreads / 32;
 constexpr int kPassThreads = 256;
@@ -49,7 +43,6 @@ constexpr int kBlocks = 4096;
 constexpr int kFewest = 1 << 16;  // vertices and rows that a captured graph has room for
 constexpr Key kNone = ~Key(0);
 constexpr uint16_t kNobody = 0xFFFF;
-enum { kNoNormalization, kSymmetric, kBefore, kAfter };
 
 // What the device counts and finds wrong.
 struct Counters {
@@ -60,7 +53,8 @@ struct Counters {
   int overflow;      // a table had too little room
   int bad_features;  // NaN or infinity
   int bad_unary;
-  int bad_names;  // a sigma is too small
+  int bad_weights;  // or compatibility
+  int bad_names;    // a sigma is too small
 };
 
 // Room for as many.
@@ -210,6 +204,13 @@ __global__ void finite_kernel(const Real* unary, int64_t n, Counters* counters) 
        i += int64_t(gridDim.x) * blockDim.x)
     bad |= !(unary[i] * Real(0) == Real(0));
   if (bad) atomicOr(&counters->bad_unary, 1);
+}
+
+template <class Real>
+__global__ void usable_kernel(const Real* values, int64_t n, Counters* counters) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += int64_t(gridDim.x) * blockDim.x)
+    if (!usable(values[i])) atomicOr(&counters->bad_weights, 1);
 }
 
 struct Scales {
@@ -970,93 +971,6 @@ __global__ void compatibility_gradient_kernel(const double* products, const T* f
 
 // -- the host
 
-template <class... Parts>
-[[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  throw std::invalid_argument(out.str());
-}
-
-std::string shape(const Tensor& tensor) {
-  std::ostringstream out;
-  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "[") << tensor.size(i);
-  out << "]";
-  return out.str();
-}
-
-struct Settings {
-  std::vector<Kernel> kernels;  // more features first
-  std::vector<int> given;       // their numbers in the arguments
-  int entries = 0;
-  int iterations, normalization;
-  Blur blur;
-  bool classic;
-};
-
-Settings check_arguments(const Tensor& unary, const Tensor& features, const Tensor& weights,
-                         const std::optional<Tensor>& compatibility,
-                         const std::vector<int64_t>& sizes, const std::vector<int64_t>& channels,
-                         const std::vector<double>& sigmas, int64_t iterations,
-                         int64_t normalization, int64_t passes, double spread, int64_t rings) {
-  if (unary.dim() != 4 || features.dim() != 4) refuse("unary and features must have 4 dimensions");
-  const int64_t classes = unary.size(1), height = unary.size(2), width = unary.size(3);
-  if (classes < 1 || classes > kMaxClasses)
-    refuse("unary must have 1 to ", kMaxClasses, " classes, got ", shape(unary));
-  if (height <= 0 || width <= 0) refuse("unary is empty: ", shape(unary));
-  if (features.size(0) != unary.size(0) || features.size(2) != height || features.size(3) != width)
-    refuse("unary and features differ in size: ", shape(unary), " and ", shape(features));
-  if (iterations < 0) refuse("iterations must not be negative, got ", iterations);
-  if (passes < 1 || passes > 8 || !(spread > 0 && spread < 0.5) || rings < 0 || rings > 4 ||
-      normalization < 0 || normalization > 3)
-    refuse("passes, spread, rings or normalization out of range");
-  if (weights.dim() != 1 || weights.size(0) != int64_t(sizes.size()))
-    refuse("weights must be [", sizes.size(), "], got ", shape(weights));
-  if (compatibility && (compatibility->dim() != 2 || compatibility->size(0) != classes ||
-                        compatibility->size(1) != classes))
-    refuse("compatibility must be [", classes, ", ", classes, "], got ", shape(*compatibility));
-  const auto type = unary.scalar_type();
-  if (type != ScalarType::Float && type != ScalarType::Double)
-    refuse("unary must be float32 or float64");
-  if (type != features.scalar_type() || type != weights.scalar_type() ||
-      (compatibility && type != compatibility->scalar_type()))
-    refuse("unary, features, weights and compatibility must have one dtype");
-  Settings settings;
-  size_t at = 0;
-  for (const int64_t size : sizes) {
-    if (size < 1 || size > kMaxFeatures || at + size > channels.size() ||
-        channels.size() != sigmas.size())
-      refuse("a kernel must have 1 to ", kMaxFeatures, " features, each with its sigma");
-    Kernel kernel{};
-    kernel.features = int(size);
-    for (int64_t i = 0; i < size; ++i, ++at) {
-      if (channels[at] < -2 || channels[at] >= features.size(1))
-        refuse("channel ", channels[at], " is not among the ", features.size(1), " features");
-      if (!(sigmas[at] > 0 && std::isfinite(sigmas[at])))
-        refuse("sigma must be positive, got ", sigmas[at]);
-      kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
-    }
-    settings.given.push_back(int(settings.kernels.size()));
-    settings.kernels.push_back(kernel);
-    settings.entries += int(size) + 1;
-  }
-  if (settings.entries > 512) refuse("too many kernels: ", sizes.size());
-  std::stable_sort(settings.given.begin(), settings.given.end(), [&](int a, int b) {
-    return settings.kernels[a].features > settings.kernels[b].features;
-  });
-  std::vector<Kernel> sorted;
-  int entry = 0;
-  for (const int number : settings.given) {
-    sorted.push_back(settings.kernels[number]);
-    sorted.back().first_entry = entry;
-    entry += sorted.back().features + 1;
-  }
-  settings.kernels = sorted;
-  settings.iterations = int(iterations), settings.normalization = int(normalization);
-  settings.blur = {int(passes), spread, int(rings)};
-  settings.classic = rings == 0 && passes == 1;
-  return settings;
-}
-
 int log2_above(int64_t n) {  // the least power of two that is more
   int bits = 0;
   while ((int64_t(1) << bits) <= n) ++bits;
@@ -1107,26 +1021,36 @@ class Crf {
         memory_(like),
         classes_(classes),
         width_((classes + kVector - 1) / kVector) {
-    int features = 1;
-    for (const Kernel& kernel : settings.kernels) features = std::max(features, kernel.features);
+    given_.resize(settings.kernels.size());
+    std::iota(given_.begin(), given_.end(), 0);
+    std::stable_sort(given_.begin(), given_.end(), [&](int a, int b) {
+      return settings.kernels[a].features > settings.kernels[b].features;
+    });
+    for (const int number : given_) {
+      kernels_.push_back(settings.kernels[number]);
+      kernels_.back().first_entry = grid_.entries;
+      grid_.entries += kernels_.back().features + 1;
+    }
+    const int features = kernels_.empty() ? 1 : kernels_[0].features;
     static constexpr int kShapes[][2] = {{16, 32}, {16, 16}, {8, 16}, {8, 8},
                                          {4, 8},   {4, 4},   {2, 4}};
     for (const auto& shape : kShapes) {
       grid_.tile_height = shape[0], grid_.tile_width = shape[1];
       grid_.pixels = shape[0] * shape[1];
-      if (pass_bytes(buffers) <= kSharedBytes && grid_.pixels * settings.entries < 1 << 16 &&
+      if (pass_bytes(buffers) <= kSharedBytes && grid_.pixels * grid_.entries < 1 << 16 &&
           locate_bytes(grid_.pixels, features) <= 48 << 10)
         break;
     }
     grid_.height = int(height), grid_.width = int(width), grid_.images = int(images);
     grid_.across = (grid_.width + grid_.tile_width - 1) / grid_.tile_width;
     grid_.down = (grid_.height + grid_.tile_height - 1) / grid_.tile_height;
-    grid_.kernels = int(settings.kernels.size()), grid_.entries = settings.entries;
+    grid_.kernels = kernels();
     if (grid_.entries) grid_.by_entries = unsigned((int64_t(1) << 32) / grid_.entries + 1);
   }
 
   const Grid& grid() const { return grid_; }
-  void build(const Real* unary, const Real* features, int planes, const Real* weights);
+  void build(const Real* unary, const Real* features, int planes, const Real* weights,
+             const Real* compatibility);
   void infer(const Real* unary, const Real* compatibility, Real* q,
              std::vector<Vec*>* kept = nullptr);
   void backward(const Real* unary, const Real* compatibility, const Real* gradient, Real* of_unary,
@@ -1134,9 +1058,9 @@ class Crf {
 
  private:
   int pass_bytes(int buffers) const { return buffers * grid_.pixels * (width_ | 1) * 16; }
-  int kernels() const { return int(settings_.kernels.size()); }
+  int kernels() const { return int(kernels_.size()); }
   Real scale_of(int l) const {
-    return Real(kernel_scale(settings_.kernels[l].features, settings_.blur, settings_.classic));
+    return Real(kernel_scale(kernels_[l].features, settings_.blur, settings_.classic_scale));
   }
   Capacity worst() const;
   Capacity bound(bool captured, double more) const;
@@ -1177,6 +1101,8 @@ class Crf {
   }
 
   const Settings& settings_;
+  std::vector<Kernel> kernels_;  // more features first
+  std::vector<int> given_;       // their numbers in the arguments
   const cudaStream_t stream_;
   const Tensor& like_;
   Memory memory_;
@@ -1205,10 +1131,10 @@ template <class Real>
 Capacity Crf<Real>::worst() const {
   const double pixels = double(grid_.tiles()) * grid_.pixels;
   double vertices = 0;
-  for (const Kernel& kernel : settings_.kernels)
+  for (const Kernel& kernel : kernels_)
     vertices +=
         pixels * (kernel.features + 1) * std::pow(2 * kernel.features + 3, settings_.blur.rings);
-  const double entries = pixels * settings_.entries, most = double(1 << 30);
+  const double entries = pixels * grid_.entries, most = double(1 << 30);
   return {int64_t(std::min(most, entries)), int64_t(std::min(most, entries)),
           int64_t(std::min(most, vertices))};
 }
@@ -1231,7 +1157,7 @@ Capacity Crf<Real>::bound(bool captured, double more) const {
 template <class Real>
 template <int D>
 void Crf<Real>::locate(int l, const Real* features, int planes) {
-  const Kernel& kernel = settings_.kernels[l];
+  const Kernel& kernel = kernels_[l];
   Vector<Real, kMaxFeatures> scales{};
   for (int i = 0; i < D; ++i)
     scales.at[i] = Real(feature_scale(i, kernel.sigmas[i], settings_.blur));
@@ -1257,13 +1183,13 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
   STD_CUDA_CHECK(cudaMemsetAsync(keys_, 0xFF, capacity_.vertices * sizeof(Key), stream_));
   STD_CUDA_CHECK(cudaMemsetAsync(counters_, 0, offsetof(Counters, bad_features), stream_));
   for (int l = 0; l < kernels(); ++l) {
-    const Kernel& kernel = settings_.kernels[l];
+    const Kernel& kernel = kernels_[l];
     Scales scales{};
     for (int i = 0; i < kernel.features; ++i)
       scales.of[i] = feature_scale(i, kernel.sigmas[i], settings_.blur);
     PYSEG_LAUNCH(prepare_kernel<Real>, 1, 1, 0, stream_, kernel, scales, grid_.height, grid_.width,
-                 settings_.blur.rings, shift_, ranges, weights + settings_.given[l], scale_of(l),
-                 names_ + l, factors_ + l, counters_);
+                 settings_.blur.rings, shift_, ranges, weights + given_[l], scale_of(l), names_ + l,
+                 factors_ + l, counters_);
     switch (kernel.features) {
       case 1: locate<1>(l, features, planes); break;
       case 2: locate<2>(l, features, planes); break;
@@ -1287,16 +1213,21 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
 }
 
 template <class Real>
-void Crf<Real>::build(const Real* unary, const Real* features, int planes, const Real* weights) {
+void Crf<Real>::build(const Real* unary, const Real* features, int planes, const Real* weights,
+                      const Real* compatibility) {
   const int64_t tiles = grid_.tiles(), entries = tiles * grid_.per_tile();
   shift_ = 64 - std::max(1, log2_above(int64_t(kernels()) * grid_.images - 1));
   counters_ = memory_.template get<Counters>(1);
   STD_CUDA_CHECK(cudaMemsetAsync(counters_, 0, sizeof(Counters), stream_));
   const bool wait = !capturing(stream_);
   const int64_t pixels = int64_t(grid_.height) * grid_.width;
-  if (wait)
+  if (wait) {
     each(finite_kernel<Real>, grid_.images * pixels * classes_, unary,
          grid_.images * pixels * classes_, counters_);
+    each(usable_kernel<Real>, kernels(), weights, kernels(), counters_);
+    if (compatibility)
+      each(usable_kernel<Real>, classes_ * classes_, compatibility, classes_ * classes_, counters_);
+  }
   Memory scratch(like_);
   Key* const ranges = scratch.get<Key>(2 * planes);
   if (planes) {
@@ -1326,20 +1257,20 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
       STD_CUDA_CHECK(
           cudaMemcpyAsync(&found, counters_, sizeof found, cudaMemcpyDeviceToHost, stream_));
       STD_CUDA_CHECK(cudaStreamSynchronize(stream_));
-      if (found.bad_features) refuse("image or features hold NaN or infinity");
-      if (found.bad_unary)
-        refuse(
-            "unary holds NaN or infinity; it must be -log(probability): clamp the "
-            "probabilities, for example p.clamp_min(1e-6).log().neg()");
-      if (found.bad_names)
-        refuse(
-            "a sigma is too small: the features span too many cells of the lattice to be told "
-            "apart; use a larger sigma, scale that feature down, or pass fewer images at once");
+      PYSEG_CHECK(!found.bad_features, "image or features hold NaN or infinity");
+      PYSEG_CHECK(!found.bad_weights, kUnusable);
+      PYSEG_CHECK(!found.bad_unary,
+                  "unary holds NaN or infinity; it must be -log(probability): clamp the "
+                  "probabilities, for example p.clamp_min(1e-6).log().neg()");
+      PYSEG_CHECK(
+          !found.bad_names,
+          "a sigma is too small: the features span too many cells of the lattice to be told "
+          "apart; use a larger sigma, scale that feature down, or pass fewer images at once");
       if (found.overflow || found.locals > capacity_.locals || found.rows > capacity_.rows ||
           found.vertices > capacity_.vertices) {
         const Capacity most = worst();
         if (capacity_.vertices == most.vertices && !found.overflow)
-          refuse("more than 2^30 lattice vertices: pass fewer images at once");
+          throw std::invalid_argument("more than 2^30 lattice vertices: pass fewer images at once");
         continue;
       }
       capacity_ = {found.locals, found.rows, found.vertices};
@@ -1354,7 +1285,7 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
 template <class Real>
 void Crf<Real>::number(Memory& scratch) {
   const int64_t vertices = capacity_.vertices, locals = capacity_.locals, stride = 1 + vertices;
-  const int axes = settings_.kernels[0].features + 1;
+  const int axes = kernels_[0].features + 1;
   layout_ = memory_.template get<Layout>(1);
   kernel_ends_ = memory_.template get<int>(kernels());
   kernel_of_ = memory_.template get<int>(stride);
@@ -1369,7 +1300,7 @@ void Crf<Real>::number(Memory& scratch) {
   const Key* const keys = reinterpret_cast<const Key*>(sorted);
   Ranks ranks{};
   for (int group = 0; group < kMaxFeatures; ++group)
-    for (const Kernel& kernel : settings_.kernels)
+    for (const Kernel& kernel : kernels_)
       ranks.of[group] += kernel.features >= kMaxFeatures - group;
   PYSEG_LAUNCH(layout_kernel, unsigned(kMaxFeatures + kernels() + 31) / 32, 32, 0, stream_, keys,
                vertices, ranks, kernels(), grid_.images, shift_, layout_, kernel_ends_);
@@ -1414,7 +1345,7 @@ void Crf<Real>::blur(int width, const T* factors, bool transposed, Vector<T, N>*
   const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
   const int passes = settings_.blur.passes;
   const T side = T(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
-  for (int step = 0; step < launches(settings_.kernels[0].features, passes); ++step)
+  for (int step = 0; step < launches(kernels_[0].features, passes); ++step)
     PYSEG_LAUNCH((blur_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
                  stream_, values, spare, layout_, links_, 1 + capacity_.vertices, kernel_of_,
                  factors, step, passes, transposed, side, width);
@@ -1429,9 +1360,9 @@ void Crf<Real>::mix(const Vec* in, const Real* compatibility, bool transposed, V
 
 template <class Real>
 void Crf<Real>::normalize() {
-  const int how = settings_.normalization;
+  const Normalization how = settings_.normalization;
   splat_ = entries_.weights;
-  if (how == kNoNormalization) return;
+  if (how == Normalization::none) return;
   Memory scratch(like_);
   const auto partial = scratch.get<Vector<Real, 1>>(capacity_.rows);
   const auto sums = scratch.get<Vector<Real, 1>>(1 + capacity_.vertices);
@@ -1443,16 +1374,15 @@ void Crf<Real>::normalize() {
   combine<Real, 1>(partial, 1, sums, spare);
   blur<Real, 1>(1, nullptr, false, sums, spare);
   const int64_t pixels = grid_.tiles() * grid_.pixels;
-  if (how != kSymmetric) {
+  if (how != Normalization::symmetric) {
     splat_ = memory_.template get<Real>(pixels * grid_.entries);
     STD_CUDA_CHECK(cudaMemcpyAsync(splat_, entries_.weights, pixels * grid_.entries * sizeof(Real),
                                    cudaMemcpyDeviceToDevice, stream_));
   }
   for (int l = 0; l < kernels(); ++l)
-    each(normalize_kernel<Real>, pixels, grid_, settings_.kernels[l].first_entry,
-         settings_.kernels[l].features + 1, pixels, scale_of(l), how == kSymmetric,
-         reinterpret_cast<const Real*>(sums), entries_.vertices,
-         how == kBefore ? splat_ : entries_.weights);
+    each(normalize_kernel<Real>, pixels, grid_, kernels_[l].first_entry, kernels_[l].features + 1,
+         pixels, scale_of(l), how == Normalization::symmetric, reinterpret_cast<const Real*>(sums),
+         entries_.vertices, how == Normalization::before ? splat_ : entries_.weights);
 }
 
 // Writes q; with `kept`, keeps the blurred sums of every iteration instead.
@@ -1531,21 +1461,10 @@ void Crf<Real>::backward(const Real* unary, const Real* compatibility, const Rea
   for (int l = 0; l < kernels(); ++l)
     PYSEG_LAUNCH(weight_gradient_kernel<Real>, 1, kPassThreads, 0, stream_,
                  products + int64_t(l) * blocks * cells, compatibility, blocks, cells, scale_of(l),
-                 of_weights + settings_.given[l]);
+                 of_weights + given_[l]);
   if (compatibility)
     PYSEG_LAUNCH(compatibility_gradient_kernel<Real>, unsigned((cells + 255) / 256), 256, 0,
                  stream_, products, factors_, kernels(), blocks, cells, of_compatibility);
-}
-
-struct Arguments {  // checked and contiguous
-  Settings settings;
-  Tensor unary, features, weights;
-  std::optional<Tensor> compatibility;
-};
-
-template <class Real>
-const Real* data(const std::optional<Tensor>& tensor) {
-  return tensor ? tensor->const_data_ptr<Real>() : nullptr;
 }
 
 // Calls run(crf, index of the first image), with lattices built, for as many images at once as 31
@@ -1556,9 +1475,8 @@ void for_images(const Arguments& a, int buffers, cudaStream_t stream, Run run) {
   const int64_t plane = height * width, classes = a.unary.size(1), planes = a.features.size(1);
   const Crf<Real> one(a.settings, a.unary, 1, int(classes), height, width, buffers, stream);
   const int64_t entries = one.grid().tiles() * one.grid().per_tile();
-  if (entries >= int64_t(1) << 31)
-    refuse("an image of ", height, " x ", width, " pixels with ", a.settings.entries,
-           " lattice entries each exceeds 2^31 entries: split the image");
+  PYSEG_CHECK(entries < int64_t(1) << 31, "an image of ", height, " x ", width, " pixels with ",
+              one.grid().entries, " lattice entries each exceeds 2^31 entries: split the image");
   const int64_t most = std::max<int64_t>(
       1, std::min<int64_t>(4096, ((int64_t(1) << 31) - 1) / std::max<int64_t>(1, entries)));
   for (int64_t first = 0; first < images; first += most) {
@@ -1566,7 +1484,7 @@ void for_images(const Arguments& a, int buffers, cudaStream_t stream, Run run) {
                   buffers, stream);
     crf.build(a.unary.const_data_ptr<Real>() + first * classes * plane,
               a.features.const_data_ptr<Real>() + first * planes * plane, int(planes),
-              a.weights.const_data_ptr<Real>());
+              a.weights.const_data_ptr<Real>(), data<Real>(a.compatibility));
     run(crf, first);
   }
 }
@@ -1596,21 +1514,13 @@ void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor&
   });
 }
 
-Arguments contiguous(Settings settings, const Tensor& unary, const Tensor& features,
-                     const Tensor& weights, const std::optional<Tensor>& compatibility) {
-  using torch::stable::contiguous;
-  return {std::move(settings), contiguous(unary), contiguous(features), contiguous(weights),
-          compatibility ? std::optional(contiguous(*compatibility)) : std::nullopt};
-}
-
 Tensor dense_crf_cuda(const Tensor& unary, const Tensor& features, const Tensor& weights,
                       const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
                       std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
                       int64_t normalization, int64_t passes, double spread, int64_t rings) {
-  Settings settings = check_arguments(unary, features, weights, compatibility, sizes, channels,
-                                      sigmas, iterations, normalization, passes, spread, rings);
   const DeviceScope device(unary);
-  const Arguments a = contiguous(std::move(settings), unary, features, weights, compatibility);
+  const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
+                            iterations, normalization, passes, spread, rings);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   if (unary.scalar_type() == ScalarType::Float)
     infer<float>(a, q, device.stream);
@@ -1624,12 +1534,11 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cuda(
     const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
     std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
     int64_t normalization, int64_t passes, double spread, int64_t rings) {
-  Settings settings = check_arguments(unary, features, weights, compatibility, sizes, channels,
-                                      sigmas, iterations, normalization, passes, spread, rings);
-  if (shape(gradient) != shape(unary) || gradient.scalar_type() != unary.scalar_type())
-    refuse("the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const DeviceScope device(unary);
-  const Arguments a = contiguous(std::move(settings), unary, features, weights, compatibility);
+  const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
+                            iterations, normalization, passes, spread, rings);
+  PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
+              "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const Tensor g = torch::stable::contiguous(gradient);
   const int64_t labels = compatibility ? unary.size(1) : 0;
   Tensor of_unary = torch::stable::new_empty(a.unary, a.unary.sizes());

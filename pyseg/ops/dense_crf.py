@@ -89,8 +89,8 @@ def dense_crf(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an image without pixels; a sigma that is
             not positive, or so small that the lattice's coordinates overflow; NaN or infinity in
-            unary, image or features, weights or penalties that are not finite or above 1e15 (CPU);
-            more than 2^31 lattice entries in an image; image or features require a gradient.
+            unary, image or features, weights or penalties that are not finite or above 1e15; more
+            than 2^31 lattice entries in an image; image or features require a gradient.
 
     Source:
         Krähenbühl & Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
@@ -250,11 +250,14 @@ def _kernels(unary, image, gaussian, bilateral, features, dtype) -> Kernels:
 
 
 def _stack(weights: list, device, dtype) -> Tensor:
-    if not any(isinstance(weight, Tensor) for weight in weights):
-        return torch.tensor(weights, device=device, dtype=dtype)
-    return torch.stack(
-        [torch.as_tensor(weight, device=device, dtype=dtype).reshape(()) for weight in weights]
-    )
+    # full() runs on the device: a tensor made of numbers would be copied there, and waited for.
+    scalars = [
+        weight.to(dtype).reshape(())
+        if isinstance(weight, Tensor)
+        else torch.full((), float(weight), device=device, dtype=dtype)
+        for weight in weights
+    ]
+    return torch.stack(scalars) if scalars else torch.empty(0, device=device, dtype=dtype)
 
 
 @torch.library.register_fake("pyseg::dense_crf")

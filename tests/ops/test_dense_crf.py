@@ -534,18 +534,71 @@ def test_device_bad_input(device, generator):
     with pytest.raises(ValueError, match="sigma is too small"):
         given = arguments(unary, image, bilateral=((1e-6, 13.0, 1.0),))
         device.ops.dense_crf(*on(device, given))
+    for options in (
+        {"gaussian": ((3.0, torch.nan),)},
+        {"gaussian": ((3.0, -1e16),)},
+        {"compatibility": torch.full((3, 3), torch.inf)},
+    ):
+        with pytest.raises(ValueError, match="at most 1e15 in magnitude"):
+            device.ops.dense_crf(*on(device, arguments(unary, image, **options)))
     with pytest.raises(ValueError, match="weights must be"):
         given = arguments(unary, image)
         device.ops.dense_crf(*on(device, (*given[:2], given[2][:1], *given[3:])))
 
 
+def check_device_gradients(device, unary, image, tolerance=1e-5, **options):
+    given = arguments(unary, image, **options)
+    gradient = torch.randn(unary.shape, generator=torch.Generator().manual_seed(1)).to(unary)
+    results = device.ops.dense_crf_backward(*on(device, (gradient, *given)))
+    expected = torch.ops.pyseg.dense_crf_backward(gradient, *given)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result.shape == wanted.shape
+        largest = float(wanted.abs().max()) if wanted.numel() else 0.0
+        torch.testing.assert_close(result.cpu(), wanted, atol=tolerance * (1 + largest), rtol=0)
+    assert unary.shape[1] == 1 or expected[0].abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((2, 3, 9, 13), {}),
+        ((1, 5, 17, 20), {"normalization": "before", "quality": "compatible"}),
+        ((1, 3, 5, 34), {"normalization": "after", **SEVERAL}),
+        ((1, 4, 9, 13), {"compatibility": torch.rand(4, 4)}),
+        ((1, 1, 1, 1), {}),
+    ],
+)
+def test_small_kernel_gradients_agree_with_cpu(device, generator, shape, options):
+    check_device_gradients(device, *example(generator, *shape), **options)
+
+
+@pytest.mark.parametrize("classes", [2, 8, 19, 40, 150, 256])
+@pytest.mark.parametrize("potts", [True, False])
+def test_device_gradients_by_class(device, generator, classes, potts):
+    unary, image = example(generator, 1, classes, 5, 9)
+    matrix = None if potts else torch.rand(classes, classes, generator=generator)
+    check_device_gradients(device, unary, image, compatibility=matrix, iterations=2)
+
+
+def test_device_gradients_in_double(device, generator):
+    unary, image = example(generator, 1, 256, 5, 9)
+    check_device_gradients(device, unary.double(), image, tolerance=1e-12, iterations=1)
+
+
+def test_device_gradients_without_messages(device, generator):
+    unary, image = example(generator, 2, 3, 9, 13)
+    for options in ({"iterations": 0}, {"gaussian": (), "bilateral": ()}):
+        check_device_gradients(device, unary, image, **options)
+
+
 def test_while_a_graph_is_captured(emulated, generator):
     from emulation import settings
 
-    given = arguments(*example(generator, 2, 3, 17, 33))
+    given = first = arguments(*example(generator, 2, 3, 17, 33))
     expected = emulated.dense_crf(*given)
     with settings(capturing=1):  # waiting for the stream would raise
         assert torch.equal(emulated.dense_crf(*given), expected)
+        gradients = emulated.dense_crf_backward(given[0], *given)
         for bad in (0, 1):  # the unary, then the features
             wrong = list(given)
             wrong[bad] = wrong[bad].clone()
@@ -556,6 +609,9 @@ def test_while_a_graph_is_captured(emulated, generator):
         given = arguments(unary, image, features=(kernel,), quality="high")
         with pytest.raises(RuntimeError, match="trap"):  # more vertices than there is room for
             emulated.dense_crf(*given)
+    again = emulated.dense_crf_backward(first[0], *first)
+    for gradient, wanted in zip(gradients, again, strict=True):
+        assert torch.equal(gradient, wanted)
 
 
 @pytest.mark.gpu
