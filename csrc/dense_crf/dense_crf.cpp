@@ -222,6 +222,7 @@ struct Kernel {
   int first_entry;  // of a pixel's entries, where this kernel's d + 1 begin
   int channels[kMaxFeatures];
   double sigmas[kMaxFeatures];
+  Blur blur;
 };
 
 enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
@@ -229,7 +230,6 @@ enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
 struct Settings {
   std::vector<Kernel> kernels;
   int iterations;
-  Blur blur;
   bool classic_scale;  // of kernels that are not normalised: that of Adams et al.
   Normalization normalization;
 };
@@ -296,6 +296,7 @@ class Crf {
   int entries_ = 0;
   std::vector<Tile> tiles_;
   std::vector<VertexNames> names_;
+  std::vector<Locate<Real>> locate_;           // [kernels]
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
   std::unique_ptr<uint16_t[]> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
   std::unique_ptr<Real[]> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
@@ -331,7 +332,7 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
       PYSEG_CHECK(range_of(features + channel * pixels, pixels, low[i], high[i]),
                   "image or features hold NaN or infinity");
     }
-    const double scale = feature_scale(i, kernel.sigmas[i], settings_.blur);
+    const double scale = feature_scale(i, kernel.sigmas[i], kernel.blur);
     low[i] *= scale, high[i] *= scale;
   }
   VertexNames names{};
@@ -342,7 +343,7 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
   for (int axis = 0; axis < d; ++axis) {  // the same sums as in `locate`
     double least = axis ? -axis * high[axis - 1] : 0, most = axis ? -axis * low[axis - 1] : 0;
     for (int i = axis; i < d; ++i) least += low[i], most += high[i];
-    const double margin = 2 + settings_.blur.rings;
+    const double margin = 2 + kernel.blur.rings;
     const double range = most - least + 2 * margin + 2;
     int needed = 1;
     while (std::ldexp(1.0, needed) < range) ++needed;
@@ -369,7 +370,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
-    const Locate<Real> locate = locate_function<Real>(d);
+    const Locate<Real> locate = locate_[l];
     Part& part = parts_[l][index];
     VertexTable& table = tables[l];
     table.clear();
@@ -377,7 +378,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
     for (int y = tile.y; y < tile.y + tile.height; ++y) {
       for (int i = 0; i < d; ++i) {
         const int channel = kernel.channels[i];
-        const Real scale = Real(feature_scale(i, kernel.sigmas[i], settings_.blur));
+        const Real scale = Real(feature_scale(i, kernel.sigmas[i], kernel.blur));
         Real* const to = feature + i * kTileWidth;
         if (channel >= 0) {
           const Real* const from = features + (channel * height_ + y) * width_ + tile.x;
@@ -426,7 +427,7 @@ void Crf<Real>::link(int l, VertexTable& table) {
   const int axes = settings_.kernels[l].features + 1;
   const VertexNames& naming = names_[l];
   const std::vector<uint64_t>& names = table.names();
-  for (int ring = 0, begin = 0; ring < settings_.blur.rings; ++ring) {
+  for (int ring = 0, begin = 0; ring < settings_.kernels[l].blur.rings; ++ring) {
     const int end = int(names.size());
     for (int v = begin; v < end; ++v)
       for (int axis = 0; axis < axes; ++axis) {
@@ -455,7 +456,10 @@ void Crf<Real>::build(const Real* features) {
   slice_ = uninitialised<Real>(pixels * entries_);
   parts_.assign(kernels_, std::vector<Part>(tiles_.size()));
   names_.resize(kernels_);
-  for (int l = 0; l < kernels_; ++l) names_[l] = name_vertices(settings_.kernels[l], features);
+  for (int l = 0; l < kernels_; ++l) {
+    names_[l] = name_vertices(settings_.kernels[l], features);
+    locate_.push_back(locate_function<Real>(settings_.kernels[l].features));
+  }
   std::vector<std::vector<VertexTable>> tables(
       torch::stable::get_num_threads(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
   for_each(tiles_.size(),
@@ -506,9 +510,10 @@ template <class Real>
 void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions, int width,
                        Real* values, Real* spare) const {
   const int n = width / 16;
-  const Real side = Real(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
   for (int l = 0; l < kernels_; ++l) {
-    const int axes = settings_.kernels[l].features + 1, steps = settings_.blur.passes * axes;
+    const Blur& blur = settings_.kernels[l].blur;
+    const Real side = Real(blur.spread / (1 - 2 * blur.spread));
+    const int axes = settings_.kernels[l].features + 1, steps = blur.passes * axes;
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
@@ -569,7 +574,7 @@ void Crf<Real>::normalize() {
 template <class Real>
 Real Crf<Real>::kernel_scale(const Kernel& kernel) const {
   const double d = kernel.features;
-  const Blur& blur = settings_.blur;
+  const Blur& blur = kernel.blur;
   if (settings_.classic_scale) return Real(1 / (1 + std::exp2(-d)));
   return Real(std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1) *
               std::pow(1 - 2 * blur.spread, blur.passes * (d + 1)));
@@ -708,6 +713,8 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
                   sigmas[at]);
       kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
     }
+    const bool positional = *std::max_element(kernel.channels, kernel.channels + size) < 0;
+    kernel.blur = blur_of(positional, {int(passes), spread, int(rings)});
     settings.kernels.push_back(kernel);
     entries += size + 1;
   }
@@ -715,7 +722,7 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
   PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",
               height, " x ", width, " pixels with ", entries,
               " lattice entries each exceeds 2^31 entries: split the image");
-  settings.iterations = int(iterations), settings.blur = {int(passes), spread, int(rings)};
+  settings.iterations = int(iterations);
   settings.normalization = Normalization(normalization);
   settings.classic_scale = rings == 0 && passes == 1;
   const Tensor u = torch::stable::contiguous(unary), f = torch::stable::contiguous(features);
