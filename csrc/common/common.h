@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -51,12 +52,19 @@ inline std::string shape(const Tensor& tensor) {
   return out.str();
 }
 
-// The most capable of the versions that PYSEG_MULTIVERSION makes and this processor runs.
+// The most capable of the versions that PYSEG_MULTIVERSION makes and this processor runs. The
+// environment's PYSEG_SIMD (v4, v3 or generic) lowers it, for kernels that choose by this function:
+// so tests run the versions that their processor would not take.
 inline std::string simd_level() {
+  const char* const asked = std::getenv("PYSEG_SIMD");
+  const std::string most = asked ? asked : "";
+  PYSEG_CHECK(most.empty() || most == "v4" || most == "v3" || most == "generic",
+              "PYSEG_SIMD must be v4, v3 or generic, got ", most);
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
-  if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
+  if (most != "v3" && most != "generic" && __builtin_cpu_supports("x86-64-v4"))
+    return "x86-64-v4 (AVX-512)";
+  if (most != "generic" && __builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
 #endif
   return "generic";
 }

@@ -28,7 +28,6 @@ enum class Normalization { none = 0, symmetric = 1, before = 2, after = 3 };
 struct Settings {
   std::vector<Kernel> kernels;
   int iterations;
-  Blur blur;
   bool classic_scale;  // of kernels that are not normalised: that of Adams et al.
   Normalization normalization;
 };
@@ -75,6 +74,8 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                   sigmas[at]);
       kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
     }
+    const bool positional = *std::max_element(kernel.channels, kernel.channels + size) < 0;
+    kernel.blur = blur_of(positional, {int(passes), spread, int(rings)});
     settings.kernels.push_back(kernel);
     entries += size + 1;
   }
@@ -82,7 +83,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
   PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",
               height, " x ", width, " pixels with ", entries,
               " lattice entries each exceeds 2^31 entries: split the image");
-  settings.iterations = int(iterations), settings.blur = {int(passes), spread, int(rings)};
+  settings.iterations = int(iterations);
   settings.normalization = Normalization(normalization);
   settings.classic_scale = rings == 0 && passes == 1;
   if (compatibility)

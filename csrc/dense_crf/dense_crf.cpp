@@ -333,7 +333,7 @@ class Crf {
   std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
   Real kernel_scale(const Kernel& kernel) const {
-    return Real(pyseg::kernel_scale(kernel.features, settings_.blur, settings_.classic_scale));
+    return Real(pyseg::kernel_scale(kernel.features, kernel.blur, settings_.classic_scale));
   }
 
   const Settings settings_;
@@ -342,6 +342,7 @@ class Crf {
   int entries_ = 0;
   std::vector<Tile> tiles_;
   std::vector<VertexNames> names_;
+  std::vector<Locate<Real>> locate_;           // [kernels]
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
   std::unique_ptr<uint16_t[]> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
   std::unique_ptr<Real[]> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
@@ -378,11 +379,11 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
       PYSEG_CHECK(range_of(features + channel * pixels, pixels, low[i], high[i]),
                   "image or features hold NaN or infinity");
     }
-    const double scale = feature_scale(i, kernel.sigmas[i], settings_.blur);
+    const double scale = feature_scale(i, kernel.sigmas[i], kernel.blur);
     low[i] *= scale, high[i] *= scale;
   }
   VertexNames names{};
-  PYSEG_CHECK(pyseg::name_vertices(d, low, high, settings_.blur.rings, 64, names),
+  PYSEG_CHECK(pyseg::name_vertices(d, low, high, kernel.blur.rings, 64, names),
               "a sigma is too small: the features span too many cells of the lattice to be told "
               "apart; use a larger sigma or scale that feature down");
   return names;
@@ -399,7 +400,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
-    const Locate<Real> locate = locate_function<Real>(d);
+    const Locate<Real> locate = locate_[l];
     Part& part = parts_[l][index];
     VertexTable& table = tables[l];
     table.clear();
@@ -407,7 +408,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
     for (int y = tile.y; y < tile.y + tile.height; ++y) {
       for (int i = 0; i < d; ++i) {
         const int channel = kernel.channels[i];
-        const Real scale = Real(feature_scale(i, kernel.sigmas[i], settings_.blur));
+        const Real scale = Real(feature_scale(i, kernel.sigmas[i], kernel.blur));
         Real* const to = feature + i * kTileWidth;
         if (channel >= 0) {
           const Real* const from = features + (channel * height_ + y) * width_ + tile.x;
@@ -457,7 +458,7 @@ void Crf<Real>::link(int l, VertexTable& table) {
   const int axes = settings_.kernels[l].features + 1;
   const VertexNames& naming = names_[l];
   const std::vector<uint64_t>& names = table.names();
-  for (int ring = 0, begin = 0; ring < settings_.blur.rings; ++ring) {
+  for (int ring = 0, begin = 0; ring < settings_.kernels[l].blur.rings; ++ring) {
     const int end = int(names.size());
     for (int v = begin; v < end; ++v)
       for (int axis = 0; axis < axes; ++axis) {
@@ -486,7 +487,10 @@ void Crf<Real>::build(const Real* features) {
   slice_ = uninitialised<Real>(pixels * entries_);
   parts_.assign(kernels_, std::vector<Part>(tiles_.size()));
   names_.resize(kernels_);
-  for (int l = 0; l < kernels_; ++l) names_[l] = name_vertices(settings_.kernels[l], features);
+  for (int l = 0; l < kernels_; ++l) {
+    names_[l] = name_vertices(settings_.kernels[l], features);
+    locate_.push_back(locate_function<Real>(settings_.kernels[l].features));
+  }
   std::vector<std::vector<VertexTable>> tables(
       torch::stable::get_num_threads(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
   for_each(tiles_.size(),
@@ -540,9 +544,10 @@ template <class Visit>
 void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions, int width,
                        bool transposed, Visit visit, Real* values, Real* spare) const {
   const int n = width / 16;
-  const Real side = Real(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
   for (int l = 0; l < kernels_; ++l) {
-    const int axes = settings_.kernels[l].features + 1, steps = settings_.blur.passes * axes;
+    const Blur& blur = settings_.kernels[l].blur;
+    const Real side = Real(blur.spread / (1 - 2 * blur.spread));
+    const int axes = settings_.kernels[l].features + 1, steps = blur.passes * axes;
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
@@ -622,7 +627,8 @@ std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int lines, int strid
   std::vector<int64_t> sizes(row_sets, rows);
   sizes.push_back(lines * kTileWidth);
   std::vector<Scratch<Real>> scratches;
-  for (int i = 0; i < torch::stable::get_num_threads(); ++i) scratches.emplace_back(sizes, stride);
+  for (int i = 0; i < int(torch::stable::get_num_threads()); ++i)
+    scratches.emplace_back(sizes, stride);
   return scratches;
 }
 

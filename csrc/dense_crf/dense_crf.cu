@@ -217,11 +217,21 @@ struct Scales {
   double of[kMaxFeatures];
 };
 
-// One thread: the names of a kernel's vertices, and by what its messages are multiplied.
+// How a kernel's vertices are blurred.
 template <class Real>
-__global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int width, int rings,
-                               int bits, const Key* ranges, const Real* weight, Real scale,
-                               VertexNames* names, Real* factor, Counters* counters) {
+struct Filter {
+  int axes, blurs, rings;
+  Real side;  // by (side 1 side)
+};
+
+// One thread: the names of a kernel's vertices, how they are blurred, and by what its messages are
+// multiplied.
+template <class Real>
+__global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int width, int bits,
+                               const Key* ranges, const Real* weight, Real scale,
+                               VertexNames* names, Filter<Real>* filter, Real* factor,
+                               Counters* counters) {
+  const Blur& blur = kernel.blur;
   double low[kMaxFeatures], high[kMaxFeatures];
   for (int i = 0; i < kernel.features; ++i) {
     const int channel = kernel.channels[i];
@@ -230,8 +240,10 @@ __global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int wid
         channel < 0 ? (channel == -2 ? width : height) - 1 : unordered(~ranges[2 * channel + 1]);
     low[i] *= scales.of[i], high[i] *= scales.of[i];
   }
-  if (!name_vertices(kernel.features, low, high, rings, bits, *names))
+  if (!name_vertices(kernel.features, low, high, blur.rings, bits, *names))
     atomicOr(&counters->bad_names, 1);
+  *filter = {kernel.features + 1, blur.passes * (kernel.features + 1), blur.rings,
+             Real(blur.spread / (1 - 2 * blur.spread))};
   *factor = *weight * scale;
 }
 
@@ -441,15 +453,20 @@ __global__ void __launch_bounds__(kPassThreads)
   }
 }
 
-// Adds the neighbours of the vertices counters->ring .. counters->vertices to the table.
+// Adds the neighbours of the vertices counters->ring .. counters->vertices to the table, of kernels
+// that have ring number `ring`.
+template <class Real>
 __global__ void ring_kernel(Table table, const Key* keys, int64_t capacity, int shift, int images,
-                            const VertexNames* naming, Counters* counters) {
+                            int ring, const VertexNames* naming, const Filter<Real>* filters,
+                            Counters* counters) {
   const int64_t end = min(capacity, int64_t(counters->vertices));
   const Key name_mask = (Key(1) << shift) - 1;
   for (int64_t i = counters->ring + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < end;
        i += int64_t(gridDim.x) * blockDim.x) {
     const Key key = keys[i];
-    const VertexNames& names = naming[(key >> shift) / images];
+    const int kernel = int((key >> shift) / images);
+    if (filters[kernel].rings < ring) continue;
+    const VertexNames& names = naming[kernel];
     for (int axis = 0; axis <= names.features; ++axis) {
       insert(table, neighbour(names, key, axis, true, name_mask), counters);
       insert(table, neighbour(names, key, axis, false, name_mask), counters);
@@ -473,29 +490,13 @@ __global__ void check_kernel(const Counters* counters, Capacity capacity) {
   if (small || narrow) __trap();
 }
 
-// Vertices are numbered from 1, by kernel, kernels with more features first: then those that still
-// have to be blurred come first. Row 0 stands for all absent vertices.
-struct Layout {
-  int end[kMaxFeatures];  // of the vertices of kernels with 8, 7, .. 1 features
-};
-
-struct Ranks {
-  int of[kMaxFeatures];  // how many kernels have 8 features, 7 or more, ..
-};
-
-__device__ int features_of(const Layout& layout, int64_t vertex) {
-  int group = 0;
-  while (vertex >= layout.end[group]) ++group;
-  return kMaxFeatures - group;
-}
-
-// Threads: the groups of kernels, then the kernels.
-__global__ void layout_kernel(const Key* keys, int64_t n, Ranks ranks, int kernels, int images,
-                              int shift, Layout* layout, int* kernel_ends) {
-  const int job = blockIdx.x * blockDim.x + threadIdx.x, l = job - kMaxFeatures;
+// Vertices are numbered from 1, by kernel. Row 0 stands for all absent vertices. A thread is a
+// kernel and finds where its vertices end.
+__global__ void ends_kernel(const Key* keys, int64_t n, int kernels, int images, int shift,
+                            int* kernel_ends) {
+  const int l = blockIdx.x * blockDim.x + threadIdx.x;
   if (l >= kernels) return;
-  const int rank = l < 0 ? ranks.of[job] : l + 1;
-  const Key bound = rank == kernels ? kNone : Key(rank) * images << shift;
+  const Key bound = l + 1 == kernels ? kNone : Key(l + 1) * images << shift;
   int64_t low = 0, high = n;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
@@ -504,7 +505,7 @@ __global__ void layout_kernel(const Key* keys, int64_t n, Ranks ranks, int kerne
     else
       high = middle;
   }
-  (l < 0 ? layout->end[job] : kernel_ends[l]) = int(low) + 1;
+  kernel_ends[l] = int(low) + 1;
 }
 
 __global__ void rank_kernel(const Key* keys, const unsigned* places, int64_t n, int shift,
@@ -552,10 +553,10 @@ __global__ void entries_kernel(const int* local_vertices, int64_t n, int* entrie
 }
 
 // links [axes, stride] of neighbours before and after; those of vertex 0 were set to 0.
-__global__ void links_kernel(const Key* keys, const int* kernel_of, const Layout* layout, int shift,
+__global__ void links_kernel(const Key* keys, const int* kernel_of, const int* vertices, int shift,
                              Table table, const VertexNames* naming, int64_t stride, int2* links) {
   const Key name_mask = (Key(1) << shift) - 1;
-  const int64_t end = layout->end[kMaxFeatures - 1];
+  const int64_t end = *vertices;
   for (int64_t v = 1 + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < end;
        v += int64_t(gridDim.x) * blockDim.x) {
     const VertexNames& names = naming[kernel_of[v]];
@@ -575,17 +576,16 @@ __device__ void add(Vector<T, N>& to, T factor, Vector<T, N> from) {
   for (int i = 0; i < N; ++i) to.at[i] += factor * from.at[i];
 }
 
-__host__ __device__ inline int launches(int features, int passes) {  // two blurs in each
-  return (passes * (features + 1) + 1) / 2;
-}
+__host__ __device__ inline int launches(int blurs) { return (blurs + 1) / 2; }  // two in each
 
 // Sums the rows of each vertex, in the order of tiles, into that of the buffers from which its
 // blurs end in `even`.
 template <class T, int N>
 __global__ void combine_kernel(const Vector<T, N>* partial, const Span* rows, const int* begin,
-                               const int* end, const Layout* layout, int passes, int width,
-                               Vector<T, N>* even, Vector<T, N>* odd) {
-  const int64_t vertices = layout->end[kMaxFeatures - 1];
+                               const int* end, const int* last, const int* kernel_of,
+                               const Filter<T>* filters, int width, Vector<T, N>* even,
+                               Vector<T, N>* odd) {
+  const int64_t vertices = *last;
   for (int64_t v = 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; v < vertices;
        v += int64_t(gridDim.x) * blockDim.y) {
     Vector<T, N> sum{};
@@ -595,7 +595,7 @@ __global__ void combine_kernel(const Vector<T, N>* partial, const Span* rows, co
       for (int r = 0; r < span.count; ++r)
         add(sum, T(1), partial[int64_t(span.first + r) * width + threadIdx.x]);
     }
-    (launches(features_of(*layout, v), passes) % 2 ? odd : even)[v * width + threadIdx.x] = sum;
+    (launches(filters[kernel_of[v]].blurs) % 2 ? odd : even)[v * width + threadIdx.x] = sum;
   }
 }
 
@@ -603,16 +603,18 @@ __global__ void combine_kernel(const Vector<T, N>* partial, const Span* rows, co
 // neighbours along the first axis and theirs are read, so that nothing lies between. Blurs along
 // different axes do not commute where vertices are absent: `transposed` takes them in reverse.
 template <class T, int N>
-__global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const Layout* layout,
+__global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* last,
                             const int2* links, int64_t stride, const int* kernel_of,
-                            const T* factors,  // null: 1
-                            int step, int passes, bool transposed, T side, int width) {
-  const int64_t vertices = layout->end[kMaxFeatures - 1];
+                            const Filter<T>* filters, const T* factors,  // null: 1
+                            int step, bool transposed, int width) {
+  const int64_t vertices = *last;
   for (int64_t v = 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; v < vertices;
        v += int64_t(gridDim.x) * blockDim.y) {
-    const int axes = features_of(*layout, v) + 1, blurs = passes * axes;
-    if (2 * step >= blurs) return;  // nor has any later vertex
-    const bool to_even = (launches(axes - 1, passes) - 1 - step) % 2 == 0;
+    const int kernel = kernel_of[v];
+    const int axes = filters[kernel].axes, blurs = filters[kernel].blurs;
+    if (2 * step >= blurs) continue;
+    const T side = filters[kernel].side;
+    const bool to_even = (launches(blurs) - 1 - step) % 2 == 0;
     const Vector<T, N>* const from = (to_even ? odd : even) + threadIdx.x;
     const int first = transposed ? blurs - 1 - 2 * step : 2 * step;
     const int2* const along = links + first % axes * stride;
@@ -632,7 +634,7 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const Layout*
       add(sum, side, after);
     }
     if (factors && 2 * step + 2 >= blurs) {
-      const T factor = factors[kernel_of[v]];
+      const T factor = factors[kernel];
 #pragma unroll
       for (int i = 0; i < N; ++i) sum.at[i] *= factor;
     }
@@ -643,9 +645,9 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const Layout*
 // out = -factor compatibility in, per vertex, or factor in; a thread per vertex and class.
 template <class T>
 __global__ void mix_kernel(const T* in, const T* compatibility, const T* factors,
-                           const int* kernel_of, const Layout* layout, int classes, int stride,
+                           const int* kernel_of, const int* last, int classes, int stride,
                            bool transposed, T* out) {
-  const int64_t n = int64_t(layout->end[kMaxFeatures - 1]) * stride;
+  const int64_t n = int64_t(*last) * stride;
   const int along = transposed ? classes : 1, across = transposed ? 1 : classes;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += int64_t(gridDim.x) * blockDim.x) {
@@ -898,15 +900,15 @@ __global__ void __launch_bounds__(kPassThreads)
 // block adds to one number, otherwise to [C, C]. Each block takes the same vertices every time.
 template <class T>
 __global__ void __launch_bounds__(kPassThreads)
-    products_kernel(const T* even, const T* odd, const T* sums, const Layout* layout,
-                    const int* kernel_ends, int passes, int classes, int stride, bool matrix,
+    products_kernel(const T* even, const T* odd, const T* sums, const Filter<T>* filters,
+                    const int* kernel_ends, int classes, int stride, bool matrix,
                     double* products) {  // [kernels, blocks, 1 or C * C]
   const int l = blockIdx.y;
   const int64_t begin = l ? kernel_ends[l - 1] : 1, end = kernel_ends[l];
   const int cells = matrix ? classes * classes : 1;
   double* const to = products + (int64_t(l) * gridDim.x + blockIdx.x) * cells;
   if (begin >= end) return;
-  const T* const gradients = launches(features_of(*layout, begin), passes) % 2 ? odd : even;
+  const T* const gradients = launches(filters[l].blurs) % 2 ? odd : even;
   if (!matrix) {
     using Reduce = BlockReduce<double, kPassThreads>;
     __shared__ typename Reduce::TempStorage storage;
@@ -1059,8 +1061,14 @@ class Crf {
  private:
   int pass_bytes(int buffers) const { return buffers * grid_.pixels * (width_ | 1) * 16; }
   int kernels() const { return int(kernels_.size()); }
+  int rings() const {
+    int most = 0;
+    for (const Kernel& kernel : kernels_) most = std::max(most, kernel.blur.rings);
+    return most;
+  }
+  const int* last() const { return kernel_ends_ + kernels() - 1; }  // after the last vertex
   Real scale_of(int l) const {
-    return Real(kernel_scale(kernels_[l].features, settings_.blur, settings_.classic_scale));
+    return Real(kernel_scale(kernels_[l].features, kernels_[l].blur, settings_.classic_scale));
   }
   Capacity worst() const;
   Capacity bound(bool captured, double more) const;
@@ -1116,10 +1124,10 @@ class Crf {
   Key* keys_ = nullptr;         // [vertices] that are in the table
   unsigned* places_ = nullptr;  // [vertices] where
   VertexNames* names_ = nullptr;
-  Real* factors_ = nullptr;  // [kernels]
+  Filter<Real>* filters_ = nullptr;  // [kernels]
+  Real* factors_ = nullptr;          // [kernels]
   Entries<Real> entries_{};
-  Real* splat_ = nullptr;  // the entries' weights, unless they are entries_.weights
-  Layout* layout_ = nullptr;
+  Real* splat_ = nullptr;                  // the entries' weights, unless they are entries_.weights
   int* kernel_ends_ = nullptr;             // [kernels] of their vertices
   int* kernel_of_ = nullptr;               // [1 + vertices]
   int2* links_ = nullptr;                  // [axes, 1 + vertices]
@@ -1133,7 +1141,7 @@ Capacity Crf<Real>::worst() const {
   double vertices = 0;
   for (const Kernel& kernel : kernels_)
     vertices +=
-        pixels * (kernel.features + 1) * std::pow(2 * kernel.features + 3, settings_.blur.rings);
+        pixels * (kernel.features + 1) * std::pow(2 * kernel.features + 3, kernel.blur.rings);
   const double entries = pixels * grid_.entries, most = double(1 << 30);
   return {int64_t(std::min(most, entries)), int64_t(std::min(most, entries)),
           int64_t(std::min(most, vertices))};
@@ -1151,7 +1159,7 @@ Capacity Crf<Real>::bound(bool captured, double more) const {
     return std::min(limit, int64_t(std::min(1e9, wanted)));
   };
   return {room(0.7, most.locals), room(0.7, most.rows),
-          room(settings_.blur.rings > 1 ? 1.1 : 0.4, most.vertices)};
+          room(rings() > 1 ? 1.1 : 0.4, most.vertices)};
 }
 
 template <class Real>
@@ -1159,8 +1167,7 @@ template <int D>
 void Crf<Real>::locate(int l, const Real* features, int planes) {
   const Kernel& kernel = kernels_[l];
   Vector<Real, kMaxFeatures> scales{};
-  for (int i = 0; i < D; ++i)
-    scales.at[i] = Real(feature_scale(i, kernel.sigmas[i], settings_.blur));
+  for (int i = 0; i < D; ++i) scales.at[i] = Real(feature_scale(i, kernel.sigmas[i], kernel.blur));
   PYSEG_LAUNCH((locate_kernel<Real, D>), unsigned(grid_.tiles()), kBuildThreads,
                locate_bytes(grid_.pixels, D), stream_, grid_, kernel, scales, l, shift_, names_ + l,
                features, planes, table_, capacity_, counters_, entries_);
@@ -1186,9 +1193,9 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
     const Kernel& kernel = kernels_[l];
     Scales scales{};
     for (int i = 0; i < kernel.features; ++i)
-      scales.of[i] = feature_scale(i, kernel.sigmas[i], settings_.blur);
+      scales.of[i] = feature_scale(i, kernel.sigmas[i], kernel.blur);
     PYSEG_LAUNCH(prepare_kernel<Real>, 1, 1, 0, stream_, kernel, scales, grid_.height, grid_.width,
-                 settings_.blur.rings, shift_, ranges, weights + given_[l], scale_of(l), names_ + l,
+                 shift_, ranges, weights + given_[l], scale_of(l), names_ + l, filters_ + l,
                  factors_ + l, counters_);
     switch (kernel.features) {
       case 1: locate<1>(l, features, planes); break;
@@ -1201,10 +1208,10 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
       case 8: locate<8>(l, features, planes); break;
     }
   }
-  for (int ring = 0; ring <= settings_.blur.rings; ++ring) {
+  for (int ring = 0; ring <= rings(); ++ring) {
     if (ring > 0) {
-      each(ring_kernel, capacity_.vertices, table_, keys_, capacity_.vertices, shift_, grid_.images,
-           names_, counters_);
+      each(ring_kernel<Real>, capacity_.vertices, table_, keys_, capacity_.vertices, shift_,
+           grid_.images, ring, names_, filters_, counters_);
       STD_CUDA_CHECK(cudaMemcpyAsync(&counters_->ring, &counters_->vertices, sizeof(int),
                                      cudaMemcpyDeviceToDevice, stream_));
     }
@@ -1238,6 +1245,7 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
   }
   if (kernels()) {
     names_ = memory_.template get<VertexNames>(kernels());
+    filters_ = memory_.template get<Filter<Real>>(kernels());
     factors_ = memory_.template get<Real>(kernels());
     entries_.weights = memory_.template get<Real>(entries);
     entries_.vertices = memory_.template get<int>(entries);
@@ -1286,7 +1294,6 @@ template <class Real>
 void Crf<Real>::number(Memory& scratch) {
   const int64_t vertices = capacity_.vertices, locals = capacity_.locals, stride = 1 + vertices;
   const int axes = kernels_[0].features + 1;
-  layout_ = memory_.template get<Layout>(1);
   kernel_ends_ = memory_.template get<int>(kernels());
   kernel_of_ = memory_.template get<int>(stride);
   links_ = memory_.template get<int2>(axes * stride);
@@ -1298,16 +1305,12 @@ void Crf<Real>::number(Memory& scratch) {
   sort_pairs(scratch, reinterpret_cast<const uint64_t*>(keys_), sorted, places_, places, vertices,
              stream_);
   const Key* const keys = reinterpret_cast<const Key*>(sorted);
-  Ranks ranks{};
-  for (int group = 0; group < kMaxFeatures; ++group)
-    for (const Kernel& kernel : kernels_)
-      ranks.of[group] += kernel.features >= kMaxFeatures - group;
-  PYSEG_LAUNCH(layout_kernel, unsigned(kMaxFeatures + kernels() + 31) / 32, 32, 0, stream_, keys,
-               vertices, ranks, kernels(), grid_.images, shift_, layout_, kernel_ends_);
+  PYSEG_LAUNCH(ends_kernel, unsigned(kernels() + 31) / 32, 32, 0, stream_, keys, vertices,
+               kernels(), grid_.images, shift_, kernel_ends_);
   each(rank_kernel, vertices, keys, places, vertices, shift_, grid_.images, table_, kernel_of_);
   for (int axis = 0; axis < axes; ++axis)
     STD_CUDA_CHECK(cudaMemsetAsync(links_ + axis * stride, 0, sizeof(int2), stream_));
-  each(links_kernel, vertices, keys, kernel_of_, layout_, shift_, table_, names_, stride, links_);
+  each(links_kernel, vertices, keys, kernel_of_, last(), shift_, table_, names_, stride, links_);
 
   const int unit_bits = log2_above(grid_.tiles() * kernels() - 1);
   int* const local_vertices = scratch.get<int>(locals);
@@ -1334,8 +1337,8 @@ void Crf<Real>::combine(const Vector<T, N>* partial, int width, Vector<T, N>* va
                         Vector<T, N>* spare) {
   const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
   PYSEG_LAUNCH((combine_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
-               stream_, partial, spans_, begin_, end_, layout_, settings_.blur.passes, width,
-               values, spare);
+               stream_, partial, spans_, begin_, end_, last(), kernel_of_, filters_, width, values,
+               spare);
 }
 
 template <class Real>
@@ -1343,18 +1346,19 @@ template <class T, int N>
 void Crf<Real>::blur(int width, const T* factors, bool transposed, Vector<T, N>* values,
                      Vector<T, N>* spare) {
   const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
-  const int passes = settings_.blur.passes;
-  const T side = T(settings_.blur.spread / (1 - 2 * settings_.blur.spread));
-  for (int step = 0; step < launches(kernels_[0].features, passes); ++step)
+  int blurs = 0;
+  for (const Kernel& kernel : kernels_)
+    blurs = std::max(blurs, kernel.blur.passes * (kernel.features + 1));
+  for (int step = 0; step < launches(blurs); ++step)
     PYSEG_LAUNCH((blur_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
-                 stream_, values, spare, layout_, links_, 1 + capacity_.vertices, kernel_of_,
-                 factors, step, passes, transposed, side, width);
+                 stream_, values, spare, last(), links_, 1 + capacity_.vertices, kernel_of_,
+                 filters_, factors, step, transposed, width);
 }
 
 template <class Real>
 void Crf<Real>::mix(const Vec* in, const Real* compatibility, bool transposed, Vec* out) {
   each(mix_kernel<Real>, (1 + capacity_.vertices) * width_ * kVector,
-       reinterpret_cast<const Real*>(in), compatibility, factors_, kernel_of_, layout_, classes_,
+       reinterpret_cast<const Real*>(in), compatibility, factors_, kernel_of_, last(), classes_,
        width_ * kVector, transposed, reinterpret_cast<Real*>(out));
 }
 
@@ -1448,11 +1452,11 @@ void Crf<Real>::backward(const Real* unary, const Real* compatibility, const Rea
                  grid_, update, back);
     if (step == 0) break;
     combine<Real, kVector>(partial, width_, values, spare);
-    PYSEG_LAUNCH(
-        products_kernel<Real>, dim3(unsigned(blocks), unsigned(kernels())), kPassThreads, 0,
-        stream_, reinterpret_cast<const Real*>(values), reinterpret_cast<const Real*>(spare),
-        reinterpret_cast<const Real*>(kept[step - 1]), layout_, kernel_ends_, settings_.blur.passes,
-        classes_, width_ * kVector, compatibility != nullptr, products);
+    PYSEG_LAUNCH(products_kernel<Real>, dim3(unsigned(blocks), unsigned(kernels())), kPassThreads,
+                 0, stream_, reinterpret_cast<const Real*>(values),
+                 reinterpret_cast<const Real*>(spare),
+                 reinterpret_cast<const Real*>(kept[step - 1]), filters_, kernel_ends_, classes_,
+                 width_ * kVector, compatibility != nullptr, products);
     blur<Real, kVector>(width_, compatibility ? nullptr : factors_, true, values, spare);
     in = values;
     if (compatibility) mix(values, compatibility, true, spare), in = spare;

@@ -132,6 +132,13 @@ struct Blur {
   double variance() const { return 2 * spread * passes + 1.0 / 6; }
 };
 
+// The blur of one kernel's lattice at a quality level. Pixels fill a lattice over position without
+// gaps, and it is the finest of all: where two passes are asked for, one without rings is accurate
+// enough there.
+inline Blur blur_of(bool positional, const Blur& quality) {
+  return positional && quality.passes == 2 ? Blur{1, 0.21, 0} : quality;
+}
+
 // Makes the standard deviation of all together one sigma.
 inline double feature_scale(int i, double sigma, const Blur& blur) {
   return std::sqrt(blur.variance() / ((i + 1.0) * (i + 2.0))) / sigma;
@@ -170,6 +177,7 @@ struct Kernel {
   int first_entry;  // of a pixel's entries, where this kernel's d + 1 begin
   int channels[kMaxFeatures];
   double sigmas[kMaxFeatures];
+  Blur blur;
 };
 
 // What makes the lattice's kernel 1 at distance 0, as exp(0) is, where it is not normalised. The

@@ -4,6 +4,8 @@ import functools
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +310,45 @@ def test_same_bits_for_any_number_of_threads(generator):
         results.append(dense_crf(unary, image, iterations=2))
     for result in results[1:]:
         assert torch.equal(results[0], result)
+
+
+OTHER_LEVEL = """
+import sys, torch, pyseg
+from pyseg.ops import dense_crf
+torch.set_num_threads(1)
+inputs = torch.load(sys.argv[1])
+results = [dense_crf(unary, image, iterations=2) for unary, image in inputs]
+torch.save((torch.ops.pyseg.simd_level(), results), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("level", ["v3", "generic"])
+def test_every_simd_level(generator, level, tmp_path):
+    inputs = []
+    for classes in (3, 7, 12, 19, 22, 30, 40):
+        unary, image = example(generator, 1, classes, 21, 35)
+        inputs += [(unary, image), (unary.double(), image)]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    subprocess.run(
+        [sys.executable, "-c", OTHER_LEVEL, tmp_path / "inputs.pt", tmp_path / "results.pt"],
+        cwd=ROOT,
+        env={**os.environ, "PYSEG_SIMD": level},
+        check=True,
+    )
+    taken, results = torch.load(tmp_path / "results.pt")
+    if level not in taken:
+        assert taken == "generic"
+        pytest.skip(f"this processor runs no {level}")
+    for (unary, image), q in zip(inputs, results, strict=True):
+        difference = (q - dense_crf(unary, image, iterations=2)).abs()
+        assert difference.mean() < 1e-5
+        assert difference.max() < 1e-3  # a rounding may choose another, equally near vertex
+
+
+def test_unknown_simd_level(generator, monkeypatch):
+    monkeypatch.setenv("PYSEG_SIMD", "v5")
+    with pytest.raises(ValueError, match="PYSEG_SIMD must be v4, v3 or generic, got v5"):
+        dense_crf(*example(generator))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
