@@ -174,9 +174,7 @@ def test_void_and_crowds(device):
     prediction = torch.arange(1, 7, dtype=torch.int32)[:, None].repeat(1, 10)
     prediction[0, 6:] = 0
     segments = torch.tensor([[1, 0], [2, 0], [3, 0], [4, 2], [5, 2], [6, 2]])
-    full = torch.tensor(
-        [[1, 0, 10, 0], [3, 1, 5, 0], [4, 2, 10, 1], [5, 2, 10, 2], [6, 1, 10, 1]]
-    )
+    full = torch.tensor([[1, 0, 10, 0], [3, 1, 5, 0], [4, 2, 10, 1], [5, 2, 10, 2], [6, 1, 10, 1]])
     for counts, problems in (panoptic_quality(prediction, target, segments, full, CLASSES),
                              run(device, prediction, target, segments, full)):  # fmt: skip
         assert counts[:, :3].tolist() == [[1, 1, 0], [0, 0, 1], [0, 2, 0]]

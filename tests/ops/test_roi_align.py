@@ -19,7 +19,7 @@ from pyseg.ops import (
     roi_pool,
     roi_warp,
 )
-from pyseg.ops.roi_align import reference
+from pyseg.ops.roi_align import FLOATS, reference
 
 MODES = ("avg", "max", "pixels")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -508,3 +508,46 @@ def test_replaced_layers():
         "(output_size=7, spatial_scale=0.25, sampling_ratio=2, aligned=True, mode='avg')"
     )
     assert repr(both[1]).endswith("RoIPool(output_size=(3, 4), spatial_scale=0.5)")
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("mode", range(3))
+def test_small_kernels_against_the_cpu(device, generator, mode, dtype):
+    """The .cu file on the GPU, or emulated, against the CPU kernels tested above."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for channels, size, ratio in ((5, [3, 4], 2), (36, [2, 2], 0)):
+            levels = [
+                torch.randn(2, channels, 13 - 4 * i, 17 - 6 * i, generator=generator)
+                .to(dtype)
+                .to(memory_format=layout)
+                for i in range(2)
+            ]
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            boxes = random_boxes(generator, 7, 2, torch.tensor([34.0, 26.0]), wide)
+            grad = torch.randn(7, channels, *size, generator=generator).to(dtype)
+            for aligned in (True, False):
+                options = [0.5, 0.25], size, ratio, aligned, mode, 16.0, 2
+                there = [level.to(device.name) for level in levels]
+                got = device.ops.roi_align(there, boxes.to(device.name), *options)
+                expected = torch.ops.pyseg.roi_align(levels, boxes, *options)
+                eps = max(torch.finfo(dtype).eps, 1e-6 if wide == torch.float32 else 1e-13)
+                assert_close(got.cpu(), expected, 4 * eps)
+                arguments = boxes.to(device.name), *options
+                gots = device.ops._roi_align_backward(grad.to(device.name), there, *arguments)
+                expecteds = torch.ops.pyseg._roi_align_backward(grad, levels, boxes, *options)
+                for got, expected in zip(gots, expecteds, strict=True):
+                    assert_close(got.cpu(), expected, 8 * eps)
+
+
+def test_small_kernel_answers_a_bad_box_with_nan(device, generator):
+    level = torch.randn(1, 3, 8, 8, generator=generator).to(device.name)
+    good = [0, 1.0, 1, 4, 4]
+    boxes = torch.tensor([good, [1, 1, 1, 4, 4], good, [0, torch.nan, 1, 4, 4]]).to(device.name)
+    for mode in range(3):
+        options = [1.0], [2, 2], 2, False, mode, 224.0, 4
+        got = device.ops.roi_align([level], boxes, *options).cpu()
+        assert got[[1, 3]].isnan().all() and got[[0, 2]].isfinite().all()
+        grad = torch.ones_like(got).to(device.name)
+        (all_boxes,) = device.ops._roi_align_backward(grad, [level], boxes, *options)
+        (good_boxes,) = device.ops._roi_align_backward(grad[::2], [level], boxes[::2], *options)
+        assert torch.equal(all_boxes, good_boxes)
