@@ -12,6 +12,16 @@ from .dense_crf import dense_crf
 from .panoptic_head import panoptic_head, panoptic_logits
 from .panoptic_merge import PanopticMaps, panoptic_merge
 from .panoptic_quality import PanopticCounts, panoptic_quality
+from .roi_align import (
+    MultiScaleRoIAlign,
+    RoIAlign,
+    RoIPool,
+    multi_scale_roi_align,
+    replace_roi_pooling,
+    roi_align,
+    roi_pool,
+    roi_warp,
+)
 from .upsample_argmax import upsample_argmax
 from .upsample_confusion import upsample_confusion
 
@@ -19,18 +29,26 @@ __all__ = [
     "BoundaryMatches",
     "ConfusionCounts",
     "DeformConv2d",
+    "MultiScaleRoIAlign",
     "PanopticCounts",
     "PanopticMaps",
+    "RoIAlign",
+    "RoIPool",
     "boundary_mask",
     "boundary_match",
     "confusion_counts",
     "confusion_matrix",
     "deform_conv2d",
     "dense_crf",
+    "multi_scale_roi_align",
     "panoptic_head",
     "panoptic_logits",
     "panoptic_merge",
     "panoptic_quality",
+    "replace_roi_pooling",
+    "roi_align",
+    "roi_pool",
+    "roi_warp",
     "upsample_argmax",
     "upsample_confusion",
 ]

@@ -91,6 +91,21 @@ for groups, offset_groups, channels, outputs, dtype in [(2, 3, 6, 4, torch.float
     grad = randn(2, outputs, 5, 7)
     yield ops._deform_conv2d_backward(grad, *tensors, mask, [1, 1], [0, 1], [1, 1])
 """,
+    "roi_align": """
+g = torch.Generator().manual_seed(0)
+for mode, dtype in [(0, torch.float32), (1, torch.float64), (2, torch.bfloat16), (0, torch.half)]:
+    levels = [torch.randn(2, 35, 11 - 4 * i, 9 - 2 * i, generator=g).to(dtype) for i in range(2)]
+    if mode == 0:
+        levels = [level.to(memory_format=torch.channels_last) for level in levels]
+    wide = torch.promote_types(dtype, torch.float32)
+    boxes = torch.rand(300 if mode == 0 else 5, 5, generator=g, dtype=wide) * 20 - 2
+    boxes[:, 0] = torch.arange(len(boxes)) % 2
+    boxes[-1, 0] = 2  # no such image
+    options = [1.0, 0.5], [2, 17], 0 if mode else 1, True, mode, 8.0, 1
+    pooled = ops.roi_align(levels, boxes, *options)
+    yield pooled.nan_to_num()
+    yield ops._roi_align_backward(torch.ones_like(pooled), levels, boxes, *options)
+""",
     "upsample_argmax": """
 g = torch.Generator().manual_seed(0)
 for shape, size, dtype in [((2, 3, 3, 9), (26, 40), torch.float32),

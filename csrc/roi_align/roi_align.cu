@@ -1,0 +1,411 @@
+// Pooling of regions of interest on CUDA: RoIAlign (average or maximum of samples) and RoIPool, all
+// levels of a pyramid in one launch.
+//
+// Forward, a thread has one bin and four channels, of which the samples' positions are computed
+// once. Backward, a block has a tile of a feature map: it collects, in order, the regions that
+// reach it and gathers their gradients, so that nothing is added atomically and the result does not
+// depend on the order of anything. A region that is NaN or of no image has the result NaN and no
+// gradient.
+#include "roi_align.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "../common/launch.h"
+#include "../common/primitives.cuh"
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace {
+
+using namespace pyseg;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int kThreads = 256;
+constexpr int kChannels = 32;  // of a block
+constexpr int kQuads = kChannels / 4;
+constexpr int kBins = 64;  // of a block, forward
+constexpr int kSide = 8;   // of a backward block's tile of pixels, which with kThreads makes:
+constexpr int kOwn = kChannels * kSide * kSide / kThreads;  // channels of a thread
+constexpr int kBinSide = 16;                                // bins looked at together, backward
+constexpr int kMaxLevels = 8;
+static_assert(2 * kSide * kBinSide == kThreads);
+
+template <class Real>
+struct Level {
+  const void* data;
+  int height, width;
+  Real scale;
+  int64_t image_stride, channel_stride, row_stride, column_stride;
+};
+
+template <class Real>
+struct Problem {
+  Level<Real> levels[kMaxLevels];
+  int exponents[kMaxLevels];
+  int level_count, images, channels, bins_y, bins_x, sampling_ratio, canonical_level;
+  int64_t regions;
+  Real canonical_size;
+  bool aligned;
+};
+
+// Which map a region is pooled from. False for one that is NaN or of no image.
+template <class Real>
+__device__ bool find_map(const Problem<Real>& p, const Real* box, int* level, int* image) {
+  for (int i = 0; i < 5; ++i)
+    if (box[i] != box[i]) return false;
+  if (!(box[0] >= Real(0) && box[0] < Real(p.images)) || box[0] != std::floor(box[0])) return false;
+  *image = int(box[0]);
+  *level = box_level(box + 1, p.level_count, p.exponents, p.canonical_size, p.canonical_level);
+  return true;
+}
+
+template <class Real>
+__device__ Bins<Real> bins_along(const Problem<Real>& p, const Real* box, Real scale, int axis) {
+  return sampled_bins(box[1 + axis], box[3 + axis], scale, p.aligned, p.sampling_ratio,
+                      axis == 0 ? p.bins_x : p.bins_y);
+}
+
+// Which sample or pixel of a bin was the largest: its row and its column.
+__device__ int64_t pack(int64_t row, int64_t column) { return (row << 32) | column; }
+
+// Grid: regions, channels, bins. out: [regions, channels, bins] of T, or of int64 with WithIndex.
+template <class T, class Real, int Mode, bool WithIndex>
+__global__ void __launch_bounds__(kThreads)
+    pool_kernel(Problem<Real> p, const Real* __restrict__ boxes, bool channels_adjacent,
+                void* __restrict__ out) {
+  using Value = std::conditional_t<WithIndex, int64_t, Real>;
+  __shared__ Value tile[kChannels][kBins + 1];
+  const int64_t region = blockIdx.x;
+  const int first_channel = int(blockIdx.y) * kChannels, first_bin = int(blockIdx.z) * kBins;
+  const int bin_count = p.bins_y * p.bins_x;
+  const int bins = min(kBins, bin_count - first_bin);
+  const int channels = min(kChannels, p.channels - first_channel);
+  const Real* box = boxes + 5 * region;
+  int level = 0, image = 0;
+  const bool valid = find_map(p, box, &level, &image);
+  const Level<Real> map = p.levels[level];
+  const T* const data = static_cast<const T*>(map.data) + image * map.image_stride +
+                        first_channel * map.channel_stride;
+  Bins<Real> ys{}, xs{};
+  if (valid && Mode != kMaximumOfPixels)
+    ys = bins_along(p, box, map.scale, 1), xs = bins_along(p, box, map.scale, 0);
+  for (int item = int(threadIdx.x); item < kQuads * bins; item += kThreads) {
+    // Neighbouring threads read neighbouring memory, whichever way the tensor lies.
+    const int quad = channels_adjacent ? item % kQuads : item / bins;
+    const int bin = channels_adjacent ? item / kQuads : item % bins;
+    const int by = (first_bin + bin) / p.bins_x, bx = (first_bin + bin) % p.bins_x;
+    Real sum[4] = {};
+    int64_t best[4] = {-1, -1, -1, -1};
+    const auto take = [&](int v, Real value, int64_t row, int64_t column) {
+      if (Mode == kAverageOfSamples) {
+        sum[v] += value;
+      } else if (best[v] < 0 || value > sum[v] || value != value) {
+        sum[v] = value, best[v] = pack(row, column);
+      }
+    };
+    if (!valid) {
+      for (int v = 0; v < 4; ++v) sum[v] = Real(NAN);
+    } else if (Mode == kMaximumOfPixels) {
+      int top, bottom, left, right;
+      pixel_range(box[2], box[4], map.scale, p.bins_y, by, map.height, &top, &bottom);
+      pixel_range(box[1], box[3], map.scale, p.bins_x, bx, map.width, &left, &right);
+      for (int y = top; y < bottom; ++y)
+        for (int x = left; x < right; ++x)
+          for (int v = 0; v < 4; ++v) {
+            const int channel = v * kQuads + quad;
+            if (channel < channels)
+              take(v,
+                   Real(data[channel * map.channel_stride + y * map.row_stride +
+                             x * map.column_stride]),
+                   y, x);
+          }
+    } else {
+      int64_t row, row_end, column_begin, column_end;
+      sample_range(ys, by, -1, map.height, &row, &row_end);
+      sample_range(xs, bx, -1, map.width, &column_begin, &column_end);
+      for (; row < row_end; ++row) {
+        int y, x;
+        Real ty, tx;
+        if (!locate(sample_position(ys, by, row), map.height, &y, &ty)) continue;
+        for (int64_t column = column_begin; column < column_end; ++column) {
+          if (!locate(sample_position(xs, bx, column), map.width, &x, &tx)) continue;
+          const T* const at = data + y * map.row_stride + x * map.column_stride;
+          const int64_t down = ty > Real(0) ? map.row_stride : 0;  // weight 0: the pixel itself
+          const int64_t right = tx > Real(0) ? map.column_stride : 0;
+          for (int v = 0; v < 4; ++v) {
+            const int channel = v * kQuads + quad;
+            if (channel >= channels) continue;
+            const T* const from = at + channel * map.channel_stride;
+            const Real a = Real(from[0]), b = Real(from[right]);
+            const Real c = Real(from[down]), d = Real(from[down + right]);
+            const Real above = a + tx * (b - a), below = c + tx * (d - c);
+            take(v, above + ty * (below - above), row, column);
+          }
+        }
+      }
+      if (Mode == kAverageOfSamples) {
+        const int64_t count = ys.samples * xs.samples;
+        for (int v = 0; v < 4; ++v) sum[v] /= Real(count > 1 ? count : 1);
+      }
+    }
+    for (int v = 0; v < 4; ++v) {
+      if constexpr (WithIndex)
+        tile[v * kQuads + quad][bin] = best[v];
+      else
+        tile[v * kQuads + quad][bin] = sum[v];
+    }
+  }
+  __syncthreads();
+  using Out = std::conditional_t<WithIndex, int64_t, T>;
+  Out* const target =
+      static_cast<Out*>(out) + (region * p.channels + first_channel) * bin_count + first_bin;
+  for (int i = int(threadIdx.x); i < channels * bins; i += kThreads)
+    target[int64_t(i / bins) * bin_count + i % bins] = Out(tile[i / bins][i % bins]);
+}
+
+// What a sample weighs at a pixel of an axis.
+template <class Real>
+__device__ Real sample_weight(const Bins<Real>& bins, int64_t bin, int64_t sample, int size,
+                              int pixel) {
+  int low;
+  Real t;
+  if (!locate(sample_position(bins, bin, sample), size, &low, &t)) return Real(0);
+  return low == pixel ? Real(1) - t : low + 1 == pixel ? t : Real(0);
+}
+
+// What a bin's samples weigh there together.
+template <class Real>
+__device__ Real bin_weight(const Bins<Real>& bins, int64_t bin, int size, int pixel) {
+  int64_t sample, end;
+  // At the border pixels' positions outside the map count as well.
+  sample_range(bins, bin, pixel - 1, pixel + 1 < size ? pixel + 1 : size, &sample, &end);
+  Real sum = 0;
+  for (; sample < end; ++sample) sum += sample_weight(bins, bin, sample, size, pixel);
+  return sum / Real(bins.samples > 1 ? bins.samples : 1);
+}
+
+// Grid: tiles of all images, channels. Of one level.
+template <class T, class Real, int Mode>
+__global__ void __launch_bounds__(kThreads)
+    gather_kernel(Problem<Real> p, const Real* __restrict__ boxes, int level,
+                  const T* __restrict__ gradient,       // [regions, channels, bins]
+                  const int64_t* __restrict__ largest,  // the same, or null for averages
+                  T* __restrict__ out) {                // [images, channels, height, width]
+  using Scan = BlockScan<int, kThreads>;
+  __shared__ typename Scan::TempStorage scan_storage;
+  __shared__ int listed[kThreads];
+  __shared__ Real weights[2][kSide][kBinSide];  // of rows, of columns
+  __shared__ unsigned bin_masks[2][kSide];      // of the weights that are not 0
+  const int tid = int(threadIdx.x), lane = tid % 32;
+  const int height = p.levels[level].height, width = p.levels[level].width;
+  const Real scale = p.levels[level].scale;
+  const int tiles_x = (width + kSide - 1) / kSide, tiles_y = (height + kSide - 1) / kSide;
+  const int tile = int(blockIdx.x) % (tiles_x * tiles_y);
+  const int image = int(blockIdx.x) / (tiles_x * tiles_y);
+  const int first_y = tile / tiles_x * kSide, first_x = tile % tiles_x * kSide;
+  const int y = tid / kSide % kSide, x = tid % kSide;  // of this thread, within the tile
+  const int first_channel = int(blockIdx.y) * kChannels + tid / (kSide * kSide) * kOwn;
+  const int bin_count = p.bins_y * p.bins_x;
+  Real sum[kOwn] = {};
+  for (int64_t base = 0; base < p.regions; base += kThreads) {
+    int reaches = 0;
+    if (base + tid < p.regions) {
+      const Real* box = boxes + 5 * (base + tid);
+      int its_level, its_image;
+      if (find_map(p, box, &its_level, &its_image) && its_level == level && its_image == image) {
+        // Inverted and tiny boxes, rounding and neighbours of samples: three pixels are enough.
+        const Real x0 = cut(box[1] * scale), x1 = cut(box[3] * scale);
+        const Real y0 = cut(box[2] * scale), y1 = cut(box[4] * scale);
+        // Samples up to a pixel outside the map count for the pixel on its border.
+        const bool on_x = (x0 < x1 ? x1 : x0) + Real(3) >= Real(first_x) &&
+                          (x0 < x1 ? x0 : x1) - Real(3) <= Real(first_x + kSide);
+        const bool on_y = (y0 < y1 ? y1 : y0) + Real(3) >= Real(first_y) &&
+                          (y0 < y1 ? y0 : y1) - Real(3) <= Real(first_y + kSide);
+        reaches = on_x && on_y ? 1 : 0;
+      }
+    }
+    int place, count;
+    Scan(scan_storage).ExclusiveSum(reaches, place, count);
+    if (reaches) listed[place] = tid;
+    __syncthreads();
+    for (int i = 0; i < count; ++i) {
+      const int64_t region = base + listed[i];
+      const Real* box = boxes + 5 * region;
+      Bins<Real> ys{}, xs{};
+      if (Mode != kMaximumOfPixels)
+        ys = bins_along(p, box, scale, 1), xs = bins_along(p, box, scale, 0);
+      for (int by0 = 0; by0 < p.bins_y; by0 += kBinSide) {
+        for (int bx0 = 0; bx0 < p.bins_x; bx0 += kBinSide) {
+          {
+            const int axis = tid / (kSide * kBinSide), at = tid / kBinSide % kSide;
+            const int b = tid % kBinSide, bin = (axis == 0 ? by0 : bx0) + b;
+            const int bins = axis == 0 ? p.bins_y : p.bins_x, size = axis == 0 ? height : width;
+            const int pixel = (axis == 0 ? first_y : first_x) + at;
+            Real weight = 0;
+            if (bin < bins && pixel < size) {
+              if (Mode == kMaximumOfPixels) {
+                int begin, end;
+                pixel_range(box[axis == 0 ? 2 : 1], box[axis == 0 ? 4 : 3], scale, bins, bin, size,
+                            &begin, &end);
+                weight = pixel >= begin && pixel < end ? Real(1) : Real(0);
+              } else {
+                weight = bin_weight(axis == 0 ? ys : xs, bin, size, pixel);
+              }
+            }
+            weights[axis][at][b] = weight;
+            const unsigned mask = __ballot_sync(0xffffffffu, weight != Real(0));
+            if (lane % kBinSide == 0)
+              bin_masks[axis][at] = (mask >> (lane / kBinSide * kBinSide)) & 0xffffu;
+          }
+          __syncthreads();
+          for (unsigned rows = bin_masks[0][y]; rows; rows &= rows - 1) {
+            const int r = __ffs(int(rows)) - 1;
+            for (unsigned columns = bin_masks[1][x]; columns; columns &= columns - 1) {
+              const int c = __ffs(int(columns)) - 1;
+              const int64_t bin = int64_t(by0 + r) * p.bins_x + bx0 + c;
+              const int64_t from = (region * p.channels + first_channel) * bin_count + bin;
+              const Real weight = weights[0][y][r] * weights[1][x][c];
+              for (int v = 0; v < kOwn; ++v) {
+                if (first_channel + v >= p.channels) break;
+                const int64_t at = from + int64_t(v) * bin_count;
+                if constexpr (Mode == kAverageOfSamples) {
+                  sum[v] += weight * Real(gradient[at]);
+                } else {
+                  const int64_t best = largest[at];
+                  if (best < 0) continue;
+                  const int64_t row = best >> 32, column = best & 0xffffffff;
+                  Real share;
+                  if constexpr (Mode == kMaximumOfPixels)
+                    share = row == first_y + y && column == first_x + x ? Real(1) : Real(0);
+                  else
+                    share = sample_weight(ys, by0 + r, row, height, first_y + y) *
+                            sample_weight(xs, bx0 + c, column, width, first_x + x);
+                  if (share != Real(0)) sum[v] += share * Real(gradient[at]);
+                }
+              }
+            }
+          }
+          __syncthreads();
+        }
+      }
+    }
+    __syncthreads();  // before `listed` and the scan's storage are used again
+  }
+  if (first_y + y >= height || first_x + x >= width) return;
+  for (int v = 0; v < kOwn; ++v) {
+    const int channel = first_channel + v;
+    if (channel < p.channels)
+      out[((int64_t(image) * p.channels + channel) * height + first_y + y) * width + first_x + x] =
+          T(sum[v]);
+  }
+}
+
+template <class Real>
+Problem<Real> make_problem(const std::vector<Tensor>& levels, const Tensor& boxes,
+                           const std::vector<double>& scales,
+                           const std::vector<int64_t>& output_size, int64_t sampling_ratio,
+                           bool aligned, double canonical_size, int64_t canonical_level) {
+  Problem<Real> p{};
+  p.level_count = int(levels.size());
+  for (size_t l = 0; l < levels.size(); ++l) {
+    const Tensor& level = levels[l];
+    p.levels[l] = {level.const_data_ptr(), int(level.size(2)), int(level.size(3)), Real(scales[l]),
+                   level.stride(0),        level.stride(1),    level.stride(2),    level.stride(3)};
+    p.exponents[l] = int(std::lround(-std::log2(scales[l])));
+  }
+  p.images = int(levels[0].size(0)), p.channels = int(levels[0].size(1));
+  p.bins_y = int(output_size[0]), p.bins_x = int(output_size[1]);
+  p.sampling_ratio = int(sampling_ratio), p.aligned = aligned, p.regions = boxes.size(0);
+  p.canonical_size = Real(canonical_size), p.canonical_level = int(canonical_level);
+  return p;
+}
+
+template <class T, class Real, int Mode, bool WithIndex>
+void launch_pool(const Problem<Real>& p, const Tensor& boxes, void* out, cudaStream_t stream) {
+  if (p.regions == 0) return;
+  const int bins = p.bins_y * p.bins_x;
+  const dim3 grid(unsigned(p.regions), unsigned((p.channels + kChannels - 1) / kChannels),
+                  unsigned((bins + kBins - 1) / kBins));
+  const bool channels_adjacent = p.levels[0].channel_stride == 1 && p.channels > 1;
+  PYSEG_LAUNCH((pool_kernel<T, Real, Mode, WithIndex>), grid, kThreads, 0, stream, p,
+               static_cast<const Real*>(boxes.const_data_ptr()), channels_adjacent, out);
+}
+
+template <class Run>
+void dispatch(ScalarType type, int64_t mode, Run run) {
+  const auto with_mode = [&]<class T, class Real>(T, Real) {
+    if (mode == kAverageOfSamples)
+      run.template operator()<T, Real, kAverageOfSamples>();
+    else if (mode == kMaximumOfSamples)
+      run.template operator()<T, Real, kMaximumOfSamples>();
+    else
+      run.template operator()<T, Real, kMaximumOfPixels>();
+  };
+  switch (type) {
+    case ScalarType::Float: with_mode(float(), float()); break;
+    case ScalarType::Double: with_mode(double(), double()); break;
+    case ScalarType::Half: with_mode(torch::headeronly::Half(), float()); break;
+    case ScalarType::BFloat16: with_mode(torch::headeronly::BFloat16(), float()); break;
+    default: throw std::invalid_argument("levels must be float16, bfloat16, float32 or float64");
+  }
+}
+
+Tensor roi_align_cuda(const std::vector<Tensor>& levels, const Tensor& boxes,
+                      const std::vector<double>& scales, const std::vector<int64_t>& output_size,
+                      int64_t sampling_ratio, bool aligned, int64_t mode, double canonical_size,
+                      int64_t canonical_level) {
+  const pyseg::DeviceScope device(boxes);
+  Tensor out = torch::stable::new_empty(
+      levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
+  const Tensor regions = torch::stable::contiguous(boxes);
+  dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
+    const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
+                                      canonical_size, canonical_level);
+    launch_pool<T, Real, Mode, false>(p, regions, out.mutable_data_ptr(), device.stream);
+  });
+  return out;
+}
+
+std::vector<Tensor> roi_align_backward_cuda(const Tensor& gradient,
+                                            const std::vector<Tensor>& levels, const Tensor& boxes,
+                                            const std::vector<double>& scales,
+                                            const std::vector<int64_t>& output_size,
+                                            int64_t sampling_ratio, bool aligned, int64_t mode,
+                                            double canonical_size, int64_t canonical_level) {
+  const pyseg::DeviceScope device(boxes);
+  const Tensor regions = torch::stable::contiguous(boxes);
+  const Tensor g = torch::stable::contiguous(gradient);
+  std::vector<Tensor> results;
+  dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
+    const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
+                                      canonical_size, canonical_level);
+    Tensor largest =
+        torch::stable::new_empty(g, {Mode == kAverageOfSamples ? 0 : g.numel()}, ScalarType::Long);
+    if constexpr (Mode != kAverageOfSamples)
+      launch_pool<T, Real, Mode, true>(p, regions, largest.mutable_data_ptr(), device.stream);
+    for (size_t l = 0; l < levels.size(); ++l) {
+      Tensor result = torch::stable::new_empty(levels[l], levels[l].sizes());
+      results.push_back(result);
+      if (result.numel() == 0) continue;
+      const int64_t tiles = int64_t((p.levels[l].height + kSide - 1) / kSide) *
+                            ((p.levels[l].width + kSide - 1) / kSide);
+      const dim3 grid(unsigned(tiles * p.images),
+                      unsigned((p.channels + kChannels - 1) / kChannels));
+      PYSEG_LAUNCH((gather_kernel<T, Real, Mode>), grid, kThreads, 0, device.stream, p,
+                   static_cast<const Real*>(regions.const_data_ptr()), int(l),
+                   static_cast<const T*>(g.const_data_ptr()),
+                   static_cast<const int64_t*>(largest.const_data_ptr()),
+                   static_cast<T*>(result.mutable_data_ptr()));
+    }
+  });
+  return results;
+}
+
+}  // namespace
+
+PYSEG_DEVICE_LIBRARY(m) {
+  m.impl("roi_align", TORCH_BOX(&roi_align_cuda));
+  m.impl("_roi_align_backward", TORCH_BOX(&roi_align_backward_cuda));
+}
