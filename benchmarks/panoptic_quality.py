@@ -40,13 +40,13 @@ def segments(ids):
 def numpy_panoptic_quality(prediction, target, predicted, targets):
     """tp, fp, fn and IoU sum per class as panopticapi's evaluation.py finds them."""
     found, areas = np.unique(prediction, return_counts=True)
-    area = dict(zip(found.tolist(), areas.tolist(), strict=True))
+    area = dict(zip(found, areas, strict=True))
     pairs, counts = np.unique(
         target.astype(np.uint64) * 256**3 + prediction.astype(np.uint64), return_counts=True
     )
     overlap = {}
-    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        overlap[divmod(pair, 256**3)] = count
+    for pair, count in zip(pairs, counts, strict=True):
+        overlap[pair // 256**3, pair % 256**3] = count
     result = np.zeros((CLASSES, 4))
     matched_targets, matched = set(), set()
     for (t, p), both in overlap.items():
