@@ -20,7 +20,8 @@ namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 1024;  // pixels that are compared at a time: these stay in the L1 cache
+constexpr int64_t kBlock = 256;   // pixels that are compared before their changes are counted
+constexpr int64_t kAhead = 1024;  // pixels from what is counted to what is fetched meanwhile
 constexpr int64_t kDirect = int64_t(1) << 16;  // ids below are looked up in an array
 constexpr int64_t kMaxCells = int64_t(1) << 26;
 
@@ -212,14 +213,14 @@ void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup co
       count(start, begin - start);
       start = begin;
       for (; start + 16 < end; start += 16) {
-        __builtin_prefetch(t + start + kBlock);
-        __builtin_prefetch(p + start + kBlock);
+        __builtin_prefetch(t + start + kAhead);
+        __builtin_prefetch(p + start + kAhead);
         for (int k = 0; k < 16; ++k) count(start + k, 1);
       }
       for (; start + 1 < end; ++start) count(start, 1);
       continue;
     }
-    list_bits(words, (end - begin + 63) / 64, t + begin + kBlock, p + begin + kBlock, places);
+    list_bits(words, (end - begin + 63) / 64, t + begin + kAhead, p + begin + kAhead, places);
     for (int64_t k = 0; k < found; ++k) {
       const int64_t place = begin + places[k];
       count(start, place - start);

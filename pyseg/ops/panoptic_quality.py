@@ -128,7 +128,7 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
         raise ValueError(f"{name} must be [K, {columns}] int64 on the CPU, got {segments.dtype} "
                          f"{list(segments.shape)} on {segments.device}")  # fmt: skip
     # Lists: a dozen small tensor operations would take longer than the kernel.
-    given = segments.tolist()
+    given = segments.numpy().tolist()
     rows = sorted(given)
     for row in rows:
         if not 0 < row[0] < 2**31:
