@@ -19,7 +19,7 @@ from .evaluation import Evaluation, finite, gather_objects, merge_states, title_
 from .image import read_image, write_json, write_text
 from .metrics.semantic import Semantic
 from .pipeline import StageResult
-from .types import Sample, Segmentation
+from .types import VOID, Sample, Segmentation
 from .visual import error_map, overlay, reliability_diagram
 
 WORST = 6  # images that are shown
@@ -76,8 +76,12 @@ class Recorder:
             raise PysegError(f"--report {str(folder)!r} is a file or lies below one; give a "
                              "folder") from error  # fmt: skip
         self.classes, self.palette = tuple(classes), tuple(palette)
-        self._scores = [Semantic(self.classes) for _ in range(stages)]
+        self._void = VOID if len(self.classes) <= VOID else -1
+        self._scores = [self._semantic() for _ in range(stages)]
         self._worst: list[WorstImage] = []
+
+    def _semantic(self) -> Semantic:
+        return Semantic(self.classes, ignore_index=self._void)
 
     def add(self, sample: Sample, results: Sequence[StageResult]) -> None:
         """Scores one image after each stage."""
@@ -86,7 +90,7 @@ class Recorder:
         for stage, result in zip(self._scores, results, strict=True):
             stage.update(result.prediction, sample)
         final = results[-1].prediction
-        single = Semantic(self.classes)
+        single = self._semantic()
         single.update(final, sample)
         values = single.compute()
         if math.isnan(values["miou"]):  # no ground truth at all
@@ -112,7 +116,7 @@ class Recorder:
             Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()),
             overlay(truth.with_labels(sample.labels), 0.65),
             overlay(shown, 0.65),
-            error_map(prediction.labels, sample.labels, image),
+            error_map(prediction.labels, sample.labels, image, self._void),
         )
         return tuple(_jpeg(picture) for picture in pictures)
 

@@ -14,7 +14,7 @@ from ..ops import boundary_mask, boundary_match, confusion_counts
 from ..ops.boundary_mask import boundary_distance
 from ..ops.boundary_match import contours
 from ..types import VOID, Sample, Segmentation
-from .inputs import nan_images, raise_invalid, target_of
+from .inputs import check_ignore_index, nan_images, raise_invalid, target_of
 
 ONE = 2**40  # of fixed-point fractions, so that sums do not depend on their order
 
@@ -71,6 +71,7 @@ class Boundary:
                                  f"{share}")  # fmt: skip
         if matching not in ("distance", "one-to-one"):
             raise ValueError(f"matching must be 'distance' or 'one-to-one', got {matching!r}")
+        check_ignore_index(ignore_index, len(classes))
         self.classes = tuple(classes)
         self.ignore_index = ignore_index
         self.ratio, self.tolerance, self.matching = ratio, tolerance, matching

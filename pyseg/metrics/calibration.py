@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ScoreError
 from ..types import VOID, Sample, Segmentation
-from .inputs import class_targets, raise_invalid
+from .inputs import check_ignore_index, class_targets, raise_invalid
 
 # Sums of fractions are kept in fixed point, so that the order of images changes no bit. A pixel's
 # share is rounded once, by at most half a unit.
@@ -49,6 +49,7 @@ class Calibration:
             raise ValueError(f"Calibration needs classes, a sequence of names, got {classes!r}")
         if not 1 <= bins <= 1000:
             raise ValueError(f"bins must be 1 to 1000, got {bins}")
+        check_ignore_index(ignore_index, len(classes))
         self.classes, self.bins, self.ignore_index = tuple(classes), bins, ignore_index
         self.reset()
 
