@@ -662,7 +662,7 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bo
     from rich.console import Console
 
     # A pipe has no width; rich's guess of 80 would break lines there.
-    Console(width=None if sys.stdout.isatty() else 200).print(_table(head, rows, numbers))
+    Console(width=None if sys.stdout.isatty() else 1000).print(_table(head, rows, numbers))
 
 
 def _print_evaluation(result: Evaluation) -> None:

@@ -195,6 +195,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size
 th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:last-child, td:last-child { padding-right: 4px; }
 thead th { color: var(--soft); font-weight: 600; }
 .bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr 4.6em; gap: 8px 12px;
   align-items: center; }
@@ -214,6 +215,9 @@ figcaption { margin-bottom: 8px; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px; }
 .pictures div { font-size: .85rem; color: var(--soft); }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
+.side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
+  gap: 18px; margin: 18px 0; align-items: start; }
+.side section { margin: 0; }
 .plots { display: flex; flex-wrap: wrap; gap: 20px; }
 .plots > div { flex: 1 1 280px; max-width: 420px; }
 footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--soft);
@@ -265,14 +269,15 @@ def _tables(result: Evaluation) -> str:
     head, rows = result.table()
     parts = _section("Stages", "Δ against the baseline; time and peak memory of each stage alone",
                      _table(head, rows))  # fmt: skip
+    sections = ""
     for name in result.stages[0].metrics:
         values = [stage.metrics[name] for stage in result.stages]
         keys = [k for k, v in values[0].items() if isinstance(v, (int, float))]
         rows = [[title_of(key), *(_number(v[key]) for v in values)] for key in keys]
         absent = values[-1].get("classes_absent")
         note = f"Without ground truth and never predicted: {', '.join(absent)}" if absent else ""
-        parts += _section(name, note, _table(["", *(s.stage for s in result.stages)], rows))
-    return parts
+        sections += _section(name, note, _table(["", *(s.stage for s in result.stages)], rows))
+    return f'{parts}<div class="side">{sections}</div>'
 
 
 def _bars(

@@ -114,11 +114,10 @@ template <bool Boundary>
 int64_t mark_changes(const Maps& maps, int64_t n, uint64_t* words) {
   alignas(64) uint8_t changed[kBlock];
   find_changes<Boundary>(maps, n, changed);
+  if (n < kBlock) std::memset(changed + n, 0, kBlock - n);
   int64_t found = 0;
   for (int64_t i = 0; i < n; i += 64) {
-    uint64_t eights[8] = {}, word = 0;
-    std::memcpy(eights, changed + i, std::min<int64_t>(64, n - i));
-    for (int k = 0; k < 8; ++k) word |= (eights[k] * 0x0102040810204080u) >> 56 << (8 * k);
+    const uint64_t word = bits_of(changed + i);
     words[i / 64] = word;
     found += __builtin_popcountll(word);
   }
