@@ -194,7 +194,8 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: #fff; }
 th:last-child, td:last-child { padding-right: 4px; }
 thead th { color: var(--soft); font-weight: 600; }
 .bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr 4.6em; gap: 8px 12px;
@@ -217,7 +218,7 @@ figcaption { margin-bottom: 8px; overflow-wrap: anywhere; }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
 .side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
   gap: 18px; margin: 18px 0; align-items: start; }
-.side section { margin: 0; }
+.side section { margin: 0; min-width: 0; }
 .plots { display: flex; flex-wrap: wrap; gap: 20px; }
 .plots > div { flex: 1 1 280px; max-width: 420px; }
 footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--soft);
@@ -225,6 +226,7 @@ footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--s
 @media (max-width: 600px) {
   header, main { padding-left: 10px; padding-right: 10px; }
   section { padding: 14px 12px; margin: 12px 0; }
+  .side { gap: 12px; margin: 12px 0; }
   h1 { font-size: 1.25rem; }
   th, td { padding: 6px 9px; }
 }
