@@ -338,7 +338,7 @@ def write_labels(
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise LabelError(f"labels must be 0 to 65535 to be written as PNG, got {low} to {high}; "
-                         "write void as 255")  # fmt: skip
+                         "write void as 255, or as 65535 where 255 is a class")  # fmt: skip
     if high > 255 or values.dtype in (np.int16, np.uint16) or len(palette or ()) > 256:
         picture = Image.fromarray(values.astype(np.uint16))
     else:

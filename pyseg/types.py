@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VOID = 255
-"""Label of pixels without a class: ``ignore_index`` everywhere in pyseg."""
+"""Label of pixels without a class: ``ignore_index`` everywhere in pyseg.
+
+With more than 255 classes it is a class, and void is -1.
+"""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Segmentation:
 
     @property
     def labels(self) -> Tensor:
-        """Class of every pixel, [H, W] uint8 (int16 from 256 classes on), 255 = void."""
+        """Class of every pixel, [H, W]: uint8, 255 = void; from 256 classes on int16, -1 = void."""
         if self._labels is None:
             object.__setattr__(self, "_labels", self._derive_labels())
         assert self._labels is not None
@@ -101,11 +104,14 @@ class Segmentation:
             return upsample_argmax(self.logits[None], self.size)[0]
         if self.segments is not None:
             ids = torch.tensor([0] + [item.id for item in self.segments.items])
-            classes = torch.tensor([VOID] + [item.label for item in self.segments.items])
+            wide = len(self.classes) > VOID
+            void = -1 if wide else VOID
+            classes = torch.tensor([void] + [item.label for item in self.segments.items])
             order = ids.argsort()
             table = self.segments.map
             position = torch.searchsorted(ids[order].to(table.device), table.long())
-            return classes[order].to(table.device)[position].to(torch.uint8)
+            labels = classes[order].to(table.device)[position]
+            return labels.to(torch.int16 if wide else torch.uint8)
         raise ValueError("this Segmentation has no semantic map: neither logits, labels nor "
                          "segments are set")  # fmt: skip
 

@@ -40,6 +40,18 @@ def test_labels_of_a_panoptic_map():
     assert make().with_segments(Segments(torch.zeros(6, 8, dtype=torch.int32), ())).logits is None
 
 
+def test_labels_of_more_than_255_classes():
+    names = tuple(f"class {k}" for k in range(300))
+    ids = torch.tensor([[0, 1, 2, 3]], dtype=torch.int32)
+    items = tuple(Segment(k, label, 1.0, 1) for k, label in ((1, 255), (2, 299), (3, 44)))
+    labels = Segmentation((1, 4), names, segments=Segments(ids, items)).labels
+    assert labels.dtype == torch.int16 and labels.tolist() == [[-1, 255, 299, 44]]
+    logits = torch.zeros(300, 1, 2)
+    logits[255, 0, 0], logits[299, 0, 1] = 1, 1
+    labels = Segmentation((1, 2), names, logits=logits).labels
+    assert labels.dtype == torch.int16 and labels.tolist() == [[255, 299]]
+
+
 def test_shapes_are_checked():
     with pytest.raises(ValueError, match=r"logits must be \[3, h, w\]"):
         make(logits=torch.zeros(4, 2, 2))

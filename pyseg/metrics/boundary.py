@@ -14,7 +14,7 @@ from ..ops import boundary_mask, boundary_match, confusion_counts
 from ..ops.boundary_mask import boundary_distance
 from ..ops.boundary_match import contours
 from ..types import VOID, Sample, Segmentation
-from .inputs import nan_images, raise_invalid, target_of
+from .inputs import check_ignore_index, nan_images, raise_invalid, target_of
 
 MEASURES = ("boundary_iou", "bf", "trimap")
 ONE = 2**40  # of fixed-point fractions, so that sums do not depend on their order
@@ -75,6 +75,7 @@ class Boundary:
                                  f"{share}")  # fmt: skip
         if matching not in ("distance", "one-to-one"):
             raise ValueError(f"matching must be 'distance' or 'one-to-one', got {matching!r}")
+        check_ignore_index(ignore_index, len(classes))
         if isinstance(measures, str) or not measures or not set(measures) <= set(MEASURES):
             raise ValueError(f"measures must be some of {', '.join(MEASURES)}, got {measures!r}")
         self.classes = tuple(classes)

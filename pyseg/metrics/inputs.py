@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from ..errors import LabelError, ScoreError
-from ..types import Sample, Segmentation
+from ..types import VOID, Sample, Segmentation
 
 _NAN = (
     "the logits hold NaN, so that no class is the largest; look for a network that diverged, "
     "half-precision overflow, or a division by zero in a refiner"
 )
+
+
+def check_ignore_index(ignore_index: int, num_classes: int) -> None:
+    """Raises ValueError where pixels of class 255 would be taken for void."""
+    if ignore_index == VOID < num_classes:
+        raise ValueError(
+            f"{VOID} is one of the {num_classes} classes and cannot mean void as well; label void "
+            "-1, as Segmentation does, and give ignore_index=-1"
+        )
 
 
 def target_of(prediction: Segmentation, sample: Sample, device: torch.device) -> Tensor:

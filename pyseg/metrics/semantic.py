@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import LabelError
 from ..ops import confusion_counts, upsample_confusion
 from ..types import VOID, Sample, Segmentation
-from .inputs import nan_images, raise_invalid, target_of
+from .inputs import check_ignore_index, nan_images, raise_invalid, target_of
 
 
 class Semantic:
@@ -62,6 +62,7 @@ class Semantic:
         if not classes or (num_classes is not None and len(classes) != num_classes):
             raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}; "
                              "give at least one class, and either of them")  # fmt: skip
+        check_ignore_index(ignore_index, len(classes))
         self.classes = tuple(classes)
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
