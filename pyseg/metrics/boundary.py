@@ -14,7 +14,7 @@ from ..ops import boundary_mask, boundary_match, confusion_counts
 from ..ops.boundary_mask import boundary_distance
 from ..ops.boundary_match import contours
 from ..types import VOID, Sample, Segmentation
-from .inputs import check_ignore_index, nan_images, raise_invalid, target_of
+from .inputs import check_ignore_index, copied, nan_images, raise_invalid, target_of
 
 MEASURES = ("boundary_iou", "bf", "trimap")
 ONE = 2**40  # of fixed-point fractions, so that sums do not depend on their order
@@ -202,13 +202,7 @@ class Boundary:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
-                                 f"{len(self.classes)} classes, got "
-                                 f"{list(state[name].shape)}")  # fmt: skip
-        self._areas, self._trimap = state["areas"].clone(), state["trimap"].clone()
-        self._bf, self._invalid = state["bf"].clone(), state["invalid"].clone()
+        self._areas, self._trimap, self._bf, self._invalid = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far, as fractions.

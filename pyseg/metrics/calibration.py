@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ScoreError
 from ..ops import upsample_argmax
 from ..types import VOID, Sample, Segmentation
-from .inputs import check_ignore_index, class_targets, raise_invalid
+from .inputs import check_ignore_index, class_targets, copied, raise_invalid
 
 # Sums of fractions are kept in fixed point, so that the order of images changes no bit. A pixel's
 # share is rounded once, by at most half a unit.
@@ -130,13 +130,13 @@ class Calibration:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the sums by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)}, "
-                                 f"got {list(state[name].shape)}")  # fmt: skip
-        self._pixels, self._correct = state["pixels"].clone(), state["correct"].clone()
-        self._confidence, self._sums = state["confidence"].clone(), state["sums"].clone()
-        self._invalid = state["invalid"].clone()
+        (
+            self._pixels,
+            self._correct,
+            self._confidence,
+            self._sums,
+            self._invalid,
+        ) = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far.

@@ -20,6 +20,7 @@ from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
 from ..types import Sample, Segment, Segmentation, Segments
+from .inputs import copied
 
 GROUPS = ("", "_things", "_stuff")
 
@@ -152,12 +153,7 @@ class Panoptic:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
-                                 f"{len(self.classes)} classes, got "
-                                 f"{list(state[name].shape)}")  # fmt: skip
-        self._counts, self._problems = state["counts"].clone(), state["problems"].clone()
+        self._counts, self._problems = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far, as fractions.

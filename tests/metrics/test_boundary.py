@@ -213,7 +213,7 @@ def test_bad_input():
                     {"classes": NAMES, "matching": "x"}):  # fmt: skip
         with pytest.raises(ValueError, match=r"classes|ratio|tolerance|matching"):
             Boundary(**options)
-    with pytest.raises(ValueError, match="4 classes"):
+    with pytest.raises(ValueError, match="state 'areas' must be"):
         metric.load_state(Boundary(("a", "b")).state())
     metric.load_state({**metric.state(), "invalid": torch.tensor([0, 7, 0])})
     with pytest.raises(LabelError, match="7 target pixels"):
