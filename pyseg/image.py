@@ -130,7 +130,7 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
                          "id = R + 256 G + 65536 B")  # fmt: skip
     # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
     padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
-    return torch.from_numpy((padded & 0xFFFFFF).astype(np.int32))
+    return torch.from_numpy((padded & 0xFFFFFF).view(np.int32))
 
 
 def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +231,9 @@ def score_files(
 ) -> dict[str, Any]:
     """Panoptic quality of predictions in COCO's panoptic format, as panopticapi prints it.
 
-    One image at a time. An image without a prediction is an error; a prediction of an image that is
-    not in the ground truth is left out, with a warning.
+    Images are decoded by as many threads as torch has, few ahead of the one that is scored. An
+    image without a prediction is an error; a prediction of an image that is not in the ground truth
+    is left out, with a warning.
 
     Args:
         target: JSON of the ground truth.
@@ -278,14 +281,26 @@ def score_files(
     if extra := [key for key in found if key not in wanted]:
         warnings.warn(f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
                       "they are not scored", stacklevel=2)  # fmt: skip
-    for key in track([*wanted]):
-        sides = [
+
+    def read(key: Any) -> list[Segments]:
+        return [
             _read_segments(entries[key], folder, index, file)
             for entries, folder, file in zip(
                 (wanted, found), folders, (target, prediction), strict=True
             )
         ]
-        metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
+
+    # Decoding a PNG takes twenty times as long as scoring it, and lets other threads run.
+    workers = torch.get_num_threads()
+    keys, started = [*wanted], 0
+    coming: deque[Future[list[Segments]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for key in track(keys):
+            for later in keys[started : started + workers + 1 - len(coming)]:
+                coming.append(pool.submit(read, later))
+                started += 1
+            sides = coming.popleft().result()
+            metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
     return _as_panopticapi(metric.compute(), known)
 
 
@@ -360,6 +375,10 @@ def _read_segments(
     """One annotation with its PNG; areas that are not listed are counted."""
     ids = read_segment_ids(folder / entry["file_name"])
     items = []
+    areas: dict[int, int] = {}
+    if any(segment.get("area") is None for segment in entry["segments_info"]):
+        found, counts = np.unique(ids.numpy(), return_counts=True)
+        areas = dict(zip(found.tolist(), counts.tolist(), strict=True))
     for segment in entry["segments_info"]:
         where = f"image {entry['image_id']!r} of {os.fspath(path)!r}"
         if "id" not in segment or "category_id" not in segment:
@@ -369,7 +388,7 @@ def _read_segments(
                              f"{segment['category_id']}")  # fmt: skip
         area = segment.get("area")
         if area is None:
-            area = int((ids == segment["id"]).sum())
+            area = areas.get(segment["id"], 0)
         items.append(
             Segment(
                 id=segment["id"],

@@ -399,6 +399,32 @@ def test_files_are_scored_like_maps_in_memory(files):
     assert got["per_class_counts"]["sky"] == counts
 
 
+def test_threads_read_ahead_and_change_nothing(files):
+    """Also the first bad image is reported, not the one that was read first; areas may lack."""
+
+    def drop_areas(value):
+        for annotation in value["annotations"]:
+            for segment in annotation["segments_info"]:
+                del segment["area"]
+
+    got = score_files(files / "truth.json", files / "guess.json")
+    for name in ("truth.json", "guess.json"):
+        edit(files / name, drop_areas)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert score_files(files / "truth.json", files / "guess.json") == got
+        for name in sorted(file.name for file in (files / "guess").iterdir())[1:]:
+            (files / "guess" / name).write_bytes(b"")
+        second = json.loads((files / "truth.json").read_text())["annotations"][1]["file_name"]
+        for _ in range(5):
+            with pytest.raises(ImageError, match=second):
+                score_files(files / "truth.json", files / "guess.json")
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_command_line(files):
     result = run(files / "truth.json", files / "guess.json", "--json")
     assert result.exit_code == 0, result.output
