@@ -378,7 +378,9 @@ def train(
         )  # fmt: skip
     except ValueError as error:  # a setting out of range
         raise PysegError(str(error)) from error
-    if not PartialState().is_main_process:
+    state = PartialState()
+    state.destroy_process_group()  # a peer that ended first would abort this process
+    if not state.is_main_process:
         return None
     folder = pipeline.to("cpu").save(output / "pipeline")
     if as_json:
