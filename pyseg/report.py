@@ -219,6 +219,7 @@ img { display: block; width: 100%; height: auto; border-radius: 4px; }
 .side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
   gap: 18px; margin: 18px 0; align-items: start; }
 .side section { margin: 0; min-width: 0; }
+.side th:not(:first-child), .side td:not(:first-child) { padding: 6px 4px 6px 8px; }
 .plots { display: flex; flex-wrap: wrap; gap: 20px; }
 .plots > div { flex: 1 1 280px; max-width: 420px; }
 footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--soft);
