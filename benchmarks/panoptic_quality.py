@@ -2,15 +2,19 @@
 
 The peers get the maps that they want: panopticapi uint32 ids (what its rgb2id makes), torchmetrics
 pairs of class and instance. panopticapi reads files only, so its rules for one image are written
-down here again, by the same NumPy calls.
+down here again, by the same NumPy calls; `test_files` runs itself, where it is installed.
 """
+
+import contextlib
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pyseg.metrics.panoptic import Panoptic
+from pyseg.image import write_panoptic
+from pyseg.metrics.panoptic import Panoptic, score_files
 from pyseg.types import Segment, Segments
 
 SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
@@ -94,6 +98,38 @@ def test_panopticapi(compare, kind, threads):
         threads=threads,
         goal={1: 12, 2: 20}[threads],
         check=check,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_files(compare, tmp_path, threads):
+    """As its users run it, from PNG and JSON: decoding PNGs is most of the time of both."""
+    evaluation = pytest.importorskip("panopticapi.evaluation")
+    images, names = 8, [f"class {k}" for k in range(CLASSES)]
+    for name, ids in zip(("prediction", "target"), make_maps(), strict=True):
+        results = [(str(k), segments(ids)) for k in range(images)]
+        write_panoptic(tmp_path / f"{name}.json", results, names, things=set(range(8)))
+    files = [tmp_path / f"{name}.json" for name in ("target", "prediction")]
+
+    def panopticapi():
+        target, prediction = (json.loads(file.read_text()) for file in files)
+        categories = {entry["id"]: entry for entry in target["categories"]}
+        pairs = [*zip(target["annotations"], prediction["annotations"], strict=True)]
+        folders = [str(file.with_suffix("")) for file in files]
+        with contextlib.redirect_stdout(None):
+            if threads == 1:
+                found = evaluation.pq_compute_single_core(0, pairs, *folders, categories)
+            else:  # a process for every core of the machine
+                found = evaluation.pq_compute_multi_core(pairs, *folders, categories)
+        return found.pq_average(categories, isthing=None)[0]["pq"]
+
+    compare(
+        ours=lambda: score_files(*files)["All"]["pq"],
+        peer=panopticapi,
+        peer_name="panopticapi, 8 images with PNGs",
+        threads=threads,
+        check=lambda ours, peer: np.testing.assert_allclose(ours, peer, rtol=0, atol=1e-9),
+        rounds=3,
     )
 
 
