@@ -306,6 +306,9 @@ def train(
     photometric: Annotated[
         float, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = 1.0,
+    flip: Annotated[
+        float, typer.Option(help="Share of images that are mirrored, with instances.")
+    ] = 0.5,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Of AdamW, after the warm-up. [default: 2.5e-3; 5e-4 with instances]"),
@@ -370,7 +373,9 @@ def train(
         changed = [key for key, value in semantic.items() if value != defaults[key].default]
         if changed:
             raise PysegError(f"{', '.join(changed)} have no meaning for {model}: leave them out")
-        fit, options = instance_training.train_instances, both
+        fit, options = instance_training.train_instances, both | {"flip": flip}
+    elif flip != 0.5:
+        raise PysegError(f"flip has a meaning for models of instances only, {model} is none")
     try:
         log = fit(
             network, data, output_dir=output, epochs=epochs, validation=validation,

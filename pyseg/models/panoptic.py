@@ -1,7 +1,8 @@
 """Instance and panoptic models: Mask R-CNN, panoptic FPN and UPSNet on torchvision's detector.
 
 Class indices put the stuff classes first: 0 to num_stuff - 1 are stuff, the others things. Images
-are resized as torchvision's detectors do (``min_size``, ``max_size``).
+are resized as torchvision's detectors do (``min_size``, ``max_size``). Regions are pooled by
+`pyseg.ops.roi_align`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..image import default_palette
-from ..ops import DeformConv2d, panoptic_head, panoptic_logits, panoptic_merge, upsample_argmax
+from ..ops import (
+    DeformConv2d,
+    panoptic_head,
+    panoptic_logits,
+    panoptic_merge,
+    replace_roi_pooling,
+    roi_align,
+    upsample_argmax,
+)
 from ..ops.panoptic_merge import PanopticMaps, paste
 from ..types import VOID, Instances, Sample, Segment, Segmentation, Segments
 
@@ -99,6 +108,36 @@ class DeformableSemanticHead(nn.Module):
         return self.score(together), together
 
 
+class FCN(nn.Module):
+    """A semantic network of its own: ResNet, scores at 1/8, 1/16 and 1/32, summed as in FCN-8s.
+
+    Source: Long, Shelhamer & Darrell, "Fully convolutional networks for semantic segmentation",
+    CVPR 2015.
+    """
+
+    def __init__(self, backbone: str, classes: int) -> None:
+        super().__init__()
+        self.body, widths = _resnet(backbone)
+        self.scores = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths[1:])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] to logits [N, classes, H / 8, W / 8]."""
+        body = self.body
+        x = body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(images)))))
+        total: Tensor | None = None
+        outputs = []
+        for layer in (body.layer2, body.layer3, body.layer4):
+            x = layer(x)
+            outputs.append(x)
+        for score, output in reversed(list(zip(self.scores, outputs, strict=True))):
+            logits = score(output)
+            if total is not None:
+                logits = logits + F.interpolate(total, logits.shape[2:], mode="bilinear")
+            total = logits
+        assert total is not None
+        return total
+
+
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -115,7 +154,7 @@ class InstanceModel(nn.Module):
         classes: names, the stuff classes first.
         num_stuff: how many of them are stuff.
         semantic: maps P2 to P5 to logits of all classes at 1/4 and the features before the last
-            layer; None = instances only.
+            layer; or an `FCN`, a second network; None = instances only.
         unified: merge by `pyseg.ops.panoptic_head` (UPSNet); False = `pyseg.ops.panoptic_merge`.
         palette: one colour per class; None = `pyseg.image.default_palette`.
         semantic_weight: of the semantic loss; that of the loss on regions of interest is a fifth.
@@ -183,7 +222,7 @@ class InstanceModel(nn.Module):
         _, own = self.detector.roi_heads(features, proposals, batch.image_sizes, targets)
         losses = {**losses, **own}
         if self.semantic is not None:
-            logits, before = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            logits, before = self._logits(batch.tensors, features)
             labels = self._resized_labels(samples, batch, logits)
             losses.update(self._semantic_losses(logits, before, labels, targets))
             if self.unified:
@@ -192,24 +231,35 @@ class InstanceModel(nn.Module):
                 )
         return losses
 
+    def _logits(self, images: Tensor, features: Any) -> tuple[Tensor, Tensor]:
+        """Logits of all classes, and the features that the last layer makes them from."""
+        if isinstance(self.semantic, FCN):
+            logits = self.semantic(images)
+            return logits, logits
+        assert self.semantic is not None
+        return self.semantic([features[name] for name in ("0", "1", "2", "3")])
+
     def _target(self, sample: Sample) -> dict[str, Tensor]:
         if sample.instances is None:
             raise ValueError(f"sample {sample.name!r} has no instances to learn from")
         if self.semantic is not None and sample.labels is None:
             raise ValueError(f"sample {sample.name!r} has no labels for the semantic branch")
-        labels = sample.instances.labels
+        instances = sample.instances
+        labels = instances.labels
         if len(labels) and not self.num_stuff <= int(labels.min()) <= int(labels.max()) < len(
             self.classes
         ):
             raise ValueError(f"sample {sample.name!r} has instances of classes "
                              f"{sorted(set(labels.tolist()))}; things are {self.num_stuff} to "
                              f"{len(self.classes) - 1}")  # fmt: skip
-        boxes = sample.instances.boxes.float()
+        boxes = instances.boxes.float()
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)  # torchvision refuses empty boxes
+        if instances.crowd is not None:  # a region of many objects is no example of one
+            solid &= ~instances.crowd
         return {
             "boxes": boxes[solid].to(self.device),
             "labels": (labels[solid] - self.num_stuff + 1).to(self.device),
-            "masks": sample.instances.masks[solid].to(self.device, torch.uint8),
+            "masks": instances.masks[solid].to(self.device, torch.uint8),
         }
 
     def _resized_labels(self, samples: Sequence[Sample], batch: Any, logits: Tensor) -> Tensor:
@@ -230,9 +280,8 @@ class InstanceModel(nn.Module):
         if self.unified and any(len(box) for box in boxes):
             # The last layer again, on the features of every object at 28 x 28: small objects count
             # as much as large ones.
-            ops = importlib.import_module("torchvision.ops")
             assert self.semantic is not None
-            pooled = ops.roi_align(before, boxes, (28, 28), 0.25, aligned=True)
+            pooled = roi_align(before, boxes, (28, 28), 0.25, aligned=True)
             regions = torch.cat(
                 [_nearest_crops(one, box) for one, box in zip(labels, boxes, strict=True)]
             )
@@ -317,11 +366,14 @@ class InstanceModel(nn.Module):
         )
         logits = segments = None
         if self.semantic is not None:
-            logits, _ = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            logits, _ = self._logits(batch.tensors, features)
             # Without the padding of the network's input, whose size is a multiple of 32.
-            cells = [math.ceil(n / 4) for n in batch.image_sizes[0]]
+            step = batch.tensors.shape[2] // logits.shape[2]
+            cells = [math.ceil(n / step) for n in batch.image_sizes[0]]
             logits = logits[0, :, : cells[0], : cells[1]].contiguous()
-            canvas = [max(round(4 * n * s), m) for n, s, m in zip(cells, scale, size, strict=True)]
+            canvas = [
+                max(round(step * n * s), m) for n, s, m in zip(cells, scale, size, strict=True)
+            ]
             join = self._unify if self.unified else self._merge
             segments = join(detections, logits, canvas, size)
         return Segmentation(
@@ -468,6 +520,7 @@ def panoptic_fpn_resnet50(
     num_stuff: int | None = None,
     weights: str | Path | None = None,
     backbone: str = "resnet50",
+    channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
     stuff_area: int = 4096,
@@ -479,14 +532,39 @@ def panoptic_fpn_resnet50(
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
         weights: a path or a URL, None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
+        channels: of the feature pyramid and the heads on it.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
         stuff_area: smallest stuff segment in pixels.
     """
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
     model = InstanceModel(
-        _detector(backbone, classes - stuff, min_size, max_size), _names(classes), stuff,
-        FPNSemanticHead(256, 128, classes), stuff_area=stuff_area,
+        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
+        FPNSemanticHead(channels, channels // 2, classes), stuff_area=stuff_area,
+    )  # fmt: skip
+    return _loaded(model, weights)
+
+
+def maskrcnn_fcn_resnet50(
+    *,
+    num_classes: int | None = None,
+    num_stuff: int | None = None,
+    weights: str | Path | None = None,
+    backbone: str = "resnet50",
+    channels: int = 256,
+    min_size: int = 800,
+    max_size: int = 1333,
+    stuff_area: int = 4096,
+) -> InstanceModel:
+    """Two networks, Mask R-CNN and an FCN, and the heuristic merge: what panoptic FPN unifies.
+
+    They share no parameter, only the images: trained together, each learns what it would alone
+    (but for the limit on the gradient's norm, which is common). Options as `panoptic_fpn_resnet50`.
+    """
+    classes, stuff = _panoptic_classes(num_classes, num_stuff)
+    model = InstanceModel(
+        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
+        FCN(backbone, classes), stuff_area=stuff_area,
     )  # fmt: skip
     return _loaded(model, weights)
 
@@ -497,6 +575,7 @@ def upsnet_resnet50(
     num_stuff: int | None = None,
     weights: str | Path | None = None,
     backbone: str = "resnet50",
+    channels: int = 256,
     depth: int = 2,
     min_size: int = 800,
     max_size: int = 1333,
@@ -509,14 +588,16 @@ def upsnet_resnet50(
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
         weights: a path or a URL, None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
+        channels: of the feature pyramid and the heads on it.
         depth: deformable layers of the semantic head: 2 for Cityscapes, 3 for COCO.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
         stuff_area: smallest stuff segment in pixels: 2048 for Cityscapes, 4096 for COCO.
     """
     return _upsnet(
-        backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, False
-    )
+        backbone, channels, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        False,
+    )  # fmt: skip
 
 
 def upsnet_resnet101_dcn(
@@ -531,8 +612,9 @@ def upsnet_resnet101_dcn(
 ) -> InstanceModel:
     """UPSNet with ResNet-101 whose 3x3 convolutions from res3 on are deformable; else as above."""
     return _upsnet(
-        "resnet101", num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, True
-    )
+        "resnet101", 256, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        True,
+    )  # fmt: skip
 
 
 class DeformableConv(nn.Module):
@@ -556,17 +638,18 @@ class DeformableConv(nn.Module):
 
 
 def _upsnet(
-    backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, dcn
+    backbone, channels, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, dcn
 ) -> InstanceModel:
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
-    detector = _detector(backbone, classes - stuff, min_size, max_size)
+    detector = _detector(backbone, classes - stuff, min_size, max_size, channels)
     if dcn:
         for name in ("layer2", "layer3", "layer4"):
             for block in getattr(detector.backbone.body, name):
                 block.conv2 = DeformableConv(block.conv2)
     model = InstanceModel(
-        detector, _names(classes), stuff, DeformableSemanticHead(256, 128, classes, depth),
-        unified=True, stuff_area=stuff_area,
+        detector, _names(classes), stuff,
+        DeformableSemanticHead(channels, channels // 2, classes, depth), unified=True,
+        stuff_area=stuff_area,
     )  # fmt: skip
     return _loaded(model, weights)
 
@@ -587,23 +670,45 @@ def _names(count: int) -> tuple[str, ...]:
 
 
 def _detector(
-    backbone: str, things: int, min_size: int, max_size: int, frozen: bool = False
-) -> Any:
+    backbone: str, things: int, min_size: int, max_size: int, channels: int = 256,
+    frozen: bool = False,
+) -> Any:  # fmt: skip
     """torchvision's Mask R-CNN with random weights."""
     if things < 1:
         raise ValueError(f"num_classes must leave at least one thing, got {things}")
-    detection = importlib.import_module("torchvision.models.detection")
+    faster = importlib.import_module("torchvision.models.detection.faster_rcnn")
+    mask = importlib.import_module("torchvision.models.detection.mask_rcnn")
     utils = importlib.import_module("torchvision.models.detection.backbone_utils")
+    pyramid = importlib.import_module("torchvision.ops.feature_pyramid_network")
+    if channels < 8 or channels % 8:
+        raise ValueError(f"channels must be a multiple of 8, got {channels}")
+    body, widths = _resnet(backbone, frozen)
+    levels = {f"layer{k + 1}": str(k) for k in range(4)}
+    network = utils.BackboneWithFPN(
+        body, levels, widths, channels, extra_blocks=pyramid.LastLevelMaxPool()
+    )
+    wide, classes = 4 * channels, things + 1
+    return replace_roi_pooling(
+        mask.MaskRCNN(
+            network, min_size=min_size, max_size=max_size,
+            box_head=faster.TwoMLPHead(49 * channels, wide),
+            box_predictor=faster.FastRCNNPredictor(wide, classes),
+            mask_head=mask.MaskRCNNHeads(channels, (channels,) * 4, 1),
+            mask_predictor=mask.MaskRCNNPredictor(channels, channels, classes),
+        )
+    )  # fmt: skip
+
+
+def _resnet(backbone: str, frozen: bool = False) -> tuple[Any, list[int]]:
+    """torchvision's network with random weights, and the channels of its four stages."""
     resnet = importlib.import_module("torchvision.models.resnet")
+    misc = importlib.import_module("torchvision.ops.misc")
     if not (backbone.startswith("resnet") and hasattr(resnet, backbone)):
         raise ValueError(f"backbone must be one of torchvision's resnets, such as 'resnet50', got "
                          f"{backbone!r}")  # fmt: skip
-    misc = importlib.import_module("torchvision.ops.misc")
     norm = partial(misc.FrozenBatchNorm2d, eps=0.0) if frozen else nn.BatchNorm2d
-    body = utils.resnet_fpn_backbone(
-        backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5
-    )
-    return detection.MaskRCNN(body, num_classes=things + 1, min_size=min_size, max_size=max_size)
+    body = getattr(resnet, backbone)(weights=None, norm_layer=norm)
+    return body, [body.inplanes >> k for k in (3, 2, 1, 0)]
 
 
 def _loaded(model: InstanceModel, weights: str | Path | None) -> InstanceModel:
@@ -642,9 +747,11 @@ def _maskrcnn(
         # The first version was trained with normalisation frozen, and without an epsilon.
         detector = _detector("resnet50", count, min_size, max_size, frozen=True)
     else:
-        detector = getattr(detection, name)(
-            weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
-            max_size=max_size,
+        detector = replace_roi_pooling(
+            getattr(detection, name)(
+                weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
+                max_size=max_size,
+            )
         )  # fmt: skip
     names = tuple(categories) if count == len(categories) else _names(count)
     model = InstanceModel(detector, _unique(names), num_stuff=0)

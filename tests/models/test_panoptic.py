@@ -73,8 +73,9 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
         expected = peer([image.float() / 255])[0]
     found = ours.predict([image])[0].instances
     assert len(found.labels) > 20
-    torch.testing.assert_close(found.boxes, expected["boxes"])
-    torch.testing.assert_close(found.scores, expected["scores"])
+    # Our RoIAlign rounds otherwise than torchvision's.
+    torch.testing.assert_close(found.boxes, expected["boxes"], atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(found.scores, expected["scores"], atol=1e-5, rtol=1e-5)
     assert torch.equal(found.labels, expected["labels"] - 1)
     # torchvision stretches masks over whole pixels, we over the box itself.
     differ = (found.masks != (expected["masks"][:, 0] >= 0.5)).float().mean()
