@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .types import Dataset
 
+BUNDLED = "streetnet+crf"  # what the demo shows
 FAILED, MISUSED = 1, 2  # exit codes: some inputs failed; nothing could be done
 
 
@@ -543,14 +544,42 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
         "demo"
     ),
-    spec: SpecOption = "streetnet+crf",
+    spec: SpecOption = BUNDLED,
+    panoptic: Annotated[
+        bool,
+        typer.Option(
+            "--panoptic",
+            help="Instead, pictures and panoptic quality of the images of --dataset, by the "
+            "trained model in the folder --spec.",
+        ),
+    ] = False,
+    dataset: Annotated[str, typer.Option(help="With --panoptic.")] = "coco_panoptic",
+    root: RootOption = None,
+    split: Annotated[str | None, typer.Option(help="With --panoptic, such as val2017.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="With --panoptic: so many images, spread evenly.")
+    ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the street image that comes with pyseg, stage by stage, and score it."""
+    """Segment the street image that comes with pyseg, stage by stage, and score it.
+
+    No panoptic weights come with pyseg, so --panoptic needs a model that `pyseg train` made.
+    """
     from . import demonstration
 
-    result, files = demonstration.run(_pipeline(spec, None, None, device), output)
+    if panoptic:
+        if spec == BUNDLED:
+            raise PysegError("--panoptic needs --spec, the pipeline of a trained model: `pyseg "
+                             "train \"upsnet_resnet50(num_stuff=…)\" --dataset … --output run` "
+                             "makes it, in run/pipeline")  # fmt: skip
+        data = _dataset(dataset, root, split)
+        pipeline = _pipeline(spec, None, None, device)
+        result, files = demonstration.run_panoptic(pipeline, data, output, limit)
+    elif root is not None or split is not None or limit is not None:
+        raise PysegError("--root, --split and --limit go with --panoptic")
+    else:
+        result, files = demonstration.run(_pipeline(spec, None, None, device), output)
     if as_json:
         return _print_json({"stages": result.to_list(), "files": [str(file) for file in files]})
     _print_evaluation(result)

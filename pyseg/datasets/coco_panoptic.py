@@ -72,12 +72,10 @@ class COCOPanoptic:
         self.classes = tuple(entry["name"] for entry in chosen)
         self.things = self.classes[self.num_stuff :]
         self.category_ids = tuple(entry["id"] for entry in chosen)
-        colours = [entry.get("color") for entry in chosen]
-        self.palette = (
-            tuple((int(r), int(g), int(b)) for r, g, b in colours)
-            if all(colours)
-            else default_palette(len(chosen))
-        )
+        self.palette = default_palette(len(chosen))
+        if all("color" in entry for entry in chosen):
+            colours = [tuple(map(int, entry["color"])) for entry in chosen]
+            self.palette = tuple((red, green, blue) for red, green, blue in colours)
         void = -1  # label of segments that are not used
         self._index = {entry["id"]: void for entry in known}
         self._index |= {key: label for label, key in enumerate(self.category_ids)}
