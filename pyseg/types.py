@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 VOID = 255
 """Label of pixels without a class: ``ignore_index`` everywhere in pyseg."""
+CERTAIN = 0.5
+"""Score from which an instance counts where a label map is made of instances alone."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,14 @@ class Segmentation:
 
     @property
     def labels(self) -> Tensor:
-        """Class of every pixel, [H, W] uint8 (int16 from 256 classes on), 255 = void."""
+        """Class of every pixel, [H, W] uint8 (int16 from 256 classes on), 255 = void.
+
+        From the logits; without them from the segments, or from the instances of at least a score
+        of `CERTAIN`, the most certain on top.
+        """
         if self._labels is None:
+            if self.logits is None and self.segments is None and self.instances is not None:
+                return self._labels_of_instances(self.instances)  # not kept: no map of its own
             object.__setattr__(self, "_labels", self._derive_labels())
         assert self._labels is not None
         return self._labels
@@ -105,9 +113,19 @@ class Segmentation:
             order = ids.argsort()
             table = self.segments.map
             position = torch.searchsorted(ids[order].to(table.device), table.long())
-            return classes[order].to(table.device)[position].to(torch.uint8)
-        raise ValueError("this Segmentation has no semantic map: neither logits, labels nor "
-                         "segments are set")  # fmt: skip
+            return classes[order].to(table.device)[position].to(self._label_type())
+        raise ValueError("this Segmentation has no semantic map: neither logits, labels, segments "
+                         "nor instances are set")  # fmt: skip
+
+    def _label_type(self) -> torch.dtype:
+        return torch.uint8 if len(self.classes) <= VOID else torch.int16
+
+    def _labels_of_instances(self, instances: Instances) -> Tensor:
+        labels = instances.masks.new_full(self.size, VOID, dtype=self._label_type())
+        for k in instances.scores.argsort(stable=True).tolist():
+            if instances.scores[k] >= CERTAIN:
+                labels[instances.masks[k]] = int(instances.labels[k])
+        return labels
 
     def probabilities(self) -> Tensor:
         """Class probabilities at full resolution, [C, H, W] float32: softmax of upsampled logits.
