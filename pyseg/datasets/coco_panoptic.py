@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from ..coco import annotations_of, categories_of, read_json, read_segments
 from ..errors import ImageError, LabelError
 from ..image import default_palette, read_image
-from ..metrics.panoptic import _annotations, _categories, _read_json, _read_segments
 from ..types import Sample, Segmentation, Segments
 from .pairs import IMAGE_SUFFIXES, files_by_stem, instances_of, some
 
@@ -59,8 +59,8 @@ class COCOPanoptic:
         base = Path(root or ".")
         self.path = Path(annotations or base / "annotations" / f"panoptic_{split}.json")
         self.folder = self.path.with_suffix("")
-        content = _read_json(self.path)
-        known = _categories(content, self.path)
+        content = read_json(self.path)
+        known = categories_of(content, self.path)
         names = [entry["name"] for entry in known]
         if classes is not None and (absent := set(classes) - set(names)):
             raise ValueError(f"classes: {self.path} has no category {some(absent)}")
@@ -79,7 +79,7 @@ class COCOPanoptic:
         void = -1  # label of segments that are not used
         self._index = {entry["id"]: void for entry in known}
         self._index |= {key: label for label, key in enumerate(self.category_ids)}
-        self._entries = list(_annotations(content, self.path).values())
+        self._entries = list(annotations_of(content, self.path).values())
         if not self._entries:
             raise LabelError(f"{str(self.path)!r} has no annotations")
         files = {
@@ -109,7 +109,7 @@ class COCOPanoptic:
         """
         image = read_image(self.images[index])
         entry = self._entries[index]
-        segments = _read_segments(entry, self.folder, self._index, self.path)
+        segments = read_segments(entry, self.folder, self._index, self.path)
         if image.shape[1:] != segments.map.shape:
             raise ImageError(f"{self.images[index]} is {list(image.shape[1:])} pixels, its map "
                              f"{entry['file_name']} {list(segments.map.shape)}; they must be equal"
