@@ -708,6 +708,7 @@ def _resnet(backbone: str, frozen: bool = False) -> tuple[Any, list[int]]:
                          f"{backbone!r}")  # fmt: skip
     norm = partial(misc.FrozenBatchNorm2d, eps=0.0) if frozen else nn.BatchNorm2d
     body = getattr(resnet, backbone)(weights=None, norm_layer=norm)
+    body.fc = nn.Identity()  # the classifier of images
     return body, [body.inplanes >> k for k in (3, 2, 1, 0)]
 
 

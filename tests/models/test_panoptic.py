@@ -1,25 +1,31 @@
 """Mask R-CNN, panoptic FPN and UPSNet: small random networks on small images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import pyseg
 from pyseg.datasets.synthetic import STUFF, StreetScenes
 from pyseg.models.panoptic import (
+    FCN,
     DeformableSemanticHead,
     Detections,
     FPNSemanticHead,
     InstanceModel,
     _nearest_crops,
 )
+from pyseg.ops.roi_align import MultiScaleRoIAlign
 from pyseg.types import Instances, Sample
 
+PANOPTIC = ["panoptic_fpn_resnet50", "upsnet_resnet50", "maskrcnn_fcn_resnet50"]
 SMALL = {"min_size": 64, "max_size": 128, "weights": None}
 
 
 def make(name, **options):
     torch.manual_seed(0)
-    options = {"num_classes": 8, "num_stuff": 5, "backbone": "resnet18", **SMALL, **options}
+    small = {"num_classes": 8, "num_stuff": 5, "backbone": "resnet18", "channels": 32, **SMALL}
+    options = {**small, **options}
     return pyseg.models.get(name)(**options)
 
 
@@ -82,7 +88,7 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     assert differ < 0.1
 
 
-@pytest.mark.parametrize("name", ["panoptic_fpn_resnet50", "upsnet_resnet50"])
+@pytest.mark.parametrize("name", PANOPTIC)
 def test_predict(name):
     model = make(name, stuff_area=20).train()
     images = [sample.image for sample in StreetScenes(length=1, size=(48, 90))]
@@ -131,7 +137,7 @@ def test_heads_take_odd_sizes(head):
     assert logits.shape == (1, 5, 25, 37)
 
 
-@pytest.mark.parametrize("name", ["panoptic_fpn_resnet50", "upsnet_resnet50"])
+@pytest.mark.parametrize("name", PANOPTIC)
 def test_losses_reach_every_parameter(name):
     model = make(name).train()
     losses = model([StreetScenes(length=2, size=(64, 96))[k] for k in range(2)])
@@ -148,8 +154,44 @@ def test_losses_reach_every_parameter(name):
         assert all(layer.weight.grad.abs().max() > 0 for layer in model.semantic.offsets)
 
 
+def test_two_networks_share_nothing():
+    model = make("maskrcnn_fcn_resnet50").train()
+    losses = model([StreetScenes(length=1, size=(64, 96))[0]])
+    losses.pop("loss_semantic").backward()
+    assert all(p.grad is None for p in model.detector.parameters())
+    assert all(p.grad is not None for p in model.semantic.parameters())
+    model.zero_grad()
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in model.semantic.parameters())
+
+
+def test_fcn_has_stride_8_and_takes_odd_sizes():
+    logits = FCN("resnet18", 5)(torch.randn(1, 3, 70, 101))
+    assert logits.shape == (1, 5, 9, 13)
+
+
+@pytest.mark.parametrize("name", [*PANOPTIC, "maskrcnn_resnet50_fpn", "maskrcnn_resnet101_fpn"])
+def test_regions_are_pooled_by_our_operator(name):
+    with torch.device("meta"):
+        options = {"num_stuff": 5} if name in PANOPTIC else {}
+        model = pyseg.models.get(name)(num_classes=8, weights=None, **options)
+    heads = model.detector.roi_heads
+    pools = heads.box_roi_pool, heads.mask_roi_pool
+    assert all(type(pool) is MultiScaleRoIAlign for pool in pools)
+    assert [pool.output_size for pool in pools] == [(7, 7), (14, 14)]
+
+
+def test_crowds_are_not_learnt_as_objects():
+    model = make("upsnet_resnet50")
+    sample = StreetScenes(length=1, size=(64, 96))[0]
+    crowd = torch.arange(len(sample.instances.labels)) == 1
+    target = model._target(replace(sample, instances=replace(sample.instances, crowd=crowd)))
+    assert len(crowd) > 2 and torch.equal(target["boxes"], sample.instances.boxes[~crowd])
+    assert len(target["masks"]) == len(target["labels"]) == len(crowd) - 1
+
+
 def test_images_without_objects_can_be_learnt_from():
-    for name in ("panoptic_fpn_resnet50", "upsnet_resnet50"):
+    for name in PANOPTIC:
         losses = make(name).train()([StreetScenes(length=1, size=(64, 96), objects=(0, 0))[0]])
         assert all(torch.isfinite(loss) for loss in losses.values())
 
@@ -216,6 +258,7 @@ def test_save_and_load(tmp_path):
     [
         ({"num_classes": 8, "num_stuff": None}, "give num_classes .* and num_stuff, or neither"),
         ({"num_stuff": 8}, "num_stuff must be 1 to num_classes - 1, got 8 of 8"),
+        ({"channels": 12}, "channels must be a multiple of 8, got 12"),
         ({"backbone": "vgg16"}, "backbone must be one of torchvision's resnets.*'vgg16'"),
     ],
 )
