@@ -27,7 +27,7 @@ from .training import (
     _Swapped,
     random_light,
 )
-from .types import Dataset, Instances, Sample
+from .types import Dataset, Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
