@@ -597,7 +597,7 @@ def write_cityscapes_ids(
         ``path``.
 
     Raises:
-        ImageError: a class without a label id, a label id out of 1..65, or too many segments.
+        ImageError: a class without a label id, a label id out of 1..64, or too many segments.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":

@@ -3,6 +3,11 @@
 Class indices put the stuff classes first: 0 to num_stuff - 1 are stuff, the others things. Images
 are resized as torchvision's detectors do (``min_size``, ``max_size``). Regions are pooled by
 `pyseg.ops.roi_align`.
+
+``weights`` of every model here is a path or a URL of its own weights or of what to start from, or a
+name of torchvision's for the latter: ``"COCO_V1"``, a Mask R-CNN with ResNet-50, or
+``"IMAGENET1K_V1"``, a classifier of the same backbone (``_V2`` where there is one). Of these, all
+that fits is taken, the rest is random, and normalisation stays frozen in training.
 """
 
 from __future__ import annotations
@@ -11,7 +16,6 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,6 +192,32 @@ class InstanceModel(nn.Module):
         self.detector, self.semantic, self.unified = detector, semantic, unified
         self.semantic_weight, self.panoptic_weight = semantic_weight, panoptic_weight
         self.stuff_area, self.score_threshold = stuff_area, score_threshold
+        self._frozen = False
+
+    def freeze_normalisation(self) -> InstanceModel:
+        """Keeps statistics and scales of the backbone's batch normalisation while training.
+
+        As is usual with pretrained backbones: statistics of a few images are worse.
+        """
+        self._frozen = True
+        for parameter in (p for norm in self._norms() for p in norm.parameters()):
+            parameter.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> InstanceModel:
+        super().train(mode)
+        if self._frozen:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        bodies = [self.detector.backbone.body]
+        if isinstance(self.semantic, FCN):
+            bodies.append(self.semantic.body)
+        return [
+            part for body in bodies for part in body.modules() if isinstance(part, nn.BatchNorm2d)
+        ]
 
     @property
     def things(self) -> tuple[str, ...]:
@@ -475,14 +505,11 @@ def maskrcnn_resnet50_fpn(
 
     Args:
         num_classes: number of thing classes; None = the 90 ids of COCO.
-        weights: ``"default"`` or torchvision's ``"COCO_V1"``, a path or a URL, None = random.
+        weights: ``"default"``, which is torchvision's ``"COCO_V1"``, see the module; None = random.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
     """
-    return _maskrcnn(
-        "maskrcnn_resnet50_fpn", "MaskRCNN_ResNet50_FPN_Weights", num_classes, weights, min_size,
-        max_size,
-    )  # fmt: skip
+    return _maskrcnn("maskrcnn_resnet50_fpn", num_classes, weights, min_size, max_size)
 
 
 def maskrcnn_resnet50_fpn_v2(
@@ -493,10 +520,7 @@ def maskrcnn_resnet50_fpn_v2(
     max_size: int = 1333,
 ) -> InstanceModel:
     """Mask R-CNN with the improved recipe of Li et al. (2021); options as the one above."""
-    return _maskrcnn(
-        "maskrcnn_resnet50_fpn_v2", "MaskRCNN_ResNet50_FPN_V2_Weights", num_classes, weights,
-        min_size, max_size,
-    )  # fmt: skip
+    return _maskrcnn("maskrcnn_resnet50_fpn_v2", num_classes, weights, min_size, max_size)
 
 
 def maskrcnn_resnet101_fpn(
@@ -511,7 +535,7 @@ def maskrcnn_resnet101_fpn(
     model = InstanceModel(
         _detector("resnet101", things, min_size, max_size), _names(things), num_stuff=0
     )
-    return _loaded(model, weights)
+    return _loaded(model, weights, "resnet101")
 
 
 def panoptic_fpn_resnet50(
@@ -530,7 +554,7 @@ def panoptic_fpn_resnet50(
     Args:
         num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
-        weights: a path or a URL, None = random.
+        weights: see the module; None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
         channels: of the feature pyramid and the heads on it.
         min_size: images are resized so that their shorter side has this many pixels,
@@ -542,7 +566,7 @@ def panoptic_fpn_resnet50(
         _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
         FPNSemanticHead(channels, channels // 2, classes), stuff_area=stuff_area,
     )  # fmt: skip
-    return _loaded(model, weights)
+    return _loaded(model, weights, backbone)
 
 
 def maskrcnn_fcn_resnet50(
@@ -566,7 +590,7 @@ def maskrcnn_fcn_resnet50(
         _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
         FCN(backbone, classes), stuff_area=stuff_area,
     )  # fmt: skip
-    return _loaded(model, weights)
+    return _loaded(model, weights, backbone)
 
 
 def upsnet_resnet50(
@@ -586,7 +610,7 @@ def upsnet_resnet50(
     Args:
         num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
-        weights: a path or a URL, None = random.
+        weights: see the module; None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
         channels: of the feature pyramid and the heads on it.
         depth: deformable layers of the semantic head: 2 for Cityscapes, 3 for COCO.
@@ -651,7 +675,7 @@ def _upsnet(
         DeformableSemanticHead(channels, channels // 2, classes, depth), unified=True,
         stuff_area=stuff_area,
     )  # fmt: skip
-    return _loaded(model, weights)
+    return _loaded(model, weights, backbone)
 
 
 def _panoptic_classes(num_classes: int | None, num_stuff: int | None) -> tuple[int, int]:
@@ -669,10 +693,7 @@ def _names(count: int) -> tuple[str, ...]:
     return tuple(f"class {i}" for i in range(count))
 
 
-def _detector(
-    backbone: str, things: int, min_size: int, max_size: int, channels: int = 256,
-    frozen: bool = False,
-) -> Any:  # fmt: skip
+def _detector(backbone: str, things: int, min_size: int, max_size: int, channels: int = 256) -> Any:
     """torchvision's Mask R-CNN with random weights."""
     if things < 1:
         raise ValueError(f"num_classes must leave at least one thing, got {things}")
@@ -682,7 +703,7 @@ def _detector(
     pyramid = importlib.import_module("torchvision.ops.feature_pyramid_network")
     if channels < 8 or channels % 8:
         raise ValueError(f"channels must be a multiple of 8, got {channels}")
-    body, widths = _resnet(backbone, frozen)
+    body, widths = _resnet(backbone)
     levels = {f"layer{k + 1}": str(k) for k in range(4)}
     network = utils.BackboneWithFPN(
         body, levels, widths, channels, extra_blocks=pyramid.LastLevelMaxPool()
@@ -699,66 +720,94 @@ def _detector(
     )  # fmt: skip
 
 
-def _resnet(backbone: str, frozen: bool = False) -> tuple[Any, list[int]]:
+def _resnet(backbone: str) -> tuple[Any, list[int]]:
     """torchvision's network with random weights, and the channels of its four stages."""
     resnet = importlib.import_module("torchvision.models.resnet")
-    misc = importlib.import_module("torchvision.ops.misc")
     if not (backbone.startswith("resnet") and hasattr(resnet, backbone)):
         raise ValueError(f"backbone must be one of torchvision's resnets, such as 'resnet50', got "
                          f"{backbone!r}")  # fmt: skip
-    norm = partial(misc.FrozenBatchNorm2d, eps=0.0) if frozen else nn.BatchNorm2d
-    body = getattr(resnet, backbone)(weights=None, norm_layer=norm)
+    body = getattr(resnet, backbone)(weights=None)
     body.fc = nn.Identity()  # the classifier of images
     return body, [body.inplanes >> k for k in (3, 2, 1, 0)]
 
 
-def _loaded(model: InstanceModel, weights: str | Path | None) -> InstanceModel:
+def _loaded(
+    model: InstanceModel,
+    weights: str | Path | None,
+    backbone: str,
+    detector: str = "maskrcnn_resnet50_fpn",
+) -> InstanceModel:
+    """Loads weights of the model, or torchvision's of a Mask R-CNN or of a classifier."""
     from .. import weights as files
 
-    if weights is not None:
-        path = files.resolve(weights, known={})
-        files.load_into(model, files.load_state(path), path)
+    if weights is None:
+        return model.eval()
+    models = importlib.import_module("torchvision.models")
+    enums = [models.get_model_weights(backbone)]
+    if backbone == "resnet50":
+        enums.append(models.get_model_weights(detector))
+    known = {
+        member.name: files.Remote(member.url, Path(member.url).stem.rpartition("-")[2])
+        for enum in enums
+        for member in enum
+    }
+    path = files.resolve(weights, known=known)
+    state = files.load_state(path)
+    if not any(key.startswith("detector.") for key in state):
+        state = _fitted(model, state)
+        model.freeze_normalisation()
+    files.load_into(model, state, path)
     return model.eval()
 
 
-def _maskrcnn(
-    name: str, enum_name: str, num_classes: int | None, weights: str | Path | None,
-    min_size: int, max_size: int,
-) -> InstanceModel:  # fmt: skip
-    from .. import weights as files
+def _fitted(model: InstanceModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of the model from torchvision's of a Mask R-CNN or of a classifier.
 
-    detection = importlib.import_module("torchvision.models.detection")
-    enum = getattr(detection, enum_name)
+    What these cannot have stays as it is in the model: semantic branch and offsets, of a Mask R-CNN
+    for other classes the last layers, of a classifier all but the backbone. Anything else that does
+    not fit is left to be found by `pyseg.weights.load_into`.
+    """
+    classifier = not any(key.startswith("backbone.") for key in state)
+    if not classifier and not any(key.endswith("num_batches_tracked") for key in state):
+        # Mask R-CNN's first version was trained with frozen normalisation without an epsilon.
+        state = {
+            key: value - 1e-5 if key.endswith("running_var") else value
+            for key, value in state.items()
+        }
+    bodies = ("detector.backbone.body.", "semantic.body.") if classifier else ("detector.",)
+    fitted, used = {}, {"fc.weight", "fc.bias"} if classifier else set()
+    for key, own in model.state_dict().items():
+        name = next((key.removeprefix(body) for body in bodies if key.startswith(body)), None)
+        name = None if name is None else name.replace(".conv2.conv.", ".conv2.")  # deformable
+        last = "box_predictor." in key or "mask_predictor.mask_fcn_logits." in key
+        if name in state and not (last and state[name].shape != own.shape):
+            fitted[key] = state[name]
+        elif name is None or last or key.endswith("num_batches_tracked") or ".offset." in key:
+            fitted[key] = own
+        used.add(name or "")
+    return fitted | {name: value for name, value in state.items() if name not in used}
+
+
+def _maskrcnn(
+    name: str, num_classes: int | None, weights: str | Path | None, min_size: int, max_size: int
+) -> InstanceModel:
+    models = importlib.import_module("torchvision.models")
+    enum = models.get_model_weights(name)
     categories = enum.DEFAULT.meta["categories"][1:]  # without the background
     count = len(categories) if num_classes is None else num_classes
     if count < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    state: dict[str, Tensor] = {}
-    if weights is not None:
-        known = {
-            member.name: files.Remote(member.url, Path(member.url).stem.rpartition("-")[2])
-            for member in enum
-        }
-        known["default"] = known["DEFAULT"] = known[enum.DEFAULT.name]
-        path = files.resolve(weights, known=known)
-        state = files.load_state(path)
-        if not any(key.startswith("detector.") for key in state):  # torchvision's own checkpoints
-            state = {f"detector.{key}": value for key, value in state.items()}
-    if state and not any(key.endswith("num_batches_tracked") for key in state):
-        # The first version was trained with normalisation frozen, and without an epsilon.
-        detector = _detector("resnet50", count, min_size, max_size, frozen=True)
-    else:
-        detector = replace_roi_pooling(
-            getattr(detection, name)(
-                weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
-                max_size=max_size,
-            )
-        )  # fmt: skip
+    detector = replace_roi_pooling(
+        models.get_model(
+            name, weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
+            max_size=max_size,
+        )
+    )  # fmt: skip
     names = tuple(categories) if count == len(categories) else _names(count)
     model = InstanceModel(detector, _unique(names), num_stuff=0)
-    if state:
-        files.load_into(model, state, path)
-    return model.eval()
+    if weights in ("default", "DEFAULT"):
+        weights = enum.DEFAULT.name
+    return _loaded(model, weights, "resnet50", name)
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

@@ -583,18 +583,23 @@ def _merged_again(
     """The panoptic map with new masks of those instances that have a segment in it."""
     things = set(found.labels.tolist())
     stuff = sorted({item.label for item in segments.items} - things)
-    kept = []
+    kept: list[int] = []
+    visible: list[float] = []
     for item in segments.items:
         if item.label in things:
             shown = segments.map == item.id
-            overlaps = (found.masks & shown).flatten(1).sum(1)
-            overlaps[found.labels != item.label] = 0
-            if overlaps.any():
-                kept.append(int(overlaps.argmax()))
-    return panoptic_merge(
-        masks[kept], found.scores[kept], found.labels[kept], prediction.labels,
+            iou = (found.masks & shown).flatten(1).sum(1) / (found.masks | shown).flatten(1).sum(1)
+            iou[found.labels != item.label] = 0
+            iou[kept] = 0
+            if iou.any():
+                kept.append(int(iou.argmax()))
+                visible.append(float(shown.sum() / found.masks[kept[-1]].sum()))
+    # What was in front stays there: not the most certain first, but what hid least.
+    merged = panoptic_merge(
+        masks[kept], found.scores.new_tensor(visible), found.labels[kept], prediction.labels,
         stuff_classes=stuff, score_threshold=-math.inf, overlap_threshold=1.0, stuff_area=1,
-    ).segments()[0]  # fmt: skip
+    )  # fmt: skip
+    return merged._replace(scores=found.scores[kept].float()).segments()[0]
 
 
 def _prompts(parts: Sequence[_Part], size: tuple[int, int]) -> Prompts:

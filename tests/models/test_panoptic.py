@@ -7,12 +7,14 @@ import torch
 
 import pyseg
 from pyseg.datasets.synthetic import STUFF, StreetScenes
+from pyseg.errors import WeightsError
 from pyseg.models.panoptic import (
     FCN,
     DeformableSemanticHead,
     Detections,
     FPNSemanticHead,
     InstanceModel,
+    _fitted,
     _nearest_crops,
 )
 from pyseg.ops.roi_align import MultiScaleRoIAlign
@@ -71,9 +73,12 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     else:
         peer = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, **options).eval()
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
-    ours = pyseg.models.get("maskrcnn_resnet50_fpn")(
-        num_classes=3, min_size=64, max_size=128, weights=tmp_path / "peer.pth"
-    )
+    built = pyseg.build(
+        "maskrcnn_resnet50_fpn(min_size=64, max_size=128)",
+        num_classes=3, weights=tmp_path / "peer.pth",
+    )  # fmt: skip
+    built.save(tmp_path / "saved")
+    ours = pyseg.load(tmp_path / "saved").stages[0].object
     image = StreetScenes(length=1, size=(64, 100))[0].image
     with torch.inference_mode():
         expected = peer([image.float() / 255])[0]
@@ -194,6 +199,50 @@ def test_images_without_objects_can_be_learnt_from():
     for name in PANOPTIC:
         losses = make(name).train()([StreetScenes(length=1, size=(64, 96), objects=(0, 0))[0]])
         assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_training_starts_from_a_classifier(tmp_path):
+    from torchvision.models import resnet18
+
+    torch.manual_seed(1)
+    classifier = resnet18(num_classes=10)
+    with torch.no_grad():
+        classifier.bn1.running_mean.fill_(0.5)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    model = make("maskrcnn_fcn_resnet50", weights=tmp_path / "classifier.pth").train()
+    bodies = model.detector.backbone.body, model.semantic.body
+    expected = {k: v for k, v in classifier.state_dict().items() if not k.startswith("fc.")}
+    sample = StreetScenes(length=1, size=(64, 96))[0]
+    sum(model([sample]).values()).backward()  # leaves the normalisation alone
+    for body in bodies:
+        assert body.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in body.state_dict().items())
+        assert body.bn1.weight.grad is None and body.conv1.weight.grad is not None
+    assert model.semantic.training and not model.semantic.body.bn1.training
+    torch.save({**expected, "conv1.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
+    with pytest.raises(WeightsError, match="1 of another shape"):
+        make("upsnet_resnet50", weights=tmp_path / "wrong.pth")
+
+
+def test_training_starts_from_mask_rcnn():
+    from torchvision.models import resnet101
+    from torchvision.models.detection import maskrcnn_resnet50_fpn
+
+    with torch.device("meta"):
+        state = maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict()
+        model = pyseg.models.get("upsnet_resnet50")(num_classes=8, num_stuff=5)
+        fitted = _fitted(model, state)
+        deformable = pyseg.models.get("upsnet_resnet101_dcn")(num_classes=8, num_stuff=5)
+        classifier = {**resnet101().state_dict(), "surplus": torch.zeros(1)}
+        body = _fitted(deformable, classifier)
+    assert fitted.keys() == model.state_dict().keys()
+    taken = {key for key, value in fitted.items() if any(value is v for v in state.values())}
+    left = {key for key in fitted if key not in taken and not key.startswith("semantic.")}
+    heads = ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
+    assert left == {f"detector.roi_heads.{h}.{p}" for h in heads for p in ("weight", "bias")}
+    assert body.keys() == deformable.state_dict().keys() | {"surplus"}  # which is then refused
+    key = "detector.backbone.body.layer3.5.conv2.conv.weight"
+    assert body[key] is classifier["layer3.5.conv2.weight"]
 
 
 def test_crops_of_labels():

@@ -26,7 +26,7 @@ from pyseg.errors import WeightsError
 from pyseg.ops import panoptic_merge
 from pyseg.refiners import sam as family
 from pyseg.refiners.sam import Prompts, Sam2Backend, SamBackend, SamRefiner
-from pyseg.types import Instances, Segmentation
+from pyseg.types import Instances, Segment, Segmentation, Segments
 
 CAMVID = (
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree",
@@ -1023,3 +1023,25 @@ def test_segments_follow_refined_instances(street):
         tuple(m.flatten().nonzero()[:, 0].tolist()) for m in masks[:2]
     }
     assert torch.equal(refined.logits, prediction.logits)
+
+
+def test_segments_stay_in_front():
+    """An object before another of its class, whose mask takes in both and is more certain."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, 1:7, 1:7] = True
+    masks[1, 2:4, 2:4] = True
+    boxes = torch.tensor([[1.0, 1, 7, 7], [2, 2, 4, 4]])
+    found = Instances(boxes, masks, torch.tensor([0.9, 0.6]), torch.tensor([1, 1]))
+    map = torch.full((8, 8), 3, dtype=torch.int32)
+    map[masks[0]], map[masks[1]] = 2, 1
+    items = (Segment(1, 1, 0.6, 4), Segment(2, 1, 0.9, 32), Segment(3, 0, 1.0, 28))
+    prediction = Segmentation(
+        (8, 8), ("road", "car"), instances=found, segments=Segments(map, items),
+        logits=torch.tensor([1.0, 0.0]).reshape(2, 1, 1),
+    )  # fmt: skip
+    better = masks.clone()
+    better[1, 2:4, 4] = True
+    segments = family._merged_again(prediction, prediction.segments, found, better)
+    scores = [(i.label, round(i.score, 3), i.area) for i in segments.items]
+    assert scores == [(1, 0.6, 6), (1, 0.9, 30), (0, 1.0, 28)]
+    assert torch.equal(segments.map == segments.items[0].id, better[1])
