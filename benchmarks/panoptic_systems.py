@@ -97,9 +97,9 @@ def seconds(models, scenes, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, nargs=2, default=(160, 320), help="of the scenes")
-    parser.add_argument("--length", type=int, default=400, help="scenes to train on")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--size", type=int, nargs=2, default=(128, 256), help="of the scenes")
+    parser.add_argument("--length", type=int, default=300, help="scenes to train on")
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--scored", type=int, default=100, help="scenes of the validation split")
     parser.add_argument("--timed-size", type=int, nargs=2, default=(512, 1024))
     parser.add_argument("--timed", type=int, default=4, help="scenes of --timed-size")
