@@ -112,6 +112,8 @@ class Recorder:
         image = read_image(sample.image)
         shown = replace(prediction, image=image, palette=self.palette, instances=None)
         truth = Segmentation(shown.size, self.classes, image=image, palette=self.palette)
+        if prediction.logits is None and prediction.segments is None:
+            shown = truth.with_labels(prediction.labels)  # of instances alone, too
         pictures = (
             Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()),
             overlay(truth.with_labels(sample.labels), 0.65),

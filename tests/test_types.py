@@ -3,7 +3,7 @@ import pickle
 import pytest
 import torch
 
-from pyseg.types import Segment, Segmentation, Segments
+from pyseg.types import Instances, Segment, Segmentation, Segments
 
 
 def make(**changes):
@@ -57,7 +57,7 @@ def test_shapes_are_checked():
         make(logits=torch.zeros(4, 2, 2))
     with pytest.raises(ValueError, match=r"labels must be \[6, 8\]"):
         make().with_labels(torch.zeros(2, 2, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="neither logits, labels nor"):
+    with pytest.raises(ValueError, match="neither logits, labels, segments nor"):
         _ = make(logits=None).labels
 
 
@@ -65,3 +65,14 @@ def test_pickling_keeps_everything():
     first = make()
     copy = pickle.loads(pickle.dumps(first))
     assert torch.equal(copy.logits, first.logits) and copy.classes == first.classes
+
+
+def test_labels_of_instances_alone():
+    masks = torch.zeros(3, 2, 3, dtype=torch.bool)
+    masks[0, 0], masks[1, :, 0], masks[2, :, 2] = True, True, True
+    instances = Instances(
+        torch.zeros(3, 4), masks, torch.tensor([0.9, 0.6, 0.4]), torch.tensor([2, 1, 0])
+    )
+    result = Segmentation((2, 3), ("a", "b", "c"), instances=instances)
+    assert result.labels.tolist() == [[2, 2, 2], [1, 255, 255]]
+    assert result.with_labels(result.labels).instances is instances
