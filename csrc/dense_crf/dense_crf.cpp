@@ -21,7 +21,12 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <type_traits>
 #include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "../common/common.h"
 #include "arguments.h"
@@ -30,6 +35,7 @@ namespace {
 
 using namespace pyseg;
 
+constexpr int kAhead = 8, kHint = 2;
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
@@ -40,6 +46,8 @@ constexpr uint64_t kNoName = ~uint64_t(0);
 template <class Real>
 struct TilePass {
   const Real* unary;     // the tile's corner in [C, H, W]
+  Real* copy;            // where unary is copied to, [groups of 16 pixels][C, pixels], or null
+  const Real* copied;    // if it was: read it in order
   Real* q;               // the same place of the result; null but in the last pass
   const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
   Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
@@ -82,9 +90,11 @@ using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
 #define PYSEG_THREE_TARGETS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define PYSEG_AVX512
 namespace v4 {
 #include "dense_crf_simd.h"
 }
+#undef PYSEG_AVX512
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
@@ -655,6 +665,8 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   const RowFunctions<Real> functions = row_functions<Real>(width);
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
+  // Q's memory is free until the last pass: in between it holds unary in the order of tiles.
+  Real* const copy = q && iterations > 1 ? q : nullptr;
   const int64_t occupied = std::accumulate(occupied_.begin(), occupied_.end(), int64_t(0));
   const auto partial = uninitialised<Real>(rows * width);
   const auto values = uninitialised<Real>(vertices * width);
@@ -676,6 +688,9 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       bool bad = false;
       TilePass<Real> pass = tile_pass(tile, unary, classes, stride);
       pass.q = last ? q + tile.y * width_ + tile.x : nullptr;
+      Real* const own_copy = copy ? copy + tile.first_pixel * classes : nullptr;
+      pass.copy = first ? own_copy : nullptr;
+      pass.copied = first || last ? nullptr : own_copy;
       pass.in = first ? nullptr : own[0];
       pass.out = last ? nullptr : own[1];
       pass.buffer = own[2];

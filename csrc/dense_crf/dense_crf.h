@@ -136,7 +136,7 @@ struct Blur {
 // gaps, and it is the finest of all: where two passes are asked for, one without rings is accurate
 // enough there.
 inline Blur blur_of(bool positional, const Blur& quality) {
-  return positional && quality.passes == 2 ? Blur{1, 0.21, 0} : quality;
+  return positional && quality.rings > 0 && quality.passes <= 2 ? Blur{1, 0.21, 0} : quality;
 }
 
 // Makes the standard deviation of all together one sigma.

@@ -91,22 +91,32 @@ PYSEG_INLINE void transpose_quarters(Vector<Real, 16> (&v)[4]) {
   v[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -70, where products with
-// barycentric weights would become denormal.
+// exp(x) for x <= 0, within 1e-7; 0 below -70, where products with barycentric weights would become
+// denormal. The polynomial is 2^f within 8e-8 of it for |f| <= 1/2.
 template <int N>
 PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
+  constexpr float kLog2e = 1.44269504f;
+  constexpr float kTerms[] = {1.327647129e-3f, 9.675540961e-3f, 5.550713092e-2f,
+                              2.402212024e-1f, 6.931469440e-1f, 1.0f};
+#ifdef PYSEG_AVX512
+  if constexpr (N == 16) {
+    const __m512 v = (__m512)x, scaled = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
+    const __m512 n = _mm512_roundscale_ps(scaled, 0);
+    const __m512 f = _mm512_fmsub_ps(v, _mm512_set1_ps(kLog2e), n);
+    __m512 p = _mm512_set1_ps(kTerms[0]);
+#pragma GCC unroll 5
+    for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[i]));
+    const __mmask16 inside = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-70.0f), _CMP_GT_OQ);
+    return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, p, n);
+  }
+#endif
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f);
-  const Vector<float, N> inside = x > low ? x : low;
-  const Vector<float, N> shifted = inside * 1.44269504f + 12582912.0f;
-  const Vector<float, N> n = shifted - 12582912.0f;
-  const Vector<float, N> r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector<float, N> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = x > low ? x : low;
+  const Vector<float, N> shifted = inside * kLog2e + 12582912.0f;
+  const Vector<float, N> f = inside * kLog2e - (shifted - 12582912.0f);
+  Vector<float, N> p = broadcast<N>(kTerms[0]);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i) p = p * f + kTerms[i];
   const Vector<float, N> value = (Vector<float, N>)((Integers)p + ((Integers)shifted << 23));
   return x > low ? value : Vector<float, N>{};
 }
@@ -216,27 +226,47 @@ struct Loops {
     }
   }
 
-  // Up to 16 pixels in one image row: messages [16, stride] become probabilities.
-  static void softmax(const TilePass<Real>& a, int64_t pixel, int count, int n, int stride,
-                      Real* rows) {
-    const int classes = a.classes;
+  static PYSEG_INLINE Block load_some(const Real* from, int count) {
+    if (count == 16) return load<16>(from);
+    Block some{};
+    for (int i = 0; i < count; ++i) some[i] = from[i];
+    return some;
+  }
+  static PYSEG_INLINE void store_some(Real* to, Block block, int count) {
+    if (count == 16)
+      store<16>(to, block);
+    else
+      for (int i = 0; i < count; ++i) to[i] = block[i];
+  }
+
+  // Up to 16 pixels in one image row, the first `x, y` in the tile: messages [16, stride] become
+  // probabilities.
+  static void softmax(const TilePass<Real>& a, int x, int y, int n, int stride, Real* rows) {
+    const int classes = a.classes, count = a.width - x < 16 ? a.width - x : 16;
+    const int64_t pixel = y * a.image_width + x, first = (int64_t(y) * a.width + x) * classes;
+    const Real* const unary = a.copied ? a.copied + first : a.unary + pixel;
+    const int64_t apart = a.copied ? count : a.plane;
     Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
     if (a.in) to_planes(rows, stride, n, planes);
-    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest()), bad{};
+    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
     for (int c = 0; c < classes; ++c) {
-      const Real* const unary = a.unary + c * a.plane + pixel;
-      Block u{};
-      if (count == 16)
-        u = load<16>(unary);
-      else
-        for (int i = 0; i < count; ++i) u[i] = unary[i];
+      const Block u = load_some(unary + c * apart, count);
       const Block logit = a.in ? load<16>(planes + 16 * c) - u : -u;
-      if (!a.in) bad += u * Real(0);
       largest = logit > largest ? logit : largest;
       store<16>(planes + 16 * c, logit);
     }
-    for (int i = 0; i < 16; ++i)
-      if (!a.in && bad[i] != bad[i]) *a.not_finite = true;
+    // No prefetcher sees through rows of an image that are so short and so many planes apart.
+    const int64_t ahead = a.copied ? kAhead * classes * 16 : a.image_width;
+    for (int c = 0; c < classes; ++c) __builtin_prefetch(unary + c * apart + ahead, 0, kHint);
+    if (!a.in) {
+      Block bad{};
+      for (int c = 0; c < classes; ++c) bad += load<16>(planes + 16 * c) * Real(0);
+      for (int i = 0; i < 16; ++i)
+        if (bad[i] != bad[i]) *a.not_finite = true;
+    }
+    if (a.copy)
+      for (int c = 0; c < classes; ++c)
+        store_some(a.copy + first + c * count, -load<16>(planes + 16 * c), count);
     Block sum{};
     for (int c = 0; c < classes; ++c) {
       const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
@@ -250,43 +280,63 @@ struct Loops {
       to_rows(planes, scale, n, rows, stride);
     }
     if (a.q)
-      for (int c = 0; c < classes; ++c) {
-        Real* const q = a.q + c * a.plane + pixel;
-        const Block value = load<16>(planes + 16 * c) * scale;
-        if (count == 16)
-          store<16>(q, value);
-        else
-          for (int i = 0; i < count; ++i) q[i] = value[i];
+      for (int c = 0; c < classes; ++c)
+        store_some(a.q + c * a.plane + pixel, load<16>(planes + 16 * c) * scale, count);
+  }
+
+  // Calls work(count) with the number of a pixel's entries, as a constant where it is a usual one.
+  template <class Work>
+  static PYSEG_INLINE void with_entries(int entries, Work work) {
+    switch (entries) {
+      case 6: return work(std::integral_constant<int, 6>{});
+      case 9: return work(std::integral_constant<int, 9>{});
+      default: return work(entries);
+    }
+  }
+
+  // rows = weights of the pixels' entries times rows of the lattices.
+  static PYSEG_INLINE void slice_row(const Real* lattice, const uint16_t* vertices,
+                                     const Real* weights, int width, int entries, int n, int stride,
+                                     Real* rows) {
+    with_entries(entries, [&](auto fixed) {
+      const uint16_t* vertex = vertices;
+      const Real* weight = weights;
+      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
+        Row row{};
+#pragma GCC unroll 9
+        for (int k = 0; k < fixed; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
+        put(row, rows + x * stride, n);
       }
+    });
+  }
+
+  // The lattices' rows += weights times the pixels' rows.
+  static PYSEG_INLINE void splat_row(const Real* rows, const uint16_t* vertices,
+                                     const Real* weights, int width, int entries, int n, int stride,
+                                     Real* lattice) {
+    with_entries(entries, [&](auto fixed) {
+      const uint16_t* vertex = vertices;
+      const Real* weight = weights;
+      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
+        Row row;
+        get(row, rows + x * stride, n);
+#pragma GCC unroll 9
+        for (int k = 0; k < fixed; ++k) accumulate(row, weight[k], lattice + vertex[k] * stride, n);
+      }
+    });
   }
 
   // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
   static void tile(const TilePass<Real>& a) {
-    const int n = a.stride / 16, entries = a.entries, width = a.width;
+    const int n = a.stride / 16, width = a.width;
     const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    const Real *const in = a.in, *slice = a.slice, *splat = a.splat;
-    Real *const out = a.out, *const buffer = a.buffer;
-    const uint16_t* rows = a.rows;
-    for (int y = 0; y < a.height; ++y, rows += width * entries) {
-      if (in) {
-        const uint16_t* row_of = rows;
-        for (int x = 0; x < width; ++x, row_of += entries, slice += entries) {
-          Row row{};
-          for (int k = 0; k < entries; ++k) add(row, slice[k], in + row_of[k] * stride, n);
-          put(row, buffer + x * stride, n);
-        }
-      }
-      for (int x = 0; x < width; x += 16)
-        softmax(a, y * a.image_width + x, width - x < 16 ? width - x : 16, n, stride,
-                buffer + x * stride);
-      if (out) {
-        const uint16_t* row_of = rows;
-        for (int x = 0; x < width; ++x, row_of += entries, splat += entries) {
-          Row row;
-          get(row, buffer + x * stride, n);
-          for (int k = 0; k < entries; ++k) accumulate(row, splat[k], out + row_of[k] * stride, n);
-        }
-      }
+    for (int y = 0; y < a.height; ++y) {
+      const int64_t at = int64_t(y) * width * a.entries;
+      if (a.in)
+        slice_row(a.in, a.rows + at, a.slice + at, width, a.entries, n, stride, a.buffer);
+      for (int x = 0; x < width; x += 16) softmax(a, x, y, n, stride, a.buffer + x * stride);
+      if (a.out)
+        splat_row(a.buffer, a.rows + at, a.splat + at, width, a.entries, n, stride, a.out);
     }
   }
 
@@ -298,12 +348,7 @@ struct Loops {
     const int classes = pass.classes;
     Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
     Real gradients[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    const auto pixels = [&](const Real* from) {
-      if (count == 16) return load<16>(from);
-      Block some{};
-      for (int i = 0; i < count; ++i) some[i] = from[i];
-      return some;
-    };
+    const auto pixels = [&](const Real* from) { return load_some(from, count); };
     if (pass.in) to_planes(rows, stride, n, planes);
     if (a.back) to_planes(slopes, stride, n, gradients);
     Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
@@ -330,10 +375,7 @@ struct Loops {
       const Block slope = load<16>(planes + 16 * c) * scale * (load<16>(gradients + 16 * c) - mean);
       store<16>(planes + 16 * c, slope);
       const Block total = (a.back ? pixels(to) : Block{}) - slope;
-      if (count == 16)
-        store<16>(to, total);
-      else
-        for (int i = 0; i < count; ++i) to[i] = total[i];
+      store_some(to, total, count);
     }
     if (!pass.out) return;
     for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
@@ -352,32 +394,13 @@ struct Loops {
     Real* const slopes = logits + kTileWidth * stride;
     const uint16_t* rows = pass.rows;
     for (int y = 0; y < pass.height; ++y) {
-      const int64_t size = int64_t(width) * entries;
-      for (int x = 0; x < width; ++x) {
-        const int at = x * entries;
-        Row row{};
-        if (in) {
-          for (int k = 0; k < entries; ++k) add(row, slice[at + k], in + rows[at + k] * stride, n);
-          put(row, logits + x * stride, n);
-        }
-        if (back) {
-          row = Row{};
-          for (int k = 0; k < entries; ++k)
-            add(row, splat[at + k], back + rows[at + k] * stride, n);
-          put(row, slopes + x * stride, n);
-        }
-      }
+      if (in) slice_row(in, rows, slice, width, entries, n, stride, logits);
+      if (back) slice_row(back, rows, splat, width, entries, n, stride, slopes);
       for (int x = 0; x < width; x += 16)
         softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
                          logits + x * stride, slopes + x * stride);
-      if (out)
-        for (int x = 0; x < width; ++x) {
-          const int at = x * entries;
-          Row row;
-          get(row, logits + x * stride, n);
-          for (int k = 0; k < entries; ++k)
-            accumulate(row, slice[at + k], out + rows[at + k] * stride, n);
-        }
+      if (out) splat_row(logits, rows, slice, width, entries, n, stride, out);
+      const int64_t size = int64_t(width) * entries;
       rows += size, slice += size, splat += size;
     }
   }
