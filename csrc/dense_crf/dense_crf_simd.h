@@ -294,15 +294,16 @@ struct Loops {
     }
   }
 
-  // rows = weights of the pixels' entries times rows of the lattices.
+  // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
   static PYSEG_INLINE void slice_row(const Real* lattice, const uint16_t* vertices,
                                      const Real* weights, int width, int entries, int n, int stride,
-                                     Real* rows) {
+                                     bool fresh, Real* rows) {
     with_entries(entries, [&](auto fixed) {
       const uint16_t* vertex = vertices;
       const Real* weight = weights;
       for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
         Row row{};
+        if (!fresh) get(row, rows + x * stride, n);
 #pragma GCC unroll 9
         for (int k = 0; k < fixed; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
         put(row, rows + x * stride, n);
@@ -326,17 +327,96 @@ struct Loops {
     });
   }
 
+  // On a grid the pixels of one image row between two columns of vertices have the same four, so
+  // those are interpolated along y once, and their sums stay in registers. `weights` are of the
+  // axes, [pixels, 2] each.
+  static PYSEG_INLINE void slice_grid(const GridPass<Real>& grid, const Real* lattice,
+                                      const Real* const (&weights)[2], int y, int width, int n,
+                                      int stride, bool fresh, Real* rows) {
+    const Real* up =
+        lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
+    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
+    Row left, right{};
+    const auto next = [&] {
+      left = right;
+      right = Row{};
+      add(right, above, up, n);
+      add(right, below, up + grid.wide * stride, n);
+      up += stride;
+    };
+    next();
+    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
+      next();
+      for (; x < std::min(end, width); ++x) {
+        const Block a = broadcast<16>(weights[0][2 * x]), b = broadcast<16>(weights[0][2 * x + 1]);
+        Row row{};
+        if (!fresh) get(row, rows + x * stride, n);
+        for (int i = 0; i < blocks(n); ++i) row.block[i] += a * left.block[i] + b * right.block[i];
+        if (Tail) row.rest += first(a) * left.rest + first(b) * right.rest;
+        put(row, rows + x * stride, n);
+      }
+    }
+  }
+
+  static PYSEG_INLINE void splat_grid(const GridPass<Real>& grid, const Real* rows,
+                                      const Real* const (&weights)[2], int y, int width, int n,
+                                      int stride, Real* lattice) {
+    Real* up =
+        lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
+    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
+    Row left{}, right{};
+    const auto next = [&] {
+      accumulate(left, above, up, n);
+      accumulate(left, below, up + grid.wide * stride, n);
+      up += stride;
+      left = right;
+      right = Row{};
+    };
+    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
+      for (; x < std::min(end, width); ++x) {
+        add(left, weights[0][2 * x], rows + x * stride, n);
+        add(right, weights[0][2 * x + 1], rows + x * stride, n);
+      }
+      next();
+    }
+    next();
+  }
+
+  // All lattices at one row of a tile.
+  static PYSEG_INLINE void slice_all(const TilePass<Real>& a, const Real* lattice,
+                                     bool with_splat_weights, int y, int n, int stride,
+                                     Real* rows) {
+    bool fresh = true;
+    for (const GridPass<Real>& grid : a.grids) {
+      slice_grid(grid, lattice, with_splat_weights ? grid.splat : grid.slice, y, a.width, n, stride,
+                 fresh, rows);
+      fresh = false;
+    }
+    const int64_t at = int64_t(y) * a.width * a.entries;
+    if (a.entries)
+      slice_row(lattice, a.rows + at, (with_splat_weights ? a.splat : a.slice) + at, a.width,
+                a.entries, n, stride, fresh, rows);
+  }
+  static PYSEG_INLINE void splat_all(const TilePass<Real>& a, const Real* rows,
+                                     bool with_slice_weights, int y, int n, int stride,
+                                     Real* lattice) {
+    for (const GridPass<Real>& grid : a.grids)
+      splat_grid(grid, rows, with_slice_weights ? grid.slice : grid.splat, y, a.width, n, stride,
+                 lattice);
+    const int64_t at = int64_t(y) * a.width * a.entries;
+    if (a.entries)
+      splat_row(rows, a.rows + at, (with_slice_weights ? a.slice : a.splat) + at, a.width,
+                a.entries, n, stride, lattice);
+  }
+
   // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
   static void tile(const TilePass<Real>& a) {
     const int n = a.stride / 16, width = a.width;
     const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
     for (int y = 0; y < a.height; ++y) {
-      const int64_t at = int64_t(y) * width * a.entries;
-      if (a.in)
-        slice_row(a.in, a.rows + at, a.slice + at, width, a.entries, n, stride, a.buffer);
+      if (a.in) slice_all(a, a.in, false, y, n, stride, a.buffer);
       for (int x = 0; x < width; x += 16) softmax(a, x, y, n, stride, a.buffer + x * stride);
-      if (a.out)
-        splat_row(a.buffer, a.rows + at, a.splat + at, width, a.entries, n, stride, a.out);
+      if (a.out) splat_all(a, a.buffer, false, y, n, stride, a.out);
     }
   }
 
@@ -387,21 +467,16 @@ struct Loops {
   // splat, the gradients; softmax; splat with the weights of the slice.
   static void tile_backward(const TileBackward<Real>& a) {
     const TilePass<Real>& pass = a.pass;
-    const int n = pass.stride / 16, entries = pass.entries, width = pass.width;
+    const int n = pass.stride / 16, width = pass.width;
     const int stride = Blocks < 0 ? pass.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    const Real *const in = pass.in, *const back = a.back, *slice = pass.slice, *splat = pass.splat;
-    Real *const out = pass.out, *const logits = pass.buffer;
-    Real* const slopes = logits + kTileWidth * stride;
-    const uint16_t* rows = pass.rows;
+    Real *const logits = pass.buffer, *const slopes = logits + kTileWidth * stride;
     for (int y = 0; y < pass.height; ++y) {
-      if (in) slice_row(in, rows, slice, width, entries, n, stride, logits);
-      if (back) slice_row(back, rows, splat, width, entries, n, stride, slopes);
+      if (pass.in) slice_all(pass, pass.in, false, y, n, stride, logits);
+      if (a.back) slice_all(pass, a.back, true, y, n, stride, slopes);
       for (int x = 0; x < width; x += 16)
         softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
                          logits + x * stride, slopes + x * stride);
-      if (out) splat_row(logits, rows, slice, width, entries, n, stride, out);
-      const int64_t size = int64_t(width) * entries;
-      rows += size, slice += size, splat += size;
+      if (pass.out) splat_all(pass, logits, true, y, n, stride, pass.out);
     }
   }
 
