@@ -194,7 +194,7 @@ inline void choose_lattice(Kernel& kernel, const Blur& quality) {
   if (!kernel.grid) return;
   // Interpolating between vertices h pixels apart when splatting and when slicing has a variance
   // of (h^2 - 1) / 3; blurs have the rest. More than 1/5 outside would be far from a Gaussian.
-  const double finer = quality.passes == 1 ? 1.4 : 1;
+  const double finer = quality.passes == 1 ? 1.4 : 0.75;
   double rest[2];
   int passes = 1;
   for (int i = 0; i < 2; ++i) {
