@@ -99,6 +99,14 @@ void transpose(const In* in, int64_t in_stride, int64_t rows, int64_t columns, O
       out[c * out_stride + r] = Out(widen(in[r * in_stride + c]));
 }
 
+// How far below a row of pixels of a bin are those of the bin below it, to be prefetched: memory is
+// what pooling waits for.
+template <class Real>
+PYSEG_INLINE int64_t row_ahead(const Axis<Real>& ys, int row, int64_t bin) {
+  const int next = std::min(row + ys.begin[bin + 1] - ys.begin[bin], ys.begin.back() - 1);
+  return ys.pixel[next] - ys.pixel[row];
+}
+
 // out: [bins, kBlock]
 template <int N, class Real>
 PYSEG_INLINE void pool_average(const Field<const Real>& field, const Axis<Real>& ys,
@@ -110,8 +118,11 @@ PYSEG_INLINE void pool_average(const Field<const Real>& field, const Axis<Real>&
       for (int r = ys.begin[i]; r < ys.begin[i + 1]; ++r) {
         const Real* row = field.at(ys.pixel[r], 0);
         const Real wy = ys.weight[r];
+        const int64_t ahead = row_ahead(ys, r, i) * field.row_stride;
         for (int c = xs.begin[j]; c < xs.begin[j + 1]; ++c) {
           const Real* from = row + xs.pixel[c] * field.pixel_stride;
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) __builtin_prefetch(from + ahead + n * kLanes<Real>);
           const Vector<Real> w = broadcast(wy * xs.weight[c]);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) sum[n] += w * load(from + n * kLanes<Real>);
@@ -160,10 +171,14 @@ PYSEG_INLINE void spread_average(const Real* gradient, const Axis<Real>& ys, con
 
 // The largest value of each bin and channel, and which it is of the bin's rows * columns: the first
 // of equal ones, and NaN above all; -1 in an empty bin. [bins, kBlock]
-template <int N, bool Samples, bool WithIndex, class Real>
-PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>& ys,
+//
+// To look for NaN takes as long as to find the largest. Without Exact their sum is taken instead:
+// the result is false where that is NaN, and the bins then may be wrong.
+template <int N, bool Samples, bool WithIndex, bool Exact, class Real>
+PYSEG_INLINE bool pool_maximum(const Field<const Real>& field, const Axis<Real>& ys,
                                const Axis<Real>& xs, Real* out, Integer<Real>* best_index) {
   const int64_t rows = int64_t(ys.begin.size()) - 1, columns = int64_t(xs.begin.size()) - 1;
+  Vector<Real> total[N] = {};
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const bool empty = ys.begin[i] == ys.begin[i + 1] || xs.begin[j] == xs.begin[j + 1];
@@ -179,12 +194,14 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
         const Real* row = field.at(ys.pixel[r], 0);
         const Real ty = Samples ? ys.weight[r] : Real(0);
         const int64_t down = ty > 0 ? field.row_stride : 0;
+        const int64_t ahead = row_ahead(ys, r, i) * field.row_stride;
         for (int c = xs.begin[j]; c < xs.begin[j + 1]; ++c, ++count) {
           const Real tx = Samples ? xs.weight[c] : Real(0);
           const int64_t right = tx > 0 ? field.pixel_stride : 0;
           const Real* from = row + xs.pixel[c] * field.pixel_stride;
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n, from += kLanes<Real>) {
+            __builtin_prefetch(from + ahead);
             Vector<Real> value = load(from);
             if constexpr (Samples) {  // a neighbour of weight 0 is the pixel itself
               const Vector<Real> lower = load(from + down);
@@ -193,9 +210,14 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
                   lower + broadcast(tx) * (load(from + down + right) - lower);
               value = top + broadcast(ty) * (bottom - top);
             }
-            const auto wins = (value > best[n]) | (value != value);
-            best[n] = wins ? value : best[n];
-            if constexpr (WithIndex) index[n] = wins ? Index<Real>{} + count : index[n];
+            if constexpr (Exact) {
+              const auto wins = (value > best[n]) | (value != value);
+              best[n] = wins ? value : best[n];
+              if constexpr (WithIndex) index[n] = wins ? Index<Real>{} + count : index[n];
+            } else {
+              best[n] = value > best[n] ? value : best[n];
+              total[n] += value;
+            }
           }
         }
       }
@@ -209,6 +231,10 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
       }
     }
   }
+  for (int n = 0; n < N; ++n)
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane)
+      if (total[n][lane] != total[n][lane]) return false;
+  return true;
 }
 
 // The functions above for all channels of a block, four vectors at a time and then one.
@@ -247,14 +273,16 @@ void maximum(const Field<const Real>& field, const Axis<Real>& ys, const Axis<Re
   for (int64_t lane = 0; lane < lanes;) {
     const Field<const Real> part{field.data + lane, field.pixel_stride, field.row_stride};
     const bool four = lane + 4 * kLanes<Real> <= lanes;
-    if (four && out)
-      pool_maximum<4, Samples, false>(part, ys, xs, out + lane, index);
-    else if (out)
-      pool_maximum<1, Samples, false>(part, ys, xs, out + lane, index);
-    else if (four)
-      pool_maximum<4, Samples, true>(part, ys, xs, out, index + lane);
-    else
-      pool_maximum<1, Samples, true>(part, ys, xs, out, index + lane);
+    if (four && out) {
+      if (!pool_maximum<4, Samples, false, false>(part, ys, xs, out + lane, index))
+        pool_maximum<4, Samples, false, true>(part, ys, xs, out + lane, index);
+    } else if (out) {
+      pool_maximum<1, Samples, false, true>(part, ys, xs, out + lane, index);
+    } else if (four) {
+      pool_maximum<4, Samples, true, true>(part, ys, xs, out, index + lane);
+    } else {
+      pool_maximum<1, Samples, true, true>(part, ys, xs, out, index + lane);
+    }
     lane += four ? 4 * kLanes<Real> : kLanes<Real>;
   }
 }
