@@ -17,6 +17,7 @@
 #include <numeric>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../common/common.h"
@@ -111,13 +112,14 @@ template <class Real>
 struct Axis {
   std::vector<int> begin;  // of each bin in the lists below, and the end of the last
   std::vector<int> pixel;
-  std::vector<Real> weight;  // of the pixel; of samples: of the pixel after it
-  std::vector<int> slot;     // of a weighted pixel: its place among `distinct`
-  std::vector<int> distinct;
+  std::vector<Real> weight;   // of the pixel; of samples: of the pixel after it
+  std::vector<int> distinct;  // by find_distinct(): the pixels, each once and in order
+  std::vector<int> slot;      // of each in `pixel`: its place there
+  std::vector<int> place;     // the same, of any pixel between the first and the last
 
   void clear(int64_t bins) {
     begin.assign(1, 0), begin.reserve(bins + 1);
-    pixel.clear(), weight.clear(), slot.clear(), distinct.clear();
+    pixel.clear(), weight.clear();
   }
 
   void add_weight(int at, Real w) {
@@ -148,12 +150,17 @@ struct Axis {
       }
       begin.push_back(int(pixel.size()));
     }
-    distinct = pixel;
-    std::sort(distinct.begin(), distinct.end());
-    distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
-    for (const int at : pixel)
-      slot.push_back(
-          int(std::lower_bound(distinct.begin(), distinct.end(), at) - distinct.begin()));
+  }
+
+  void find_distinct() {
+    distinct.clear(), slot.clear();
+    if (pixel.empty()) return;
+    const auto [low, high] = std::minmax_element(pixel.begin(), pixel.end());
+    place.assign(*high - *low + 1, 0);
+    for (const int at : pixel) place[at - *low] = 1;
+    for (int i = 0; i < int(place.size()); ++i)
+      if (place[i]) place[i] = int(distinct.size()), distinct.push_back(*low + i);
+    for (const int at : pixel) slot.push_back(place[at - *low]);
   }
 
   void samples(const Bins<Real>& bins, int64_t count, int64_t size) {
@@ -246,9 +253,9 @@ namespace generic {
 template <class T, class Real>
 Functions<T, Real> functions() {
 #ifdef PYSEG_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return v4::functions<T, Real>();
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::functions<T, Real>();
+  const std::string level = simd_level();
+  if (level.starts_with("x86-64-v4")) return v4::functions<T, Real>();
+  if (level.starts_with("x86-64-v3")) return v3::functions<T, Real>();
 #endif
   return generic::functions<T, Real>();
 }
@@ -494,6 +501,7 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
       f.lay_out(gradient + (k * p.channels + block * kBlock) * p.bins(), p.bins(), channels,
                 p.bins(), s.bins.get(), kBlock);
       if (p.mode == kAverageOfSamples) {
+        s.xs.find_distinct();
         f.spread(s.bins.get(), s.ys, s.xs, lanes, s.line.get(), field);
       } else if (p.mode == kMaximumOfSamples) {
         f.maximum_of_samples(fields->field(m, block), s.ys, s.xs, lanes, nullptr, s.index.get());

@@ -6,8 +6,6 @@ template <class T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(PYSEG_BYTES)));
   typedef T memory __attribute__((vector_size(PYSEG_BYTES), aligned(alignof(T)), may_alias));
-  typedef T four __attribute__((vector_size(4 * sizeof(T))));
-  typedef T four_memory __attribute__((vector_size(4 * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
@@ -29,36 +27,47 @@ PYSEG_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};
 }
 
-// The transpose of 4 x 4 numbers.
+// The first (or second) halves of two vectors, their lanes in turn.
+template <class T, int... Lanes>
+PYSEG_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b, bool second,
+                                  std::integer_sequence<int, Lanes...>) {
+  constexpr int n = sizeof...(Lanes);
+  return second ? __builtin_shuffle(a, b, Index<T>{(n + Lanes) / 2 + Lanes % 2 * n...})
+                : __builtin_shuffle(a, b, Index<T>{Lanes / 2 + Lanes % 2 * n...});
+}
+
+// The transpose of kLanes x kLanes numbers.
 template <class In, class Out>
-PYSEG_INLINE void transpose4(const In* in, int64_t in_stride, Out* out, int64_t out_stride) {
+PYSEG_INLINE void transpose_square(const In* in, int64_t in_stride, Out* out, int64_t out_stride) {
   using Real = std::conditional_t<std::is_same_v<In, double>, double, float>;
-  using Four = typename VectorOf<Real>::four;
-  typedef Integer<Real> Order __attribute__((vector_size(4 * sizeof(Real))));
-  Four a[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const In* row = in + i * in_stride;
-    if constexpr (std::is_same_v<In, Real>)
-      a[i] = *reinterpret_cast<const typename VectorOf<Real>::four_memory*>(row);
-    else
-      a[i] = Four{widen(row[0]), widen(row[1]), widen(row[2]), widen(row[3])};
+  constexpr int n = kLanes<Real>;
+  Vector<Real> a[n], b[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<In, Real>) {
+      a[i] = load(in + i * in_stride);
+    } else {
+      Real row[n];
+      for (int j = 0; j < n; ++j) row[j] = widen(in[i * in_stride + j]);
+      a[i] = load(row);
+    }
   }
-  const Four b0 = __builtin_shuffle(a[0], a[1], Order{0, 4, 1, 5});
-  const Four b1 = __builtin_shuffle(a[2], a[3], Order{0, 4, 1, 5});
-  const Four b2 = __builtin_shuffle(a[0], a[1], Order{2, 6, 3, 7});
-  const Four b3 = __builtin_shuffle(a[2], a[3], Order{2, 6, 3, 7});
-  a[0] = __builtin_shuffle(b0, b1, Order{0, 1, 4, 5});
-  a[1] = __builtin_shuffle(b0, b1, Order{2, 3, 6, 7});
-  a[2] = __builtin_shuffle(b2, b3, Order{0, 1, 4, 5});
-  a[3] = __builtin_shuffle(b2, b3, Order{2, 3, 6, 7});
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    Out* row = out + i * out_stride;
-    if constexpr (std::is_same_v<Out, Real>)
-      *reinterpret_cast<typename VectorOf<Real>::four_memory*>(row) = a[i];
-    else
-      row[0] = Out(a[i][0]), row[1] = Out(a[i][1]), row[2] = Out(a[i][2]), row[3] = Out(a[i][3]);
+  for (int step = 1; step < n; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i)
+      b[i] =
+          interleave<Real>(a[i / 2], a[i / 2 + n / 2], i % 2, std::make_integer_sequence<int, n>());
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) {
+    if constexpr (std::is_same_v<Out, Real>) {
+      store(out + i * out_stride, a[i]);
+    } else {
+      for (int j = 0; j < n; ++j) out[i * out_stride + j] = Out(a[i][j]);
+    }
   }
 }
 
@@ -66,20 +75,36 @@ PYSEG_INLINE void transpose4(const In* in, int64_t in_stride, Out* out, int64_t 
 template <class In, class Out>
 void transpose(const In* in, int64_t in_stride, int64_t rows, int64_t columns, Out* out,
                int64_t out_stride) {
-  const int64_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  for (int64_t c0 = 0; c0 < whole_columns; c0 += 16) {
-    for (int64_t r0 = 0; r0 < whole_rows; r0 += 16) {
-      const int64_t end = std::min(r0 + 16, whole_rows);
+  constexpr int64_t n = kLanes<std::conditional_t<std::is_same_v<In, double>, double, float>>;
+  // Where more than a few are left, a square overlaps the one before.
+  const auto in_squares = [](int64_t size) {
+    return size >= n && size % n > n / 8 ? size : size / n * n;
+  };
+  const int64_t end_rows = in_squares(rows), end_columns = in_squares(columns);
+  for (int64_t c0 = 0; c0 < end_columns; c0 += 16) {
+    for (int64_t r0 = 0; r0 < end_rows; r0 += 16) {
+      const int64_t end = std::min(r0 + 16, end_rows);
       // For the next call: rows are far apart, and the processor does not foresee them.
       for (int64_t r = r0; r < end; ++r) __builtin_prefetch(in + r * in_stride + c0 + kTile);
-      for (int64_t c = c0; c < std::min(c0 + 16, whole_columns); c += 4)
-        for (int64_t r = r0; r < end; r += 4)
-          transpose4(in + r * in_stride + c, in_stride, out + c * out_stride + r, out_stride);
+      for (int64_t c = c0; c < std::min(c0 + 16, end_columns); c += n) {
+        for (int64_t r = r0; r < end; r += n) {
+          const int64_t y = std::min(r, rows - n), x = std::min(c, columns - n);
+          transpose_square(in + y * in_stride + x, in_stride, out + x * out_stride + y, out_stride);
+        }
+      }
     }
   }
   for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
+    for (int64_t r = c < end_columns ? end_rows : 0; r < rows; ++r)
       out[c * out_stride + r] = Out(widen(in[r * in_stride + c]));
+}
+
+// How far below a row of pixels of a bin are those of the bin below it, to be prefetched: memory is
+// what pooling waits for.
+template <class Real>
+PYSEG_INLINE int64_t row_ahead(const Axis<Real>& ys, int row, int64_t bin) {
+  const int next = std::min(row + ys.begin[bin + 1] - ys.begin[bin], ys.begin.back() - 1);
+  return ys.pixel[next] - ys.pixel[row];
 }
 
 // out: [bins, kBlock]
@@ -93,8 +118,11 @@ PYSEG_INLINE void pool_average(const Field<const Real>& field, const Axis<Real>&
       for (int r = ys.begin[i]; r < ys.begin[i + 1]; ++r) {
         const Real* row = field.at(ys.pixel[r], 0);
         const Real wy = ys.weight[r];
+        const int64_t ahead = row_ahead(ys, r, i) * field.row_stride;
         for (int c = xs.begin[j]; c < xs.begin[j + 1]; ++c) {
           const Real* from = row + xs.pixel[c] * field.pixel_stride;
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) __builtin_prefetch(from + ahead + n * kLanes<Real>);
           const Vector<Real> w = broadcast(wy * xs.weight[c]);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) sum[n] += w * load(from + n * kLanes<Real>);
@@ -143,10 +171,14 @@ PYSEG_INLINE void spread_average(const Real* gradient, const Axis<Real>& ys, con
 
 // The largest value of each bin and channel, and which it is of the bin's rows * columns: the first
 // of equal ones, and NaN above all; -1 in an empty bin. [bins, kBlock]
-template <int N, bool Samples, bool WithIndex, class Real>
-PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>& ys,
+//
+// To look for NaN takes as long as to find the largest. Without Exact their sum is taken instead:
+// the result is false where that is NaN, and the bins then may be wrong.
+template <int N, bool Samples, bool WithIndex, bool Exact, class Real>
+PYSEG_INLINE bool pool_maximum(const Field<const Real>& field, const Axis<Real>& ys,
                                const Axis<Real>& xs, Real* out, Integer<Real>* best_index) {
   const int64_t rows = int64_t(ys.begin.size()) - 1, columns = int64_t(xs.begin.size()) - 1;
+  Vector<Real> total[N] = {};
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) {
       const bool empty = ys.begin[i] == ys.begin[i + 1] || xs.begin[j] == xs.begin[j + 1];
@@ -162,12 +194,14 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
         const Real* row = field.at(ys.pixel[r], 0);
         const Real ty = Samples ? ys.weight[r] : Real(0);
         const int64_t down = ty > 0 ? field.row_stride : 0;
+        const int64_t ahead = row_ahead(ys, r, i) * field.row_stride;
         for (int c = xs.begin[j]; c < xs.begin[j + 1]; ++c, ++count) {
           const Real tx = Samples ? xs.weight[c] : Real(0);
           const int64_t right = tx > 0 ? field.pixel_stride : 0;
           const Real* from = row + xs.pixel[c] * field.pixel_stride;
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n, from += kLanes<Real>) {
+            __builtin_prefetch(from + ahead);
             Vector<Real> value = load(from);
             if constexpr (Samples) {  // a neighbour of weight 0 is the pixel itself
               const Vector<Real> lower = load(from + down);
@@ -176,9 +210,14 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
                   lower + broadcast(tx) * (load(from + down + right) - lower);
               value = top + broadcast(ty) * (bottom - top);
             }
-            const auto wins = (value > best[n]) | (value != value);
-            best[n] = wins ? value : best[n];
-            if constexpr (WithIndex) index[n] = wins ? Index<Real>{} + count : index[n];
+            if constexpr (Exact) {
+              const auto wins = (value > best[n]) | (value != value);
+              best[n] = wins ? value : best[n];
+              if constexpr (WithIndex) index[n] = wins ? Index<Real>{} + count : index[n];
+            } else {
+              best[n] = value > best[n] ? value : best[n];
+              total[n] += value;
+            }
           }
         }
       }
@@ -192,6 +231,10 @@ PYSEG_INLINE void pool_maximum(const Field<const Real>& field, const Axis<Real>&
       }
     }
   }
+  for (int n = 0; n < N; ++n)
+    for (int64_t lane = 0; lane < kLanes<Real>; ++lane)
+      if (total[n][lane] != total[n][lane]) return false;
+  return true;
 }
 
 // The functions above for all channels of a block, four vectors at a time and then one.
@@ -230,14 +273,16 @@ void maximum(const Field<const Real>& field, const Axis<Real>& ys, const Axis<Re
   for (int64_t lane = 0; lane < lanes;) {
     const Field<const Real> part{field.data + lane, field.pixel_stride, field.row_stride};
     const bool four = lane + 4 * kLanes<Real> <= lanes;
-    if (four && out)
-      pool_maximum<4, Samples, false>(part, ys, xs, out + lane, index);
-    else if (out)
-      pool_maximum<1, Samples, false>(part, ys, xs, out + lane, index);
-    else if (four)
-      pool_maximum<4, Samples, true>(part, ys, xs, out, index + lane);
-    else
-      pool_maximum<1, Samples, true>(part, ys, xs, out, index + lane);
+    if (four && out) {
+      if (!pool_maximum<4, Samples, false, false>(part, ys, xs, out + lane, index))
+        pool_maximum<4, Samples, false, true>(part, ys, xs, out + lane, index);
+    } else if (out) {
+      pool_maximum<1, Samples, false, true>(part, ys, xs, out + lane, index);
+    } else if (four) {
+      pool_maximum<4, Samples, true, true>(part, ys, xs, out, index + lane);
+    } else {
+      pool_maximum<1, Samples, true, true>(part, ys, xs, out, index + lane);
+    }
     lane += four ? 4 * kLanes<Real> : kLanes<Real>;
   }
 }
