@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pyseg.metrics.boundary import Boundary
+from pyseg.metrics.boundary import MEASURES, Boundary
 from pyseg.ops import boundary_match
 from pyseg.ops.boundary_match import reference
 from pyseg.types import Sample, Segmentation
@@ -52,9 +52,7 @@ def opencv_boundary_iou(prediction, target):
     return np.mean(scores)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_whole_metric(compare, threads):
-    """Boundary IoU, BF score and trimap IoU together, against Boundary IoU alone."""
+def compare_metric(compare, threads, measures, **options):
     pytest.importorskip("cv2").setNumThreads(threads)
     prediction, target = make_maps()
     names = [f"class {k}" for k in range(CLASSES)]
@@ -63,7 +61,7 @@ def test_whole_metric(compare, threads):
     arrays = prediction[0].numpy(), target[0].numpy()
 
     def ours():
-        metric = Boundary(names)
+        metric = Boundary(names, measures=measures)
         metric.update(segmentation, sample)
         return metric.compute()["boundary_iou"]
 
@@ -73,11 +71,24 @@ def test_whole_metric(compare, threads):
     compare(
         ours=ours,
         peer=lambda: opencv_boundary_iou(*arrays),
-        peer_name="Boundary IoU by OpenCV erosion, alone",
         threads=threads,
         check=check,
-        rounds=3,
+        rounds=5,
+        **options,
     )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_boundary_iou(compare, threads):
+    compare_metric(
+        compare, threads, ["boundary_iou"], peer_name="OpenCV erosion per class", goal=20
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_whole_metric(compare, threads):
+    """Boundary IoU, BF score and trimap IoU together, against Boundary IoU alone."""
+    compare_metric(compare, threads, MEASURES, peer_name="Boundary IoU by OpenCV erosion, alone")
 
 
 @pytest.mark.gpu

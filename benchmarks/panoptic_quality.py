@@ -2,15 +2,19 @@
 
 The peers get the maps that they want: panopticapi uint32 ids (what its rgb2id makes), torchmetrics
 pairs of class and instance. panopticapi reads files only, so its rules for one image are written
-down here again, by the same NumPy calls.
+down here again, by the same NumPy calls; `test_files` runs itself, where it is installed.
 """
+
+import contextlib
+import json
 
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from pyseg.metrics.panoptic import Panoptic
+from pyseg.image import write_panoptic
+from pyseg.metrics.panoptic import Panoptic, score_files
 from pyseg.types import Segment, Segments
 
 SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
@@ -40,13 +44,13 @@ def segments(ids):
 def numpy_panoptic_quality(prediction, target, predicted, targets):
     """tp, fp, fn and IoU sum per class as panopticapi's evaluation.py finds them."""
     found, areas = np.unique(prediction, return_counts=True)
-    area = dict(zip(found.tolist(), areas.tolist(), strict=True))
+    area = dict(zip(found, areas, strict=True))
     pairs, counts = np.unique(
         target.astype(np.uint64) * 256**3 + prediction.astype(np.uint64), return_counts=True
     )
     overlap = {}
-    for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
-        overlap[divmod(pair, 256**3)] = count
+    for pair, count in zip(pairs, counts, strict=True):
+        overlap[pair // 256**3, pair % 256**3] = count
     result = np.zeros((CLASSES, 4))
     matched_targets, matched = set(), set()
     for (t, p), both in overlap.items():
@@ -71,10 +75,13 @@ def check(ours, peer):
     assert np.allclose(counts, peer, rtol=0, atol=1e-9)
 
 
-def scored(prediction, target, **options):
-    metric = Panoptic([f"class {k}" for k in range(CLASSES)], **options)
-    metric.update_segments(prediction, target, "image")
-    return metric
+METRIC = Panoptic([f"class {k}" for k in range(CLASSES)])
+
+
+def scored(prediction, target):
+    METRIC.reset()
+    METRIC.update_segments(prediction, target, "image")
+    return METRIC
 
 
 @pytest.mark.parametrize("kind", ["random", "smooth"])
@@ -91,6 +98,38 @@ def test_panopticapi(compare, kind, threads):
         threads=threads,
         goal={1: 12, 2: 20}[threads],
         check=check,
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_files(compare, tmp_path, threads):
+    """As its users run it, from PNG and JSON: decoding PNGs is most of the time of both."""
+    evaluation = pytest.importorskip("panopticapi.evaluation")
+    images, names = 8, [f"class {k}" for k in range(CLASSES)]
+    for name, ids in zip(("prediction", "target"), make_maps(), strict=True):
+        results = [(str(k), segments(ids)) for k in range(images)]
+        write_panoptic(tmp_path / f"{name}.json", results, names, things=set(range(8)))
+    files = [tmp_path / f"{name}.json" for name in ("target", "prediction")]
+
+    def panopticapi():
+        target, prediction = (json.loads(file.read_text()) for file in files)
+        categories = {entry["id"]: entry for entry in target["categories"]}
+        pairs = [*zip(target["annotations"], prediction["annotations"], strict=True)]
+        folders = [str(file.with_suffix("")) for file in files]
+        with contextlib.redirect_stdout(None):
+            if threads == 1:
+                found = evaluation.pq_compute_single_core(0, pairs, *folders, categories)
+            else:  # a process for every core of the machine
+                found = evaluation.pq_compute_multi_core(pairs, *folders, categories)
+        return found.pq_average(categories, isthing=None)[0]["pq"]
+
+    compare(
+        ours=lambda: score_files(*files)["All"]["pq"],
+        peer=panopticapi,
+        peer_name="panopticapi, 8 images with PNGs",
+        threads=threads,
+        check=lambda ours, peer: np.testing.assert_allclose(ours, peer, rtol=0, atol=1e-9),
+        rounds=3,
     )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .types import Dataset
 
+BUNDLED = "streetnet+crf"  # what the demo shows
 FAILED, MISUSED = 1, 2  # exit codes: some inputs failed; nothing could be done
 
 
@@ -306,6 +307,9 @@ def train(
     photometric: Annotated[
         float, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = 1.0,
+    flip: Annotated[
+        float, typer.Option(help="Share of images that are mirrored, with instances.")
+    ] = 0.5,
     learning_rate: Annotated[
         float | None,
         typer.Option(help="Of AdamW, after the warm-up. [default: 2.5e-3; 5e-4 with instances]"),
@@ -370,7 +374,9 @@ def train(
         changed = [key for key, value in semantic.items() if value != defaults[key].default]
         if changed:
             raise PysegError(f"{', '.join(changed)} have no meaning for {model}: leave them out")
-        fit, options = instance_training.train_instances, both
+        fit, options = instance_training.train_instances, both | {"flip": flip}
+    elif flip != 0.5:
+        raise PysegError(f"flip has a meaning for models of instances only, {model} is none")
     try:
         log = fit(
             network, data, output_dir=output, epochs=epochs, validation=validation,
@@ -378,7 +384,9 @@ def train(
         )  # fmt: skip
     except ValueError as error:  # a setting out of range
         raise PysegError(str(error)) from error
-    if not PartialState().is_main_process:
+    state = PartialState()
+    state.destroy_process_group()  # a peer that ended first would abort this process
+    if not state.is_main_process:
         return None
     folder = pipeline.to("cpu").save(output / "pipeline")
     if as_json:
@@ -538,14 +546,42 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
         "demo"
     ),
-    spec: SpecOption = "streetnet+crf",
+    spec: SpecOption = BUNDLED,
+    panoptic: Annotated[
+        bool,
+        typer.Option(
+            "--panoptic",
+            help="Instead, pictures and panoptic quality of the images of --dataset, by the "
+            "trained model in the folder --spec.",
+        ),
+    ] = False,
+    dataset: Annotated[str, typer.Option(help="With --panoptic.")] = "coco_panoptic",
+    root: RootOption = None,
+    split: Annotated[str | None, typer.Option(help="With --panoptic, such as val2017.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="With --panoptic: so many images, spread evenly.")
+    ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the street image that comes with pyseg, stage by stage, and score it."""
+    """Segment the street image that comes with pyseg, stage by stage, and score it.
+
+    No panoptic weights come with pyseg, so --panoptic needs a model that `pyseg train` made.
+    """
     from . import demonstration
 
-    result, files = demonstration.run(_pipeline(spec, None, None, device), output)
+    if panoptic:
+        if spec == BUNDLED:
+            raise PysegError("--panoptic needs --spec, the pipeline of a trained model: `pyseg "
+                             "train \"upsnet_resnet50(num_stuff=…)\" --dataset … --output run` "
+                             "makes it, in run/pipeline")  # fmt: skip
+        data = _dataset(dataset, root, split)
+        pipeline = _pipeline(spec, None, None, device)
+        result, files = demonstration.run_panoptic(pipeline, data, output, limit)
+    elif root is not None or split is not None or limit is not None:
+        raise PysegError("--root, --split and --limit go with --panoptic")
+    else:
+        result, files = demonstration.run(_pipeline(spec, None, None, device), output)
     if as_json:
         return _print_json({"stages": result.to_list(), "files": [str(file) for file in files]})
     _print_evaluation(result)
@@ -662,7 +698,7 @@ def _print_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bo
     from rich.console import Console
 
     # A pipe has no width; rich's guess of 80 would break lines there.
-    Console(width=None if sys.stdout.isatty() else 200).print(_table(head, rows, numbers))
+    Console(width=None if sys.stdout.isatty() else 1000).print(_table(head, rows, numbers))
 
 
 def _print_evaluation(result: Evaluation) -> None:

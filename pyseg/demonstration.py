@@ -1,4 +1,4 @@
-"""`run`: every stage of a pipeline on the street image that comes with pyseg."""
+"""What `pyseg demo` does: `run` on the bundled street image, `run_panoptic` on a data set."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from pathlib import Path
 
 from .errors import PysegError
 from .evaluation import Evaluation, evaluate
-from .image import ImageSource, read_image, read_labels, write_image, write_json, write_labels
+from .image import (
+    ImageSource,
+    read_image,
+    read_labels,
+    write_image,
+    write_json,
+    write_labels,
+    write_panoptic,
+)
+from .metrics.panoptic import Panoptic
 from .models.streetnet import CLASSES, PALETTE
-from .pipeline import Pipeline
-from .types import Sample, Segmentation
+from .pipeline import Pipeline, StageResult
+from .types import Dataset, Sample, Segmentation, Segments
 from .visual import error_map, overlay, side_by_side
 
 ASSETS = Path(__file__).parent / "assets"
@@ -48,11 +57,7 @@ def run(pipeline: Pipeline, output: Path) -> tuple[Evaluation, list[Path]]:
     result = evaluate(pipeline, data)
     sample = data[0]
     assert sample.labels is not None
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise PysegError(f"output {str(output)!r} is a file or lies below one; give a "
-                         "folder") from error  # fmt: skip
+    _make(output)
     predictions = pipeline.run_stages(sample.image)
     names = ["baseline"]
     for stage in pipeline.stages[1:]:
@@ -78,3 +83,66 @@ def run(pipeline: Pipeline, output: Path) -> tuple[Evaluation, list[Path]]:
     files.append(output / "table.txt")
     files[-1].write_text(f"{result}\n", encoding="utf-8")
     return result, files
+
+
+def run_panoptic(
+    pipeline: Pipeline, dataset: Dataset, output: Path, limit: int | None = None
+) -> tuple[Evaluation, list[Path]]:
+    """Scores panoptic predictions, and writes a picture of each beside the ground truth.
+
+    Args:
+        pipeline: ends in panoptic segments, such as a folder that `pyseg train` wrote.
+        dataset: with panoptic labels.
+        output: folder, made if absent. ``<name>.png`` shows image, prediction with its panoptic
+            quality, and ground truth; ``panoptic.json`` with its folder has the predictions in
+            COCO's format.
+        limit: images, spread evenly over the data set; None = all.
+
+    Returns:
+        The scores, and the files that were written.
+
+    Raises:
+        PysegError: other classes, no panoptic labels or predictions, or ``output`` is a file.
+    """
+    _make(output)
+    things = getattr(dataset, "things", ())
+    files: list[Path] = []
+    predicted: list[tuple[str, Segments]] = []
+
+    def observe(sample: Sample, results: list[StageResult]) -> None:
+        prediction = results[-1].prediction
+        metric = Panoptic(dataset.classes, things=things)
+        metric.update(prediction, sample)  # raises where either has no segments
+        assert prediction.segments is not None and sample.segments is not None
+        blank = Segmentation(
+            prediction.size, tuple(dataset.classes), image=sample.image, palette=dataset.palette
+        )
+        pictures: list[ImageSource] = [sample.image]
+        pictures += [
+            overlay(blank.with_segments(segments), 0.6)
+            for segments in (prediction.segments, sample.segments)
+        ]
+        titles = ["image", f"PQ {100 * metric.compute()['pq']:.1f}", "ground truth"]
+        picture = side_by_side(pictures, titles)
+        files.append(write_image(output / f"{sample.name}.png", picture))
+        predicted.append((sample.name, prediction.segments))
+
+    result = evaluate(pipeline, dataset, ["panoptic"], limit=limit, observe=observe)
+    indices = [dataset.classes.index(name) for name in things]
+    categories = getattr(dataset, "category_ids", None)
+    files.append(
+        write_panoptic(
+            output / "panoptic.json", predicted, dataset.classes, things=indices,
+            category_ids=categories,
+        )
+    )  # fmt: skip
+    files.append(write_json(output / "scores.json", result.to_list()))
+    return result, files
+
+
+def _make(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PysegError(f"output {str(output)!r} is a file or lies below one; give a "
+                         "folder") from error  # fmt: skip

@@ -91,7 +91,9 @@ class Evaluation:
 
 
 _TITLES = {"miou": "mIoU", "fwiou": "fwIoU", "f1": "F1", "iou": "IoU", "ece": "ECE", "mce": "MCE",
-           "nll": "NLL", "roc_auc": "ROC AUC"}  # fmt: skip
+           "nll": "NLL", "brier": "Brier", "roc_auc": "ROC AUC", "best_iou": "best IoU",
+           "pq": "PQ", "sq": "SQ", "rq": "RQ", "bf": "BF", "boundary_iou": "Boundary IoU",
+           "trimap_iou": "trimap IoU", "trimap_miou": "trimap mIoU"}  # fmt: skip
 
 
 def title_of(key: str) -> str:

@@ -20,10 +20,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import ImageError, LabelError
-from .types import Segments
+from .types import Instances, Segments
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 Palette: TypeAlias = "Sequence[Sequence[int]]"
+
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+"""Cityscapes' label ids of its train ids 0 to 18."""
 
 # --- images in --------------------------------------------------------------------------------
 
@@ -130,7 +133,7 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
                          "id = R + 256 G + 65536 B")  # fmt: skip
     # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
     padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
-    return torch.from_numpy((padded & 0xFFFFFF).astype(np.int32))
+    return torch.from_numpy((padded & 0xFFFFFF).view(np.int32))
 
 
 def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
@@ -338,7 +341,7 @@ def write_labels(
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise LabelError(f"labels must be 0 to 65535 to be written as PNG, got {low} to {high}; "
-                         "write void as 255")  # fmt: skip
+                         "write void as 255, or as 65535 where 255 is a class")  # fmt: skip
     if high > 255 or values.dtype in (np.int16, np.uint16) or len(palette or ()) > 256:
         picture = Image.fromarray(values.astype(np.uint16))
     else:
@@ -538,6 +541,89 @@ def write_panoptic(
     return write_json(path, value)
 
 
+def write_segments(path: str | os.PathLike[str], segments: Segments) -> Path:
+    """Writes one panoptic map as ``path`` and its list as a JSON of the same name beside it.
+
+    The PNG is COCO's, see `write_panoptic`; the list has COCO's fields, with the class index as
+    ``category_id``.
+
+    Raises:
+        ImageError: as `write_panoptic`.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ImageError(f"panoptic maps are written as PNG, got {str(path)!r}")
+    labels = [item.label for item in segments.items]
+    info = _write_segments(path, segments, range(max(labels, default=0) + 1))
+    write_json(path.with_suffix(".json"), info)
+    return path
+
+
+def write_instances(path: str | os.PathLike[str], instances: Instances) -> Path:
+    """Writes instances as a JSON list in the form of COCO's results.
+
+    Each has ``category_id`` (the class index), ``score``, ``bbox`` [x, y, width, height] and
+    ``segmentation``, a run-length dict.
+    """
+    boxes = instances.boxes.double()
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    columns = (instances.labels.tolist(), instances.scores.tolist(), boxes.tolist())
+    entries = [
+        {"category_id": label, "score": score, "bbox": box, "segmentation": encode_rle(mask)}
+        for label, score, box, mask in zip(*columns, instances.masks, strict=True)
+    ]
+    return write_json(path, entries)
+
+
+def write_cityscapes_ids(
+    path: str | os.PathLike[str],
+    segments: Segments,
+    *,
+    things: Collection[int],
+    label_ids: Sequence[int] | None = None,
+) -> Path:
+    """Writes a panoptic map as Cityscapes' ``instanceIds``: a PNG of 16-bit grey.
+
+    A pixel of a stuff class or of a crowd has its label id, one of the n-th segment of a thing
+    class the label id times 1000 plus n, counted from 0; void is 0, Cityscapes' "unlabeled".
+
+    Args:
+        path: target, ``.png``; its directory must exist.
+        segments: at most 1000 of a thing class.
+        things: the class indices that are countable objects.
+        label_ids: Cityscapes' label id of every class index; None = those of its 19 train ids.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ImageError: a class without a label id, a label id out of 1..64, or too many segments.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ImageError(f"Cityscapes ids are written as PNG, got {str(path)!r}")
+    ids = CITYSCAPES_IDS if label_ids is None else tuple(label_ids)
+    if not all(0 < number <= 64 for number in ids):
+        raise ImageError(f"label_ids must be 1 to 64, which 16 bits leave room for, got {ids}")
+    map = segments.map.detach().cpu().numpy()
+    table = np.zeros(map.shape, np.uint16)
+    counted: dict[int, int] = {}
+    for item in segments.items:
+        if not 0 <= item.label < len(ids):
+            raise ImageError(f"segment {item.id} has class {item.label}, but there are label_ids "
+                             f"for {len(ids)} classes")  # fmt: skip
+        value = ids[item.label]
+        if item.label in things and not item.crowd:
+            number = counted.get(item.label, 0)
+            counted[item.label] = number + 1
+            if number >= 1000:
+                raise ImageError(f"class {item.label} has more than 1000 segments, too many for "
+                                 "Cityscapes ids")  # fmt: skip
+            value = 1000 * value + number
+        table[map == item.id] = value
+    return _save(path, Image.fromarray(table), format="PNG")
+
+
 def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[dict[str, Any]]:
     """Writes one map and returns its ``segments_info``."""
     table = segments.map.detach().cpu().numpy().astype(np.int64)
@@ -577,9 +663,12 @@ __all__ = [
     "read_image",
     "read_labels",
     "read_segment_ids",
+    "write_cityscapes_ids",
     "write_image",
+    "write_instances",
     "write_json",
     "write_labels",
     "write_panoptic",
+    "write_segments",
     "write_text",
 ]

@@ -27,7 +27,7 @@ from .training import (
     _Swapped,
     random_light,
 )
-from .types import Dataset, Instances, Sample
+from .types import Dataset, Sample
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -243,7 +243,7 @@ def _augmented(
         boxes[:, 0], boxes[:, 2] = width - instances.boxes[:, 2], width - instances.boxes[:, 0]
         image = image.flip(2)
         labels = None if labels is None else labels.flip(1)
-        instances = Instances(boxes, instances.masks.flip(2), instances.scores, instances.labels)
+        instances = replace(instances, boxes=boxes, masks=instances.masks.flip(2))
     return replace(sample, image=image, labels=labels, segments=None, instances=instances)
 
 

@@ -122,7 +122,7 @@ def check_labels(
     base = Path(folder)
     if not base.is_dir():
         raise PysegError(f"there is no folder {str(base)!r} to check")
-    names, more_void = _class_names(base, classes, num_classes)
+    names, more_void = _class_names(base, classes, num_classes, ignore_index)
     labels_dir = base / "labels" if (base / "labels").is_dir() else base
     if images is None and labels_dir != base and (base / "images").is_dir():
         images = base / "images"
@@ -162,7 +162,10 @@ def check_labels(
 
 
 def _class_names(
-    base: Path, classes: Sequence[str] | str | os.PathLike[str] | None, num_classes: int | None
+    base: Path,
+    classes: Sequence[str] | str | os.PathLike[str] | None,
+    num_classes: int | None,
+    ignore_index: int,
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
     """Names, where they are known, and ids besides ignore_index that mean void."""
     names: tuple[str, ...] | None = None
@@ -179,6 +182,9 @@ def _class_names(
             counted = "" if names is None else f", and {len(names)} classes were named"
             raise PysegError(f"num_classes must be at least 1, got {num_classes}{counted}")
         names = names or tuple(f"class {index}" for index in range(num_classes))
+    if names is not None and ignore_index == VOID < len(names):
+        raise PysegError(f"{VOID} is one of the {len(names)} classes and cannot mean void as well; "
+                         "give another ignore_index, such as 65535")  # fmt: skip
     return names, void
 
 

@@ -14,12 +14,12 @@ import torch
 
 from .datasets.pairs import IMAGE_SUFFIXES
 from .errors import ImageError, PysegError
-from .image import write_image, write_json, write_labels
+from .image import write_image, write_instances, write_json, write_labels, write_segments
 from .pipeline import Pipeline
 from .types import VOID
 
 MANIFEST = "pyseg.json"
-OVERLAYS = "overlays"
+OVERLAYS, SEGMENTS, INSTANCES = "overlays", "segments", "instances"
 
 
 @dataclass
@@ -63,6 +63,9 @@ def predict(
             patterns (``**`` crosses folders).
         output_dir: made if absent. ``a/b/c.jpg`` found in folder ``a`` becomes ``b/c.png`` here, a
             file given by itself or by a glob ``c.png``.
+            Where the pipeline finds them, ``segments/b/c.png`` and ``.json`` have the panoptic
+            segments (`pyseg.image.write_segments`) and ``instances/b/c.json`` the instances
+            (`write_instances`).
         overlay: also write ``overlays/b/c.png``, the image with the labels painted over it.
         overwrite: compute results again that exist.
         track: wraps the sequence of (image, label map) paths, for a progress bar such as
@@ -96,12 +99,23 @@ def predict(
                 raise
             summary.failed[str(source)] = f"image {str(source)!r} is too large for the memory"
             continue
-        if overlay:  # before the labels, whose presence says that all is done
-            painted.parent.mkdir(parents=True, exist_ok=True)
-            write_image(painted, result.overlay())
+        # All before the labels, whose presence says that all is done.
+        if overlay:
+            write_image(_ready(painted), result.overlay())
+        if result.segments is not None:
+            own = _ready(output / SEGMENTS / target.relative_to(output))
+            write_segments(own, result.segments)
+        if result.instances is not None:
+            own = _ready(output / INSTANCES / target.relative_to(output).with_suffix(".json"))
+            write_instances(own, result.instances)
         target.parent.mkdir(parents=True, exist_ok=True)
         summary.written.append(write_labels(target, result.labels, result.palette))
     return summary
+
+
+def _ready(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from .evaluation import Evaluation, finite, gather_objects, merge_states, title_
 from .image import read_image, write_json, write_text
 from .metrics.semantic import Semantic
 from .pipeline import StageResult
-from .types import Sample, Segmentation
+from .types import VOID, Sample, Segmentation
 from .visual import error_map, overlay, reliability_diagram
 
 WORST = 6  # images that are shown
@@ -76,8 +76,12 @@ class Recorder:
             raise PysegError(f"--report {str(folder)!r} is a file or lies below one; give a "
                              "folder") from error  # fmt: skip
         self.classes, self.palette = tuple(classes), tuple(palette)
-        self._scores = [Semantic(self.classes) for _ in range(stages)]
+        self._void = VOID if len(self.classes) <= VOID else -1
+        self._scores = [self._semantic() for _ in range(stages)]
         self._worst: list[WorstImage] = []
+
+    def _semantic(self) -> Semantic:
+        return Semantic(self.classes, ignore_index=self._void)
 
     def add(self, sample: Sample, results: Sequence[StageResult]) -> None:
         """Scores one image after each stage."""
@@ -86,7 +90,7 @@ class Recorder:
         for stage, result in zip(self._scores, results, strict=True):
             stage.update(result.prediction, sample)
         final = results[-1].prediction
-        single = Semantic(self.classes)
+        single = self._semantic()
         single.update(final, sample)
         values = single.compute()
         if math.isnan(values["miou"]):  # no ground truth at all
@@ -108,11 +112,13 @@ class Recorder:
         image = read_image(sample.image)
         shown = replace(prediction, image=image, palette=self.palette, instances=None)
         truth = Segmentation(shown.size, self.classes, image=image, palette=self.palette)
+        if prediction.logits is None and prediction.segments is None:
+            shown = truth.with_labels(prediction.labels)  # of instances alone, too
         pictures = (
             Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()),
             overlay(truth.with_labels(sample.labels), 0.65),
             overlay(shown, 0.65),
-            error_map(prediction.labels, sample.labels, image),
+            error_map(prediction.labels, sample.labels, image, self._void),
         )
         return tuple(_jpeg(picture) for picture in pictures)
 
@@ -190,7 +196,9 @@ section { background: #fff; border: 1px solid var(--line); border-radius: 10px; 
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
+  background: #fff; }
+th:last-child, td:last-child { padding-right: 4px; }
 thead th { color: var(--soft); font-weight: 600; }
 .bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr 4.6em; gap: 8px 12px;
   align-items: center; }
@@ -210,6 +218,10 @@ figcaption { margin-bottom: 8px; overflow-wrap: anywhere; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px; }
 .pictures div { font-size: .85rem; color: var(--soft); }
 img { display: block; width: 100%; height: auto; border-radius: 4px; }
+.side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
+  gap: 18px; margin: 18px 0; align-items: start; }
+.side section { margin: 0; min-width: 0; }
+.side th:not(:first-child), .side td:not(:first-child) { padding: 6px 4px 6px 8px; }
 .plots { display: flex; flex-wrap: wrap; gap: 20px; }
 .plots > div { flex: 1 1 280px; max-width: 420px; }
 footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--soft);
@@ -217,6 +229,7 @@ footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--s
 @media (max-width: 600px) {
   header, main { padding-left: 10px; padding-right: 10px; }
   section { padding: 14px 12px; margin: 12px 0; }
+  .side { gap: 12px; margin: 12px 0; }
   h1 { font-size: 1.25rem; }
   th, td { padding: 6px 9px; }
 }
@@ -261,14 +274,15 @@ def _tables(result: Evaluation) -> str:
     head, rows = result.table()
     parts = _section("Stages", "Δ against the baseline; time and peak memory of each stage alone",
                      _table(head, rows))  # fmt: skip
+    sections = ""
     for name in result.stages[0].metrics:
         values = [stage.metrics[name] for stage in result.stages]
         keys = [k for k, v in values[0].items() if isinstance(v, (int, float))]
         rows = [[title_of(key), *(_number(v[key]) for v in values)] for key in keys]
         absent = values[-1].get("classes_absent")
         note = f"Without ground truth and never predicted: {', '.join(absent)}" if absent else ""
-        parts += _section(name, note, _table(["", *(s.stage for s in result.stages)], rows))
-    return parts
+        sections += _section(name, note, _table(["", *(s.stage for s in result.stages)], rows))
+    return f'{parts}<div class="side">{sections}</div>'
 
 
 def _bars(

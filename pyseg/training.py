@@ -459,6 +459,8 @@ def _survey(dataset: Dataset, classes: int, *, show: bool) -> tuple[Tensor, tupl
     """Pixels per class [C] and the largest height and width, from one pass over the labels."""
     from rich.progress import track
 
+    if classes > VOID:
+        raise LabelError(f"training takes at most {VOID} classes, got {classes}: {VOID} means void")
     counts = torch.zeros(VOID + 1, dtype=torch.int64)
     height = width = 0
     for index in track(range(len(dataset)), "reading labels", disable=not show, transient=True):

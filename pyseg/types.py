@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 VOID = 255
-"""Label of pixels without a class: ``ignore_index`` everywhere in pyseg."""
+"""Label of pixels without a class: ``ignore_index`` everywhere in pyseg.
+
+With more than 255 classes it is a class, and void is -1.
+"""
+CERTAIN = 0.5
+"""Score from which an instance counts where a label map is made of instances alone."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +93,14 @@ class Segmentation:
 
     @property
     def labels(self) -> Tensor:
-        """Class of every pixel, [H, W] uint8 (int16 from 256 classes on), 255 = void."""
+        """Class of every pixel, [H, W]: uint8, 255 = void; from 256 classes on int16, -1 = void.
+
+        From the logits; without them from the segments, or from the instances of at least a score
+        of `CERTAIN`, the most certain on top.
+        """
         if self._labels is None:
+            if self.logits is None and self.segments is None and self.instances is not None:
+                return self._labels_of_instances(self.instances)  # not kept: no map of its own
             object.__setattr__(self, "_labels", self._derive_labels())
         assert self._labels is not None
         return self._labels
@@ -101,13 +112,25 @@ class Segmentation:
             return upsample_argmax(self.logits[None], self.size)[0]
         if self.segments is not None:
             ids = torch.tensor([0] + [item.id for item in self.segments.items])
-            classes = torch.tensor([VOID] + [item.label for item in self.segments.items])
+            void, dtype = self._void()
+            classes = torch.tensor([void] + [item.label for item in self.segments.items])
             order = ids.argsort()
             table = self.segments.map
             position = torch.searchsorted(ids[order].to(table.device), table.long())
-            return classes[order].to(table.device)[position].to(torch.uint8)
-        raise ValueError("this Segmentation has no semantic map: neither logits, labels nor "
-                         "segments are set")  # fmt: skip
+            return classes[order].to(table.device)[position].to(dtype)
+        raise ValueError("this Segmentation has no semantic map: neither logits, labels, segments "
+                         "nor instances are set")  # fmt: skip
+
+    def _void(self) -> tuple[int, torch.dtype]:
+        return (VOID, torch.uint8) if len(self.classes) <= VOID else (-1, torch.int16)
+
+    def _labels_of_instances(self, instances: Instances) -> Tensor:
+        void, dtype = self._void()
+        labels = instances.masks.new_full(self.size, void, dtype=dtype)
+        for k in instances.scores.argsort(stable=True).tolist():
+            if instances.scores[k] >= CERTAIN:
+                labels[instances.masks[k]] = int(instances.labels[k])
+        return labels
 
     def probabilities(self) -> Tensor:
         """Class probabilities at full resolution, [C, H, W] float32: softmax of upsampled logits.

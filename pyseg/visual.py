@@ -52,9 +52,10 @@ def overlay(segmentation: Segmentation, opacity: float = 0.5) -> Image.Image:
     maps = (segmentation.logits, segmentation.segments, segmentation._labels)
     if any(value is not None for value in maps):
         labels = segmentation.labels.cpu().numpy()
-        present = [int(k) for k in np.unique(labels) if k < count]
-        colours = palette[np.minimum(labels, count - 1)].astype(np.float32)
-        shown = ((labels < count) * opacity)[..., None]
+        known = (labels >= 0) & (labels < count)
+        present = np.unique(labels[known]).tolist()
+        colours = palette[np.where(known, labels, 0)].astype(np.float32)
+        shown = (known * opacity)[..., None]
         borders = None
         if segmentation.segments is not None:
             table = segmentation.segments.map.cpu().numpy()

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import pyseg
 from pyseg import _native, cli, datasets, metrics, models, refiners
+from pyseg.datasets.synthetic import StreetScenes
 from pyseg.doctor import diagnose, stale_installs
-from pyseg.image import read_image, read_labels, write_labels
+from pyseg.image import read_image, read_labels, write_image, write_labels, write_panoptic
 from pyseg.metrics.semantic import Semantic
 from pyseg.models.semantic import SemanticModel
 from pyseg.models.streetnet import CLASSES, PALETTE
@@ -441,6 +442,37 @@ def test_demo_misuse(tmp_path):
     assert "classes" in error_line(run("demo", "--spec", "threshold", "-o", tmp_path / "d"))
     file = write_labels(tmp_path / "a.png", torch.zeros(2, 2, dtype=torch.uint8))
     assert "is a file" in error_line(run("demo", "--spec", "nearly", "-o", file))
+
+
+def test_panoptic_demo(tmp_path):
+    """On data in COCO's format, by a model that `pyseg train` has just begun to train."""
+    scenes = StreetScenes(length=2, size=(64, 64), objects=(2, 4))
+    data = tmp_path / "data"
+    for name in ("train", "annotations"):
+        (data / name).mkdir(parents=True)
+    samples = [scenes[k] for k in range(2)]
+    for sample in samples:
+        write_image(data / "train" / f"{sample.name}.png", sample.image)
+    write_panoptic(
+        data / "annotations" / "panoptic_train.json", [(s.name, s.segments) for s in samples],
+        scenes.classes, things=range(5, 8),
+    )  # fmt: skip
+    model = ("upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
+             "max_size=64, stuff_area=1)")  # fmt: skip
+    common = "--dataset", "coco_panoptic", "--root", data, "--split", "train"
+    trained = run("train", model, *common, "--epochs", 1, "--flip", 0, "-o", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
+    out = tmp_path / "demo"
+    result = run("demo", "--panoptic", "-s", tmp_path / "run/pipeline", *common, "-o", out)
+    assert result.exit_code == 0, result.output
+    names = ["panoptic", "panoptic.json", "scores.json", *(f"{s.name}.png" for s in samples)]
+    assert sorted(file.name for file in out.iterdir()) == sorted(names)
+    truth = data / "annotations" / "panoptic_train.json"
+    scored = json.loads(run("panoptic-quality", truth, out / "panoptic.json", "--json").stdout)
+    (row,) = json.loads((out / "scores.json").read_text())
+    assert scored["All"]["pq"] == row["metrics"]["panoptic"]["pq"]
+    assert "--panoptic needs --spec" in error_line(run("demo", "--panoptic", *common))
+    assert "go with --panoptic" in error_line(run("demo", "--root", data))
 
 
 def test_bench(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from pyseg import image
 from pyseg.errors import ImageError, LabelError
-from pyseg.types import Segment, Segments
+from pyseg.types import Instances, Segment, Segments
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -445,6 +445,45 @@ def test_panoptic_files(tmp_path):
     assert info[1]["bbox"] == [3, 2, 8, 7] and info[300]["bbox"] == [20, 10, 5, 2]
     for number, entry in info.items():
         assert entry["area"] == (segments.map == number).sum() and entry["iscrowd"] == 0
+
+
+def test_one_panoptic_map(tmp_path):
+    segments = panoptic()
+    path = image.write_segments(tmp_path / "a.png", segments)
+    assert torch.equal(image.read_segment_ids(path), segments.map)
+    listed = json.loads(path.with_suffix(".json").read_text())
+    assert [(s["id"], s["category_id"]) for s in listed] == [(1, 0), (70_000, 2), (300, 0)]
+    image.write_segments(tmp_path / "none.png", Segments(torch.zeros(2, 3, dtype=torch.int32), ()))
+    assert json.loads((tmp_path / "none.json").read_text()) == []
+
+
+def test_instances_file(tmp_path):
+    masks = torch.rand(2, 9, 7) > 0.5
+    boxes = torch.tensor([[1.0, 2, 6, 8.5], [0, 0, 7, 9]])
+    found = Instances(boxes, masks, torch.tensor([0.25, 0.5]), torch.tensor([3, 0]))
+    first, second = json.loads(image.write_instances(tmp_path / "a.json", found).read_text())
+    assert (first["category_id"], first["score"], first["bbox"]) == (3, 0.25, [1, 2, 5, 6.5])
+    assert second["bbox"] == [0, 0, 7, 9]
+    for entry, mask in zip((first, second), masks, strict=True):
+        assert torch.equal(image.decode_rle(entry["segmentation"]), mask)
+
+
+def test_cityscapes_ids(tmp_path):
+    """As createTrainIdInstanceImgs has them: 26001 is the second car, 7 the road."""
+    map = torch.zeros(4, 8, dtype=torch.int32)
+    map[0], map[1, :3], map[1, 5:], map[2] = 9, 1, 4, 2
+    items = (Segment(9, 0, 1.0, 8), Segment(1, 13, 1.0, 3), Segment(4, 13, 1.0, 3),
+             Segment(2, 11, 1.0, 8, crowd=True))  # fmt: skip
+    segments = Segments(map, items)
+    path = image.write_cityscapes_ids(tmp_path / "a.png", segments, things=range(11, 19))
+    picture = Image.open(path)
+    assert picture.mode.startswith("I")
+    ids = np.array(picture)
+    assert ids[:, 0].tolist() == [7, 26000, 24, 0] and ids[1].tolist()[3:] == [0, 0] + [26001] * 3
+    with pytest.raises(ImageError, match="has class 13, but there are label_ids for 2 classes"):
+        image.write_cityscapes_ids(path, segments, things=(), label_ids=(7, 8))
+    with pytest.raises(ImageError, match="label_ids must be 1 to 64"):
+        image.write_cityscapes_ids(path, segments, things=(), label_ids=(0,))
 
 
 def test_panoptic_results_that_do_not_fit_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """train_instances: small UPSNets on synthetic scenes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -61,9 +63,12 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
 
 def test_mirroring_keeps_image_labels_and_instances_together():
     sample = SCENES[0]
+    crowd = torch.arange(len(sample.instances.labels)) == 1
+    sample = replace(sample, instances=replace(sample.instances, crowd=crowd))
     mirrored = _augmented(sample, 0.0, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(mirrored.image, sample.image.flip(2))
     assert torch.equal(mirrored.labels, sample.labels.flip(1))
+    assert torch.equal(mirrored.instances.crowd, crowd)
     for mask, box in zip(mirrored.instances.masks, mirrored.instances.boxes, strict=True):
         columns = mask.any(0).nonzero()
         assert [int(columns.min()), int(columns.max()) + 1] == box[[0, 2]].int().tolist()

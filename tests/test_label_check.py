@@ -222,6 +222,9 @@ def test_bad_input(tree, tmp_path):
         check_labels(folder, num_classes=0)
     with pytest.raises(PysegError, match="2 classes"):
         check_labels(folder, num_classes=3, classes=("a", "b"))
+    with pytest.raises(PysegError, match="255 is one of the 300 classes"):
+        check_labels(folder, num_classes=300)
+    assert check_labels(folder, num_classes=300, ignore_index=65535).ok
     with pytest.raises(PysegError, match="images"):
         check_labels(folder, images=tmp_path / "none")
     with pytest.raises(PysegError, match="no file"):

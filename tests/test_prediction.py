@@ -8,9 +8,9 @@ from PIL import Image
 import pyseg
 from pyseg import models, refiners
 from pyseg.errors import PysegError
-from pyseg.image import read_image, read_labels
+from pyseg.image import decode_rle, read_image, read_labels, read_segment_ids
 from pyseg.prediction import predict
-from pyseg.types import Segmentation
+from pyseg.types import Instances, Segment, Segmentation, Segments
 
 PALETTE = ((10, 20, 30), (200, 30, 30), (30, 200, 30))
 
@@ -42,9 +42,30 @@ class Swap:
         return prediction.with_labels(2 - prediction.labels)
 
 
+class Finds:
+    """One instance, of the left half, and a panoptic map of it or none."""
+
+    classes = ("dark", "red", "green")
+
+    def __init__(self, *, segments: bool = True):
+        self.segments = segments
+
+    def predict(self, images):
+        mask = torch.zeros(images[0].shape[1:], dtype=torch.bool)
+        mask[:, : mask.shape[1] // 2] = True
+        found = Instances(
+            torch.tensor([[0.0, 0, mask.shape[1] // 2, mask.shape[0]]]), mask[None],
+            torch.ones(1), torch.tensor([2]),
+        )  # fmt: skip
+        item = Segment(1, 2, 1.0, int(mask.sum()))
+        segments = Segments(mask.int(), (item,)) if self.segments else None
+        return [Segmentation(tuple(mask.shape), self.classes, segments=segments, instances=found)]
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     monkeypatch.setitem(models._registry._registered, "bycolour", ByColour)
+    monkeypatch.setitem(models._registry._registered, "finds", Finds)
     monkeypatch.setitem(refiners._registry._registered, "swap", Swap)
 
 
@@ -191,3 +212,22 @@ def test_output_that_cannot_be_made(pipeline, tmp_path):
     picture(tmp_path / "a.png")
     with pytest.raises(PysegError, match="is a file"):
         predict(pipeline, tmp_path / "a.png", tmp_path / "a.png" / "out")
+
+
+def test_instances_and_segments_are_written(tmp_path):
+    picture(tmp_path / "photos" / "sub" / "a.png")
+    out = tmp_path / "out"
+    assert len(predict(pyseg.build("finds"), tmp_path / "photos", out, overlay=True).written) == 1
+    expected = torch.zeros(6, 8, dtype=torch.int32)
+    expected[:, :4] = 1
+    assert torch.equal(read_segment_ids(out / "segments/sub/a.png"), expected)
+    (segment,) = json.loads((out / "segments/sub/a.json").read_text())
+    assert (segment["category_id"], segment["area"]) == (2, 24)
+    (instance,) = json.loads((out / "instances/sub/a.json").read_text())
+    assert torch.equal(decode_rle(instance["segmentation"]), expected > 0)
+    assert read_labels(out / "sub/a.png")[0].tolist() == [2] * 4 + [255] * 4
+    alone = pyseg.build("finds(segments=False)")
+    predict(alone, tmp_path / "photos", tmp_path / "other")
+    assert read_labels(tmp_path / "other/sub/a.png")[0].tolist() == [2] * 4 + [255] * 4
+    assert not (tmp_path / "other/segments").exists()
+    assert [result.name for result in alone.profile(tmp_path / "photos/sub/a.png")] == ["finds"]

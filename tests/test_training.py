@@ -229,6 +229,11 @@ def test_data_that_does_not_fit(tmp_path):
     data.samples[1] = Sample("bare", data.samples[1].image)
     with pytest.raises(LabelError, match=r"bare has no labels"):
         train(tiny(), data, output_dir=tmp_path, **SHORT)
+    many = tuple(f"class {k}" for k in range(256))
+    data = Shapes()
+    data.classes = many
+    with pytest.raises(LabelError, match=r"at most 255 classes, got 256"):
+        train(tiny(many), data, output_dir=tmp_path, **SHORT)
     data = Shapes()
     for sample in data.samples:
         sample.labels.fill_(255)

@@ -64,6 +64,17 @@ def test_legend_names_the_classes_present_and_no_others(prediction, labels):
     assert overlay(void).size == (WIDTH, HEIGHT)
 
 
+def test_void_of_more_than_255_classes(prediction, labels):
+    names = tuple(f"class {k}" for k in range(300))
+    palette = tuple((k % 7, k % 5, k % 3) for k in range(300))
+    wide = labels.short()
+    wide[labels == 255] = -1
+    wide[:20] = 255
+    many = replace(prediction, classes=names, palette=palette, _labels=wide)
+    got = pixels(overlay(many, 1.0))
+    assert got[110, 80].tolist() == [100, 100, 100] and got[10, 80].tolist() == [255 % 7, 0, 0]
+
+
 def test_legend_of_long_names_fits(prediction, labels):
     names = tuple(f"a rather long name of class {k}" for k in range(30))
     many = replace(

@@ -26,42 +26,42 @@ PYSEG_MULTIVERSION void find_uniform(const T* labels, Window window, uint8_t* un
     if (first < last) std::memset(uniform + first, 1, last - first);
     start = end;
   };
-  int64_t x = 0;
+  int64_t x = 1;
   for (; x + kBlock <= width; x += kBlock) {
-    const T label = labels[start];
-    T different = 0;
-    for (int64_t k = x; k < x + kBlock; ++k) different |= T(labels[k] ^ label);
-    if (different == 0) continue;
-    for (int64_t k = x; k < x + kBlock; ++k)
-      if (labels[k] != labels[start]) close(k);
+    uint8_t changed[kBlock];
+    for (int64_t k = 0; k < kBlock; ++k) changed[k] = labels[x + k] != labels[x + k - 1] ? 1 : 0;
+    for (uint64_t word = bits_of(changed); word; word &= word - 1) close(x + __builtin_ctzll(word));
   }
   for (; x < width; ++x)
-    if (labels[x] != labels[start]) close(x);
+    if (labels[x] != labels[x - 1]) close(x);
   close(width);
 }
 
-// streak: how many rows up to this one were uniform and had this label.
-template <class T>
+// streak: how many rows up to this one were uniform and had this label; `needed` are enough.
+template <class T, class Streak>
 PYSEG_MULTIVERSION void add_row(const uint8_t* __restrict uniform, const T* __restrict labels,
-                                const T* __restrict above, int64_t width,
-                                int32_t* __restrict streak) {
+                                const T* __restrict above, int64_t width, Streak needed,
+                                Streak* __restrict streak) {
   for (int64_t x = 0; x < width; ++x) {
-    const int32_t before = labels[x] == above[x] ? streak[x] : 0;
-    streak[x] = uniform[x] ? before + 1 : 0;
+    const Streak before = labels[x] == above[x] ? streak[x] : Streak(0);
+    const Streak longer = Streak(before + (before < needed ? 1 : 0));
+    streak[x] = uniform[x] ? longer : Streak(0);
   }
 }
 
-PYSEG_MULTIVERSION void write_row(const int32_t* __restrict streak, int64_t width, int32_t needed,
+template <class Streak>
+PYSEG_MULTIVERSION void write_row(const Streak* __restrict streak, int64_t width, Streak needed,
                                   uint8_t* __restrict mask) {
   for (int64_t x = 0; x < width; ++x) mask[x] = streak[x] < needed;
 }
 
 // Rows [begin, end) of one image.
-template <class T>
+template <class T, class Streak>
 void mark_rows(const T* labels, const Window& window, int64_t begin, int64_t end, uint8_t* mask) {
   const int64_t width = window.width, last = window.height - 1, distance = window.distance;
   std::vector<uint8_t> uniform(width);
-  std::vector<int32_t> streak(width);
+  std::vector<Streak> streak(width);
+  const Streak needed = Streak(2 * distance + 1);
   int64_t ready = -1;  // the row that `uniform` is of
   for (int64_t y = begin - distance; y < end + distance; ++y) {
     const bool outside = y < 0 || y > last;
@@ -72,10 +72,11 @@ void mark_rows(const T* labels, const Window& window, int64_t begin, int64_t end
       if (row != ready) find_uniform(labels + row * width, window, uniform.data());
       ready = row;
       const int64_t above = std::clamp<int64_t>(y - 1, 0, last);
-      add_row(uniform.data(), labels + row * width, labels + above * width, width, streak.data());
+      add_row(uniform.data(), labels + row * width, labels + above * width, width, needed,
+              streak.data());
     }
     if (y - distance >= begin)
-      write_row(streak.data(), width, int32_t(2 * distance + 1), mask + (y - distance) * width);
+      write_row(streak.data(), width, needed, mask + (y - distance) * width);
   }
 }
 
@@ -92,8 +93,10 @@ void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& windo
         while (begin < end) {
           const int64_t image = begin / window.height;
           const int64_t stop = std::min(end, (image + 1) * window.height);
-          mark_rows(in + image * pixels, window, begin - image * window.height,
-                    stop - image * window.height, out + image * pixels);
+          const auto mark = 2 * window.distance < 255 ? mark_rows<T, uint8_t>  // more lanes
+                                                      : mark_rows<T, int32_t>;
+          mark(in + image * pixels, window, begin - image * window.height,
+               stop - image * window.height, out + image * pixels);
           begin = stop;
         }
       });

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -67,6 +68,17 @@ inline std::string simd_level() {
   if (most != "generic" && __builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
 #endif
   return "generic";
+}
+
+// 64 bytes, each 0 or 1, to bits.
+PYSEG_INLINE uint64_t bits_of(const uint8_t* flags) {
+  uint64_t word = 0;
+  for (int k = 0; k < 8; ++k) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + 8 * k, 8);
+    word |= (eight * 0x0102040810204080u) >> 56 << (8 * k);
+  }
+  return word;
 }
 
 // Calls work(item, worker) for every item; which worker takes which is left to chance, so that

@@ -74,10 +74,9 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                   sigmas[at]);
       kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
     }
-    const bool positional = *std::max_element(kernel.channels, kernel.channels + size) < 0;
-    kernel.blur = blur_of(positional, {int(passes), spread, int(rings)});
+    choose_lattice(kernel, {int(passes), spread, int(rings)});
     settings.kernels.push_back(kernel);
-    entries += size + 1;
+    entries += kernel.entries;
   }
   PYSEG_CHECK(entries <= kMaxEntries, "too many kernels: ", sizes.size());
   PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",

@@ -21,7 +21,12 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <type_traits>
 #include <vector>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "../common/common.h"
 #include "arguments.h"
@@ -30,6 +35,7 @@ namespace {
 
 using namespace pyseg;
 
+constexpr int kAhead = 8, kHint = 2;
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
@@ -37,15 +43,34 @@ constexpr int kMaxBlocks = kMaxClasses / 16;
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
 constexpr uint64_t kNoName = ~uint64_t(0);
 
+// A kernel's grid in a tile: rows of the tile, `wide` in each row of the grid.
+template <class Real>
+struct GridPass {
+  const Real *slice[2], *splat[2];  // of x and y: each pixel's weights of the vertices around it
+  int cell[2], offset[2];           // pixels between vertices; from the vertex before the tile
+  int wide, first_row;
+};
+
+template <class Real>
+struct Grids {
+  const GridPass<Real>* grids;
+  int count;
+  const GridPass<Real>* begin() const { return grids; }
+  const GridPass<Real>* end() const { return grids + count; }
+};
+
 template <class Real>
 struct TilePass {
   const Real* unary;     // the tile's corner in [C, H, W]
+  Real* copy;            // where unary is copied to, [groups of 16 pixels][C, pixels], or null
+  const Real* copied;    // if it was: read it in order
   Real* q;               // the same place of the result; null but in the last pass
   const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
   Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
   const uint16_t* rows;  // [pixels, entries] vertices of each pixel
   const Real* slice;     // [pixels, entries] their weights
   const Real* splat;
+  Grids<Real> grids;
   Real* buffer;  // [kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
@@ -82,9 +107,11 @@ using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
 #define PYSEG_THREE_TARGETS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#define PYSEG_AVX512
 namespace v4 {
 #include "dense_crf_simd.h"
 }
+#undef PYSEG_AVX512
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
@@ -299,8 +326,13 @@ class Crf {
  public:
   Crf(const Settings& settings, int64_t height, int64_t width)
       : settings_(settings), height_(height), width_(width), kernels_(settings.kernels.size()) {
-    for (const Kernel& kernel : settings.kernels) entries_ += kernel.features + 1;
-    tiles_ = cut(height, width, entries_);
+    int rows = 0;  // of a pixel at most
+    for (Kernel& kernel : settings_.kernels) {
+      kernel.first_entry = entries_;
+      if (!kernel.grid) entries_ += kernel.entries;
+      rows += kernel.entries;
+    }
+    tiles_ = cut(height, width, rows);
   }
 
   void build(const Real* features);
@@ -316,9 +348,17 @@ class Crf {
     std::vector<Real> ones;  // the splat of 1 at each
   };
 
+  struct Axis {  // of a grid
+    int cell, margin, vertices;
+    std::vector<Real> slice, splat;  // [pixels, 2]
+  };
+
+  Axis lay(const Kernel& kernel, int axis, int64_t size) const;
+  void place_grid(int kernel, int64_t tile);
   VertexNames name_vertices(const Kernel& kernel, const Real* features) const;
   void locate_tile(const Real* features, int64_t tile, std::vector<VertexTable>& tables);
   void merge(int kernel);
+  void merge_grid(int kernel);
   void link(int kernel, VertexTable& table);
   void normalize();
   template <class Visit>
@@ -333,14 +373,16 @@ class Crf {
   std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
   Real kernel_scale(const Kernel& kernel) const {
-    return Real(pyseg::kernel_scale(kernel.features, kernel.blur, settings_.classic_scale));
+    return Real(pyseg::kernel_scale(kernel, settings_.classic_scale));
   }
 
-  const Settings settings_;
+  Settings settings_;
   const int64_t height_, width_;
   const int kernels_;
   int entries_ = 0;
   std::vector<Tile> tiles_;
+  std::vector<std::vector<Axis>> grids_;     // [kernels] x and y, or none
+  std::vector<GridPass<Real>> grid_passes_;  // [tiles, kernels with a grid]
   std::vector<VertexNames> names_;
   std::vector<Locate<Real>> locate_;           // [kernels]
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
@@ -398,6 +440,10 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   uint64_t vertices[(kMaxFeatures + 1) * kTileWidth];
   tile.rows = 0;
   for (int l = 0; l < kernels_; ++l) {
+    if (settings_.kernels[l].grid) {
+      place_grid(l, index);
+      continue;
+    }
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
     const Locate<Real> locate = locate_[l];
@@ -435,9 +481,72 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   }
 }
 
+// An axis of a grid: each pixel's weights, normalised, of the vertices before and after it.
+template <class Real>
+typename Crf<Real>::Axis Crf<Real>::lay(const Kernel& kernel, int axis, int64_t size) const {
+  const int cell = kernel.cell[axis], margin = kernel.margin(), passes = kernel.blur.passes;
+  const double spread = kernel.spread[axis], scale = axis_scale(kernel, axis);
+  Axis laid{cell, margin, int((size - 1) / cell) + 2 + 2 * margin, {}, {}};
+  std::vector<double> sums(laid.vertices), blurred(laid.vertices);
+  const auto after = [&](int64_t at) { return double(at % cell) / cell; };
+  for (int64_t at = 0; at < size; ++at) {
+    sums[at / cell + margin] += 1 - after(at);
+    sums[at / cell + margin + 1] += after(at);
+  }
+  for (int pass = 0; pass < passes; ++pass) {
+    for (int v = 0; v < laid.vertices; ++v)
+      blurred[v] = (1 - 2 * spread) * sums[v] +
+                   spread * ((v ? sums[v - 1] : 0) + (v + 1 < laid.vertices ? sums[v + 1] : 0));
+    sums.swap(blurred);
+  }
+  for (int64_t at = 0; at < size; ++at) {
+    const double* const around = sums.data() + at / cell + margin;
+    const double sum = scale * ((1 - after(at)) * around[0] + after(at) * around[1]);
+    double slice = 1, splat = 1;
+    switch (settings_.normalization) {
+      case Normalization::none: break;
+      case Normalization::symmetric: slice = splat = 1 / std::sqrt(sum); break;
+      case Normalization::before: splat = 1 / sum; break;
+      case Normalization::after: slice = 1 / sum; break;
+    }
+    for (const double weight : {1 - after(at), after(at)}) {
+      laid.slice.push_back(Real(slice * weight));
+      laid.splat.push_back(Real(splat * weight));
+    }
+  }
+  return laid;
+}
+
+// The rows of a tile in a grid: all vertices around its pixels.
+template <class Real>
+void Crf<Real>::place_grid(int l, int64_t index) {
+  Tile& tile = tiles_[index];
+  const Axis &x = grids_[l][0], &y = grids_[l][1];
+  const int wide = (tile.x + tile.width - 1) / x.cell - tile.x / x.cell + 2;
+  const int high = (tile.y + tile.height - 1) / y.cell - tile.y / y.cell + 2;
+  Part& part = parts_[l][index];
+  for (int i = 0; i < high; ++i)
+    for (int j = 0; j < wide; ++j)
+      part.names.push_back(uint64_t(tile.y / y.cell + y.margin + i) * x.vertices +
+                           (tile.x / x.cell + x.margin + j));
+  part.ones.assign(part.names.size(), 0);  // `lay` normalises
+  const auto has_grid = [](const Kernel& kernel) { return kernel.grid; };
+  const auto first = settings_.kernels.begin();
+  const int64_t before = std::count_if(first, first + l, has_grid);
+  grid_passes_[index * (grid_passes_.size() / tiles_.size()) + before] = {
+      {x.slice.data() + 2 * tile.x, y.slice.data() + 2 * tile.y},
+      {x.splat.data() + 2 * tile.x, y.splat.data() + 2 * tile.y},
+      {x.cell, y.cell},
+      {tile.x % x.cell, tile.y % y.cell},
+      wide,
+      int(tile.rows)};
+  tile.rows += part.names.size();
+}
+
 // Gives the vertices of a kernel their numbers, from 0, in the order in which tiles name them.
 template <class Real>
 void Crf<Real>::merge(int l) {
+  if (settings_.kernels[l].grid) return merge_grid(l);
   int64_t most = 0;
   for (const Part& part : parts_[l]) most += part.names.size();
   VertexTable table(most);
@@ -450,6 +559,30 @@ void Crf<Real>::merge(int l) {
   }
   occupied_[l] = table.names().size();
   link(l, table);
+}
+
+// The vertices of a grid are numbered row by row, those of the margin among them.
+template <class Real>
+void Crf<Real>::merge_grid(int l) {
+  for (size_t t = 0; t < tiles_.size(); ++t) {
+    int64_t row = tiles_[t].first_row;
+    for (int before = 0; before < l; ++before) row += parts_[before][t].names.size();
+    for (const uint64_t name : parts_[l][t].names) row_vertex_[row++] = int32_t(name);
+  }
+  const int wide = grids_[l][0].vertices, high = grids_[l][1].vertices;
+  const int64_t count = int64_t(wide) * high;
+  occupied_[l] = first_vertex_[l + 1] = count;
+  links_[l].resize(count * 4);
+  for (int axis = 0; axis < 2; ++axis) {
+    const bool along_x = settings_.kernels[l].channels[axis] == -2;
+    int32_t* link = links_[l].data() + axis * count * 2;
+    for (int y = 0; y < high; ++y)
+      for (int x = 0; x < wide; ++x, link += 2) {
+        const int64_t at = int64_t(y) * wide + x;
+        link[0] = int32_t((along_x ? x + 1 < wide : y + 1 < high) ? at + (along_x ? 1 : wide) : -1);
+        link[1] = int32_t((along_x ? x : y) > 0 ? at - (along_x ? 1 : wide) : -1);
+      }
+  }
 }
 
 // Adds the empty vertices through which mass passes between occupied ones, and finds neighbours.
@@ -487,9 +620,19 @@ void Crf<Real>::build(const Real* features) {
   slice_ = uninitialised<Real>(pixels * entries_);
   parts_.assign(kernels_, std::vector<Part>(tiles_.size()));
   names_.resize(kernels_);
+  grids_.resize(kernels_);
+  grid_passes_.resize(tiles_.size() *
+                      std::count_if(settings_.kernels.begin(), settings_.kernels.end(),
+                                    [](const Kernel& kernel) { return kernel.grid; }));
   for (int l = 0; l < kernels_; ++l) {
-    names_[l] = name_vertices(settings_.kernels[l], features);
-    locate_.push_back(locate_function<Real>(settings_.kernels[l].features));
+    const Kernel& kernel = settings_.kernels[l];
+    locate_.push_back(locate_function<Real>(kernel.features));
+    if (!kernel.grid) {
+      names_[l] = name_vertices(kernel, features);
+      continue;
+    }
+    const int x = kernel.channels[1] == -2;  // the axis that is x
+    grids_[l] = {lay(kernel, x, width_), lay(kernel, 1 - x, height_)};
   }
   std::vector<std::vector<VertexTable>> tables(
       torch::stable::get_num_threads(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
@@ -545,9 +688,8 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
                        bool transposed, Visit visit, Real* values, Real* spare) const {
   const int n = width / 16;
   for (int l = 0; l < kernels_; ++l) {
-    const Blur& blur = settings_.kernels[l].blur;
-    const Real side = Real(blur.spread / (1 - 2 * blur.spread));
-    const int axes = settings_.kernels[l].features + 1, steps = blur.passes * axes;
+    const Kernel& kernel = settings_.kernels[l];
+    const int axes = kernel.axes, steps = kernel.blur.passes * axes;
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
@@ -559,7 +701,8 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
       const int axis = (transposed ? steps - 1 - step : step) % axes;
       const int32_t* const links = links_[l].data() + axis * count * 2;
       for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
-        functions.blur(from, links + begin * 2, side, base + begin, base + end, to, n, width);
+        functions.blur(from, links + begin * 2, Real(kernel.side(axis)), base + begin, base + end,
+                       to, n, width);
       });
       std::swap(from, to);
     }
@@ -595,6 +738,7 @@ void Crf<Real>::normalize() {
     Real* const weights = how == Normalization::before ? splat_.get() : slice_.get();
     for (int l = 0; l < kernels_; ++l) {
       const Kernel& kernel = settings_.kernels[l];
+      if (kernel.grid) continue;
       const Real scale = kernel_scale(kernel);
       for (int64_t i = begin + kernel.first_entry; i < end; i += entries_) {
         Real sum = 0;
@@ -645,6 +789,8 @@ TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int cla
   pass.plane = height_ * width_, pass.image_width = width_;
   pass.classes = classes, pass.stride = stride, pass.entries = entries_;
   pass.width = tile.width, pass.height = tile.height;
+  const int64_t grids = grid_passes_.size() / tiles_.size();
+  pass.grids = {grid_passes_.data() + (&tile - tiles_.data()) * grids, int(grids)};
   return pass;
 }
 
@@ -655,6 +801,8 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   const RowFunctions<Real> functions = row_functions<Real>(width);
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
+  // Q's memory is free until the last pass: in between it holds unary in the order of tiles.
+  Real* const copy = q && iterations > 1 ? q : nullptr;
   const int64_t occupied = std::accumulate(occupied_.begin(), occupied_.end(), int64_t(0));
   const auto partial = uninitialised<Real>(rows * width);
   const auto values = uninitialised<Real>(vertices * width);
@@ -676,6 +824,9 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       bool bad = false;
       TilePass<Real> pass = tile_pass(tile, unary, classes, stride);
       pass.q = last ? q + tile.y * width_ + tile.x : nullptr;
+      Real* const own_copy = copy ? copy + tile.first_pixel * classes : nullptr;
+      pass.copy = first ? own_copy : nullptr;
+      pass.copied = first || last ? nullptr : own_copy;
       pass.in = first ? nullptr : own[0];
       pass.out = last ? nullptr : own[1];
       pass.buffer = own[2];

@@ -221,7 +221,7 @@ struct Scales {
 template <class Real>
 struct Filter {
   int axes, blurs, rings;
-  Real side;  // by (side 1 side)
+  Real side[kMaxFeatures + 1];  // [axes] by (side 1 side)
 };
 
 // One thread: the names of a kernel's vertices, how they are blurred, and by what its messages are
@@ -231,7 +231,18 @@ __global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int wid
                                const Key* ranges, const Real* weight, Real scale,
                                VertexNames* names, Filter<Real>* filter, Real* factor,
                                Counters* counters) {
-  const Blur& blur = kernel.blur;
+  filter->axes = kernel.axes;
+  filter->blurs = kernel.blur.passes * kernel.axes;
+  filter->rings = kernel.blur.rings;
+  for (int axis = 0; axis < kernel.axes; ++axis) {
+    const double spread = kernel.grid ? kernel.spread[axis] : kernel.blur.spread;
+    filter->side[axis] = Real(spread / (1 - 2 * spread));
+  }
+  *factor = *weight * scale;
+  if (kernel.grid) {
+    if (!name_grid(kernel, height, width, bits, *names)) atomicOr(&counters->bad_names, 1);
+    return;
+  }
   double low[kMaxFeatures], high[kMaxFeatures];
   for (int i = 0; i < kernel.features; ++i) {
     const int channel = kernel.channels[i];
@@ -240,11 +251,8 @@ __global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int wid
         channel < 0 ? (channel == -2 ? width : height) - 1 : unordered(~ranges[2 * channel + 1]);
     low[i] *= scales.of[i], high[i] *= scales.of[i];
   }
-  if (!name_vertices(kernel.features, low, high, blur.rings, bits, *names))
+  if (!name_vertices(kernel.features, low, high, kernel.blur.rings, bits, *names))
     atomicOr(&counters->bad_names, 1);
-  *filter = {kernel.features + 1, blur.passes * (kernel.features + 1), blur.rings,
-             Real(blur.spread / (1 - 2 * blur.spread))};
-  *factor = *weight * scale;
 }
 
 // -- the lattice
@@ -265,19 +273,19 @@ __host__ __device__ constexpr int slots_for(int entries) {
   return slots;
 }
 
-constexpr int locate_bytes(int pixels, int features) {
-  const int entries = pixels * (features + 1), slots = slots_for(entries);
+constexpr int locate_bytes(int pixels, int each) {
+  const int entries = pixels * each, slots = slots_for(entries);
   return slots * 8 + slots * 2 + entries * 2;
 }
 
 // A block is a tile. Which of its vertices gets which number is left to chance; nothing else is.
-template <class Real, int D>
+template <class Real, int D, bool kGrid>
 __global__ void __launch_bounds__(kBuildThreads)
     locate_kernel(Grid grid, Kernel kernel, Vector<Real, kMaxFeatures> scales, int number,
                   int shift,  // of the kernel and image in keys
                   const VertexNames* naming, const Real* features, int planes, Table table,
                   Capacity capacity, Counters* counters, Entries<Real> out) {
-  constexpr int kEach = D + 1;
+  constexpr int kEach = kGrid ? 4 : D + 1;
   PYSEG_DYNAMIC_SHARED(Key, keys);  // [slots]
   const int entries = grid.pixels * kEach, slots = slots_for(entries), mask = slots - 1;
   uint16_t* const numbers = reinterpret_cast<uint16_t*>(keys + slots);  // [slots]
@@ -306,19 +314,24 @@ __global__ void __launch_bounds__(kBuildThreads)
       for (int k = 0; k < kEach; ++k) own[p * kEach + k] = kNobody, to[k] = 0;
       continue;
     }
-    Real feature[D], weight[kEach];
+    Real weight[kEach];
     uint64_t name[kEach];
+    if constexpr (kGrid) {
+      locate_on_grid<Real>(kernel, x, y, names, weight, name);
+    } else {
+      Real feature[D];
 #pragma unroll
-    for (int i = 0; i < D; ++i) {
-      const int channel = kernel.channels[i];
-      const Real value = channel == -2 ? Real(x)
-                         : channel == -1
-                             ? Real(y)
-                             : features[(int64_t(place.image) * planes + channel) * plane +
-                                        int64_t(y) * grid.width + x];
-      feature[i] = product(value, scales.at[i]);
+      for (int i = 0; i < D; ++i) {
+        const int channel = kernel.channels[i];
+        const Real value = channel == -2 ? Real(x)
+                           : channel == -1
+                               ? Real(y)
+                               : features[(int64_t(place.image) * planes + channel) * plane +
+                                          int64_t(y) * grid.width + x];
+        feature[i] = product(value, scales.at[i]);
+      }
+      locate<D, Real>(feature, names, weight, name);
     }
-    locate<D, Real>(feature, names, weight, name);
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const Key key = group | (name[k] & name_mask);
@@ -467,7 +480,7 @@ __global__ void ring_kernel(Table table, const Key* keys, int64_t capacity, int 
     const int kernel = int((key >> shift) / images);
     if (filters[kernel].rings < ring) continue;
     const VertexNames& names = naming[kernel];
-    for (int axis = 0; axis <= names.features; ++axis) {
+    for (int axis = 0; axis < names.axes; ++axis) {
       insert(table, neighbour(names, key, axis, true, name_mask), counters);
       insert(table, neighbour(names, key, axis, false, name_mask), counters);
     }
@@ -560,7 +573,7 @@ __global__ void links_kernel(const Key* keys, const int* kernel_of, const int* v
   for (int64_t v = 1 + int64_t(blockIdx.x) * blockDim.x + threadIdx.x; v < end;
        v += int64_t(gridDim.x) * blockDim.x) {
     const VertexNames& names = naming[kernel_of[v]];
-    for (int axis = 0; axis <= names.features; ++axis)
+    for (int axis = 0; axis < names.axes; ++axis)
       links[axis * stride + v] =
           make_int2(find(table, neighbour(names, keys[v - 1], axis, true, name_mask)),
                     find(table, neighbour(names, keys[v - 1], axis, false, name_mask)));
@@ -613,11 +626,11 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* la
     const int kernel = kernel_of[v];
     const int axes = filters[kernel].axes, blurs = filters[kernel].blurs;
     if (2 * step >= blurs) continue;
-    const T side = filters[kernel].side;
     const bool to_even = (launches(blurs) - 1 - step) % 2 == 0;
     const Vector<T, N>* const from = (to_even ? odd : even) + threadIdx.x;
     const int first = transposed ? blurs - 1 - 2 * step : 2 * step;
     const int2* const along = links + first % axes * stride;
+    const T side = filters[kernel].side[first % axes];
     const auto blurred = [&](int64_t at) {
       Vector<T, N> sum = from[at * width];
       const int2 link = along[at];
@@ -630,8 +643,9 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* la
       const int second = transposed ? first - 1 : first + 1;
       const int2 link = links[second % axes * stride + v];
       const Vector<T, N> before = blurred(link.x), after = blurred(link.y);
-      add(sum, side, before);
-      add(sum, side, after);
+      const T along_second = filters[kernel].side[second % axes];
+      add(sum, along_second, before);
+      add(sum, along_second, after);
     }
     if (factors && 2 * step + 2 >= blurs) {
       const T factor = factors[kernel];
@@ -1026,21 +1040,21 @@ class Crf {
     given_.resize(settings.kernels.size());
     std::iota(given_.begin(), given_.end(), 0);
     std::stable_sort(given_.begin(), given_.end(), [&](int a, int b) {
-      return settings.kernels[a].features > settings.kernels[b].features;
+      return settings.kernels[a].entries > settings.kernels[b].entries;
     });
     for (const int number : given_) {
       kernels_.push_back(settings.kernels[number]);
       kernels_.back().first_entry = grid_.entries;
-      grid_.entries += kernels_.back().features + 1;
+      grid_.entries += kernels_.back().entries;
     }
-    const int features = kernels_.empty() ? 1 : kernels_[0].features;
+    const int most = kernels_.empty() ? 1 : kernels_[0].entries;
     static constexpr int kShapes[][2] = {{16, 32}, {16, 16}, {8, 16}, {8, 8},
                                          {4, 8},   {4, 4},   {2, 4}};
     for (const auto& shape : kShapes) {
       grid_.tile_height = shape[0], grid_.tile_width = shape[1];
       grid_.pixels = shape[0] * shape[1];
       if (pass_bytes(buffers) <= kSharedBytes && grid_.pixels * grid_.entries < 1 << 16 &&
-          locate_bytes(grid_.pixels, features) <= 48 << 10)
+          locate_bytes(grid_.pixels, most) <= 48 << 10)
         break;
     }
     grid_.height = int(height), grid_.width = int(width), grid_.images = int(images);
@@ -1067,14 +1081,12 @@ class Crf {
     return most;
   }
   const int* last() const { return kernel_ends_ + kernels() - 1; }  // after the last vertex
-  Real scale_of(int l) const {
-    return Real(kernel_scale(kernels_[l].features, kernels_[l].blur, settings_.classic_scale));
-  }
+  Real scale_of(int l) const { return Real(kernel_scale(kernels_[l], settings_.classic_scale)); }
   Capacity worst() const;
   Capacity bound(bool captured, double more) const;
   void fill_table(const Real* features, int planes, const Key* ranges, const Real* weights,
                   Memory& scratch);
-  template <int D>
+  template <int D, bool kGrid = false>
   void locate(int l, const Real* features, int planes);
   void number(Memory& scratch);
   template <class T, int N>
@@ -1109,7 +1121,7 @@ class Crf {
   }
 
   const Settings& settings_;
-  std::vector<Kernel> kernels_;  // more features first
+  std::vector<Kernel> kernels_;  // more entries first
   std::vector<int> given_;       // their numbers in the arguments
   const cudaStream_t stream_;
   const Tensor& like_;
@@ -1140,8 +1152,7 @@ Capacity Crf<Real>::worst() const {
   const double pixels = double(grid_.tiles()) * grid_.pixels;
   double vertices = 0;
   for (const Kernel& kernel : kernels_)
-    vertices +=
-        pixels * (kernel.features + 1) * std::pow(2 * kernel.features + 3, kernel.blur.rings);
+    vertices += pixels * kernel.entries * std::pow(2 * kernel.axes + 1, kernel.blur.rings);
   const double entries = pixels * grid_.entries, most = double(1 << 30);
   return {int64_t(std::min(most, entries)), int64_t(std::min(most, entries)),
           int64_t(std::min(most, vertices))};
@@ -1163,14 +1174,14 @@ Capacity Crf<Real>::bound(bool captured, double more) const {
 }
 
 template <class Real>
-template <int D>
+template <int D, bool kGrid>
 void Crf<Real>::locate(int l, const Real* features, int planes) {
   const Kernel& kernel = kernels_[l];
   Vector<Real, kMaxFeatures> scales{};
   for (int i = 0; i < D; ++i) scales.at[i] = Real(feature_scale(i, kernel.sigmas[i], kernel.blur));
-  PYSEG_LAUNCH((locate_kernel<Real, D>), unsigned(grid_.tiles()), kBuildThreads,
-               locate_bytes(grid_.pixels, D), stream_, grid_, kernel, scales, l, shift_, names_ + l,
-               features, planes, table_, capacity_, counters_, entries_);
+  PYSEG_LAUNCH((locate_kernel<Real, D, kGrid>), unsigned(grid_.tiles()), kBuildThreads,
+               locate_bytes(grid_.pixels, kernel.entries), stream_, grid_, kernel, scales, l,
+               shift_, names_ + l, features, planes, table_, capacity_, counters_, entries_);
 }
 
 // Finds the vertices of all tiles and the empty ones around them.
@@ -1197,6 +1208,10 @@ void Crf<Real>::fill_table(const Real* features, int planes, const Key* ranges, 
     PYSEG_LAUNCH(prepare_kernel<Real>, 1, 1, 0, stream_, kernel, scales, grid_.height, grid_.width,
                  shift_, ranges, weights + given_[l], scale_of(l), names_ + l, filters_ + l,
                  factors_ + l, counters_);
+    if (kernel.grid) {
+      locate<2, true>(l, features, planes);
+      continue;
+    }
     switch (kernel.features) {
       case 1: locate<1>(l, features, planes); break;
       case 2: locate<2>(l, features, planes); break;
@@ -1293,7 +1308,8 @@ void Crf<Real>::build(const Real* unary, const Real* features, int planes, const
 template <class Real>
 void Crf<Real>::number(Memory& scratch) {
   const int64_t vertices = capacity_.vertices, locals = capacity_.locals, stride = 1 + vertices;
-  const int axes = kernels_[0].features + 1;
+  int axes = 0;
+  for (const Kernel& kernel : kernels_) axes = std::max(axes, kernel.axes);
   kernel_ends_ = memory_.template get<int>(kernels());
   kernel_of_ = memory_.template get<int>(stride);
   links_ = memory_.template get<int2>(axes * stride);
@@ -1347,8 +1363,7 @@ void Crf<Real>::blur(int width, const T* factors, bool transposed, Vector<T, N>*
                      Vector<T, N>* spare) {
   const dim3 block(unsigned(width), unsigned(std::max(1, 256 / width)));
   int blurs = 0;
-  for (const Kernel& kernel : kernels_)
-    blurs = std::max(blurs, kernel.blur.passes * (kernel.features + 1));
+  for (const Kernel& kernel : kernels_) blurs = std::max(blurs, kernel.blur.passes * kernel.axes);
   for (int step = 0; step < launches(blurs); ++step)
     PYSEG_LAUNCH((blur_kernel<T, N>), blocks_for(capacity_.vertices, int(block.y)), block, 0,
                  stream_, values, spare, last(), links_, 1 + capacity_.vertices, kernel_of_,
@@ -1384,7 +1399,7 @@ void Crf<Real>::normalize() {
                                    cudaMemcpyDeviceToDevice, stream_));
   }
   for (int l = 0; l < kernels(); ++l)
-    each(normalize_kernel<Real>, pixels, grid_, kernels_[l].first_entry, kernels_[l].features + 1,
+    each(normalize_kernel<Real>, pixels, grid_, kernels_[l].first_entry, kernels_[l].entries,
          pixels, scale_of(l), how == Normalization::symmetric, reinterpret_cast<const Real*>(sums),
          entries_.vertices, how == Normalization::before ? splat_ : entries_.weights);
 }

@@ -1,4 +1,4 @@
-// Where a point lies in the permutohedral lattice; shared by the CPU and the CUDA kernel.
+// Where a point lies in a kernel's lattice; shared by the CPU and the CUDA kernel.
 //
 // The lattice and the barycentric weights are those of Adams, Baek & Davis, "Fast high-dimensional
 // filtering using the permutohedral lattice" (2010). A vertex has d + 1 integer coordinates that
@@ -17,7 +17,8 @@ constexpr int kMaxFeatures = 8;
 
 // How names of vertices pack into 64 bits: the remainder lowest, then the quotients.
 struct VertexNames {
-  int features;
+  int features;                     // 0 for a grid
+  int axes;                         // along which it is blurred
   int low[kMaxFeatures];            // smallest quotient, including room for neighbours
   uint64_t unit[kMaxFeatures + 1];  // one step of a quotient; 0 for the coordinate left out
   uint64_t all;                     // one step of every quotient
@@ -132,13 +133,6 @@ struct Blur {
   double variance() const { return 2 * spread * passes + 1.0 / 6; }
 };
 
-// The blur of one kernel's lattice at a quality level. Pixels fill a lattice over position without
-// gaps, and it is the finest of all: where two passes are asked for, one without rings is accurate
-// enough there.
-inline Blur blur_of(bool positional, const Blur& quality) {
-  return positional && quality.passes == 2 ? Blur{1, 0.21, 0} : quality;
-}
-
 // Makes the standard deviation of all together one sigma.
 inline double feature_scale(int i, double sigma, const Blur& blur) {
   return std::sqrt(blur.variance() / ((i + 1.0) * (i + 2.0))) / sigma;
@@ -148,7 +142,7 @@ inline double feature_scale(int i, double sigma, const Blur& blur) {
 // multiplied by `feature_scale`, and how many bits there are. False: a range is too large.
 PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const double* high, int rings,
                                      int available, VertexNames& names) {
-  names.features = features;
+  names.features = features, names.axes = features + 1;
   names.all = 0;
   int bits = 0;
   while ((1 << bits) < features + 1) ++bits;
@@ -171,23 +165,104 @@ PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const doub
 }
 
 // One kernel: a Gaussian of `features` channels. Channel -2 is x, -1 is y (pixels), others are
-// planes of the features tensor.
+// planes of the features tensor. Where there is no other than x and y, pixels fill their lattice
+// without gaps, and a regular grid with linear interpolation is as accurate and has fewer vertices.
 struct Kernel {
   int features;
-  int first_entry;  // of a pixel's entries, where this kernel's d + 1 begin
+  int axes, entries;  // of blurs; of a pixel
+  int first_entry;    // of a pixel's entries, where this kernel's begin
   int channels[kMaxFeatures];
   double sigmas[kMaxFeatures];
   Blur blur;
+  bool grid;
+  int cell[2];  // pixels from one vertex of the grid to the next, of channels[0] and channels[1]
+  double spread[2];
+
+  double spread_along(int axis) const { return grid ? spread[axis] : blur.spread; }
+  double side(int axis) const { return spread_along(axis) / (1 - 2 * spread_along(axis)); }
+  // of vertices beyond the image, through which mass passes from one of its vertices to another
+  int margin() const { return blur.passes - 1; }
 };
+
+// Chooses the lattice of a kernel whose channels and sigmas are set.
+inline void choose_lattice(Kernel& kernel, const Blur& quality) {
+  kernel.blur = quality;
+  kernel.axes = kernel.entries = kernel.features + 1;
+  const int* const channel = kernel.channels;
+  kernel.grid = quality.rings > 0 && kernel.features == 2 && channel[0] < 0 && channel[1] < 0 &&
+                channel[0] != channel[1];
+  if (!kernel.grid) return;
+  // Interpolating between vertices h pixels apart when splatting and when slicing has a variance
+  // of (h^2 - 1) / 3; blurs have the rest. More than 1/5 outside would be far from a Gaussian.
+  const double finer = quality.passes == 1 ? 1.4 : 0.75;
+  double rest[2];
+  int passes = 1;
+  for (int i = 0; i < 2; ++i) {
+    const double sigma = std::fmin(kernel.sigmas[i], 7e8);  // the same on any image
+    const double h = std::fmax(1, std::floor(finer * sigma));
+    kernel.cell[i] = int(h);
+    rest[i] = (sigma * sigma - (h * h - 1) / 3) / (2 * h * h);
+    passes = int(std::fmax(passes, std::ceil(rest[i] / 0.2)));
+  }
+  for (int i = 0; i < 2; ++i) kernel.spread[i] = rest[i] / passes;
+  kernel.blur = {passes, 0, passes - 1};
+  kernel.axes = 2, kernel.entries = 4;
+}
+
+// Packs the names of a grid's vertices; false: there are too many.
+PYSEG_HOST_DEVICE bool name_grid(const Kernel& kernel, int height, int width, int available,
+                                 VertexNames& names) {
+  names = {};
+  names.axes = 2;
+  int bits = 0;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t size = kernel.channels[i] == -2 ? width : height;
+    const int64_t cells = (size - 1) / kernel.cell[i] + 2 + 2 * (kernel.blur.passes - 1);
+    names.unit[i] = uint64_t(1) << bits;
+    for (int64_t left = cells - 1; left > 0; left >>= 1) ++bits;
+  }
+  return bits < available;
+}
+
+// Weights and names of the four vertices around a pixel.
+template <class T>
+PYSEG_HOST_DEVICE void locate_on_grid(const Kernel& kernel, int x, int y, const VertexNames& names,
+                                      T (&weight)[4], uint64_t (&name)[4]) {
+  uint64_t first = 0;
+  T part[2];
+  for (int i = 0; i < 2; ++i) {
+    const int at = kernel.channels[i] == -2 ? x : y, cell = kernel.cell[i];
+    part[i] = T(at % cell) / T(cell);
+    first += uint64_t(at / cell + kernel.blur.passes - 1) * names.unit[i];
+  }
+  PYSEG_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    weight[k] = (k & 1 ? part[0] : 1 - part[0]) * (k & 2 ? part[1] : 1 - part[1]);
+    name[k] = first + (k & 1 ? names.unit[0] : 0) + (k & 2 ? names.unit[1] : 0);
+  }
+}
+
+// On a grid, of one axis: the sum of exp(-k^2 / 2 sigma^2) over all k, over that of the filter.
+inline double axis_scale(const Kernel& kernel, int axis) {
+  const double sigma = std::fmin(kernel.sigmas[axis], 7e8);
+  double sum = 1;
+  for (int k = 1; k < 40 && sigma < 4; ++k) sum += 2 * std::exp(-0.5 * k * k / (sigma * sigma));
+  if (sigma >= 4) sum = std::sqrt(2 * M_PI) * sigma;
+  return sum / kernel.cell[axis];
+}
 
 // What makes the lattice's kernel 1 at distance 0, as exp(0) is, where it is not normalised. The
 // classic value is that of Adams et al.; ours keeps the integral over space, which is what a dense
 // image sums.
-inline double kernel_scale(int features, const Blur& blur, bool classic) {
-  const double d = features;
+inline double kernel_scale(const Kernel& kernel, bool classic) {
+  const Blur& blur = kernel.blur;
+  double centre = 1;
+  for (int axis = 0; axis < kernel.axes; ++axis)
+    centre *= std::pow(1 - 2 * kernel.spread_along(axis), blur.passes);
+  if (kernel.grid) return centre * axis_scale(kernel, 0) * axis_scale(kernel, 1);
+  const double d = kernel.features;
   if (classic) return 1 / (1 + std::exp2(-d));
-  return std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1) *
-         std::pow(1 - 2 * blur.spread, blur.passes * (d + 1));
+  return centre * std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1);
 }
 
 }  // namespace pyseg

@@ -91,22 +91,32 @@ PYSEG_INLINE void transpose_quarters(Vector<Real, 16> (&v)[4]) {
   v[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// exp(x) for x <= 0, within 2 units in the last place; 0 below -70, where products with
-// barycentric weights would become denormal.
+// exp(x) for x <= 0, within 1e-7; 0 below -70, where products with barycentric weights would become
+// denormal. The polynomial is 2^f within 8e-8 of it for |f| <= 1/2.
 template <int N>
 PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
+  constexpr float kLog2e = 1.44269504f;
+  constexpr float kTerms[] = {1.327647129e-3f, 9.675540961e-3f, 5.550713092e-2f,
+                              2.402212024e-1f, 6.931469440e-1f, 1.0f};
+#ifdef PYSEG_AVX512
+  if constexpr (N == 16) {
+    const __m512 v = (__m512)x, scaled = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
+    const __m512 n = _mm512_roundscale_ps(scaled, 0);
+    const __m512 f = _mm512_fmsub_ps(v, _mm512_set1_ps(kLog2e), n);
+    __m512 p = _mm512_set1_ps(kTerms[0]);
+#pragma GCC unroll 5
+    for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[i]));
+    const __mmask16 inside = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-70.0f), _CMP_GT_OQ);
+    return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, p, n);
+  }
+#endif
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f);
-  const Vector<float, N> inside = x > low ? x : low;
-  const Vector<float, N> shifted = inside * 1.44269504f + 12582912.0f;
-  const Vector<float, N> n = shifted - 12582912.0f;
-  const Vector<float, N> r = (inside - n * 0.693359375f) + n * 2.12194440e-4f;
-  Vector<float, N> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = x > low ? x : low;
+  const Vector<float, N> shifted = inside * kLog2e + 12582912.0f;
+  const Vector<float, N> f = inside * kLog2e - (shifted - 12582912.0f);
+  Vector<float, N> p = broadcast<N>(kTerms[0]);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i) p = p * f + kTerms[i];
   const Vector<float, N> value = (Vector<float, N>)((Integers)p + ((Integers)shifted << 23));
   return x > low ? value : Vector<float, N>{};
 }
@@ -216,27 +226,47 @@ struct Loops {
     }
   }
 
-  // Up to 16 pixels in one image row: messages [16, stride] become probabilities.
-  static void softmax(const TilePass<Real>& a, int64_t pixel, int count, int n, int stride,
-                      Real* rows) {
-    const int classes = a.classes;
+  static PYSEG_INLINE Block load_some(const Real* from, int count) {
+    if (count == 16) return load<16>(from);
+    Block some{};
+    for (int i = 0; i < count; ++i) some[i] = from[i];
+    return some;
+  }
+  static PYSEG_INLINE void store_some(Real* to, Block block, int count) {
+    if (count == 16)
+      store<16>(to, block);
+    else
+      for (int i = 0; i < count; ++i) to[i] = block[i];
+  }
+
+  // Up to 16 pixels in one image row, the first `x, y` in the tile: messages [16, stride] become
+  // probabilities.
+  static void softmax(const TilePass<Real>& a, int x, int y, int n, int stride, Real* rows) {
+    const int classes = a.classes, count = a.width - x < 16 ? a.width - x : 16;
+    const int64_t pixel = y * a.image_width + x, first = (int64_t(y) * a.width + x) * classes;
+    const Real* const unary = a.copied ? a.copied + first : a.unary + pixel;
+    const int64_t apart = a.copied ? count : a.plane;
     Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
     if (a.in) to_planes(rows, stride, n, planes);
-    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest()), bad{};
+    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
     for (int c = 0; c < classes; ++c) {
-      const Real* const unary = a.unary + c * a.plane + pixel;
-      Block u{};
-      if (count == 16)
-        u = load<16>(unary);
-      else
-        for (int i = 0; i < count; ++i) u[i] = unary[i];
+      const Block u = load_some(unary + c * apart, count);
       const Block logit = a.in ? load<16>(planes + 16 * c) - u : -u;
-      if (!a.in) bad += u * Real(0);
       largest = logit > largest ? logit : largest;
       store<16>(planes + 16 * c, logit);
     }
-    for (int i = 0; i < 16; ++i)
-      if (!a.in && bad[i] != bad[i]) *a.not_finite = true;
+    // No prefetcher sees through rows of an image that are so short and so many planes apart.
+    const int64_t ahead = a.copied ? kAhead * classes * 16 : a.image_width;
+    for (int c = 0; c < classes; ++c) __builtin_prefetch(unary + c * apart + ahead, 0, kHint);
+    if (!a.in) {
+      Block bad{};
+      for (int c = 0; c < classes; ++c) bad += load<16>(planes + 16 * c) * Real(0);
+      for (int i = 0; i < 16; ++i)
+        if (bad[i] != bad[i]) *a.not_finite = true;
+    }
+    if (a.copy)
+      for (int c = 0; c < classes; ++c)
+        store_some(a.copy + first + c * count, -load<16>(planes + 16 * c), count);
     Block sum{};
     for (int c = 0; c < classes; ++c) {
       const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
@@ -250,43 +280,143 @@ struct Loops {
       to_rows(planes, scale, n, rows, stride);
     }
     if (a.q)
-      for (int c = 0; c < classes; ++c) {
-        Real* const q = a.q + c * a.plane + pixel;
-        const Block value = load<16>(planes + 16 * c) * scale;
-        if (count == 16)
-          store<16>(q, value);
-        else
-          for (int i = 0; i < count; ++i) q[i] = value[i];
+      for (int c = 0; c < classes; ++c)
+        store_some(a.q + c * a.plane + pixel, load<16>(planes + 16 * c) * scale, count);
+  }
+
+  // Calls work(count) with the number of a pixel's entries, as a constant where it is a usual one.
+  template <class Work>
+  static PYSEG_INLINE void with_entries(int entries, Work work) {
+    switch (entries) {
+      case 6: return work(std::integral_constant<int, 6>{});
+      case 9: return work(std::integral_constant<int, 9>{});
+      default: return work(entries);
+    }
+  }
+
+  // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
+  static PYSEG_INLINE void slice_row(const Real* lattice, const uint16_t* vertices,
+                                     const Real* weights, int width, int entries, int n, int stride,
+                                     bool fresh, Real* rows) {
+    with_entries(entries, [&](auto fixed) {
+      const uint16_t* vertex = vertices;
+      const Real* weight = weights;
+      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
+        Row row{};
+        if (!fresh) get(row, rows + x * stride, n);
+#pragma GCC unroll 9
+        for (int k = 0; k < fixed; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
+        put(row, rows + x * stride, n);
       }
+    });
+  }
+
+  // The lattices' rows += weights times the pixels' rows.
+  static PYSEG_INLINE void splat_row(const Real* rows, const uint16_t* vertices,
+                                     const Real* weights, int width, int entries, int n, int stride,
+                                     Real* lattice) {
+    with_entries(entries, [&](auto fixed) {
+      const uint16_t* vertex = vertices;
+      const Real* weight = weights;
+      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
+        Row row;
+        get(row, rows + x * stride, n);
+#pragma GCC unroll 9
+        for (int k = 0; k < fixed; ++k) accumulate(row, weight[k], lattice + vertex[k] * stride, n);
+      }
+    });
+  }
+
+  // On a grid the pixels of one image row between two columns of vertices have the same four, so
+  // those are interpolated along y once, and their sums stay in registers. `weights` are of the
+  // axes, [pixels, 2] each.
+  static PYSEG_INLINE void slice_grid(const GridPass<Real>& grid, const Real* lattice,
+                                      const Real* const (&weights)[2], int y, int width, int n,
+                                      int stride, bool fresh, Real* rows) {
+    const Real* up =
+        lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
+    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
+    Row left, right{};
+    const auto next = [&] {
+      left = right;
+      right = Row{};
+      add(right, above, up, n);
+      add(right, below, up + grid.wide * stride, n);
+      up += stride;
+    };
+    next();
+    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
+      next();
+      for (; x < std::min(end, width); ++x) {
+        const Block a = broadcast<16>(weights[0][2 * x]), b = broadcast<16>(weights[0][2 * x + 1]);
+        Row row{};
+        if (!fresh) get(row, rows + x * stride, n);
+        for (int i = 0; i < blocks(n); ++i) row.block[i] += a * left.block[i] + b * right.block[i];
+        if (Tail) row.rest += first(a) * left.rest + first(b) * right.rest;
+        put(row, rows + x * stride, n);
+      }
+    }
+  }
+
+  static PYSEG_INLINE void splat_grid(const GridPass<Real>& grid, const Real* rows,
+                                      const Real* const (&weights)[2], int y, int width, int n,
+                                      int stride, Real* lattice) {
+    Real* up =
+        lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
+    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
+    Row left{}, right{};
+    const auto next = [&] {
+      accumulate(left, above, up, n);
+      accumulate(left, below, up + grid.wide * stride, n);
+      up += stride;
+      left = right;
+      right = Row{};
+    };
+    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
+      for (; x < std::min(end, width); ++x) {
+        add(left, weights[0][2 * x], rows + x * stride, n);
+        add(right, weights[0][2 * x + 1], rows + x * stride, n);
+      }
+      next();
+    }
+    next();
+  }
+
+  // All lattices at one row of a tile.
+  static PYSEG_INLINE void slice_all(const TilePass<Real>& a, const Real* lattice,
+                                     bool with_splat_weights, int y, int n, int stride,
+                                     Real* rows) {
+    bool fresh = true;
+    for (const GridPass<Real>& grid : a.grids) {
+      slice_grid(grid, lattice, with_splat_weights ? grid.splat : grid.slice, y, a.width, n, stride,
+                 fresh, rows);
+      fresh = false;
+    }
+    const int64_t at = int64_t(y) * a.width * a.entries;
+    if (a.entries)
+      slice_row(lattice, a.rows + at, (with_splat_weights ? a.splat : a.slice) + at, a.width,
+                a.entries, n, stride, fresh, rows);
+  }
+  static PYSEG_INLINE void splat_all(const TilePass<Real>& a, const Real* rows,
+                                     bool with_slice_weights, int y, int n, int stride,
+                                     Real* lattice) {
+    for (const GridPass<Real>& grid : a.grids)
+      splat_grid(grid, rows, with_slice_weights ? grid.slice : grid.splat, y, a.width, n, stride,
+                 lattice);
+    const int64_t at = int64_t(y) * a.width * a.entries;
+    if (a.entries)
+      splat_row(rows, a.rows + at, (with_slice_weights ? a.slice : a.splat) + at, a.width,
+                a.entries, n, stride, lattice);
   }
 
   // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
   static void tile(const TilePass<Real>& a) {
-    const int n = a.stride / 16, entries = a.entries, width = a.width;
+    const int n = a.stride / 16, width = a.width;
     const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    const Real *const in = a.in, *slice = a.slice, *splat = a.splat;
-    Real *const out = a.out, *const buffer = a.buffer;
-    const uint16_t* rows = a.rows;
-    for (int y = 0; y < a.height; ++y, rows += width * entries) {
-      if (in) {
-        const uint16_t* row_of = rows;
-        for (int x = 0; x < width; ++x, row_of += entries, slice += entries) {
-          Row row{};
-          for (int k = 0; k < entries; ++k) add(row, slice[k], in + row_of[k] * stride, n);
-          put(row, buffer + x * stride, n);
-        }
-      }
-      for (int x = 0; x < width; x += 16)
-        softmax(a, y * a.image_width + x, width - x < 16 ? width - x : 16, n, stride,
-                buffer + x * stride);
-      if (out) {
-        const uint16_t* row_of = rows;
-        for (int x = 0; x < width; ++x, row_of += entries, splat += entries) {
-          Row row;
-          get(row, buffer + x * stride, n);
-          for (int k = 0; k < entries; ++k) accumulate(row, splat[k], out + row_of[k] * stride, n);
-        }
-      }
+    for (int y = 0; y < a.height; ++y) {
+      if (a.in) slice_all(a, a.in, false, y, n, stride, a.buffer);
+      for (int x = 0; x < width; x += 16) softmax(a, x, y, n, stride, a.buffer + x * stride);
+      if (a.out) splat_all(a, a.buffer, false, y, n, stride, a.out);
     }
   }
 
@@ -298,12 +428,7 @@ struct Loops {
     const int classes = pass.classes;
     Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
     Real gradients[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    const auto pixels = [&](const Real* from) {
-      if (count == 16) return load<16>(from);
-      Block some{};
-      for (int i = 0; i < count; ++i) some[i] = from[i];
-      return some;
-    };
+    const auto pixels = [&](const Real* from) { return load_some(from, count); };
     if (pass.in) to_planes(rows, stride, n, planes);
     if (a.back) to_planes(slopes, stride, n, gradients);
     Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
@@ -330,10 +455,7 @@ struct Loops {
       const Block slope = load<16>(planes + 16 * c) * scale * (load<16>(gradients + 16 * c) - mean);
       store<16>(planes + 16 * c, slope);
       const Block total = (a.back ? pixels(to) : Block{}) - slope;
-      if (count == 16)
-        store<16>(to, total);
-      else
-        for (int i = 0; i < count; ++i) to[i] = total[i];
+      store_some(to, total, count);
     }
     if (!pass.out) return;
     for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
@@ -345,40 +467,16 @@ struct Loops {
   // splat, the gradients; softmax; splat with the weights of the slice.
   static void tile_backward(const TileBackward<Real>& a) {
     const TilePass<Real>& pass = a.pass;
-    const int n = pass.stride / 16, entries = pass.entries, width = pass.width;
+    const int n = pass.stride / 16, width = pass.width;
     const int stride = Blocks < 0 ? pass.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    const Real *const in = pass.in, *const back = a.back, *slice = pass.slice, *splat = pass.splat;
-    Real *const out = pass.out, *const logits = pass.buffer;
-    Real* const slopes = logits + kTileWidth * stride;
-    const uint16_t* rows = pass.rows;
+    Real *const logits = pass.buffer, *const slopes = logits + kTileWidth * stride;
     for (int y = 0; y < pass.height; ++y) {
-      const int64_t size = int64_t(width) * entries;
-      for (int x = 0; x < width; ++x) {
-        const int at = x * entries;
-        Row row{};
-        if (in) {
-          for (int k = 0; k < entries; ++k) add(row, slice[at + k], in + rows[at + k] * stride, n);
-          put(row, logits + x * stride, n);
-        }
-        if (back) {
-          row = Row{};
-          for (int k = 0; k < entries; ++k)
-            add(row, splat[at + k], back + rows[at + k] * stride, n);
-          put(row, slopes + x * stride, n);
-        }
-      }
+      if (pass.in) slice_all(pass, pass.in, false, y, n, stride, logits);
+      if (a.back) slice_all(pass, a.back, true, y, n, stride, slopes);
       for (int x = 0; x < width; x += 16)
         softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
                          logits + x * stride, slopes + x * stride);
-      if (out)
-        for (int x = 0; x < width; ++x) {
-          const int at = x * entries;
-          Row row;
-          get(row, logits + x * stride, n);
-          for (int k = 0; k < entries; ++k)
-            accumulate(row, slice[at + k], out + rows[at + k] * stride, n);
-        }
-      rows += size, slice += size, splat += size;
+      if (pass.out) splat_all(pass, logits, true, y, n, stride, pass.out);
     }
   }
 

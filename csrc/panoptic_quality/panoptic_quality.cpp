@@ -3,6 +3,7 @@
 #include "panoptic_quality.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <mutex>
 #include <optional>
@@ -10,54 +11,77 @@
 
 #include "../common/common.h"
 
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#define PYSEG_HAS_AVX512 1
+#endif
+
 namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 1024;  // pixels that are compared at a time: these stay in the L1 cache
-constexpr int64_t kDirect = int64_t(1) << 14;  // ids below are looked up in an array
+constexpr int64_t kBlock = 256;   // pixels that are compared before their changes are counted
+constexpr int64_t kAhead = 1024;  // pixels from what is counted to what is fetched meanwhile
+constexpr int64_t kDirect = int64_t(1) << 16;  // ids below are looked up in an array
 constexpr int64_t kMaxCells = int64_t(1) << 26;
 
-// Position of an id in a list, from 1 on; void is 0, and anything else is last.
+// Position of an id in a list, from 1 on, times a stride; void is 0, and anything else is last.
 class Positions {
  public:
-  explicit Positions(const std::vector<int32_t>& ids) : other_(uint32_t(ids.size()) + 1) {
-    const int64_t last = ids.empty() ? 0 : ids.back();  // they rise
-    direct_.assign(std::min(last + 1, kDirect), other_);
-    while ((size_t(1) << bits_) < 4 * ids.size()) ++bits_;
+  Positions(const std::vector<int32_t>& ids, int64_t stride, bool direct)
+      : other_((int64_t(ids.size()) + 1) * stride) {
+    if (direct) {
+      limit_ = ids.empty() ? 1 : uint32_t(ids.back()) + 1;  // they rise
+      direct_.assign(limit_ + 1, other_);
+      direct_[0] = 0;
+      for (size_t i = 0; i < ids.size(); ++i) direct_[ids[i]] = (int64_t(i) + 1) * stride;
+      return;
+    }
+    while ((size_t(1) << bits_) < 8 * ids.size()) ++bits_;
     slots_.assign(size_t(1) << bits_, {-1, other_});  // no listed id is negative
-    direct_[0] = 0;
+    const Hashed hash = hashed();
+    slots_[hash.start(0)] = {0, 0};
     for (size_t i = 0; i < ids.size(); ++i) {
-      if (ids[i] < kDirect) {
-        direct_[ids[i]] = uint32_t(i) + 1;
-        continue;
-      }
-      size_t place = start(ids[i]);
-      while (slots_[place].id != -1) place = next(place);
-      slots_[place] = {ids[i], uint32_t(i) + 1};
+      size_t place = hash.start(ids[i]);
+      while (slots_[place].id != -1) place = hash.next(place);
+      slots_[place] = {ids[i], (int64_t(i) + 1) * stride};
     }
   }
 
-  PYSEG_INLINE uint32_t operator()(int32_t id) const {
-    if (uint32_t(id) < direct_.size()) return direct_[id];
-    size_t place = start(id);
-    while (slots_[place].id != id && slots_[place].id != -1) place = next(place);
-    return slots_[place].position;
-  }
+  // No branch: what segment comes next is not predictable.
+  struct Direct {
+    const int64_t* positions;
+    uint32_t limit;
+    PYSEG_INLINE int64_t operator()(int32_t id) const {
+      return positions[std::min(uint32_t(id), limit)];
+    }
+  };
+  Direct direct() const { return {direct_.data(), limit_}; }
 
- private:
   struct Slot {
     int32_t id;
-    uint32_t position;
+    int64_t position;
   };
-  PYSEG_INLINE size_t start(int32_t id) const {
-    return (uint32_t(id) * 2654435769u) >> (32 - bits_);
-  }
-  PYSEG_INLINE size_t next(size_t place) const { return (place + 1) & (slots_.size() - 1); }
+  struct Hashed {
+    const Slot* slots;
+    int bits;
+    PYSEG_INLINE size_t start(int32_t id) const {
+      return (uint32_t(id) * 2654435769u) >> (32 - bits);
+    }
+    PYSEG_INLINE size_t next(size_t place) const { return (place + 1) & ((size_t(1) << bits) - 1); }
+    PYSEG_INLINE int64_t operator()(int32_t id) const {
+      size_t place = start(id);
+      while (slots[place].id != id && slots[place].id != -1) place = next(place);
+      return slots[place].position;
+    }
+  };
+  Hashed hashed() const { return {slots_.data(), bits_}; }
 
-  int bits_ = 2;
-  uint32_t other_;
-  std::vector<uint32_t> direct_;
+ private:
+  int bits_ = 3;
+  uint32_t limit_ = 0;
+  int64_t other_;
+  std::vector<int64_t> direct_;
   std::vector<Slot> slots_;
 };
 
@@ -69,7 +93,7 @@ struct Maps {
 };
 
 struct Tables {
-  int64_t width, others;  // columns; rows - 1
+  int64_t last_row, last_column;  // cells before them: what is not listed
   int64_t* pairs;
   int64_t* boundary_pairs;
 };
@@ -84,45 +108,137 @@ PYSEG_MULTIVERSION void find_changes(Maps maps, int64_t n, uint8_t* __restrict c
   for (int64_t i = 0; i < n; ++i) changed[i] |= uint8_t((tb[i] ^ tb[i - 1]) | (pb[i] ^ pb[i - 1]));
 }
 
-// Maps are mostly flat: only where a run of equal pixels ends is something looked up and counted.
+// One bit for every pixel of [0, n) that is not like the one before it; returns how many are set.
+using Mark = int64_t (*)(const Maps& maps, int64_t n, uint64_t* words);
+
 template <bool Boundary>
-void count_pairs(Maps maps, int64_t n, const Positions& rows, const Positions& columns,
-                 Tables tables) {
-  const int32_t *t = maps.target, *p = maps.prediction;
-  const uint8_t *tb = maps.target_boundary, *pb = maps.prediction_boundary;
-  const uint32_t other_row = uint32_t(tables.others), other_column = uint32_t(tables.width) - 1;
-  int64_t start = 0;
-  uint32_t row = rows(t[0]), column = columns(p[0]);
-  const auto count_run = [&](int64_t end) {
-    tables.pairs[row * tables.width + column] += end - start;
+int64_t mark_changes(const Maps& maps, int64_t n, uint64_t* words) {
+  alignas(64) uint8_t changed[kBlock];
+  find_changes<Boundary>(maps, n, changed);
+  if (n < kBlock) std::memset(changed + n, 0, kBlock - n);
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += 64) {
+    const uint64_t word = bits_of(changed + i);
+    words[i / 64] = word;
+    found += __builtin_popcountll(word);
+  }
+  return found;
+}
+
+#ifdef PYSEG_HAS_AVX512
+#define PYSEG_AVX512 __attribute__((target("arch=x86-64-v4")))
+template <bool Boundary>
+PYSEG_AVX512 int64_t mark_changes_v4(const Maps& maps, int64_t n, uint64_t* words) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += 64) {
+    uint64_t word = 0;
+    for (int64_t k = 0; k < 64; k += 16) {
+      const int64_t rest = std::clamp<int64_t>(n - i - k, 0, 16);
+      const __mmask16 valid = __mmask16((1u << rest) - 1);
+      const int32_t *const t = maps.target + i + k, *const p = maps.prediction + i + k;
+      const __m512i change =
+          _mm512_or_si512(_mm512_xor_si512(_mm512_maskz_loadu_epi32(valid, t),
+                                           _mm512_maskz_loadu_epi32(valid, t - 1)),
+                          _mm512_xor_si512(_mm512_maskz_loadu_epi32(valid, p),
+                                           _mm512_maskz_loadu_epi32(valid, p - 1)));
+      word |= uint64_t(_mm512_test_epi32_mask(change, change)) << k;
+    }
     if (Boundary) {
-      const uint32_t boundary_row = row == 0 || tb[start] ? row : other_row;
-      const uint32_t boundary_column = column == 0 || pb[start] ? column : other_column;
-      tables.boundary_pairs[boundary_row * tables.width + boundary_column] += end - start;
+      const __mmask64 valid = n - i >= 64 ? ~uint64_t(0) : (uint64_t(1) << (n - i)) - 1;
+      for (const uint8_t* const at : {maps.target_boundary + i, maps.prediction_boundary + i})
+        word |= _mm512_cmpneq_epi8_mask(_mm512_maskz_loadu_epi8(valid, at),
+                                        _mm512_maskz_loadu_epi8(valid, at - 1));
+    }
+    words[i / 64] = word;
+    found += __builtin_popcountll(word);
+  }
+  return found;
+}
+#endif
+
+template <bool Boundary>
+Mark mark_function() {
+#ifdef PYSEG_HAS_AVX512
+  if (simd_level().find("v4") != std::string::npos) return mark_changes_v4<Boundary>;
+#endif
+  return mark_changes<Boundary>;
+}
+
+// The set bits as numbers, rising. Eight are written at a time, whether there are as many or not:
+// a branch for each of them would be mispredicted.
+PYSEG_MULTIVERSION void list_bits(const uint64_t* words, int64_t count, const int32_t* next_t,
+                                  const int32_t* next_p, int32_t* places) {
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = 64 * i; k < 64 * (i + 1); k += 16) {
+      __builtin_prefetch(next_t + k);
+      __builtin_prefetch(next_p + k);
+    }
+    uint64_t word = words[i];
+    const int found = __builtin_popcountll(word);
+    for (int k = 0; k < found; k += 8)
+      for (int j = k; j < k + 8; ++j) {
+        places[j] = int32_t(64 * i) + std::countr_zero(word);
+        word &= word - 1;
+      }
+    places += found;
+  }
+}
+
+// Maps are mostly flat: only where a run of equal pixels ends is something looked up and counted.
+template <bool Boundary, class Lookup>
+void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup columns, Mark mark,
+                 const Tables& tables) {
+  const int32_t *const t = maps.target, *const p = maps.prediction;
+  const uint8_t *const tb = maps.target_boundary, *const pb = maps.prediction_boundary;
+  int64_t *const pairs = tables.pairs, *const boundary_pairs = tables.boundary_pairs;
+  const int64_t other_row = tables.last_row, other_column = tables.last_column;
+  const auto count = [=](int64_t at, int64_t pixels) __attribute__((always_inline)) {
+    const int64_t row = rows(t[at]), column = columns(p[at]);
+    pairs[row + column] += pixels;
+    if (Boundary) {
+      const int64_t boundary_row = row == 0 || tb[at] ? row : other_row;
+      const int64_t boundary_column = column == 0 || pb[at] ? column : other_column;
+      boundary_pairs[boundary_row + boundary_column] += pixels;
     }
   };
-  alignas(64) uint8_t changed[kBlock + 8];
+  int64_t start = 0;
+  uint64_t words[kBlock / 64];
+  int32_t places[kBlock + 8];
   for (int64_t begin = 1; begin < n; begin += kBlock) {
-    const int64_t size = std::min(kBlock, n - begin);
-    find_changes<Boundary>(
+    const int64_t end = std::min(begin + kBlock, n);
+    const int64_t found = mark(
         {t + begin, p + begin, Boundary ? tb + begin : nullptr, Boundary ? pb + begin : nullptr},
-        size, changed);
-    std::memset(changed + size, 0, 8);
-    for (int64_t i = 0; i < size; i += 8) {
-      uint64_t eight;
-      std::memcpy(&eight, changed + i, 8);
-      // The pixels that are compared next: otherwise counting and reading memory take turns.
-      __builtin_prefetch(t + begin + kBlock + i);
-      __builtin_prefetch(p + begin + kBlock + i);
-      for (; eight; eight &= eight - 1) {
-        const int64_t place = begin + i + __builtin_ctzll(eight) / 8;
-        count_run(place);
-        row = rows(t[place]), column = columns(p[place]);
-        start = place;
+        end - begin, words);
+    if (2 * found > kBlock) {
+      count(start, begin - start);
+      start = begin;
+      for (; start + 16 < end; start += 16) {
+        __builtin_prefetch(t + start + kAhead);
+        __builtin_prefetch(p + start + kAhead);
+        for (int k = 0; k < 16; ++k) count(start + k, 1);
       }
+      for (; start + 1 < end; ++start) count(start, 1);
+      continue;
+    }
+    list_bits(words, (end - begin + 63) / 64, t + begin + kAhead, p + begin + kAhead, places);
+    for (int64_t k = 0; k < found; ++k) {
+      const int64_t place = begin + places[k];
+      count(start, place - start);
+      start = place;
     }
   }
-  count_run(n);
+  count(start, n - start);
+}
+
+template <bool Boundary>
+void count_range(Maps maps, int64_t begin, int64_t end, const Positions& rows,
+                 const Positions& columns, bool direct, Mark mark, const Tables& tables) {
+  maps.target += begin, maps.prediction += begin;
+  if (Boundary) maps.target_boundary += begin, maps.prediction_boundary += begin;
+  if (direct)
+    count_pairs<Boundary>(maps, end - begin, rows.direct(), columns.direct(), mark, tables);
+  else
+    count_pairs<Boundary>(maps, end - begin, rows.hashed(), columns.hashed(), mark, tables);
 }
 
 struct Segment {
@@ -224,8 +340,10 @@ std::tuple<Tensor, Tensor> panoptic_quality_cpu(
   Tensor problems = torch::stable::new_zeros(target, {int64_t(kProblems)}, ScalarType::Long);
   const std::vector<Segment> targets = read_segments(target_segments);
   const std::vector<Segment> predictions = read_segments(prediction_segments);
-  const Positions rows(ids(targets)), columns(ids(predictions));
   const int64_t height = int64_t(targets.size()) + 2, width = int64_t(predictions.size()) + 2;
+  const bool direct = (targets.empty() || targets.back().id < kDirect) &&
+                      (predictions.empty() || predictions.back().id < kDirect);  // ids rise
+  const Positions rows(ids(targets), width, direct), columns(ids(predictions), 1, direct);
   PYSEG_CHECK(height * width <= kMaxCells, "an image may have at most ", kMaxCells,
               " pairs of segments, got ", targets.size(), " x ", predictions.size());
   const Tensor p = torch::stable::contiguous(prediction), t = torch::stable::contiguous(target);
@@ -241,18 +359,13 @@ std::tuple<Tensor, Tensor> panoptic_quality_cpu(
                   boundary ? static_cast<const uint8_t*>(pb.const_data_ptr()) : nullptr};
   std::vector<int64_t> pairs(height * width), boundary_pairs(boundary ? height * width : 0);
   const int64_t grain = std::max<int64_t>(int64_t(1) << 16, 4 * height * width);
+  const Mark mark = boundary ? mark_function<true>() : mark_function<false>();
   std::mutex mutex;
   torch::stable::parallel_for(0, t.numel(), grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> local(pairs.size()), boundary_local(boundary_pairs.size());
-    const Tables tables{width, height - 1, local.data(), boundary_local.data()};
-    Maps part{maps.target + begin, maps.prediction + begin, nullptr, nullptr};
-    if (boundary) {
-      part.target_boundary = maps.target_boundary + begin;
-      part.prediction_boundary = maps.prediction_boundary + begin;
-      count_pairs<true>(part, end - begin, rows, columns, tables);
-    } else {
-      count_pairs<false>(part, end - begin, rows, columns, tables);
-    }
+    const Tables tables{(height - 1) * width, width - 1, local.data(), boundary_local.data()};
+    const auto count = boundary ? count_range<true> : count_range<false>;
+    count(maps, begin, end, rows, columns, direct, mark, tables);
     const std::lock_guard<std::mutex> lock(mutex);  // sums of integers: any order, same bits
     for (size_t i = 0; i < pairs.size(); ++i) pairs[i] += local[i];
     for (size_t i = 0; i < boundary_pairs.size(); ++i) boundary_pairs[i] += boundary_local[i];

@@ -1,4 +1,4 @@
-"""`PairedFiles`: what datasets of one image file and one label PNG per sample have in common."""
+"""What datasets have in common: `PairedFiles` of an image and a label PNG, and helpers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, LabelError
-from ..types import VOID, Sample
+from ..types import VOID, Instances, Sample, Segments
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
@@ -118,3 +118,21 @@ def some(names: Iterable[str]) -> str:
     """A few of ``names``, for messages."""
     chosen = sorted(names)
     return ", ".join(chosen[:5]) + (f" and {len(chosen) - 5} more" if len(chosen) > 5 else "")
+
+
+def instances_of(segments: Segments, first_thing: int) -> Instances:
+    """The segments of classes from ``first_thing`` on, with tight boxes."""
+    items = [item for item in segments.items if item.label >= first_thing]
+    map = segments.map
+    masks = map[None] == torch.tensor([item.id for item in items]).view(-1, 1, 1).to(map)
+    boxes = torch.zeros(len(items), 4)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
+    return Instances(
+        boxes,
+        masks,
+        torch.ones(len(items)),
+        torch.tensor([item.label for item in items], dtype=torch.int64),
+        torch.tensor([item.crowd for item in items], dtype=torch.bool),
+    )

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..types import VOID, Instances, Sample, Segment, Segments
+from ..types import VOID, Sample, Segment, Segments
+from .pairs import instances_of
 
 STUFF = ("sky", "building", "road", "pavement", "tree")
 THINGS = ("car", "person", "bicycle")
@@ -245,14 +246,7 @@ class _Scene:
             mask = numbers == k
             map[mask] = len(items) + 1
             items.append(Segment(len(items) + 1, self.kinds[k - 1], 1.0, int(mask.sum())))
-        visible = torch.from_numpy(map)
-        instances = Instances(
-            boxes=_boxes(visible, len(items)),
-            masks=torch.stack([visible == item.id for item in items])
-            if items else visible.new_zeros((0, *visible.shape), dtype=torch.bool),
-            scores=torch.ones(len(items)),
-            labels=torch.tensor([item.label for item in items], dtype=torch.int64),
-        )  # fmt: skip
+        instances = instances_of(Segments(torch.from_numpy(map), tuple(items)), len(STUFF))
         for label in range(len(STUFF)):
             mask = labels == label
             if mask.any():
@@ -279,12 +273,3 @@ class _Scene:
         colours += rng.normal(0, rng.uniform(2, 8), colours.shape)
         image = np.clip(colours, 0, 255).astype(np.uint8)
         return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
-
-
-def _boxes(map: torch.Tensor, count: int) -> torch.Tensor:
-    """Tight boxes xyxy [count, 4] of the ids 1 to count, right and bottom edge exclusive."""
-    boxes = torch.zeros(count, 4)
-    for k in range(count):
-        rows, columns = (map == k + 1).nonzero().unbind(1)
-        boxes[k] = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
-    return boxes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..types import VOID, Sample, Segmentation
-from .inputs import class_targets, raise_invalid
+from .inputs import class_targets, copied, raise_invalid
 
 LIMIT = 32  # log-odds that the histogram spans: a probability of 1e-14 and of 1 - 1e-14
 SHOWN_THRESHOLDS = 256  # in compute(), which becomes JSON; `curves` has all
@@ -128,12 +128,7 @@ class Binary:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)}, "
-                                 f"got {list(state[name].shape)}")  # fmt: skip
-        self._counts, self._histogram = state["counts"].clone(), state["histogram"].clone()
-        self._invalid = state["invalid"].clone()
+        self._counts, self._histogram, self._invalid = copied(state, self.state())
 
     def curves(self) -> Curves:
         """Precision, recall and false positive rate at each of the ``bins`` + 1 bin edges."""

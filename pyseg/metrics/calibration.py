@@ -10,14 +10,16 @@ import torch
 from torch import Tensor
 
 from ..errors import ScoreError
+from ..ops import upsample_argmax
 from ..types import VOID, Sample, Segmentation
-from .inputs import class_targets, raise_invalid
+from .inputs import check_ignore_index, class_targets, copied, raise_invalid
 
 # Sums of fractions are kept in fixed point, so that the order of images changes no bit. A pixel's
 # share is rounded once, by at most half a unit.
 PROBABILITY_UNIT = 2.0**-30
 NLL_UNIT = 2.0**-24
 NLL_LIMIT = 2.0**16  # a pixel's NLL from here on counts as infinite
+STRIP = 2**14  # pixels
 MAX_PIXELS = 2**32  # then the largest sums (Brier, up to 2 a pixel) end below 2^63
 
 
@@ -49,6 +51,7 @@ class Calibration:
             raise ValueError(f"Calibration needs classes, a sequence of names, got {classes!r}")
         if not 1 <= bins <= 1000:
             raise ValueError(f"bins must be 1 to 1000, got {bins}")
+        check_ignore_index(ignore_index, len(classes))
         self.classes, self.bins, self.ignore_index = tuple(classes), bins, ignore_index
         self.reset()
 
@@ -69,32 +72,40 @@ class Calibration:
         target, logits, invalid = class_targets(
             prediction, sample, len(self.classes), self.ignore_index
         )
+        said = upsample_argmax(logits[None], target.shape)[0]
+        device, height = target.device, target.shape[0]
+        # On the CPU a few rows at a time, whose intermediate results stay in the cache.
+        rows = max(1, STRIP // target.shape[1]) if device.type == "cpu" else height
+        for top in range(0, height, rows):
+            part = slice(top, top + rows)
+            self._add(logits[:, part], target[part], said[part])
+        self._invalid = self._invalid.to(device) + invalid
+
+    def _add(self, logits: Tensor, target: Tensor, said: Tensor) -> None:
+        """Adds pixels: logits [C, h, W], target [h, W], -1 where there is none, said [h, W]."""
         device, valid = target.device, target >= 0
         # Softmax with one exponential: e = exp(logit - largest), p = e / sum(e).
-        largest, said = logits.max(0)
-        shifted = logits - largest
+        shifted = logits - logits.amax(0)
         of_target = shifted.gather(0, target.clamp(min=0)[None])[0]
         e = shifted.exp_()
         total = e.sum(0)
         p_target = of_target.exp() / total
         brier = e.square_().sum(0) / total.square() - 2 * p_target + 1
-        nll = (total.log() - of_target)[valid]
+        nll = total.log() - of_target
         # NaN, which compute() reports, has no bin.
-        confidence, brier = (v[valid].nan_to_num(0.0) for v in (total.reciprocal(), brier))
-        target, said = target[valid], said[valid]
+        confidence, brier = (v.nan_to_num(0.0) for v in (total.reciprocal(), brier))
         edges = torch.linspace(0, 1, self.bins + 1, device=device)[1:-1]
-        place = torch.bucketize(confidence, edges, right=True)
+        place = torch.bucketize(confidence, edges, right=True).masked_fill_(~valid, self.bins)
 
         def by_bin(values: Tensor) -> Tensor:
-            return torch.zeros(self.bins, dtype=torch.int64, device=device).scatter_add_(
-                0, place, values
-            )
+            sums = torch.zeros(self.bins + 1, dtype=torch.int64, device=device)
+            return sums.scatter_add_(0, place.flatten(), values.flatten())[:-1]
 
         infinite = ~(nll < NLL_LIMIT)
         sums = [
-            _fixed(brier, PROBABILITY_UNIT).sum(),
-            _fixed(nll.masked_fill(infinite, 0.0), NLL_UNIT).sum(),
-            infinite.sum(),
+            _fixed(brier, PROBABILITY_UNIT).masked_fill_(~valid, 0).sum(),
+            _fixed(nll.masked_fill_(infinite, 0.0), NLL_UNIT).masked_fill_(~valid, 0).sum(),
+            (infinite & valid).sum(),
         ]
         self._pixels = self._pixels.to(device) + by_bin(torch.ones_like(target))
         self._correct = self._correct.to(device) + by_bin((said == target).long())
@@ -102,7 +113,6 @@ class Calibration:
             _fixed(confidence, PROBABILITY_UNIT)
         )
         self._sums = self._sums.to(device) + torch.stack(sums)
-        self._invalid = self._invalid.to(device) + invalid
 
     def state(self) -> dict[str, Tensor]:
         """Integers whose sum over processes is the state of the whole.
@@ -120,13 +130,13 @@ class Calibration:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the sums by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)}, "
-                                 f"got {list(state[name].shape)}")  # fmt: skip
-        self._pixels, self._correct = state["pixels"].clone(), state["correct"].clone()
-        self._confidence, self._sums = state["confidence"].clone(), state["sums"].clone()
-        self._invalid = state["invalid"].clone()
+        (
+            self._pixels,
+            self._correct,
+            self._confidence,
+            self._sums,
+            self._invalid,
+        ) = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far.
@@ -172,4 +182,4 @@ class Calibration:
 
 
 def _fixed(values: Tensor, unit: float) -> Tensor:
-    return (values.double() / unit).round().long()
+    return (values / unit).round_().long()  # exact: units are powers of two

@@ -1,4 +1,4 @@
-"""What the metrics that score pixels have in common: checked ground truth, and logits at its size.
+"""What metrics have in common: checked ground truth, logits at its size, states.
 
 Wrong values raise at once on the CPU. Elsewhere they are counted, so that nothing waits for the
 device, and `raise_invalid` reports them when the scores are computed.
@@ -6,16 +6,27 @@ device, and `raise_invalid` reports them when the scores are computed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from ..errors import LabelError, ScoreError
-from ..types import Sample, Segmentation
+from ..types import VOID, Sample, Segmentation
 
 _NAN = (
     "the logits hold NaN, so that no class is the largest; look for a network that diverged, "
     "half-precision overflow, or a division by zero in a refiner"
 )
+
+
+def check_ignore_index(ignore_index: int, num_classes: int) -> None:
+    """Raises ValueError where pixels of class 255 would be taken for void."""
+    if ignore_index == VOID < num_classes:
+        raise ValueError(
+            f"{VOID} is one of the {num_classes} classes and cannot mean void as well; label void "
+            "-1, as Segmentation does, and give ignore_index=-1"
+        )
 
 
 def target_of(prediction: Segmentation, sample: Sample, device: torch.device) -> Tensor:
@@ -86,6 +97,20 @@ def nan_images(prediction: Segmentation, name: str) -> Tensor:
     if found.device.type == "cpu" and found:
         raise ScoreError(f"sample {name!r}: {_NAN}")
     return found.long()
+
+
+def copied(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Tensor]:
+    """Copies of a metric's ``state``, in the order of its ``own``.
+
+    Raises:
+        ValueError: the state of a metric with other options, such as another number of classes.
+    """
+    for name, tensor in own.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = list(state[name].shape) if name in state else "nothing"
+            raise ValueError(f"state {name!r} must be {list(tensor.shape)} for this metric's "
+                             f"classes and options, got {found}")  # fmt: skip
+    return [state[name].clone() for name in own]
 
 
 def raise_invalid(invalid: Tensor, num_classes: int, ignore_index: int) -> None:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..coco import annotations_of, categories_of, read_json, read_segments
 from ..errors import LabelError
-from ..image import read_segment_ids
 from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
 from ..types import Sample, Segment, Segmentation, Segments
+from .inputs import copied
 
 GROUPS = ("", "_things", "_stuff")
 
@@ -151,12 +154,7 @@ class Panoptic:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
-                                 f"{len(self.classes)} classes, got "
-                                 f"{list(state[name].shape)}")  # fmt: skip
-        self._counts, self._problems = state["counts"].clone(), state["problems"].clone()
+        self._counts, self._problems = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far, as fractions.
@@ -207,7 +205,8 @@ class Panoptic:
 
 
 def _table(rows: list[list[int]], columns: int) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64).view(-1, columns)
+    # By NumPy, which is seven times as fast on lists of lists.
+    return torch.from_numpy(np.array(rows, dtype=np.int64).reshape(-1, columns))
 
 
 def _warn_of_areas(found: str) -> None:
@@ -231,8 +230,9 @@ def score_files(
 ) -> dict[str, Any]:
     """Panoptic quality of predictions in COCO's panoptic format, as panopticapi prints it.
 
-    One image at a time. An image without a prediction is an error; a prediction of an image that is
-    not in the ground truth is left out, with a warning.
+    Images are decoded by as many threads as torch has, few ahead of the one that is scored. An
+    image without a prediction is an error; a prediction of an image that is not in the ground truth
+    is left out, with a warning.
 
     Args:
         target: JSON of the ground truth.
@@ -254,9 +254,9 @@ def score_files(
             in a PNG and not in its JSON, or the other way round; there are no images.
         ImageError: a PNG is missing or unreadable.
     """
-    truth, guesses = _read_json(target), _read_json(prediction)
+    truth, guesses = read_json(target), read_json(prediction)
     source = target if categories is None else categories
-    known = _categories(truth if categories is None else _read_json(categories), source)
+    known = categories_of(truth if categories is None else read_json(categories), source)
     index = {entry["id"]: k for k, entry in enumerate(known)}
     metric = Panoptic(
         [entry["name"] for entry in known],
@@ -271,7 +271,7 @@ def score_files(
         if not folder.is_dir():
             raise LabelError(f"there is no folder {str(folder)!r} with panoptic PNGs; say where "
                              "they are (--gt-dir, --pred-dir)")  # fmt: skip
-    wanted, found = _annotations(truth, target), _annotations(guesses, prediction)
+    wanted, found = annotations_of(truth, target), annotations_of(guesses, prediction)
     if not wanted:
         raise LabelError(f"{str(target)!r} has no annotations: there is nothing to score")
     if missing := [key for key in wanted if key not in found]:
@@ -280,14 +280,26 @@ def score_files(
     if extra := [key for key in found if key not in wanted]:
         warnings.warn(f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
                       "they are not scored", stacklevel=2)  # fmt: skip
-    for key in track([*wanted]):
-        sides = [
-            _read_segments(entries[key], folder, index, file)
+
+    def read(key: Any) -> list[Segments]:
+        return [
+            read_segments(entries[key], folder, index, file)
             for entries, folder, file in zip(
                 (wanted, found), folders, (target, prediction), strict=True
             )
         ]
-        metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
+
+    # Decoding a PNG takes twenty times as long as scoring it, and lets other threads run.
+    workers = torch.get_num_threads()
+    keys, started = [*wanted], 0
+    coming: deque[Future[list[Segments]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        for key in track(keys):
+            for later in keys[started : started + workers + 1 - len(coming)]:
+                coming.append(pool.submit(read, later))
+                started += 1
+            sides = coming.popleft().result()
+            metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
     return _as_panopticapi(metric.compute(), known)
 
 
@@ -309,76 +321,3 @@ def _as_panopticapi(scores: dict[str, Any], categories: Sequence[Mapping[str, An
         if any((counts := scores["per_class"][entry["name"]])[key] for key in ("tp", "fp", "fn"))
     }
     return result
-
-
-def _read_json(path: str | os.PathLike[str]) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LabelError(f"{os.fspath(path)!r} does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise LabelError(f"{os.fspath(path)!r} cannot be read as JSON ({error})") from error
-
-
-def _categories(value: Any, path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    entries = value.get("categories") if isinstance(value, dict) else value
-    if not isinstance(entries, list) or not entries:
-        raise LabelError(f"{os.fspath(path)!r} has no categories; give a JSON that has them "
-                         "(--categories)")  # fmt: skip
-    for key in ("id", "name", "isthing"):
-        if not all(isinstance(entry, dict) and key in entry for entry in entries):
-            raise LabelError(f"{os.fspath(path)!r} has a category without {key!r}; it needs id, "
-                             "name and isthing")  # fmt: skip
-        values = [entry[key] for entry in entries]
-        if key != "isthing" and len(set(values)) < len(values):
-            raise LabelError(f"{os.fspath(path)!r} has two categories with the same {key}")
-    return entries
-
-
-def _annotations(value: Any, path: str | os.PathLike[str]) -> dict[Any, dict[str, Any]]:
-    """The entries of a JSON by image."""
-    entries = value.get("annotations") if isinstance(value, dict) else None
-    if not isinstance(entries, list):
-        raise LabelError(f"{os.fspath(path)!r} has no list of annotations: it is not in COCO's "
-                         "panoptic format")  # fmt: skip
-    result = {}
-    for position, entry in enumerate(entries):
-        for key in ("image_id", "file_name", "segments_info"):
-            if key not in entry:
-                raise LabelError(f"annotation {position} of {os.fspath(path)!r} has no {key!r}: it "
-                                 "is not in COCO's panoptic format")  # fmt: skip
-        if entry["image_id"] in result:
-            raise LabelError(f"{os.fspath(path)!r} has image {entry['image_id']!r} twice")
-        result[entry["image_id"]] = entry
-    return result
-
-
-def _read_segments(
-    entry: Mapping[str, Any],
-    folder: Path,
-    index: Mapping[int, int],
-    path: str | os.PathLike[str],
-) -> Segments:
-    """One annotation with its PNG; areas that are not listed are counted."""
-    ids = read_segment_ids(folder / entry["file_name"])
-    items = []
-    for segment in entry["segments_info"]:
-        where = f"image {entry['image_id']!r} of {os.fspath(path)!r}"
-        if "id" not in segment or "category_id" not in segment:
-            raise LabelError(f"{where} has a segment without 'id' or 'category_id'")
-        if segment["category_id"] not in index:
-            raise LabelError(f"{where} has segment {segment['id']} of the unknown category "
-                             f"{segment['category_id']}")  # fmt: skip
-        area = segment.get("area")
-        if area is None:
-            area = int((ids == segment["id"]).sum())
-        items.append(
-            Segment(
-                id=segment["id"],
-                label=index[segment["category_id"]],
-                score=1.0,
-                area=area,
-                crowd=bool(segment.get("iscrowd", 0)),
-            )
-        )
-    return Segments(ids, tuple(items))

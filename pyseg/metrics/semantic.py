@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import LabelError
 from ..ops import confusion_counts, upsample_confusion
 from ..types import VOID, Sample, Segmentation
-from .inputs import nan_images, raise_invalid, target_of
+from .inputs import check_ignore_index, copied, nan_images, raise_invalid, target_of
 
 
 class Semantic:
@@ -62,6 +62,7 @@ class Semantic:
         if not classes or (num_classes is not None and len(classes) != num_classes):
             raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}; "
                              "give at least one class, and either of them")  # fmt: skip
+        check_ignore_index(ignore_index, len(classes))
         self.classes = tuple(classes)
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
@@ -127,13 +128,7 @@ class Semantic:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""
-        for name, own in self.state().items():
-            if state[name].shape != own.shape:
-                raise ValueError(f"state {name!r} must be {list(own.shape)} for "
-                                 f"{len(self.classes)} classes, got "
-                                 f"{list(state[name].shape)}")  # fmt: skip
-        self._matrix, self._missed = state["matrix"].clone(), state["missed"].clone()
-        self._invalid = state["invalid"].clone()
+        self._matrix, self._missed, self._invalid = copied(state, self.state())
 
     def compute(self) -> dict[str, Any]:
         """The scores so far, as fractions.

@@ -1,7 +1,13 @@
 """Instance and panoptic models: Mask R-CNN, panoptic FPN and UPSNet on torchvision's detector.
 
 Class indices put the stuff classes first: 0 to num_stuff - 1 are stuff, the others things. Images
-are resized as torchvision's detectors do (``min_size``, ``max_size``).
+are resized as torchvision's detectors do (``min_size``, ``max_size``). Regions are pooled by
+`pyseg.ops.roi_align`.
+
+``weights`` of every model here is a path or a URL of its own weights or of what to start from, or a
+name of torchvision's for the latter: ``"COCO_V1"``, a Mask R-CNN with ResNet-50, or
+``"IMAGENET1K_V1"``, a classifier of the same backbone (``_V2`` where there is one). Of these, all
+that fits is taken, the rest is random, and normalisation stays frozen in training.
 """
 
 from __future__ import annotations
@@ -10,7 +16,6 @@ import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +24,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..image import default_palette
-from ..ops import DeformConv2d, panoptic_head, panoptic_logits, panoptic_merge, upsample_argmax
+from ..ops import (
+    DeformConv2d,
+    panoptic_head,
+    panoptic_logits,
+    panoptic_merge,
+    replace_roi_pooling,
+    roi_align,
+    upsample_argmax,
+)
 from ..ops.panoptic_merge import PanopticMaps, paste
 from ..types import VOID, Instances, Sample, Segment, Segmentation, Segments
 
@@ -99,6 +112,36 @@ class DeformableSemanticHead(nn.Module):
         return self.score(together), together
 
 
+class FCN(nn.Module):
+    """A semantic network of its own: ResNet, scores at 1/8, 1/16 and 1/32, summed as in FCN-8s.
+
+    Source: Long, Shelhamer & Darrell, "Fully convolutional networks for semantic segmentation",
+    CVPR 2015.
+    """
+
+    def __init__(self, backbone: str, classes: int) -> None:
+        super().__init__()
+        self.body, widths = _resnet(backbone)
+        self.scores = nn.ModuleList(nn.Conv2d(width, classes, 1) for width in widths[1:])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] to logits [N, classes, H / 8, W / 8]."""
+        body = self.body
+        x = body.layer1(body.maxpool(body.relu(body.bn1(body.conv1(images)))))
+        total: Tensor | None = None
+        outputs = []
+        for layer in (body.layer2, body.layer3, body.layer4):
+            x = layer(x)
+            outputs.append(x)
+        for score, output in reversed(list(zip(self.scores, outputs, strict=True))):
+            logits = score(output)
+            if total is not None:
+                logits = logits + F.interpolate(total, logits.shape[2:], mode="bilinear")
+            total = logits
+        assert total is not None
+        return total
+
+
 def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -115,7 +158,7 @@ class InstanceModel(nn.Module):
         classes: names, the stuff classes first.
         num_stuff: how many of them are stuff.
         semantic: maps P2 to P5 to logits of all classes at 1/4 and the features before the last
-            layer; None = instances only.
+            layer; or an `FCN`, a second network; None = instances only.
         unified: merge by `pyseg.ops.panoptic_head` (UPSNet); False = `pyseg.ops.panoptic_merge`.
         palette: one colour per class; None = `pyseg.image.default_palette`.
         semantic_weight: of the semantic loss; that of the loss on regions of interest is a fifth.
@@ -149,6 +192,32 @@ class InstanceModel(nn.Module):
         self.detector, self.semantic, self.unified = detector, semantic, unified
         self.semantic_weight, self.panoptic_weight = semantic_weight, panoptic_weight
         self.stuff_area, self.score_threshold = stuff_area, score_threshold
+        self._frozen = False
+
+    def freeze_normalisation(self) -> InstanceModel:
+        """Keeps statistics and scales of the backbone's batch normalisation while training.
+
+        As is usual with pretrained backbones: statistics of a few images are worse.
+        """
+        self._frozen = True
+        for parameter in (p for norm in self._norms() for p in norm.parameters()):
+            parameter.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> InstanceModel:
+        super().train(mode)
+        if self._frozen:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        bodies = [self.detector.backbone.body]
+        if isinstance(self.semantic, FCN):
+            bodies.append(self.semantic.body)
+        return [
+            part for body in bodies for part in body.modules() if isinstance(part, nn.BatchNorm2d)
+        ]
 
     @property
     def things(self) -> tuple[str, ...]:
@@ -183,7 +252,7 @@ class InstanceModel(nn.Module):
         _, own = self.detector.roi_heads(features, proposals, batch.image_sizes, targets)
         losses = {**losses, **own}
         if self.semantic is not None:
-            logits, before = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            logits, before = self._logits(batch.tensors, features)
             labels = self._resized_labels(samples, batch, logits)
             losses.update(self._semantic_losses(logits, before, labels, targets))
             if self.unified:
@@ -192,24 +261,35 @@ class InstanceModel(nn.Module):
                 )
         return losses
 
+    def _logits(self, images: Tensor, features: Any) -> tuple[Tensor, Tensor]:
+        """Logits of all classes, and the features that the last layer makes them from."""
+        if isinstance(self.semantic, FCN):
+            logits = self.semantic(images)
+            return logits, logits
+        assert self.semantic is not None
+        return self.semantic([features[name] for name in ("0", "1", "2", "3")])
+
     def _target(self, sample: Sample) -> dict[str, Tensor]:
         if sample.instances is None:
             raise ValueError(f"sample {sample.name!r} has no instances to learn from")
         if self.semantic is not None and sample.labels is None:
             raise ValueError(f"sample {sample.name!r} has no labels for the semantic branch")
-        labels = sample.instances.labels
+        instances = sample.instances
+        labels = instances.labels
         if len(labels) and not self.num_stuff <= int(labels.min()) <= int(labels.max()) < len(
             self.classes
         ):
             raise ValueError(f"sample {sample.name!r} has instances of classes "
                              f"{sorted(set(labels.tolist()))}; things are {self.num_stuff} to "
                              f"{len(self.classes) - 1}")  # fmt: skip
-        boxes = sample.instances.boxes.float()
+        boxes = instances.boxes.float()
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)  # torchvision refuses empty boxes
+        if instances.crowd is not None:  # a region of many objects is no example of one
+            solid &= ~instances.crowd
         return {
             "boxes": boxes[solid].to(self.device),
             "labels": (labels[solid] - self.num_stuff + 1).to(self.device),
-            "masks": sample.instances.masks[solid].to(self.device, torch.uint8),
+            "masks": instances.masks[solid].to(self.device, torch.uint8),
         }
 
     def _resized_labels(self, samples: Sequence[Sample], batch: Any, logits: Tensor) -> Tensor:
@@ -230,9 +310,8 @@ class InstanceModel(nn.Module):
         if self.unified and any(len(box) for box in boxes):
             # The last layer again, on the features of every object at 28 x 28: small objects count
             # as much as large ones.
-            ops = importlib.import_module("torchvision.ops")
             assert self.semantic is not None
-            pooled = ops.roi_align(before, boxes, (28, 28), 0.25, aligned=True)
+            pooled = roi_align(before, boxes, (28, 28), 0.25, aligned=True)
             regions = torch.cat(
                 [_nearest_crops(one, box) for one, box in zip(labels, boxes, strict=True)]
             )
@@ -317,11 +396,14 @@ class InstanceModel(nn.Module):
         )
         logits = segments = None
         if self.semantic is not None:
-            logits, _ = self.semantic([features[name] for name in ("0", "1", "2", "3")])
+            logits, _ = self._logits(batch.tensors, features)
             # Without the padding of the network's input, whose size is a multiple of 32.
-            cells = [math.ceil(n / 4) for n in batch.image_sizes[0]]
+            step = batch.tensors.shape[2] // logits.shape[2]
+            cells = [math.ceil(n / step) for n in batch.image_sizes[0]]
             logits = logits[0, :, : cells[0], : cells[1]].contiguous()
-            canvas = [max(round(4 * n * s), m) for n, s, m in zip(cells, scale, size, strict=True)]
+            canvas = [
+                max(round(step * n * s), m) for n, s, m in zip(cells, scale, size, strict=True)
+            ]
             join = self._unify if self.unified else self._merge
             segments = join(detections, logits, canvas, size)
         return Segmentation(
@@ -423,14 +505,11 @@ def maskrcnn_resnet50_fpn(
 
     Args:
         num_classes: number of thing classes; None = the 90 ids of COCO.
-        weights: ``"default"`` or torchvision's ``"COCO_V1"``, a path or a URL, None = random.
+        weights: ``"default"``, which is torchvision's ``"COCO_V1"``, see the module; None = random.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
     """
-    return _maskrcnn(
-        "maskrcnn_resnet50_fpn", "MaskRCNN_ResNet50_FPN_Weights", num_classes, weights, min_size,
-        max_size,
-    )  # fmt: skip
+    return _maskrcnn("maskrcnn_resnet50_fpn", num_classes, weights, min_size, max_size)
 
 
 def maskrcnn_resnet50_fpn_v2(
@@ -441,10 +520,7 @@ def maskrcnn_resnet50_fpn_v2(
     max_size: int = 1333,
 ) -> InstanceModel:
     """Mask R-CNN with the improved recipe of Li et al. (2021); options as the one above."""
-    return _maskrcnn(
-        "maskrcnn_resnet50_fpn_v2", "MaskRCNN_ResNet50_FPN_V2_Weights", num_classes, weights,
-        min_size, max_size,
-    )  # fmt: skip
+    return _maskrcnn("maskrcnn_resnet50_fpn_v2", num_classes, weights, min_size, max_size)
 
 
 def maskrcnn_resnet101_fpn(
@@ -459,7 +535,7 @@ def maskrcnn_resnet101_fpn(
     model = InstanceModel(
         _detector("resnet101", things, min_size, max_size), _names(things), num_stuff=0
     )
-    return _loaded(model, weights)
+    return _loaded(model, weights, "resnet101")
 
 
 def panoptic_fpn_resnet50(
@@ -468,6 +544,7 @@ def panoptic_fpn_resnet50(
     num_stuff: int | None = None,
     weights: str | Path | None = None,
     backbone: str = "resnet50",
+    channels: int = 256,
     min_size: int = 800,
     max_size: int = 1333,
     stuff_area: int = 4096,
@@ -477,18 +554,43 @@ def panoptic_fpn_resnet50(
     Args:
         num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
-        weights: a path or a URL, None = random.
+        weights: see the module; None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
+        channels: of the feature pyramid and the heads on it.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
         stuff_area: smallest stuff segment in pixels.
     """
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
     model = InstanceModel(
-        _detector(backbone, classes - stuff, min_size, max_size), _names(classes), stuff,
-        FPNSemanticHead(256, 128, classes), stuff_area=stuff_area,
+        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
+        FPNSemanticHead(channels, channels // 2, classes), stuff_area=stuff_area,
     )  # fmt: skip
-    return _loaded(model, weights)
+    return _loaded(model, weights, backbone)
+
+
+def maskrcnn_fcn_resnet50(
+    *,
+    num_classes: int | None = None,
+    num_stuff: int | None = None,
+    weights: str | Path | None = None,
+    backbone: str = "resnet50",
+    channels: int = 256,
+    min_size: int = 800,
+    max_size: int = 1333,
+    stuff_area: int = 4096,
+) -> InstanceModel:
+    """Two networks, Mask R-CNN and an FCN, and the heuristic merge: what panoptic FPN unifies.
+
+    They share no parameter, only the images: trained together, each learns what it would alone
+    (but for the limit on the gradient's norm, which is common). Options as `panoptic_fpn_resnet50`.
+    """
+    classes, stuff = _panoptic_classes(num_classes, num_stuff)
+    model = InstanceModel(
+        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
+        FCN(backbone, classes), stuff_area=stuff_area,
+    )  # fmt: skip
+    return _loaded(model, weights, backbone)
 
 
 def upsnet_resnet50(
@@ -497,6 +599,7 @@ def upsnet_resnet50(
     num_stuff: int | None = None,
     weights: str | Path | None = None,
     backbone: str = "resnet50",
+    channels: int = 256,
     depth: int = 2,
     min_size: int = 800,
     max_size: int = 1333,
@@ -507,16 +610,18 @@ def upsnet_resnet50(
     Args:
         num_classes: stuff and thing classes together; None = the 133 of COCO panoptic.
         num_stuff: how many of them, the first ones, are stuff; None = 53, as in COCO.
-        weights: a path or a URL, None = random.
+        weights: see the module; None = random.
         backbone: ``"resnet18"`` to ``"resnet152"``.
+        channels: of the feature pyramid and the heads on it.
         depth: deformable layers of the semantic head: 2 for Cityscapes, 3 for COCO.
         min_size: images are resized so that their shorter side has this many pixels,
         max_size: unless the longer one would then have more than this.
         stuff_area: smallest stuff segment in pixels: 2048 for Cityscapes, 4096 for COCO.
     """
     return _upsnet(
-        backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, False
-    )
+        backbone, channels, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        False,
+    )  # fmt: skip
 
 
 def upsnet_resnet101_dcn(
@@ -531,8 +636,9 @@ def upsnet_resnet101_dcn(
 ) -> InstanceModel:
     """UPSNet with ResNet-101 whose 3x3 convolutions from res3 on are deformable; else as above."""
     return _upsnet(
-        "resnet101", num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, True
-    )
+        "resnet101", 256, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        True,
+    )  # fmt: skip
 
 
 class DeformableConv(nn.Module):
@@ -556,19 +662,20 @@ class DeformableConv(nn.Module):
 
 
 def _upsnet(
-    backbone, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, dcn
+    backbone, channels, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area, dcn
 ) -> InstanceModel:
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
-    detector = _detector(backbone, classes - stuff, min_size, max_size)
+    detector = _detector(backbone, classes - stuff, min_size, max_size, channels)
     if dcn:
         for name in ("layer2", "layer3", "layer4"):
             for block in getattr(detector.backbone.body, name):
                 block.conv2 = DeformableConv(block.conv2)
     model = InstanceModel(
-        detector, _names(classes), stuff, DeformableSemanticHead(256, 128, classes, depth),
-        unified=True, stuff_area=stuff_area,
+        detector, _names(classes), stuff,
+        DeformableSemanticHead(channels, channels // 2, classes, depth), unified=True,
+        stuff_area=stuff_area,
     )  # fmt: skip
-    return _loaded(model, weights)
+    return _loaded(model, weights, backbone)
 
 
 def _panoptic_classes(num_classes: int | None, num_stuff: int | None) -> tuple[int, int]:
@@ -586,71 +693,121 @@ def _names(count: int) -> tuple[str, ...]:
     return tuple(f"class {i}" for i in range(count))
 
 
-def _detector(
-    backbone: str, things: int, min_size: int, max_size: int, frozen: bool = False
-) -> Any:
+def _detector(backbone: str, things: int, min_size: int, max_size: int, channels: int = 256) -> Any:
     """torchvision's Mask R-CNN with random weights."""
     if things < 1:
         raise ValueError(f"num_classes must leave at least one thing, got {things}")
-    detection = importlib.import_module("torchvision.models.detection")
+    faster = importlib.import_module("torchvision.models.detection.faster_rcnn")
+    mask = importlib.import_module("torchvision.models.detection.mask_rcnn")
     utils = importlib.import_module("torchvision.models.detection.backbone_utils")
+    pyramid = importlib.import_module("torchvision.ops.feature_pyramid_network")
+    if channels < 8 or channels % 8:
+        raise ValueError(f"channels must be a multiple of 8, got {channels}")
+    body, widths = _resnet(backbone)
+    levels = {f"layer{k + 1}": str(k) for k in range(4)}
+    network = utils.BackboneWithFPN(
+        body, levels, widths, channels, extra_blocks=pyramid.LastLevelMaxPool()
+    )
+    wide, classes = 4 * channels, things + 1
+    return replace_roi_pooling(
+        mask.MaskRCNN(
+            network, min_size=min_size, max_size=max_size,
+            box_head=faster.TwoMLPHead(49 * channels, wide),
+            box_predictor=faster.FastRCNNPredictor(wide, classes),
+            mask_head=mask.MaskRCNNHeads(channels, (channels,) * 4, 1),
+            mask_predictor=mask.MaskRCNNPredictor(channels, channels, classes),
+        )
+    )  # fmt: skip
+
+
+def _resnet(backbone: str) -> tuple[Any, list[int]]:
+    """torchvision's network with random weights, and the channels of its four stages."""
     resnet = importlib.import_module("torchvision.models.resnet")
     if not (backbone.startswith("resnet") and hasattr(resnet, backbone)):
         raise ValueError(f"backbone must be one of torchvision's resnets, such as 'resnet50', got "
                          f"{backbone!r}")  # fmt: skip
-    misc = importlib.import_module("torchvision.ops.misc")
-    norm = partial(misc.FrozenBatchNorm2d, eps=0.0) if frozen else nn.BatchNorm2d
-    body = utils.resnet_fpn_backbone(
-        backbone_name=backbone, weights=None, norm_layer=norm, trainable_layers=5
-    )
-    return detection.MaskRCNN(body, num_classes=things + 1, min_size=min_size, max_size=max_size)
+    body = getattr(resnet, backbone)(weights=None)
+    body.fc = nn.Identity()  # the classifier of images
+    return body, [body.inplanes >> k for k in (3, 2, 1, 0)]
 
 
-def _loaded(model: InstanceModel, weights: str | Path | None) -> InstanceModel:
+def _loaded(
+    model: InstanceModel,
+    weights: str | Path | None,
+    backbone: str,
+    detector: str = "maskrcnn_resnet50_fpn",
+) -> InstanceModel:
+    """Loads weights of the model, or torchvision's of a Mask R-CNN or of a classifier."""
     from .. import weights as files
 
-    if weights is not None:
-        path = files.resolve(weights, known={})
-        files.load_into(model, files.load_state(path), path)
+    if weights is None:
+        return model.eval()
+    models = importlib.import_module("torchvision.models")
+    enums = [models.get_model_weights(backbone)]
+    if backbone == "resnet50":
+        enums.append(models.get_model_weights(detector))
+    known = {
+        member.name: files.Remote(member.url, Path(member.url).stem.rpartition("-")[2])
+        for enum in enums
+        for member in enum
+    }
+    path = files.resolve(weights, known=known)
+    state = files.load_state(path)
+    if not any(key.startswith("detector.") for key in state):
+        state = _fitted(model, state)
+        model.freeze_normalisation()
+    files.load_into(model, state, path)
     return model.eval()
 
 
-def _maskrcnn(
-    name: str, enum_name: str, num_classes: int | None, weights: str | Path | None,
-    min_size: int, max_size: int,
-) -> InstanceModel:  # fmt: skip
-    from .. import weights as files
+def _fitted(model: InstanceModel, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State of the model from torchvision's of a Mask R-CNN or of a classifier.
 
-    detection = importlib.import_module("torchvision.models.detection")
-    enum = getattr(detection, enum_name)
+    What these cannot have stays as it is in the model: semantic branch and offsets, of a Mask R-CNN
+    for other classes the last layers, of a classifier all but the backbone. Anything else that does
+    not fit is left to be found by `pyseg.weights.load_into`.
+    """
+    classifier = not any(key.startswith("backbone.") for key in state)
+    if not classifier and not any(key.endswith("num_batches_tracked") for key in state):
+        # Mask R-CNN's first version was trained with frozen normalisation without an epsilon.
+        state = {
+            key: value - 1e-5 if key.endswith("running_var") else value
+            for key, value in state.items()
+        }
+    bodies = ("detector.backbone.body.", "semantic.body.") if classifier else ("detector.",)
+    fitted, used = {}, {"fc.weight", "fc.bias"} if classifier else set()
+    for key, own in model.state_dict().items():
+        name = next((key.removeprefix(body) for body in bodies if key.startswith(body)), None)
+        name = None if name is None else name.replace(".conv2.conv.", ".conv2.")  # deformable
+        last = "box_predictor." in key or "mask_predictor.mask_fcn_logits." in key
+        if name in state and not (last and state[name].shape != own.shape):
+            fitted[key] = state[name]
+        elif name is None or last or key.endswith("num_batches_tracked") or ".offset." in key:
+            fitted[key] = own
+        used.add(name or "")
+    return fitted | {name: value for name, value in state.items() if name not in used}
+
+
+def _maskrcnn(
+    name: str, num_classes: int | None, weights: str | Path | None, min_size: int, max_size: int
+) -> InstanceModel:
+    models = importlib.import_module("torchvision.models")
+    enum = models.get_model_weights(name)
     categories = enum.DEFAULT.meta["categories"][1:]  # without the background
     count = len(categories) if num_classes is None else num_classes
     if count < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    state: dict[str, Tensor] = {}
-    if weights is not None:
-        known = {
-            member.name: files.Remote(member.url, Path(member.url).stem.rpartition("-")[2])
-            for member in enum
-        }
-        known["default"] = known["DEFAULT"] = known[enum.DEFAULT.name]
-        path = files.resolve(weights, known=known)
-        state = files.load_state(path)
-        if not any(key.startswith("detector.") for key in state):  # torchvision's own checkpoints
-            state = {f"detector.{key}": value for key, value in state.items()}
-    if state and not any(key.endswith("num_batches_tracked") for key in state):
-        # The first version was trained with normalisation frozen, and without an epsilon.
-        detector = _detector("resnet50", count, min_size, max_size, frozen=True)
-    else:
-        detector = getattr(detection, name)(
-            weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
+    detector = replace_roi_pooling(
+        models.get_model(
+            name, weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
             max_size=max_size,
-        )  # fmt: skip
+        )
+    )  # fmt: skip
     names = tuple(categories) if count == len(categories) else _names(count)
     model = InstanceModel(detector, _unique(names), num_stuff=0)
-    if state:
-        files.load_into(model, state, path)
-    return model.eval()
+    if weights in ("default", "DEFAULT"):
+        weights = enum.DEFAULT.name
+    return _loaded(model, weights, "resnet50", name)
 
 
 def _unique(names: Sequence[str]) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ _native.load()
 # Blurs along each axis of the lattice, their outer taps, rings of empty vertices kept around the
 # occupied ones. The first is that of Adams et al. (2010) and of pydensecrf; the others were chosen
 # by the error against brute force on crops of real images, see tests/ops/test_dense_crf.py.
-QUALITY = {"compatible": (1, 0.25, 0), "default": (2, 0.2, 1), "high": (4, 0.19, 2)}
+QUALITY = {"compatible": (1, 0.25, 0), "default": (1, 0.235, 1), "high": (4, 0.19, 2)}
 NORMALIZATION = {"none": 0, "symmetric": 1, "before": 2, "after": 3}
 X, Y = -2, -1  # channels of a kernel that are no planes of the features
 MAX_CLASSES = 256

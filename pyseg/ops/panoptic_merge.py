@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class PanopticMaps(NamedTuple):
 
 
 def panoptic_merge(
-    masks: Tensor,
+    masks: Tensor | Sequence[Mapping[str, Any]],
     scores: Tensor,
     labels: Tensor,
     semantic: Tensor,
@@ -69,7 +69,8 @@ def panoptic_merge(
     pixel belongs to the mask where its centre has 0.5 or more; full-size masks never exist.
 
     Args:
-        masks: [K, H, W] bool, or with ``boxes`` [K, M, M] floating point probabilities.
+        masks: [K, H, W] bool, or with ``boxes`` [K, M, M] floating point probabilities; or of one
+            image a list of COCO's run-length dicts, see `pyseg.image.decode_rle`.
         scores: [K] floating point. NaN is below every threshold.
         labels: [K] integers, class of each instance.
         semantic: [H, W] uint8, int16, int32 or int64. Classes other than ``stuff_classes`` and void
@@ -90,6 +91,7 @@ def panoptic_merge(
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or stuff classes are out of range
             or repeat.
+        ImageError: a run-length dict is damaged.
 
     Source:
         Kirillov, He, Girshick, Rother & Dollár, "Panoptic segmentation", CVPR 2019, section 6. The
@@ -104,6 +106,8 @@ def panoptic_merge(
         >>> merged.map[:, 0].tolist(), merged.table[0].tolist(), merged.table[1].tolist()
         ([1, 1, 2, 2], [1, 2, 8, 0], [2, 0, 8, -1])
     """
+    if not isinstance(masks, Tensor):
+        masks = _decoded(masks, semantic, boxes)
     batched = masks.ndim == 4
     if masks.ndim not in (3, 4):
         raise ValueError(f"masks must be [K, H, W] or [N, K, H, W], got {list(masks.shape)}")
@@ -156,6 +160,24 @@ def panoptic_merge(
         MASK_THRESHOLD,
     )
     return PanopticMaps(map if batched else map[0], table if batched else table[0], scores.float())
+
+
+def _decoded(rles: Sequence[Mapping[str, Any]], semantic: Tensor, boxes: Tensor | None) -> Tensor:
+    from ..image import decode_rle
+
+    if boxes is not None:
+        raise ValueError("masks are run-length dicts, which cover the image: leave boxes out")
+    size = list(semantic.shape)
+    masks = torch.zeros(len(rles), *size, dtype=torch.bool)
+    for k, rle in enumerate(rles):
+        if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
+            raise ValueError("masks must be a tensor or run-length dicts with 'size' and 'counts', "
+                             f"masks[{k}] is a {type(rle).__name__}")  # fmt: skip
+        if list(rle["size"]) != size:
+            raise ValueError(f"masks[{k}] is of size {list(rle['size'])}, semantic of {size}; they "
+                             "must be equal")  # fmt: skip
+        masks[k] = decode_rle(rle)
+    return masks.to(semantic.device)
 
 
 @torch.library.register_fake("pyseg::panoptic_merge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -126,18 +127,21 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
     ):
         raise ValueError(f"{name} must be [K, {columns}] int64 on the CPU, got {segments.dtype} "
                          f"{list(segments.shape)} on {segments.device}")  # fmt: skip
-    segments = segments[segments[:, 0].argsort()]
-    ids, labels = segments[:, 0], segments[:, 1]
-    if (wrong := ids[(ids <= 0) | (ids > 2**31 - 1)]).numel():
-        raise ValueError(f"{name} lists the id {int(wrong[0])}; ids are 1 to 2^31 - 1, 0 is void")
-    if (twice := ids[1:][ids[1:] == ids[:-1]]).numel():
-        raise ValueError(f"{name} lists the id {int(twice[0])} twice")
-    if (wrong := labels[(labels < 0) | (labels >= num_classes)]).numel():
-        raise ValueError(f"{name} has class {int(wrong[0])}; there are {num_classes} classes, from "
-                         "0 on")  # fmt: skip
-    if columns == 4 and (wrong := ids[segments[:, 2] < 1]).numel():
-        raise ValueError(f"{name} gives segment {int(wrong[0])} an area below 1 pixel")
-    return segments
+    # Lists: a dozen small tensor operations would take longer than the kernel.
+    given = segments.numpy().tolist()
+    rows = sorted(given)
+    for row in rows:
+        if not 0 < row[0] < 2**31:
+            raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
+        if not 0 <= row[1] < num_classes:
+            raise ValueError(f"{name} has class {row[1]}; there are {num_classes} classes, from 0 "
+                             "on")  # fmt: skip
+        if columns == 4 and row[2] < 1:
+            raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")
+    for row, following in itertools.pairwise(rows):
+        if row[0] == following[0]:
+            raise ValueError(f"{name} lists the id {row[0]} twice")
+    return segments if rows == given else torch.tensor(rows, dtype=torch.int64)
 
 
 def _unlisted(name: str, ids: Tensor, segments: Tensor) -> list[str]:

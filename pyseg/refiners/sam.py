@@ -7,8 +7,9 @@ unsure, and only after passing a gate; all other pixels keep the network's logit
 
 Two modes. ``prompt``: every connected component of a thing or thin class becomes a box, points and
 a mask prompt (compare SAMRefiner, Lin et al., 2025, arXiv:2502.06756), and the mask that comes back
-is added to the logits of its class. ``vote``: masks of the whole image pool the probabilities
-inside them (compare Semantic-Segment-Anything, Chen et al., 2023).
+is added to the logits of its class. Where a model has found instances, the mode prompts with these
+instead, and the mask that comes back replaces the instance's. ``vote``: masks of the whole image
+pool the probabilities inside them (compare Semantic-Segment-Anything, Chen et al., 2023).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..types import Segmentation
+from ..ops import panoptic_merge
+from ..types import CERTAIN, Instances, Segmentation, Segments
 from ..weights import Remote, load_into, load_state, resolve
 
 _STUFF_NAMES = """
@@ -131,7 +133,7 @@ class SamRefiner(nn.Module):
         mode: ``"prompt"`` refines components of thing and thin classes, ``"vote"`` everything.
         classes: prompt mode: names of the classes to refine (case does not matter); by default
             all but those of `STUFF`.
-        min_area: prompt mode: pixels below which a component keeps the network's outline.
+        min_area: prompt mode: pixels below which a component or instance keeps its outline.
         predicted_iou: gate: the least IoU that the segmenter predicts for its own mask.
         component_iou: gate, prompt mode: the least IoU of mask and component.
         area_ratio: gate, prompt mode: mask and component differ in area by at most this factor.
@@ -198,11 +200,12 @@ class SamRefiner(nn.Module):
 
         Args:
             image: [3, H, W] uint8 RGB.
-            prediction: of this image, with logits.
+            prediction: of this image, with logits, or in prompt mode with instances.
 
         Returns:
-            A prediction with logits [C, H, W] at full resolution; ``prediction`` itself where no
-            mask was accepted.
+            A prediction with logits [C, H, W] at full resolution; or, where there are instances,
+            with new masks of those whose score is at least `CERTAIN`, and panoptic segments made
+            anew of those that had one. ``prediction`` itself where no mask was accepted.
 
         Raises:
             ValueError: the image is not uint8 RGB or of another size than the prediction, the
@@ -214,6 +217,8 @@ class SamRefiner(nn.Module):
         if tuple(image.shape[1:]) != tuple(prediction.size):
             raise ValueError(f"image is {list(image.shape[1:])} but the prediction is of an image "
                              f"of {list(prediction.size)}")  # fmt: skip
+        if prediction.instances is not None and self.mode == "prompt":
+            return self._instances(image, prediction, prediction.instances)
         if prediction.logits is None:
             raise ValueError("sam and sam2 need logits and this prediction has labels only; put "
                              "the stage before the one that dropped them")  # fmt: skip
@@ -265,6 +270,46 @@ class SamRefiner(nn.Module):
                 vote = weight[k] * torch.tanh(masks[k] / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
                 plane.copy_(torch.where(active, plane + vote, plane))
         return prediction if logits is None else prediction.with_logits(logits)
+
+    def _instances(self, image: Tensor, prediction: Segmentation, found: Instances) -> Segmentation:
+        """Every mask for which SAM has a better one is replaced by it."""
+        chosen = set(self._class_ids(prediction.classes))
+        own = found.masks.cpu()
+        wanted = [
+            k
+            for k, (label, score) in enumerate(
+                zip(found.labels.tolist(), found.scores.tolist(), strict=True)
+            )
+            if label in chosen and score >= CERTAIN and int(own[k].sum()) >= self.min_area
+        ]
+        if not wanted:
+            return prediction
+        embedding = self.generator.embed(image)
+        masks = found.masks.clone()
+        accepted = 0
+        for begin in range(0, len(wanted), self.batch):
+            chunk = wanted[begin : begin + self.batch]
+            parts = [_whole(own[k].numpy(), found.boxes[k].tolist()) for k in chunk]
+            low, quality = self.generator.predict(embedding, _prompts(parts, prediction.size))
+            good = (quality >= self.predicted_iou).nonzero()[:, 0].tolist()
+            if not good:
+                continue
+            better = self.generator.upsample(embedding, low[good]).to(masks.device) > 0
+            for index, mask in zip(good, better, strict=True):
+                before = found.masks[chunk[index]]
+                area, overlap = int(mask.sum()), int((mask & before).sum())
+                ratio = area / int(before.sum())
+                iou = overlap / (area + int(before.sum()) - overlap)
+                limits = 1 / self.area_ratio <= ratio <= self.area_ratio
+                if iou >= self.component_iou and limits:
+                    masks[chunk[index]] = mask
+                    accepted += 1
+        if not accepted:
+            return prediction
+        segments = prediction.segments
+        if segments is not None:
+            segments = _merged_again(prediction, segments, found, masks)
+        return replace(prediction, instances=replace(found, masks=masks), segments=segments)
 
     def _class_ids(self, classes: tuple[str, ...]) -> list[int]:
         if self.classes is None:
@@ -519,6 +564,42 @@ def _part(
         axis=axis,
         strip=strip,
     )
+
+
+def _whole(mask: np.ndarray, box: Sequence[float]) -> _Part:
+    """The prompts for an instance: its box, points on and off it, its mask."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    window = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    everywhere = (-math.inf, math.inf)
+    part = _part(-1, window, window, (top, left), mask.shape, (1.0, 0.0), everywhere)
+    # Boxes of instances name edges, SAM's the first and the last pixel.
+    return replace(part, box=(box[0], box[1], box[2] - 1, box[3] - 1))
+
+
+def _merged_again(
+    prediction: Segmentation, segments: Segments, found: Instances, masks: Tensor
+) -> Segments:
+    """The panoptic map with new masks of those instances that have a segment in it."""
+    things = set(found.labels.tolist())
+    stuff = sorted({item.label for item in segments.items} - things)
+    kept: list[int] = []
+    visible: list[float] = []
+    for item in segments.items:
+        if item.label in things:
+            shown = segments.map == item.id
+            iou = (found.masks & shown).flatten(1).sum(1) / (found.masks | shown).flatten(1).sum(1)
+            iou[found.labels != item.label] = 0
+            iou[kept] = 0
+            if iou.any():
+                kept.append(int(iou.argmax()))
+                visible.append(float(shown.sum() / found.masks[kept[-1]].sum()))
+    # What was in front stays there: not the most certain first, but what hid least.
+    merged = panoptic_merge(
+        masks[kept], found.scores.new_tensor(visible), found.labels[kept], prediction.labels,
+        stuff_classes=stuff, score_threshold=-math.inf, overlap_threshold=1.0, stuff_area=1,
+    )  # fmt: skip
+    return merged._replace(scores=found.scores[kept].float()).segments()[0]
 
 
 def _prompts(parts: Sequence[_Part], size: tuple[int, int]) -> Prompts:

@@ -116,6 +116,17 @@ def test_against_erosion_and_distance_transforms():
     assert got["classes_counted"] == 4
 
 
+@pytest.mark.parametrize("chosen", [["boundary_iou"], ["bf"], ["trimap", "bf"]])
+def test_measures_that_are_left_out_are_nan_and_the_others_the_same(chosen):
+    images = list(random_images(2))
+    whole, part = scored(images).compute(), scored(images, measures=chosen).compute()
+    totals = {"boundary_iou": "boundary_iou", "bf": "bf", "trimap": "trimap_miou"}
+    for measure, key in totals.items():
+        assert part[key] == whole[key] if measure in chosen else math.isnan(part[key])
+    with pytest.raises(LabelError, match="4"):  # labels out of range are found all the same
+        scored([(np.full((8, 9), 4), np.zeros((8, 9)))], measures=chosen)
+
+
 def test_one_to_one_is_the_largest_matching():
     """Against an assignment that pays for pairs; never more than by distance."""
     optimize = pytest.importorskip("scipy.optimize")
@@ -186,6 +197,8 @@ def test_absent_classes_are_nan():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="measures must be some of boundary_iou, bf, trimap"):
+        Boundary(NAMES, measures=["iou"])
     metric = Boundary(NAMES)
     zeros = np.zeros((3, 4))
     with pytest.raises(LabelError, match=r"'a'.*\[4, 3\]"):
@@ -200,7 +213,7 @@ def test_bad_input():
                     {"classes": NAMES, "matching": "x"}):  # fmt: skip
         with pytest.raises(ValueError, match=r"classes|ratio|tolerance|matching"):
             Boundary(**options)
-    with pytest.raises(ValueError, match="4 classes"):
+    with pytest.raises(ValueError, match="state 'areas' must be"):
         metric.load_state(Boundary(("a", "b")).state())
     metric.load_state({**metric.state(), "invalid": torch.tensor([0, 7, 0])})
     with pytest.raises(LabelError, match="7 target pixels"):

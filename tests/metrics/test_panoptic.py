@@ -353,7 +353,7 @@ def test_bad_input():
                     {"classes": NAMES, "boundary_ratio": -1}):  # fmt: skip
         with pytest.raises(ValueError, match=r"classes|boundary_ratio"):
             Panoptic(**options)
-    with pytest.raises(ValueError, match="4 classes"):
+    with pytest.raises(ValueError, match="state 'counts' must be"):
         metric.load_state(Panoptic(("a", "b")).state())
 
 
@@ -397,6 +397,32 @@ def test_files_are_scored_like_maps_in_memory(files):
     counts = {"category_id": 92, **{k: want["per_class"]["sky"][k]
                                     for k in ("tp", "fp", "fn", "iou_sum")}}  # fmt: skip
     assert got["per_class_counts"]["sky"] == counts
+
+
+def test_threads_read_ahead_and_change_nothing(files):
+    """Also the first bad image is reported, not the one that was read first; areas may lack."""
+
+    def drop_areas(value):
+        for annotation in value["annotations"]:
+            for segment in annotation["segments_info"]:
+                del segment["area"]
+
+    got = score_files(files / "truth.json", files / "guess.json")
+    for name in ("truth.json", "guess.json"):
+        edit(files / name, drop_areas)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            assert score_files(files / "truth.json", files / "guess.json") == got
+        for name in sorted(file.name for file in (files / "guess").iterdir())[1:]:
+            (files / "guess" / name).write_bytes(b"")
+        second = json.loads((files / "truth.json").read_text())["annotations"][1]["file_name"]
+        for _ in range(5):
+            with pytest.raises(ImageError, match=second):
+                score_files(files / "truth.json", files / "guess.json")
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_command_line(files):

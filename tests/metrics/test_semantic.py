@@ -8,6 +8,8 @@ import torch
 from PIL import Image
 
 from pyseg.errors import LabelError, ScoreError
+from pyseg.metrics.boundary import Boundary
+from pyseg.metrics.calibration import Calibration
 from pyseg.metrics.semantic import Semantic
 from pyseg.types import Metric, Sample, Segmentation
 
@@ -351,7 +353,7 @@ def test_states_add_up():
     assert all(value.dtype == torch.int64 for value in merged.state().values())
     merged.update(*pair(*next(random_images(1, seed=6))))
     assert merged.compute() != whole.compute()
-    with pytest.raises(ValueError, match="5 classes"):
+    with pytest.raises(ValueError, match="state 'matrix' must be"):
         merged.load_state(Semantic(num_classes=4).state())
     merged.reset()
     assert merged.state()["matrix"].sum() == 0
@@ -376,6 +378,27 @@ def test_bad_input():
                     {"classes": NAMES, "num_classes": 4}):  # fmt: skip
         with pytest.raises(ValueError, match="classes"):
             Semantic(**options)
+
+
+def test_more_than_255_classes():
+    """255 is then a class, so it cannot be void: every class counts, or it is said."""
+    for metric in (Semantic, Boundary, Calibration):
+        with pytest.raises(ValueError, match=r"255 is one of the 256 classes.*ignore_index=-1"):
+            metric([f"class {k}" for k in range(256)])
+        metric([f"class {k}" for k in range(255)])
+    rng = np.random.default_rng(0)
+    target, prediction = (rng.integers(-1, 300, (200, 300)) for _ in range(2))
+    prediction = np.where(rng.random(target.shape) < 0.5, target, prediction)
+    metric = Semantic(num_classes=300, ignore_index=-1)
+    sample = Sample("a", torch.zeros(3, 200, 300, dtype=torch.uint8), torch.from_numpy(target))
+    metric.update(Segmentation((200, 300), metric.classes,
+                               _labels=torch.from_numpy(prediction).short()), sample)  # fmt: skip
+    per_class = metric.compute()["per_class"]
+    valid = target >= 0
+    for k in (0, 44, 254, 255, 256, 299):
+        ours, theirs = (prediction == k) & valid, target == k
+        expected = (ours & theirs).sum() / (ours | theirs).sum()
+        assert per_class[f"class {k}"]["iou"] == pytest.approx(expected, abs=1e-12)
 
 
 def test_labels_that_the_device_counted_as_invalid_are_reported():

@@ -227,6 +227,23 @@ def test_several_kernels(generator):
     assert (q - reference(unary, image, **kernels)).abs().mean() < 2e-3
 
 
+@pytest.mark.parametrize("normalization", NORMALIZATION)
+@pytest.mark.parametrize(
+    "sigma", [0.01, 0.4, 1.0, 1.4, 1.5, 2.2, 3.0, 7.3, 100.0, 1e30, (0.7, 6.0), (5.0, 1.0)]
+)
+def test_kernels_over_position(generator, sigma, normalization):
+    """Their lattice is a grid, but at the level of pydensecrf."""
+    unary, image = example(generator)
+    weight = {"none": 0.02, "before": 2.0, "after": 2.0, "symmetric": 2.0}[normalization]
+    options = {"iterations": 2, "normalization": normalization, "bilateral": ()}
+    for gaussian in (((sigma, weight),), ((sigma, weight), ((2.0, 3.0), weight))):
+        expected = reference(unary, image, gaussian, **options)
+        change = (torch.softmax(-unary, 1) - expected).abs().mean()
+        for quality, part in (("default", 0.1), ("high", 0.03)):
+            q = dense_crf(unary, image, gaussian, quality=quality, **options)
+            assert (q - expected).abs().mean() < part * change
+
+
 def test_compatibility(generator):
     unary, image = example(generator)
     potts = 1 - torch.eye(4)

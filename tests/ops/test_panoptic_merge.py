@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pyseg.errors import ImageError
+from pyseg.image import encode_rle
 from pyseg.ops import panoptic_merge
 from pyseg.ops.panoptic_merge import PanopticMaps, paste, reference
 
@@ -171,6 +173,14 @@ def test_panopticapi_output():
             semantic,
             stuff_classes=[entry["category_id"] for entry in regions],
         )
+        encoded = panoptic_merge(
+            [entry["segmentation"] for entry in own],
+            torch.tensor([entry["score"] for entry in own]),
+            torch.tensor([entry["category_id"] for entry in own]),
+            semantic,
+            stuff_classes=[entry["category_id"] for entry in regions],
+        )
+        assert torch.equal(encoded.map, result.map) and torch.equal(encoded.table, result.table)
         png = np.array(Image.open(SAMPLE / "predictions/merged" / image["file_name"])).astype(int)
         theirs = torch.from_numpy(png @ [1, 256, 65536])
         ids = torch.tensor([0] + [entry["id"] for entry in image["segments_info"]])
@@ -286,6 +296,34 @@ def test_strided_inputs(generator):
         **parameters,
     )
     assert torch.equal(strided.map, expected.map)
+
+
+def test_run_lengths_equal_masks(generator):
+    """Compressed ones and lists of runs, and none at all."""
+    masks, boxes, scores, labels, semantic = make_scene(generator, 37, 53, 9)
+    masks = paste(masks, boxes, semantic.shape)
+    parameters = make_parameters(generator)
+    expected = panoptic_merge(masks, scores, labels, semantic, **parameters)
+    rles = [encode_rle(mask) for mask in masks]
+    for k in range(0, 9, 2):
+        flat = masks[k].T.flatten().int()
+        changes = torch.cat([torch.tensor([0]), flat, torch.tensor([2])]).diff().nonzero()[:, 0]
+        rles[k]["counts"] = changes.diff(prepend=torch.tensor([0])).tolist()
+    merged = panoptic_merge(rles, scores, labels, semantic, **parameters)
+    assert torch.equal(merged.map, expected.map) and torch.equal(merged.table, expected.table)
+    none = panoptic_merge([], scores[:0], labels[:0], semantic, **parameters)
+    assert (none.table[:, 3] < 0).sum() == (none.table[:, 0] > 0).sum()
+    with pytest.raises(
+        ValueError, match=r"masks\[0\] is of size \[37, 53\], semantic of \[37, 52\]"
+    ):
+        panoptic_merge(rles, scores, labels, semantic[:, 1:], **parameters)
+    with pytest.raises(ValueError, match="cover the image: leave boxes out"):
+        panoptic_merge(rles, scores, labels, semantic, boxes=boxes, **parameters)
+    with pytest.raises(ValueError, match=r"run-length dicts .* masks\[0\] is a str"):
+        panoptic_merge(["abc"], scores[:1], labels[:1], semantic, **parameters)
+    rles[1]["counts"] = [3]
+    with pytest.raises(ImageError, match="runs of the RLE mask add up to 3 pixels"):
+        panoptic_merge(rles, scores, labels, semantic, **parameters)
 
 
 MASKS = torch.zeros(2, 4, 5, dtype=torch.bool)

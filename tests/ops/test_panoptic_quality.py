@@ -142,6 +142,30 @@ def test_threads_do_not_change_a_bit(generator):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.parametrize("scale", [1, 1000003])  # ids looked up in an array, and by hash
+@pytest.mark.parametrize("level", ["v4", "v3", "generic"])
+def test_every_instruction_set_counts_noise_and_flat_parts(generator, monkeypatch, level, scale):
+    monkeypatch.setenv("PYSEG_SIMD", level)
+    prediction, target, *_ = image(generator, size=(67, 131))
+    # Noise in some rows: more changes than listing them is worth, and a few in flat rows.
+    noise = (
+        torch.rand(67, 131, generator=generator)
+        < torch.tensor([0.0, 0.02, 1.0])[torch.arange(67)[:, None] // 16 % 3]
+    )
+    ids = torch.randint(0, 10, (2, 67, 131), generator=generator, dtype=torch.int32)
+    prediction = torch.where(noise, ids[0], prediction) * scale
+    target = torch.where(noise, ids[1], target) * scale
+    case = prediction, target, listed(prediction, generator)[:, :2], listed(target, generator, 0.2)
+    counts, _ = panoptic_quality(*case, CLASSES)
+    torch.testing.assert_close(as_fractions(counts), reference(*case, CLASSES), rtol=0, atol=1e-11)
+    masks = [boundary_mask(side[None], 2)[0] for side in (prediction, target)]
+    counts, _ = panoptic_quality(
+        *case, CLASSES, prediction_boundary=masks[0], target_boundary=masks[1]
+    )
+    expected = boundary_reference(*case, 2)
+    torch.testing.assert_close(as_fractions(counts)[:, [0, 3]], expected, rtol=0, atol=1e-11)
+
+
 def test_half_is_no_match_and_more_than_half_is(device):
     """IoU must exceed 0.5: 2 of 4 pixels do not match, 3 of 5 do."""
     for overlap, union, matches in ((2, 4, 0), (3, 5, 1)):

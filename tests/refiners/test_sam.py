@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 from pyseg.errors import WeightsError
+from pyseg.ops import panoptic_merge
 from pyseg.refiners import sam as family
 from pyseg.refiners.sam import Prompts, Sam2Backend, SamBackend, SamRefiner
-from pyseg.types import Segmentation
+from pyseg.types import Instances, Segment, Segmentation, Segments
 
 CAMVID = (
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree",
@@ -953,3 +955,93 @@ def test_sam2_of_the_user_works_before_and_after_ours():
     print(len(theirs.state_dict()))
     """)
     assert out == ["471"]
+
+
+# --- instances --------------------------------------------------------------------------------
+
+
+def with_instances(street, **changes):
+    """The cars and the person, found with masks that are coarse, one of them with a low score."""
+    truth, names = street
+    index, count = components(truth, 8)
+    chosen = [k for k in range(1, count + 1) if int(truth[index == k][0]) in (3, 4)]
+    masks = torch.stack([index == k for k in chosen])
+    pooled = F.avg_pool2d(masks[:, None].float(), 8)
+    rough = F.interpolate(pooled, truth.shape, mode="nearest")[:, 0] >= 0.5
+    boxes = torch.zeros(len(chosen), 4)
+    for box, mask in zip(boxes, masks, strict=True):
+        y, x = mask.nonzero().unbind(1)
+        box[:] = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    labels = torch.tensor([int(truth[index == k][0]) for k in chosen])
+    scores = torch.tensor([0.9, 0.8, 0.4])
+    instances = Instances(boxes, rough, scores, labels)
+    return index, masks, Segmentation(tuple(truth.shape), names, instances=instances, **changes)
+
+
+def test_instances_get_the_masks_of_their_prompts(street):
+    index, masks, prediction = with_instances(street)
+    before = prediction.instances
+    generator = Masks(index)
+    refined = SamRefiner(generator).refine(blank(prediction.size), prediction)
+    after = refined.instances.masks
+    assert torch.equal(after[:2], masks[:2]) and not torch.equal(before.masks[:2], masks[:2])
+    assert torch.equal(after[2], before.masks[2])  # too uncertain to be worth a prompt
+    assert torch.equal(
+        refined.labels == 3, (masks[:2] & (before.labels == 3)[:2, None, None]).any(0)
+    )
+    (prompts,) = generator.seen
+    assert prompts.boxes.tolist() == (before.boxes[:2] - torch.tensor([0, 0, 1, 1])).tolist()
+    for points, kinds, mask in zip(
+        prompts.points, prompts.point_labels, before.masks, strict=False
+    ):
+        x, y = points[0].int().tolist()
+        assert kinds[0] == 1 and mask[y, x]
+    useless = SamRefiner(Masks(index, quality=0.6)), SamRefiner(Fixed(torch.full(index.shape, 9.0)))
+    for refiner in useless:
+        assert refiner.refine(blank(prediction.size), prediction) is prediction
+    cars = SamRefiner(Masks(index), classes="person").refine(blank(prediction.size), prediction)
+    changed = (cars.instances.masks != before.masks).flatten(1).any(1)
+    assert changed.tolist() == [label == 4 and k < 2 for k, label in enumerate(before.labels)]
+
+
+def test_segments_follow_refined_instances(street):
+    truth, _ = street
+    index, masks, prediction = with_instances(street, logits=coarse(truth, 8))
+    found = prediction.instances
+    merge = {"stuff_classes": [0, 1, 2], "stuff_area": 50, "score_threshold": 0.5}
+    segments = panoptic_merge(
+        found.masks, found.scores, found.labels, prediction.labels, **merge
+    ).segments()[0]
+    prediction = replace(prediction, segments=segments)
+    refined = SamRefiner(Masks(index)).refine(blank(prediction.size), prediction)
+    items = refined.segments.items
+    assert [item.label for item in items] == [item.label for item in segments.items]
+    for item in items:
+        assert item.area == int((refined.segments.map == item.id).sum())
+    things = [refined.segments.map == item.id for item in items if item.label in (3, 4)]
+    assert {tuple(m.flatten().nonzero()[:, 0].tolist()) for m in things} == {
+        tuple(m.flatten().nonzero()[:, 0].tolist()) for m in masks[:2]
+    }
+    assert torch.equal(refined.logits, prediction.logits)
+
+
+def test_segments_stay_in_front():
+    """An object before another of its class, whose mask takes in both and is more certain."""
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, 1:7, 1:7] = True
+    masks[1, 2:4, 2:4] = True
+    boxes = torch.tensor([[1.0, 1, 7, 7], [2, 2, 4, 4]])
+    found = Instances(boxes, masks, torch.tensor([0.9, 0.6]), torch.tensor([1, 1]))
+    map = torch.full((8, 8), 3, dtype=torch.int32)
+    map[masks[0]], map[masks[1]] = 2, 1
+    items = (Segment(1, 1, 0.6, 4), Segment(2, 1, 0.9, 32), Segment(3, 0, 1.0, 28))
+    prediction = Segmentation(
+        (8, 8), ("road", "car"), instances=found, segments=Segments(map, items),
+        logits=torch.tensor([1.0, 0.0]).reshape(2, 1, 1),
+    )  # fmt: skip
+    better = masks.clone()
+    better[1, 2:4, 4] = True
+    segments = family._merged_again(prediction, prediction.segments, found, better)
+    scores = [(i.label, round(i.score, 3), i.area) for i in segments.items]
+    assert scores == [(1, 0.6, 6), (1, 0.9, 30), (0, 1.0, 28)]
+    assert torch.equal(segments.map == segments.items[0].id, better[1])

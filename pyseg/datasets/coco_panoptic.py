@@ -1,0 +1,131 @@
+"""COCO's panoptic format: a JSON, a folder of PNGs whose colours are segment ids, images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..coco import annotations_of, categories_of, read_json, read_segments
+from ..errors import ImageError, LabelError
+from ..image import default_palette, read_image
+from ..types import Sample, Segmentation, Segments
+from .pairs import IMAGE_SUFFIXES, files_by_stem, instances_of, some
+
+
+class COCOPanoptic:
+    """Panoptic labels in COCO's format, which many data sets are published in or converted to.
+
+    The files are ``annotations/panoptic_<split>.json``, ``annotations/panoptic_<split>/*.png`` and
+    ``<split>/*.jpg`` below ``root``, as COCO has them, or those that the arguments name. Images are
+    found by the stem of their ``file_name``. Class indices put the stuff first, then the things,
+    both in the order of the JSON, which is what pyseg's panoptic models want.
+
+    Args:
+        root: folder of the data set.
+        split: such as ``"val2017"``.
+        annotations: the JSON; its PNGs are in the folder of its name beside it.
+        images: folder of the images.
+        classes: names of the categories to use; the segments of all others are void. None = all.
+
+    Attributes:
+        things: names of the countable classes.
+        category_ids: COCO's category of every class index, for `pyseg.image.write_panoptic`.
+        names: stems of the images.
+
+    Raises:
+        ValueError: neither ``root`` nor both files are given, or a class is no category.
+        FileNotFoundError: a folder or an image is absent.
+        LabelError: the JSON is absent, damaged, incomplete, or without annotations.
+
+    Example:
+        >>> dataset = COCOPanoptic("coco", "val2017")
+        >>> dataset[0].segments.map.shape, len(dataset.classes)
+        (torch.Size([427, 640]), 133)
+    """
+
+    def __init__(
+        self,
+        root: str | Path | None = None,
+        split: str = "train2017",
+        *,
+        annotations: str | Path | None = None,
+        images: str | Path | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        if root is None and (annotations is None or images is None):
+            raise ValueError("give root, or both annotations and images")
+        base = Path(root or ".")
+        self.path = Path(annotations or base / "annotations" / f"panoptic_{split}.json")
+        self.folder = self.path.with_suffix("")
+        content = read_json(self.path)
+        known = categories_of(content, self.path)
+        names = [entry["name"] for entry in known]
+        if classes is not None and (absent := set(classes) - set(names)):
+            raise ValueError(f"classes: {self.path} has no category {some(absent)}")
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"annotations: there is no folder {self.folder} of PNGs")
+        chosen = [entry for entry in known if classes is None or entry["name"] in classes]
+        chosen.sort(key=lambda entry: bool(entry["isthing"]))  # stable
+        self.num_stuff = sum(not entry["isthing"] for entry in chosen)
+        self.classes = tuple(entry["name"] for entry in chosen)
+        self.things = self.classes[self.num_stuff :]
+        self.category_ids = tuple(entry["id"] for entry in chosen)
+        self.palette = default_palette(len(chosen))
+        if all("color" in entry for entry in chosen):
+            colours = [tuple(map(int, entry["color"])) for entry in chosen]
+            self.palette = tuple((red, green, blue) for red, green, blue in colours)
+        void = -1  # label of segments that are not used
+        self._index = {entry["id"]: void for entry in known}
+        self._index |= {key: label for label, key in enumerate(self.category_ids)}
+        self._entries = list(annotations_of(content, self.path).values())
+        if not self._entries:
+            raise LabelError(f"{str(self.path)!r} has no annotations")
+        files = {
+            entry["id"]: str(entry["file_name"])
+            for entry in content.get("images", ())
+            if "id" in entry and "file_name" in entry
+        }
+        self.names = tuple(
+            Path(files.get(entry["image_id"], entry["file_name"])).stem for entry in self._entries
+        )
+        folder = Path(images or base / split)
+        found = files_by_stem(folder, IMAGE_SUFFIXES, "images")
+        if missing := [name for name in self.names if name not in found]:
+            raise FileNotFoundError(f"images: {folder} holds no image for {some(missing)}")
+        self.images = tuple(found[name] for name in self.names)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index`` with labels, segments and instances.
+
+        Raises:
+            IndexError: ``index`` is out of range.
+            ImageError: a file cannot be read, or the two differ in size.
+            LabelError: PNG and JSON do not agree.
+        """
+        image = read_image(self.images[index])
+        entry = self._entries[index]
+        segments = read_segments(entry, self.folder, self._index, self.path)
+        if image.shape[1:] != segments.map.shape:
+            raise ImageError(f"{self.images[index]} is {list(image.shape[1:])} pixels, its map "
+                             f"{entry['file_name']} {list(segments.map.shape)}; they must be equal"
+                             )  # fmt: skip
+        listed = {item.id for item in segments.items}
+        found = set(segments.map.unique().tolist()) - {0}
+        if listed != found:
+            differing = some(str(number) for number in listed ^ found)
+            raise LabelError(f"{entry['file_name']} of {str(self.path)!r}: the map and its list "
+                             f"differ in the ids {differing}")  # fmt: skip
+        unused = [item.id for item in segments.items if item.label < 0]
+        if unused:
+            hidden = torch.isin(segments.map, torch.tensor(unused, dtype=torch.int32))
+            kept = tuple(item for item in segments.items if item.label >= 0)
+            segments = Segments(segments.map.masked_fill(hidden, 0), kept)
+        size = (image.shape[1], image.shape[2])
+        labels = Segmentation(size, self.classes, segments=segments).labels
+        instances = instances_of(segments, self.num_stuff)
+        return Sample(self.names[index], image, labels, segments, instances)
