@@ -115,11 +115,11 @@ def test_aligned_inverted_boxes(generator):
     assert (roi_align(input, boxes, 3, 1.0, 0, True) == 0).all()
 
 
-# The parameters of torchvision's test_ops.py: 10 x 10 maps of 2 * pool_size^2 channels. What
-# differs: what is expected comes from its operator in float64; sampling_ratio=2 is added; boxes of a wrong
-# shape raise ValueError, not AssertionError (test_bad_arguments); the autocast grid, on CUDA there,
-# is test_autocast_as_in_torchvision. Left out are quantised tensors and TorchScript, which these
-# ops do not have, and the names of nodes in an FX graph.
+# The parameters of torchvision's test_ops.py: 10 x 10 maps of 2 * pool_size^2 channels.
+# Differences: what is expected comes from its operator in float64; sampling_ratio=2 is added; boxes
+# of a wrong shape raise ValueError, not AssertionError (test_bad_arguments); the autocast grid, on
+# CUDA there, is test_autocast_as_in_torchvision. Left out are quantised tensors and TorchScript,
+# which these ops do not have, and the names of nodes in an FX graph.
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
