@@ -1,108 +1,147 @@
-"""How well pooled features know where their box is: the table of the Mask R-CNN lecture, measured.
+"""How well pooled features know where their box is: RoIPool, RoIWarp and RoIAlign, measured.
 
-    python benchmarks/roi_localisation.py [--stride 8] [--boxes 200]
+    python benchmarks/roi_localisation.py [--stride 16] [--boxes 200]
 
-RoIPool, RoIWarp and RoIAlign (aligned or not, average or maximum) pool boxes that are moved by
-fractions of a cell, that is of a pixel of the feature map.
+prints the table that docs/roi_pooling.md explains. Boxes are moved by fractions of a cell, that is
+of a pixel of the feature map:
 
-* Linear field: the map's value is the column's (or row's) position, so what a bin ought to hold is
-  known. "offset" is how far the bins are from where they should be, on average over boxes and
-  shifts: half a cell of it is a wrong origin. "jitter" is what remains of the error when each
-  operation's own mean is taken off, RMS: rounding.
-* Real features: streetnet's backbone on the bundled street image, and on the image moved by whole
-  pixels less than the stride. A box is pooled from the first; the position is sought at which
-  pooling from the second gives most similar features. "error" is the mean distance of that from
-  the truth in pixels of the image. It contains the backbone's own aliasing, the same for all.
+* On a linear field, whose value is the position of the cell's centre, so that what a bin ought to
+  hold is known. "offset": how far, on average, a box's bins are from where they should be. "jitter"
+  and "worst": what is left of a box's error without its mean over the shifts, RMS and at most; it
+  is 0 where the pooled values move as the box does.
+* On real features: an encoder stage of `streetnet` on the bundled street image, and on the same
+  image moved by whole pixels. A box is pooled from the first; that position is sought where pooling
+  from the second gives the most similar values. "error": how far it is from the truth, mean. It
+  contains what the network's own strides do to a moved image, the same for all.
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
-import pyseg
+from pyseg.image import read_image
+from pyseg.models.streetnet import BUNDLED, streetnet
 from pyseg.ops import roi_align, roi_pool, roi_warp
 
 BINS = 7
+SAMPLES = 2  # along each side of a bin
+STAGES = {4: 0, 8: 1, 16: 2, 32: 3}  # of streetnet's encoder, by stride
+SHIFTS = 16  # of a box on the linear field
+STEP = 0.5  # pixels, between the positions that are tried on real features
 
 
-def operations(ratio):
-    """(name, aligned, reduction, function of map, boxes and scale)"""
-    yield "RoIPool", "", "max", lambda x, b, s: roi_pool(x, b, BINS, s)
+def operations():
+    """(name, aligned, reduction, function of a map, boxes and a scale)"""
+
+    def bind(function, aligned, mode):
+        return lambda x, boxes, scale: function(x, boxes, BINS, scale, SAMPLES, aligned, mode=mode)
+
+    yield "RoIPool", "", "max", lambda x, boxes, scale: roi_pool(x, boxes, BINS, scale)
     for name, function in (("RoIWarp", roi_warp), ("RoIAlign", roi_align)):
         for aligned in (False, True):
             for mode in ("max", "avg"):
-                yield (
-                    name,
-                    "yes" if aligned else "no",
-                    mode,
-                    lambda x, b, s, f=function, a=aligned, m=mode: f(
-                        x, b, BINS, s, ratio, a, mode=m
-                    ),
-                )
+                yield name, "yes" if aligned else "no", mode, bind(function, aligned, mode)
 
 
 def make_boxes(generator, count, height, width, margin):
-    """[count, 4] within the image, sides of 48 to 160 pixels, corners at any fraction of a pixel."""
-    extent = torch.rand(count, 2, generator=generator) * 112 + 48
+    """[count, 4] with sides of 64 to 192 pixels, `margin` away from the border."""
+    extent = torch.rand(count, 2, generator=generator) * 128 + 64
     room = torch.tensor([width, height]) - extent - 2 * margin
     corner = margin + torch.rand(count, 2, generator=generator) * room
     return torch.cat([corner, corner + extent], 1)
 
 
-def on_linear_field(function, boxes, height, width, stride):
-    """(offset, jitter) in cells."""
+def on_linear_field(function, boxes, shifts, height, width, stride):
+    """(offset, jitter, worst) in cells. boxes: [K, 4]; shifts: [S, 2], in pixels."""
     rows, columns = height // stride, width // stride
-    # The value at the centre of a cell is its position, where cell 0 reaches from 0 to 1.
-    field = torch.stack(
+    field = torch.stack(  # in cells, of which the first reaches from 0 to 1
         [
             (torch.arange(columns) + 0.5).expand(rows, columns),
             (torch.arange(rows) + 0.5)[:, None].expand(rows, columns),
         ]
-    )[None].float()
-    regions = torch.cat([torch.zeros(len(boxes), 1), boxes], 1)
-    pooled = function(field, regions, 1 / stride)
-    cells = boxes / stride
+    )[None]
+    moved = (boxes[:, None] + shifts.repeat(1, 2)).flatten(0, 1)
+    pooled = function(field, [moved], 1 / stride)
     steps = (torch.arange(BINS) + 0.5) / BINS
+    cells = moved / stride
     x = cells[:, :1] + (cells[:, 2:3] - cells[:, :1]) * steps
     y = cells[:, 1:2] + (cells[:, 3:] - cells[:, 1:2]) * steps
-    error = torch.cat([pooled[:, 0] - x[:, None], pooled[:, 1] - y[:, :, None]])
-    own = error.flatten(1).mean(1)  # of each box: where it is, not how it is divided
-    return own.mean().item(), own.std().item()
+    along_x = (pooled[:, 0] - x[:, None]).mean((1, 2))
+    along_y = (pooled[:, 1] - y[:, :, None]).mean((1, 2))
+    error = torch.stack([along_x, along_y], 1).unflatten(0, (len(boxes), len(shifts)))
+    rest = error - error.mean(1, keepdim=True)
+    return error.mean().item(), rest.square().mean().sqrt().item(), rest.abs().max().item()
 
 
 @torch.inference_mode()
-def backbone_features(images):
-    """[N, C, H / 8, W / 8] of streetnet's backbone, [N, 3, H, W] images of 0 to 255."""
-    model = pyseg.build("streetnet").stages[0]
-    return model.features(images)
+def stage_features(images, stride):
+    """[N, C, H / stride, W / stride] of streetnet's encoder for N uint8 images [3, H, W]."""
+    model = streetnet().eval()
+    kept = []
+    handle = model.network.stages[STAGES[stride]].register_forward_hook(
+        lambda module, inputs, output: kept.append(output)
+    )
+    model(torch.stack(images))
+    handle.remove()
+    return torch.cat(kept)
 
 
-def on_real_features(function, features, shifts, boxes, stride, reach):
-    """Mean distance in pixels between the position found and the true one, along x."""
-    count = len(boxes)
-    first = torch.cat([torch.zeros(count, 1), boxes], 1)
-    wanted = function(features, first, 1 / stride).flatten(1)
+def on_real_features(function, features, shifts, boxes, stride):
+    """Mean distance in pixels between the position found and the true one, along x.
+
+    features: of the image, and of the image moved to the left by each of the shifts.
+    """
+    wanted = function(features[:1], [boxes], 1 / stride).flatten(1)
+    candidates = torch.arange(-stride, stride + STEP, STEP)
+    along_x = torch.tensor([1.0, 0, 1, 0])
     errors = []
-    candidates = torch.arange(-reach, reach + 0.5, 0.5)
-    for image, shift in enumerate(shifts, start=1):
+    for level, shift in zip(features[1:], shifts, strict=True):
         distances = []
         for candidate in candidates:
-            moved = boxes + torch.tensor([1.0, 0, 1, 0]) * (shift + candidate)
-            index = torch.full((count, 1), float(image))
-            got = function(features, torch.cat([index, moved], 1), 1 / stride).flatten(1)
-            distances.append((got - wanted).square().sum(1))
-        # Where several are equal, as in a plateau of rounding, their middle is the best guess.
-        distances = torch.stack(distances, 1)
-        best = distances <= distances.amin(1, keepdim=True) * (1 + 1e-6)
-        found = (best * candidates).sum(1) / best.sum(1)
-        errors.append(found.abs())
+            got = function(level[None], [boxes + (candidate - shift) * along_x], 1 / stride)
+            distances.append((got.flatten(1) - wanted).square().sum(1))
+        distance = torch.stack(distances, 1)
+        # Rounding makes plateaus of equal positions: their middle is the best guess.
+        best = distance <= distance.amin(1, keepdim=True) * (1 + 1e-5)
+        errors.append(((best * candidates).sum(1) / best.sum(1)).abs())
     return torch.cat(errors).mean().item()
+
+
+def measure(count, stride):
+    """Rows of (name, aligned, reduction, offset, jitter, worst, error)."""
+    generator = torch.Generator().manual_seed(0)
+    height = width = 32 * stride
+    margin = 2.0 * stride  # then no sample falls on the border, where the field is not linear
+    boxes = make_boxes(generator, count, height, width, margin)
+    along_x = (torch.arange(SHIFTS) + 0.5) / SHIFTS  # evenly, and differently along y
+    shifts = torch.stack([along_x, along_x[torch.arange(SHIFTS) * 7 % SHIFTS]], 1) * stride
+
+    image = read_image(BUNDLED.parent / "street.jpg")
+    pixels = range(1, stride, max(1, stride // 8))
+    full = image.shape[2] - stride
+    crops = [image[:, :, s : s + full] for s in (0, *pixels)]
+    features = stage_features(crops, stride)
+    real_boxes = make_boxes(generator, count, image.shape[1], full, margin)
+    for name, aligned, mode, function in operations():
+        linear = on_linear_field(function, boxes, shifts, height, width, stride)
+        error = on_real_features(function, features, pixels, real_boxes, stride)
+        yield name, aligned, mode, *linear, error
 
 
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--stride", type=int, default=16, choices=STAGES)
     parser.add_argument("--boxes", type=int, default=200)
-    parser.add_argument("--sampling-ratio", type=int, default=2)
     arguments = parser.parse_args()
+    print("| operation | aligned | values | offset | jitter | worst | error, real features |")
+    print("|---|---|---|---|---|---|---|")
+    for name, aligned, mode, offset, jitter, worst, error in measure(
+        arguments.boxes, arguments.stride
+    ):
+        numbers = f"{offset:+.2f} | {jitter:.2f} | {worst:.2f} | {error / arguments.stride:.3f}"
+        print(f"| {name} | {aligned} | {mode} | {numbers} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -115,8 +115,11 @@ def test_aligned_inverted_boxes(generator):
     assert (roi_align(input, boxes, 3, 1.0, 0, True) == 0).all()
 
 
-# The parameters of torchvision's test_ops.py: 10 x 10 maps of 2 * pool_size^2 channels. Left out
-# are quantised tensors and the TorchScript and forward-mode variants, which these ops do not have.
+# The parameters of torchvision's test_ops.py: 10 x 10 maps of 2 * pool_size^2 channels.
+# Differences: what is expected comes from its operator in float64; sampling_ratio=2 is added; boxes
+# of a wrong shape raise ValueError, not AssertionError (test_bad_arguments); the autocast grid, on
+# CUDA there, is test_autocast_as_in_torchvision. Left out are quantised tensors and TorchScript,
+# which these ops do not have, and the names of nodes in an FX graph.
 @pytest.mark.parametrize("sampling_ratio", [-1, 2])
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
@@ -160,6 +163,22 @@ def test_torchvisions_grid_of_roi_pool(generator, contiguous, dtype):
     assert torch.equal(roi_pool(x, boxes, pool_size), wide.to(dtype))
 
 
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("function", [roi_align, roi_pool])
+def test_torchvisions_grid_of_gradients(generator, function, contiguous):
+    pool_size = 2
+    for _ in range(10):
+        x = torch.rand(1, 2 * pool_size**2, 5, 5, generator=generator, dtype=torch.float64)
+        x = (x if contiguous else x.permute(0, 1, 3, 2)).requires_grad_()
+        boxes = torch.tensor([[0, 0, 0, 4, 4], [0, 0, 2, 3, 4], [0, 2, 2, 4, 4]]).double()
+        samples = {"sampling_ratio": 1} if function is roi_align else {}
+        torch.autograd.gradcheck(
+            lambda z, boxes=boxes, samples=samples: function(z, boxes, pool_size, 1.0, **samples),
+            x,
+            atol=1e-5,
+        )
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_is_rounded_once(generator, dtype, mode):
@@ -195,6 +214,27 @@ def test_ramp():
         (roi_align(ramp, boxes, 2, 1.0, 2, True, mode="max"), [5.0, 7]),
     ):
         assert_close(got[0, 0], torch.tensor([expected, expected]), 1e-6)
+
+
+def test_only_roi_align_follows_a_box_on_a_linear_field(generator):
+    """Centres of boxes moved by fractions of a pixel; rounding is off by up to half a pixel."""
+    ramp = (torch.arange(40.0) + 0.5).expand(1, 1, 40, 40)  # where pixel 0 reaches from 0 to 1
+    start = torch.rand(500, 1, generator=generator) * 10 + 5
+    size = torch.rand(500, 1, generator=generator) * 12 + 8
+    centre = (start + size / 2)[:, 0]
+    boxes = [torch.cat([start, start, start + size, start + size], 1)]
+
+    def error(pooled):
+        return pooled.mean((1, 2, 3)) - centre
+
+    assert error(roi_align(ramp, boxes, 7, aligned=True)).abs().max() < 1e-4
+    assert (error(roi_align(ramp, boxes, 7)) - 0.5).abs().max() < 1e-4
+    # Both edges are rounded, and the last pixel is inclusive: half a pixel, and up to half more.
+    warped = error(roi_warp(ramp, boxes, 7, aligned=True)) - 0.5
+    assert 0.3 < warped.abs().max() <= 0.5 + 1e-4 and 0.15 < warped.std() < 0.26
+    # The largest of a bin's pixels, too, lies up to a bin to the right.
+    pooled = error(roi_pool(ramp, boxes, 7))
+    assert pooled.mean() > 0.5 and 0.15 < pooled.std() < 1
 
 
 @pytest.mark.parametrize("aligned", [True, False])
