@@ -74,7 +74,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                   sigmas[at]);
       kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
     }
-    choose_lattice(kernel, {int(passes), spread, int(rings)});
+    choose_lattice(kernel, {int(passes), spread, int(rings)}, height, width);
     settings.kernels.push_back(kernel);
     entries += kernel.entries;
   }

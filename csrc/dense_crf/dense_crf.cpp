@@ -603,13 +603,14 @@ void Crf<Real>::link(int l, VertexTable& table) {
   const int64_t count = names.size();
   std::vector<int32_t>& links = links_[l];
   links.assign(count * axes * 2, -1);
-  for (int axis = 0; axis < axes; ++axis)
+  for_each(axes, [&](int64_t axis, int64_t) {
     for (int64_t v = 0; v < count; ++v) {
-      const int32_t next = table.find(naming.after(names[v], axis));
+      const int32_t next = table.find(naming.after(names[v], int(axis)));
       if (next < 0) continue;
       links[(axis * count + v) * 2] = next;
       links[(axis * count + next) * 2 + 1] = int32_t(v);
     }
+  });
   first_vertex_[l + 1] = count;
 }
 
@@ -647,7 +648,7 @@ void Crf<Real>::build(const Real* features) {
   first_vertex_.assign(kernels_ + 1, 0);
   occupied_.resize(kernels_);
   links_.resize(kernels_);
-  for_each(kernels_, [&](int64_t l, int64_t) { merge(int(l)); });
+  for (int l = 0; l < kernels_; ++l) merge(l);
   first_vertex_[0] = 1;
   for (int l = 0; l < kernels_; ++l) first_vertex_[l + 1] += first_vertex_[l];
   const int64_t vertices = first_vertex_[kernels_];
@@ -689,7 +690,7 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
   const int n = width / 16;
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
-    const int axes = kernel.axes, steps = kernel.blur.passes * axes;
+    const int steps = kernel.blur.passes * kernel.axes;
     const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
     Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
     for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
@@ -698,7 +699,7 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
     });
     visit(l, from);
     for (int step = 0; step < steps; ++step) {
-      const int axis = (transposed ? steps - 1 - step : step) % axes;
+      const int axis = kernel.axis_of(transposed ? steps - 1 - step : step);
       const int32_t* const links = links_[l].data() + axis * count * 2;
       for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
         functions.blur(from, links + begin * 2, Real(kernel.side(axis)), base + begin, base + end,

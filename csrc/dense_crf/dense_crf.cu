@@ -220,8 +220,11 @@ struct Scales {
 // How a kernel's vertices are blurred.
 template <class Real>
 struct Filter {
-  int axes, blurs, rings;
+  int axes, blurs, rings, passes;
+  bool grid;
   Real side[kMaxFeatures + 1];  // [axes] by (side 1 side)
+
+  __device__ int axis_of(int blur) const { return grid ? blur / passes : blur % axes; }
 };
 
 // One thread: the names of a kernel's vertices, how they are blurred, and by what its messages are
@@ -233,7 +236,8 @@ __global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int wid
                                Counters* counters) {
   filter->axes = kernel.axes;
   filter->blurs = kernel.blur.passes * kernel.axes;
-  filter->rings = kernel.blur.rings;
+  filter->rings = kernel.blur.rings, filter->passes = kernel.blur.passes;
+  filter->grid = kernel.grid;
   for (int axis = 0; axis < kernel.axes; ++axis) {
     const double spread = kernel.grid ? kernel.spread[axis] : kernel.blur.spread;
     filter->side[axis] = Real(spread / (1 - 2 * spread));
@@ -624,13 +628,15 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* la
   for (int64_t v = 1 + int64_t(blockIdx.x) * blockDim.y + threadIdx.y; v < vertices;
        v += int64_t(gridDim.x) * blockDim.y) {
     const int kernel = kernel_of[v];
-    const int axes = filters[kernel].axes, blurs = filters[kernel].blurs;
+    const Filter<T>& filter = filters[kernel];
+    const int blurs = filter.blurs;
     if (2 * step >= blurs) continue;
     const bool to_even = (launches(blurs) - 1 - step) % 2 == 0;
     const Vector<T, N>* const from = (to_even ? odd : even) + threadIdx.x;
     const int first = transposed ? blurs - 1 - 2 * step : 2 * step;
-    const int2* const along = links + first % axes * stride;
-    const T side = filters[kernel].side[first % axes];
+    const int axis = filter.axis_of(first);
+    const int2* const along = links + axis * stride;
+    const T side = filter.side[axis];
     const auto blurred = [&](int64_t at) {
       Vector<T, N> sum = from[at * width];
       const int2 link = along[at];
@@ -640,10 +646,10 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* la
     };
     Vector<T, N> sum = blurred(v);
     if (2 * step + 1 < blurs) {
-      const int second = transposed ? first - 1 : first + 1;
-      const int2 link = links[second % axes * stride + v];
+      const int second = filter.axis_of(transposed ? first - 1 : first + 1);
+      const int2 link = links[second * stride + v];
       const Vector<T, N> before = blurred(link.x), after = blurred(link.y);
-      const T along_second = filters[kernel].side[second % axes];
+      const T along_second = filter.side[second];
       add(sum, along_second, before);
       add(sum, along_second, after);
     }

@@ -180,12 +180,17 @@ struct Kernel {
 
   double spread_along(int axis) const { return grid ? spread[axis] : blur.spread; }
   double side(int axis) const { return spread_along(axis) / (1 - 2 * spread_along(axis)); }
+  // Along which the n-th blur is. On a grid no mass then comes back through a vertex that lies
+  // beyond the image along both axes, so none of those is needed.
+  int axis_of(int blur_number) const {
+    return grid ? blur_number / blur.passes : blur_number % axes;
+  }
   // of vertices beyond the image, through which mass passes from one of its vertices to another
   int margin() const { return blur.passes - 1; }
 };
 
 // Chooses the lattice of a kernel whose channels and sigmas are set.
-inline void choose_lattice(Kernel& kernel, const Blur& quality) {
+inline void choose_lattice(Kernel& kernel, const Blur& quality, int64_t height, int64_t width) {
   kernel.blur = quality;
   kernel.axes = kernel.entries = kernel.features + 1;
   const int* const channel = kernel.channels;
@@ -194,12 +199,16 @@ inline void choose_lattice(Kernel& kernel, const Blur& quality) {
   if (!kernel.grid) return;
   // Interpolating between vertices h pixels apart when splatting and when slicing has a variance
   // of (h^2 - 1) / 3; blurs have the rest. More than 1/5 outside would be far from a Gaussian.
-  const double finer = quality.passes == 1 ? 1.4 : 0.75;
+  const double finer = quality.passes == 1 ? 1.0 : 0.75;
   double rest[2];
   int passes = 1;
   for (int i = 0; i < 2; ++i) {
-    const double sigma = std::fmin(kernel.sigmas[i], 7e8);  // the same on any image
-    const double h = std::fmax(1, std::floor(finer * sigma));
+    const double sigma = kernel.sigmas[i], h = std::fmax(1, std::floor(finer * sigma));
+    // A lattice of few cells has errors at the border that another arrangement halves.
+    if (4 * h > double(channel[i] == -2 ? width : height)) {
+      kernel.grid = false;
+      return;
+    }
     kernel.cell[i] = int(h);
     rest[i] = (sigma * sigma - (h * h - 1) / 3) / (2 * h * h);
     passes = int(std::fmax(passes, std::ceil(rest[i] / 0.2)));
@@ -244,7 +253,7 @@ PYSEG_HOST_DEVICE void locate_on_grid(const Kernel& kernel, int x, int y, const 
 
 // On a grid, of one axis: the sum of exp(-k^2 / 2 sigma^2) over all k, over that of the filter.
 inline double axis_scale(const Kernel& kernel, int axis) {
-  const double sigma = std::fmin(kernel.sigmas[axis], 7e8);
+  const double sigma = kernel.sigmas[axis];
   double sum = 1;
   for (int k = 1; k < 40 && sigma < 4; ++k) sum += 2 * std::exp(-0.5 * k * k / (sigma * sigma));
   if (sigma >= 4) sum = std::sqrt(2 * M_PI) * sigma;
