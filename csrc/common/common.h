@@ -1,6 +1,9 @@
 // What every CPU kernel includes: stable tensors, argument checks, run-time SIMD dispatch, threads.
 #pragma once
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -51,6 +54,17 @@ inline std::string shape(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "[") << tensor.size(i);
   out << (tensor.dim() ? "]" : "[]");
   return out.str();
+}
+
+// Asks for huge pages, where that means anything: touching small ones for the first time takes
+// longer than what is done to the memory here.
+inline void prefer_huge_pages(void* memory, size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // The most capable of the versions that PYSEG_MULTIVERSION makes and this processor runs. The

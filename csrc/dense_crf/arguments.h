@@ -66,7 +66,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                     channels.size() == sigmas.size(),
                 "a kernel must have 1 to ", kMaxFeatures, " features, each with its sigma");
     Kernel kernel{};
-    kernel.features = int(size), kernel.first_entry = int(entries);
+    kernel.features = int(size);
     for (int64_t i = 0; i < size; ++i, ++at) {
       PYSEG_CHECK(channels[at] >= -2 && channels[at] < features.size(1), "channel ", channels[at],
                   " is not among the ", features.size(1), " features");

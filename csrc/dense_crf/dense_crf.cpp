@@ -1,5 +1,6 @@
 // Dense CRF on the CPU: mean-field inference of Krähenbühl & Koltun, "Efficient inference in fully
-// connected CRFs with Gaussian edge potentials" (2011), with permutohedral lattices.
+// connected CRFs with Gaussian edge potentials" (2011), with permutohedral lattices, and regular
+// grids for kernels over position alone.
 //
 // The image is cut into tiles whose number depends on its size only. A tile names the lattice
 // vertices that its pixels touch by 16-bit numbers of its own and keeps their rows of classes
@@ -8,10 +9,6 @@
 // tiles' rows are summed per vertex in the order of tiles and the lattices are blurred. So the
 // result has the same bits for every number of threads.
 #include "dense_crf.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +32,6 @@ namespace {
 
 using namespace pyseg;
 
-constexpr int kAhead = 8, kHint = 2;
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
@@ -158,17 +154,6 @@ template <class Work>
 void for_ranges(int64_t items, int64_t piece, Work work) {
   for_each((items + piece - 1) / piece,
            [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
-}
-
-// Asks for huge pages, where that means anything: touching small ones for the first time takes
-// longer than what is done to the memory here.
-inline void prefer_huge_pages(void* memory, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 template <class T>

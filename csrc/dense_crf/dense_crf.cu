@@ -224,7 +224,7 @@ struct Filter {
   bool grid;
   Real side[kMaxFeatures + 1];  // [axes] by (side 1 side)
 
-  __device__ int axis_of(int blur) const { return grid ? blur / passes : blur % axes; }
+  __device__ int axis_of(int blur) const { return pyseg::axis_of(blur, grid, axes, passes); }
 };
 
 // One thread: the names of a kernel's vertices, how they are blurred, and by what its messages are
@@ -238,10 +238,7 @@ __global__ void prepare_kernel(Kernel kernel, Scales scales, int height, int wid
   filter->blurs = kernel.blur.passes * kernel.axes;
   filter->rings = kernel.blur.rings, filter->passes = kernel.blur.passes;
   filter->grid = kernel.grid;
-  for (int axis = 0; axis < kernel.axes; ++axis) {
-    const double spread = kernel.grid ? kernel.spread[axis] : kernel.blur.spread;
-    filter->side[axis] = Real(spread / (1 - 2 * spread));
-  }
+  for (int axis = 0; axis < kernel.axes; ++axis) filter->side[axis] = Real(kernel.side(axis));
   *factor = *weight * scale;
   if (kernel.grid) {
     if (!name_grid(kernel, height, width, bits, *names)) atomicOr(&counters->bad_names, 1);

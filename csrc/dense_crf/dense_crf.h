@@ -164,6 +164,12 @@ PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const doub
   return fits;
 }
 
+// Along which the n-th blur is. On a grid no mass then comes back through a vertex that lies beyond
+// the image along both axes, so none of those is needed.
+PYSEG_HOST_DEVICE int axis_of(int blur_number, bool grid, int axes, int passes) {
+  return grid ? blur_number / passes : blur_number % axes;
+}
+
 // One kernel: a Gaussian of `features` channels. Channel -2 is x, -1 is y (pixels), others are
 // planes of the features tensor. Where there is no other than x and y, pixels fill their lattice
 // without gaps, and a regular grid with linear interpolation is as accurate and has fewer vertices.
@@ -178,15 +184,17 @@ struct Kernel {
   int cell[2];  // pixels from one vertex of the grid to the next, of channels[0] and channels[1]
   double spread[2];
 
-  double spread_along(int axis) const { return grid ? spread[axis] : blur.spread; }
-  double side(int axis) const { return spread_along(axis) / (1 - 2 * spread_along(axis)); }
-  // Along which the n-th blur is. On a grid no mass then comes back through a vertex that lies
-  // beyond the image along both axes, so none of those is needed.
-  int axis_of(int blur_number) const {
-    return grid ? blur_number / blur.passes : blur_number % axes;
+  PYSEG_HOST_DEVICE double spread_along(int axis) const {
+    return grid ? spread[axis] : blur.spread;
+  }
+  PYSEG_HOST_DEVICE double side(int axis) const {
+    return spread_along(axis) / (1 - 2 * spread_along(axis));
+  }
+  PYSEG_HOST_DEVICE int axis_of(int blur_number) const {
+    return pyseg::axis_of(blur_number, grid, axes, blur.passes);
   }
   // of vertices beyond the image, through which mass passes from one of its vertices to another
-  int margin() const { return blur.passes - 1; }
+  PYSEG_HOST_DEVICE int margin() const { return blur.passes - 1; }
 };
 
 // Chooses the lattice of a kernel whose channels and sigmas are set.
@@ -204,7 +212,7 @@ inline void choose_lattice(Kernel& kernel, const Blur& quality, int64_t height, 
   int passes = 1;
   for (int i = 0; i < 2; ++i) {
     const double sigma = kernel.sigmas[i], h = std::fmax(1, std::floor(finer * sigma));
-    // A lattice of few cells has errors at the border that another arrangement halves.
+    // How the filter varies within a cell does not average out over few cells.
     if (4 * h > double(channel[i] == -2 ? width : height)) {
       kernel.grid = false;
       return;
@@ -226,7 +234,7 @@ PYSEG_HOST_DEVICE bool name_grid(const Kernel& kernel, int height, int width, in
   int bits = 0;
   for (int i = 0; i < 2; ++i) {
     const int64_t size = kernel.channels[i] == -2 ? width : height;
-    const int64_t cells = (size - 1) / kernel.cell[i] + 2 + 2 * (kernel.blur.passes - 1);
+    const int64_t cells = (size - 1) / kernel.cell[i] + 2 + 2 * kernel.margin();
     names.unit[i] = uint64_t(1) << bits;
     for (int64_t left = cells - 1; left > 0; left >>= 1) ++bits;
   }
@@ -242,7 +250,7 @@ PYSEG_HOST_DEVICE void locate_on_grid(const Kernel& kernel, int x, int y, const 
   for (int i = 0; i < 2; ++i) {
     const int at = kernel.channels[i] == -2 ? x : y, cell = kernel.cell[i];
     part[i] = T(at % cell) / T(cell);
-    first += uint64_t(at / cell + kernel.blur.passes - 1) * names.unit[i];
+    first += uint64_t(at / cell + kernel.margin()) * names.unit[i];
   }
   PYSEG_UNROLL
   for (int k = 0; k < 4; ++k) {

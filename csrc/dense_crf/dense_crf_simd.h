@@ -255,9 +255,10 @@ struct Loops {
       largest = logit > largest ? logit : largest;
       store<16>(planes + 16 * c, logit);
     }
-    // No prefetcher sees through rows of an image that are so short and so many planes apart.
-    const int64_t ahead = a.copied ? kAhead * classes * 16 : a.image_width;
-    for (int c = 0; c < classes; ++c) __builtin_prefetch(unary + c * apart + ahead, 0, kHint);
+    // No prefetcher sees ahead: unary is read in bursts, with much else in between. The next row
+    // of the image or, of the copy, the pixels that far on, into the second cache.
+    const int64_t ahead = a.copied ? kTileWidth * classes : a.image_width;
+    for (int c = 0; c < classes; ++c) __builtin_prefetch(unary + c * apart + ahead, 0, 2);
     if (!a.in) {
       Block bad{};
       for (int c = 0; c < classes; ++c) bad += load<16>(planes + 16 * c) * Real(0);

@@ -51,17 +51,7 @@ PYSEG_INLINE T widen(T x) {
 }
 PYSEG_INLINE float widen(Half x) { return float(x); }
 
-// Memory on a cache line, not initialised, in huge pages where it is large: touching small ones for
-// the first time takes as long as the pooling.
-inline void prefer_huge_pages(void* memory, size_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t kPage = 1 << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
+// Memory on a cache line, not initialised.
 template <class T>
 class Buffer {
  public:

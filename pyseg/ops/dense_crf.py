@@ -70,9 +70,9 @@ def dense_crf(
         features: kernels over anything else: (tensor, sigma, weight) with a floating point tensor
             [N, F, H, W], F from 1 to 8, and one sigma or F of them. For a kernel over position and
             depth the tensor holds x, y and depth.
-        quality: of the lattices. "compatible" gives what pydensecrf gives; "default" at least
-            halves its error against the exact kernel at little cost; "high" is closer still, and
-            its lattices take several times longer to build.
+        quality: of the lattices. "compatible" gives what pydensecrf gives; "default" about halves
+            its error against the exact kernel on images at little cost; "high" is closer still,
+            and its lattices take several times longer to build.
         normalization: "symmetric", D^-1/2 K D^-1/2 with the row sums D; "before", K D^-1; "after",
             D^-1 K; "none", K itself.
         compatibility: [C, C] penalty of label i (row) for a neighbour of label j. None is the

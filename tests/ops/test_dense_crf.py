@@ -59,7 +59,8 @@ def example(generator, n=2, c=4, h=20, w=33):
 
 
 # The blocks of frames of two other drives, the first at dusk, that streetnet was not trained on.
-# The lattices' parameters were chosen on crops of the validation clip.
+# The default's spread is the best on these crops, and also on those of the validation clip; there
+# the default has 0.48 to 0.57 of the error of "compatible".
 HELD_OUT = [f"0001TP_{n:06d}" for n in range(7410, 7741, 30)] + [
     f"0006R0_f{n:05d}" for n in range(3360, 3931, 30)
 ]
