@@ -162,6 +162,11 @@ struct Loops {
     for (int b = 0; b < blocks(n); ++b) row.block[b] += f * load<16>(from + 16 * b);
     if (Tail) row.rest += first(f) * load<kTail>(from + 16 * blocks(n));
   }
+  static PYSEG_INLINE void add(Row& row, Real factor, const Row& from, int n) {
+    const Block f = broadcast<16>(factor);
+    for (int b = 0; b < blocks(n); ++b) row.block[b] += f * from.block[b];
+    if (Tail) row.rest += first(f) * from.rest;
+  }
   // to += factor * row
   static PYSEG_INLINE void accumulate(const Row& row, Real factor, Real* to, int n) {
     const Block f = broadcast<16>(factor);
@@ -512,15 +517,25 @@ struct Loops {
     }
   }
 
-  // (side 1 side) along one axis; neighbours [.., 2], from vertex `begin` on
-  static void blur(const Real* from, const int32_t* neighbours, Real side, int64_t begin,
-                   int64_t end, Real* to, int n, int width) {
-    for (int64_t v = begin; v < end; ++v, neighbours += 2) {
-      Row row;
-      get(row, from + v * width, n);
-      add(row, side, from + int64_t(neighbours[0]) * width, n);
-      add(row, side, from + int64_t(neighbours[1]) * width, n);
-      put(row, to + v * width, n);
+  // (side 1 side) along one axis, in place. Links are those of whole chains; see `Link`.
+  static void blur(Real* values, const Link* links, const Link* end, bool transposed, Real side,
+                   int n, int width) {
+    const auto row_of = [&](Link link) { return values + int64_t(link.vertex()) * width; };
+    const auto next = [&](Row& row, Link link) {
+      get(row, link.filled(transposed) ? row_of(link) : values, n);
+    };
+    constexpr int64_t kAhead = 24;  // lattices do not fit into the second cache
+    Row before{}, row;
+    alignas(64) Real nowhere[16 * kBlocks + kTail];
+    next(row, *links);
+    for (; links < end; ++links) {
+      Row after, sum = row;
+      next(after, links[1]);
+      __builtin_prefetch(row_of(links[std::min<int64_t>(kAhead, end - links)]));
+      add(sum, side, before, n);
+      add(sum, side, after, n);
+      put(sum, links->vertex() ? row_of(*links) : nowhere, n);
+      before = row, row = after;
     }
   }
 
