@@ -1539,10 +1539,12 @@ void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor&
 Tensor dense_crf_cuda(const Tensor& unary, const Tensor& features, const Tensor& weights,
                       const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
                       std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
-                      int64_t normalization, int64_t passes, double spread, int64_t rings) {
+                      int64_t normalization, bool self_term, int64_t passes, double spread,
+                      int64_t rings) {
   const DeviceScope device(unary);
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
+  PYSEG_CHECK(self_term, "dense_crf without the self term is not on CUDA yet: use the CPU");
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   if (unary.scalar_type() == ScalarType::Float)
     infer<float>(a, q, device.stream);
@@ -1555,10 +1557,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cuda(
     const Tensor& gradient, const Tensor& unary, const Tensor& features, const Tensor& weights,
     const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
     std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
-    int64_t normalization, int64_t passes, double spread, int64_t rings) {
+    int64_t normalization, bool self_term, int64_t passes, double spread, int64_t rings) {
   const DeviceScope device(unary);
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
   PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
               "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const Tensor g = torch::stable::contiguous(gradient);

@@ -135,7 +135,7 @@ for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3)
     unary = torch.randn(2, classes, 17, 20, generator=g)
     for normalization in (1, 2):
         given = (unary, features, torch.tensor([3.0, 10.0]), compatibility, *kernels, 2,
-                 normalization, *quality)
+                 normalization, True, *quality)
         yield ops.dense_crf(*given)
     yield ops.dense_crf_backward(torch.randn(unary.shape, generator=g), *given)
 """,
