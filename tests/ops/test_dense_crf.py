@@ -600,6 +600,7 @@ def check_device(device, unary, image, tolerance=1e-5, **options):
     return q
 
 
+WEAK = {"gaussian": ((3.0, 0.05),), "bilateral": ((80.0, 13.0, 0.05),)}
 SEVERAL = {
     "gaussian": ((3.0, 2.0), ((2.0, 5.0), 1.0)),
     "bilateral": ((30.0, 20.0, 2.0), (10.0, (20.0, 30.0, 40.0), 1.0)),
@@ -615,15 +616,18 @@ SEVERAL = {
         ((2, 3, 9, 13), SEVERAL),
         ((1, 1, 1, 1), {}),
         ((1, 2, 1, 70), {"quality": "compatible"}),
+        ((2, 3, 9, 13), {"self_term": False, **SEVERAL}),
+        ((1, 1, 1, 1), {"self_term": False}),
     ],
 )
 def test_small_kernel_agrees_with_cpu(device, generator, shape, options):
     check_device(device, *example(generator, *shape), **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("quality", QUALITY)
 @pytest.mark.parametrize("normalization", NORMALIZATION)
-def test_device_levels(device, generator, quality, normalization):
+def test_device_levels(device, generator, quality, normalization, self_term):
     weight = 0.05 if normalization == "none" else 1.0
     check_device(
         device,
@@ -632,6 +636,7 @@ def test_device_levels(device, generator, quality, normalization):
         bilateral=((20.0, 60.0, weight),),
         quality=quality,
         normalization=normalization,
+        self_term=self_term,
     )
 
 
@@ -639,22 +644,28 @@ def test_device_levels(device, generator, quality, normalization):
 def test_device_features_of_any_dimension(device, generator, size):
     unary, image = example(generator, 2, 3, 10, 13)
     kernel = (smooth(generator, 2, size, 10, 13), [0.3 + 0.05 * i for i in range(size)], 2.0)
-    check_device(device, unary, image, gaussian=(), bilateral=(), features=(kernel,))
+    options = {"gaussian": (), "bilateral": (), "features": (kernel,)}
+    for self_term in (True, False):
+        check_device(device, unary, image, self_term=self_term, **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [2, 4, 8, 11, 19, 21, 32, 150, 256])
-def test_device_classes(device, generator, classes):
-    check_device(device, *example(generator, 1, classes, 9, 18))
+def test_device_classes(device, generator, classes, self_term):
+    check_device(device, *example(generator, 1, classes, 9, 18), self_term=self_term)
 
 
-def test_device_float64(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_float64(device, generator, self_term):
     unary, image = example(generator, 1, 7, 17, 20)
-    check_device(device, unary.double(), image, tolerance=1e-12)
+    check_device(device, unary.double(), image, tolerance=1e-12, self_term=self_term)
 
 
-def test_device_compatibility(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_compatibility(device, generator, self_term):
     unary, image = example(generator, 1, 6, 12, 21)
-    check_device(device, unary, image, compatibility=torch.rand(6, 6, generator=generator))
+    matrix = torch.rand(6, 6, generator=generator)  # not symmetric
+    check_device(device, unary, image, compatibility=matrix, self_term=self_term)
 
 
 def test_device_nothing_to_do(device, generator):
@@ -726,23 +737,32 @@ def check_device_gradients(device, unary, image, tolerance=1e-5, **options):
         ((1, 3, 5, 34), {"normalization": "after", **SEVERAL}),
         ((1, 4, 9, 13), {"compatibility": torch.rand(4, 4)}),
         ((1, 1, 1, 1), {}),
+        ((2, 3, 9, 13), {"self_term": False}),
+        ((1, 5, 17, 20), {"self_term": False, "normalization": "before", "quality": "compatible"}),
+        ((1, 3, 5, 34), {"self_term": False, "normalization": "after", **SEVERAL}),
+        ((1, 3, 5, 34), {"self_term": False, "normalization": "none", **WEAK}),
+        ((1, 1, 1, 1), {"self_term": False}),
     ],
 )
 def test_small_kernel_gradients_agree_with_cpu(device, generator, shape, options):
     check_device_gradients(device, *example(generator, *shape), **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [2, 8, 19, 40, 150, 256])
 @pytest.mark.parametrize("potts", [True, False])
-def test_device_gradients_by_class(device, generator, classes, potts):
+def test_device_gradients_by_class(device, generator, classes, potts, self_term):
     unary, image = example(generator, 1, classes, 5, 9)
     matrix = None if potts else torch.rand(classes, classes, generator=generator)
-    check_device_gradients(device, unary, image, compatibility=matrix, iterations=2)
+    options = {"compatibility": matrix, "iterations": 2, "self_term": self_term}
+    check_device_gradients(device, unary, image, **options)
 
 
-def test_device_gradients_in_double(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_gradients_in_double(device, generator, self_term):
     unary, image = example(generator, 1, 256, 5, 9)
-    check_device_gradients(device, unary.double(), image, tolerance=1e-12, iterations=1)
+    options = {"tolerance": 1e-12, "iterations": 2, "self_term": self_term}
+    check_device_gradients(device, unary.double(), image, **options)
 
 
 def test_device_gradients_without_messages(device, generator):
@@ -755,9 +775,12 @@ def test_while_a_graph_is_captured(emulated, generator):
     from emulation import settings
 
     given = first = arguments(*example(generator, 2, 3, 17, 33))
+    others = (*given[:9], False, *given[10:])  # without self terms
     expected = emulated.dense_crf(*given)
+    expected_others = emulated.dense_crf(*others)
     with settings(capturing=1):  # waiting for the stream would raise
         assert torch.equal(emulated.dense_crf(*given), expected)
+        assert torch.equal(emulated.dense_crf(*others), expected_others)
         gradients = emulated.dense_crf_backward(given[0], *given)
         for bad in (0, 1):  # the unary, then the features
             wrong = list(given)
