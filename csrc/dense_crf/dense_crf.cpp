@@ -5,9 +5,10 @@
 // The image is cut into tiles whose number depends on its size only. A tile names the lattice
 // vertices that its pixels touch by 16-bit numbers of its own and keeps their rows of classes
 // together: they stay in the cache while one pass over its pixels slices all lattices, takes the
-// softmax and splats into all lattices, so Q is only stored at the end. Between two passes the
-// tiles' rows are summed per vertex in the order of tiles and the lattices are blurred. So the
-// result has the same bits for every number of threads.
+// softmax and splats into all lattices, so Q is only stored at the end, or in every pass where a
+// pixel's own part of its message has to be taken out. Between two passes the tiles' rows are
+// summed per vertex in the order of tiles and the lattices are blurred. So the result has the same
+// bits for every number of threads.
 #include "dense_crf.h"
 
 #include <algorithm>

@@ -222,7 +222,7 @@ def test_messages_of_others_on_a_photograph(generator, quality, kernels):
             ours = {"quality": quality, "self_term": self_term, **options}
             found = messages(dense_crf, unary.double(), image, **ours)
             error.append((found - exact).abs().mean())
-        assert error[1] < 1.3 * error[0]  # seen: 0.5 to 1.03 of it; high, bilateral: 1.27
+        assert error[1] < 1.3 * error[0]  # seen: 0.46 to 1.04 of it; high, bilateral: 1.27
         if (quality, kernels) == ("high", "gaussian"):  # others' errors exceed so small a change
             assert error[1] < 0.5 * change.abs().mean()
 
