@@ -23,8 +23,7 @@
 
 #include "../common/common.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_X86_LEVELS
+#ifdef PYSEG_X86_LEVELS
 #include <immintrin.h>
 #endif
 

@@ -22,12 +22,6 @@
 
 #include "../common/common.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_X86_LEVELS
-#endif
 
 namespace {
 
