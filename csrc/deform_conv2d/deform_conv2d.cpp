@@ -14,13 +14,13 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/common.h"
 
 #ifdef PYSEG_X86_LEVELS
@@ -130,23 +130,6 @@ Functions<T, Real> functions() {
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Memory on a cache line, not initialised.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 Taps tap_geometry(const Problem& p) {
   return {int(p.tap_count()), int(p.kernel_width), int(p.dilation_y),
