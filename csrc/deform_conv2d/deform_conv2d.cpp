@@ -120,11 +120,11 @@ namespace generic {
 template <class T, class Real>
 Functions<T, Real> functions() {
 #ifdef PYSEG_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4"))
+  const std::string level = simd_level();
+  if (level.starts_with("x86-64-v4"))
     return __builtin_cpu_supports("avx512bf16") ? v4_bf16::functions<T, Real>()
                                                 : v4::functions<T, Real>();
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::functions<T, Real>();
+  if (level.starts_with("x86-64-v3")) return v3::functions<T, Real>();
 #endif
   return generic::functions<T, Real>();
 }
