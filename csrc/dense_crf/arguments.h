@@ -30,6 +30,7 @@ struct Settings {
   int iterations;
   bool classic_scale;  // of kernels that are not normalised: that of Adams et al.
   Normalization normalization;
+  bool self_term;  // false: a pixel gets no message from itself
 };
 
 // The operator's arguments, checked and contiguous.
@@ -43,7 +44,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                        const std::optional<Tensor>& compatibility,
                        const std::vector<int64_t>& sizes, const std::vector<int64_t>& channels,
                        const std::vector<double>& sigmas, int64_t iterations, int64_t normalization,
-                       int64_t passes, double spread, int64_t rings) {
+                       bool self_term, int64_t passes, double spread, int64_t rings) {
   Settings settings;
   PYSEG_CHECK(unary.dim() == 4 && features.dim() == 4, "unary and features must have 4 dimensions");
   const int64_t classes = unary.size(1), height = unary.size(2), width = unary.size(3);
@@ -74,7 +75,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                   sigmas[at]);
       kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
     }
-    choose_lattice(kernel, {int(passes), spread, int(rings)}, height, width);
+    choose_lattice(kernel, {int(passes), spread, int(rings)}, self_term, height, width);
     settings.kernels.push_back(kernel);
     entries += kernel.entries;
   }
@@ -84,6 +85,7 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
               " lattice entries each exceeds 2^31 entries: split the image");
   settings.iterations = int(iterations);
   settings.normalization = Normalization(normalization);
+  settings.self_term = self_term;
   settings.classic_scale = rings == 0 && passes == 1;
   if (compatibility)
     PYSEG_CHECK(compatibility->dim() == 2 && compatibility->size(0) == classes &&

@@ -5,9 +5,10 @@
 // The image is cut into tiles whose number depends on its size only. A tile names the lattice
 // vertices that its pixels touch by 16-bit numbers of its own and keeps their rows of classes
 // together: they stay in the cache while one pass over its pixels slices all lattices, takes the
-// softmax and splats into all lattices, so Q is only stored at the end. Between two passes the
-// tiles' rows are summed per vertex in the order of tiles and the lattices are blurred. So the
-// result has the same bits for every number of threads.
+// softmax and splats into all lattices, so Q is only stored at the end, or in every pass where a
+// pixel's own part of its message has to be taken out. Between two passes the tiles' rows are
+// summed per vertex in the order of tiles and the lattices are blurred. So the result has the same
+// bits for every number of threads.
 #include "dense_crf.h"
 
 #include <algorithm>
@@ -67,7 +68,11 @@ struct TilePass {
   const Real* slice;     // [pixels, entries] their weights
   const Real* splat;
   Grids<Real> grids;
-  Real* buffer;  // [kTileWidth, stride] scratch
+  const Real* self;    // [pixels] share of their own Q in messages, to be taken out, or null
+  const Real* matrix;  // for that: mixing_matrix(), or null
+  const Real* before;  // [pixels, row width] the last pass's Q
+  Real* after;         // the same of this pass, may be the same memory
+  Real* buffer;        // [kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
   int classes, stride, entries, width, height;
@@ -81,6 +86,8 @@ struct TileBackward {
   const Real* gradient;  // of Q, the tile's corner in [C, H, W]; null where `back` has it
   const Real* back;      // [tile rows, stride] gradients of the sums that Q was splat into, or null
   Real* unary_gradient;  // the corner in [C, H, W]; what is there is added to if `back` is not null
+  Real* kept;            // [pixels, row width] gradients of messages: the later pass's, then ours
+  const Real* transposed;  // as pass.matrix
 };
 
 template <class Real>
@@ -283,15 +290,17 @@ std::vector<Real> mixing_matrix(const Real* compatibility, int classes, int stri
 }
 
 // products[i, j] += sum of a[v, i] * b[v, j] over rows that are `width` apart; `matrix` false: only
-// their trace, into products[0].
+// their trace, into products[0]. With `factors`, `apart` each, of the rows.
 template <class Real>
-PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, int64_t count, int width,
-                                     int classes, bool matrix, Real* products) {
+PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, const Real* factors, int apart,
+                                     int64_t count, int width, int classes, bool matrix,
+                                     Real* products) {
   for (int64_t v = 0; v < count; ++v, a += width, b += width) {
+    const Real of_row = factors ? factors[v * apart] : 1;
     if (matrix) {
       for (int i = 0; i < classes; ++i) {
         Real* const row = products + i * classes;
-        const Real factor = a[i];
+        const Real factor = of_row * a[i];
 #pragma omp simd
         for (int j = 0; j < classes; ++j) row[j] += factor * b[j];
       }
@@ -299,7 +308,7 @@ PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, int64_t count
       Real sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int j = 0; j < classes; ++j) sum += a[j] * b[j];
-      products[0] += sum;
+      products[0] += of_row * sum;
     }
   }
 }
@@ -308,6 +317,11 @@ PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, int64_t count
 template <class Real>
 class Crf {
  public:
+  struct History {                              // of all iterations, which `backward` needs
+    std::vector<std::unique_ptr<Real[]>> sums;  // blurred, of occupied vertices: small next to Q
+    std::vector<std::unique_ptr<Real[]>> q;     // [pixels, row width], only without self terms
+  };
+
   Crf(const Settings& settings, int64_t height, int64_t width)
       : settings_(settings), height_(height), width_(width), kernels_(settings.kernels.size()) {
     int rows = 0;  // of a pixel at most
@@ -321,7 +335,7 @@ class Crf {
 
   void build(const Real* features);
   void infer(const Real* unary, const Real* weights, const Real* compatibility, int classes,
-             Real* q, std::vector<std::unique_ptr<Real[]>>* sums = nullptr) const;
+             Real* q, History* history = nullptr) const;
   void backward(const Real* unary, const Real* weights, const Real* compatibility, int classes,
                 const Real* gradient, Real* unary_gradient, double* weight_gradients,
                 double* compatibility_gradient) const;
@@ -351,9 +365,11 @@ class Crf {
   void mix(const RowFunctions<Real>& functions, int kernel, int64_t count,
            const std::vector<Real>& matrix, Real weight, int classes, int width,
            Real* values) const;
-  void add_gradients(int kernel, const Real* messages, const Real* sums, const Real* compatibility,
-                     Real weight, int classes, int width, double* weight_gradients,
+  void add_gradients(int kernel, const Real* messages, const Real* sums, const Real* factors,
+                     int64_t count, double scale, const Real* compatibility, Real weight,
+                     int classes, int width, double* weight_gradients,
                      double* compatibility_gradient) const;
+  std::unique_ptr<Real[]> self_shares(const Real* weights) const;
   std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
   Real kernel_scale(const Kernel& kernel) const {
@@ -372,6 +388,7 @@ class Crf {
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
   std::unique_ptr<uint16_t[]> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
   std::unique_ptr<Real[]> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
+  std::unique_ptr<Real[]> self_;               // [pixels, kernels] of Q in a pixel's own message
   std::unique_ptr<int32_t[]> row_vertex_;      // [rows of all tiles] vertex
   std::vector<int64_t> first_vertex_;          // [kernels + 1]; vertex 0 is the one that is absent
   std::vector<int64_t> occupied_;              // [kernels] those that pixels touch; they come first
@@ -694,11 +711,13 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
   }
 }
 
-// The row sums of each kernel go into the weights of the pixels' entries.
+// The row sums of each kernel, less the self terms where those are left out, go into the weights of
+// the pixels' entries.
 template <class Real>
 void Crf<Real>::normalize() {
   const Normalization how = settings_.normalization;
-  if (how == Normalization::none || kernels_ == 0) return;
+  const bool self_term = settings_.self_term;
+  if ((how == Normalization::none && self_term) || kernels_ == 0) return;
   const int width = row_width<Real>(1);
   const int64_t vertices = first_vertex_[kernels_];
   std::vector<Real> partial(vertex_rows_.size() * width), values(vertices * width),
@@ -711,7 +730,9 @@ void Crf<Real>::normalize() {
   filter(
       partial.data(), row_functions<Real>(width), width, false, [](int, Real*) {}, values.data(),
       spare.data());
-  if (how != Normalization::symmetric) splat_ = uninitialised<Real>(height_ * width_ * entries_);
+  if (how == Normalization::before || how == Normalization::after)
+    splat_ = uninitialised<Real>(height_ * width_ * entries_);
+  if (!self_term) self_ = uninitialised<Real>(height_ * width_ * kernels_);
   for_each(tiles_.size(), [&](int64_t t, int64_t) {
     const Tile& tile = tiles_[t];
     std::vector<Real> sums(tile.rows);
@@ -725,11 +746,23 @@ void Crf<Real>::normalize() {
       const Kernel& kernel = settings_.kernels[l];
       if (kernel.grid) continue;
       const Real scale = kernel_scale(kernel);
+      const SelfTerm<Real> self_term_of(kernel, scale);
+      Real* self = self_term ? nullptr : self_.get() + tile.first_pixel * kernels_ + l;
       for (int64_t i = begin + kernel.first_entry; i < end; i += entries_) {
         Real sum = 0;
         for (int k = 0; k <= kernel.features; ++k) sum += weights[i + k] * sums[pixel_rows_[i + k]];
         sum = sum * scale + Real(1e-20);
-        const Real factor = Real(1) / (how == Normalization::symmetric ? std::sqrt(sum) : sum);
+        bool alone = false;
+        if (!self_term) {
+          const Real own = self_term_of(weights + i);
+          sum -= own;
+          alone = sum < Real(kAlone) * own;
+          *self = how == Normalization::none ? own : alone ? 0 : own / sum;
+          self += kernels_;
+        }
+        if (how == Normalization::none) continue;
+        const Real factor =
+            alone ? 0 : Real(1) / (how == Normalization::symmetric ? std::sqrt(sum) : sum);
         for (int k = 0; k <= kernel.features; ++k) weights[i + k] *= factor;
       }
     }
@@ -761,6 +794,20 @@ std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int lines, int strid
   return scratches;
 }
 
+// Of a pixel's own Q in its message, before the compatibility, for these weights of the kernels.
+template <class Real>
+std::unique_ptr<Real[]> Crf<Real>::self_shares(const Real* weights) const {
+  if (!self_) return nullptr;
+  auto shares = uninitialised<Real>(height_ * width_);
+  for_ranges(height_ * width_, 1 << 14, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      shares[i] = 0;
+      for (int l = 0; l < kernels_; ++l) shares[i] += weights[l] * self_[i * kernels_ + l];
+    }
+  });
+  return shares;
+}
+
 // What all passes over a tile have in common.
 template <class Real>
 TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int classes,
@@ -781,7 +828,7 @@ TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int cla
 
 template <class Real>
 void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compatibility,
-                      int classes, Real* q, std::vector<std::unique_ptr<Real[]>>* sums) const {
+                      int classes, Real* q, History* history) const {
   const int width = row_width<Real>(classes), stride = (width + 15) / 16 * 16, n = width / 16;
   const RowFunctions<Real> functions = row_functions<Real>(width);
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
@@ -794,11 +841,17 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   const auto spare = uninitialised<Real>(vertices * width);
   if (vertices) std::fill_n(values.get(), width, Real(0)), std::fill_n(spare.get(), width, Real(0));
   const std::vector<Real> matrix = mixing_matrix(compatibility, classes, stride, false);
+  const auto self = self_shares(weights);
+  const int64_t row_elements = self ? height_ * width_ * width : 0;
+  const auto own_rows = uninitialised<Real>(history ? 0 : row_elements);
+  Real* before = own_rows.get();
   const auto scratches = scratch(2, 1, stride);
   std::atomic<bool> not_finite{false};
   for (int step = 0; step <= iterations; ++step) {
     const bool first = step == 0, last = step == iterations;
     if (last && !q) break;
+    if (history && self) history->q.push_back(uninitialised<Real>(row_elements));
+    Real* const after = history && self ? history->q.back().get() : before;
     for_each(tiles_.size(), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
@@ -814,6 +867,12 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       pass.copied = first || last ? nullptr : own_copy;
       pass.in = first ? nullptr : own[0];
       pass.out = last ? nullptr : own[1];
+      if (self) {
+        pass.self = self.get() + tile.first_pixel;
+        pass.matrix = matrix.empty() ? nullptr : matrix.data();
+        pass.before = before + tile.first_pixel * width;
+        pass.after = after + tile.first_pixel * width;
+      }
       pass.buffer = own[2];
       pass.not_finite = &bad;
       functions.tile(pass);
@@ -825,20 +884,21 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
                 "unary holds NaN or infinity; it must be -log(probability): clamp the "
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
+    before = after;
     filter(partial.get(), functions, width, false, [](int, Real*) {}, values.get(), spare.get());
-    if (sums) sums->push_back(uninitialised<Real>(occupied * width));
-    Real* kept = sums ? sums->back().get() : nullptr;
+    if (history) history->sums.push_back(uninitialised<Real>(occupied * width));
+    Real* kept = history ? history->sums.back().get() : nullptr;
     for (int l = 0; l < kernels_; ++l) {
       Real* const own = values.get() + first_vertex_[l] * width;
-      if (sums) kept = std::copy_n(own, occupied_[l] * width, kept);
+      if (history) kept = std::copy_n(own, occupied_[l] * width, kept);
       mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], matrix, weights[l], classes, width,
           own);
     }
   }
 }
 
-// Runs `infer` once more, keeping the blurred sums of each iteration, which are small next to Q,
-// then goes through the iterations backwards and recomputes each Q from them.
+// Runs `infer` once more, keeping the blurred sums of each iteration, then goes through the
+// iterations backwards and recomputes each Q from them.
 template <class Real>
 void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* compatibility,
                          int classes, const Real* gradient, Real* unary_gradient,
@@ -847,8 +907,10 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
   const RowFunctions<Real> functions = row_functions<Real>(width);
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
-  std::vector<std::unique_ptr<Real[]>> sums;
-  infer(unary, weights, compatibility, classes, nullptr, &sums);
+  History history;
+  infer(unary, weights, compatibility, classes, nullptr, &history);
+  const auto self = self_shares(weights);
+  const auto slopes = uninitialised<Real>(self ? height_ * width_ * width : 0);
   const auto partial = uninitialised<Real>(rows * width);
   const auto messages = uninitialised<Real>(vertices * width);
   const auto gradients = uninitialised<Real>(vertices * width);
@@ -860,7 +922,8 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
   const auto scratches = scratch(3, 2, stride);
   for (int step = iterations; step >= 0; --step) {
     const bool first = step == 0, last = step == iterations;
-    const Real* kept = first ? nullptr : sums[step - 1].get();
+    const Real* kept = first ? nullptr : history.sums[step - 1].get();
+    const Real* const q = first || !self ? nullptr : history.q[step - 1].get();
     for (int l = 0; l < kernels_ && !first; ++l, kept += occupied_[l - 1] * width) {
       Real* const own = messages.get() + first_vertex_[l] * width;
       std::copy_n(kept, occupied_[l] * width, own);
@@ -880,6 +943,13 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
       backward.pass = tile_pass(tile, unary, classes, stride);
       backward.pass.in = first ? nullptr : own[0];
       backward.pass.out = first ? nullptr : own[1];
+      if (self) {
+        backward.pass.self = self.get() + tile.first_pixel;
+        backward.pass.matrix = matrix.empty() ? nullptr : matrix.data();
+        backward.pass.before = first ? nullptr : q + tile.first_pixel * width;
+        backward.kept = slopes.get() + tile.first_pixel * width;
+        backward.transposed = transposed.empty() ? nullptr : transposed.data();
+      }
       backward.pass.buffer = own[3];
       backward.gradient = last ? gradient + corner : nullptr;
       backward.back = last ? nullptr : own[2];
@@ -889,10 +959,14 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
         functions.pack(own[1], tile.rows, partial.get() + tile.first_row * width, n, width);
     });
     if (first) break;
-    kept = sums[step - 1].get();
+    for (int l = 0; l < kernels_ && self; ++l)
+      add_gradients(l, slopes.get(), q, self_.get() + l, height_ * width_, -1, compatibility,
+                    weights[l], classes, width, weight_gradients, compatibility_gradient);
+    kept = history.sums[step - 1].get();
     const auto visit = [&](int l, Real* buffer) {
       Real* const own = buffer + first_vertex_[l] * width;
-      add_gradients(l, own, kept, compatibility, weights[l], classes, width, weight_gradients,
+      add_gradients(l, own, kept, nullptr, occupied_[l], kernel_scale(settings_.kernels[l]),
+                    compatibility, weights[l], classes, width, weight_gradients,
                     compatibility_gradient);
       kept += occupied_[l] * width;
       mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], transposed, weights[l], classes,
@@ -903,25 +977,28 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
 }
 
 // Of one kernel's weight and of the compatibility, by the products of the gradients of messages
-// with the sums that the messages were made of; `messages` and `sums` are of occupied vertices.
+// with the sums that the messages were made of; `messages` and `sums` are of occupied vertices or,
+// with `factors`, of pixels.
 template <class Real>
-void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums,
-                              const Real* compatibility, Real weight, int classes, int width,
-                              double* weight_gradients, double* compatibility_gradient) const {
+void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums, const Real* factors,
+                              int64_t count, double scale, const Real* compatibility, Real weight,
+                              int classes, int width, double* weight_gradients,
+                              double* compatibility_gradient) const {
   constexpr int64_t kParts = 16, kExact = 1024;  // so many products are summed in Real
-  const int64_t count = occupied_[l], size = compatibility ? classes * classes : 1;
+  const int64_t size = compatibility ? classes * classes : 1;
   std::vector<double> products(kParts * size, 0.0);
   for_each(kParts, [&](int64_t part, int64_t) {
     std::vector<Real> few(size);
     for (int64_t begin = count * part / kParts, end = count * (part + 1) / kParts; begin < end;
          begin += kExact) {
       std::fill(few.begin(), few.end(), Real(0));
-      add_products(messages + begin * width, sums + begin * width, std::min(kExact, end - begin),
-                   width, classes, compatibility != nullptr, few.data());
+      add_products(messages + begin * width, sums + begin * width,
+                   factors ? factors + begin * kernels_ : nullptr, kernels_,
+                   std::min(kExact, end - begin), width, classes, compatibility != nullptr,
+                   few.data());
       for (int64_t i = 0; i < size; ++i) products[part * size + i] += few[i];
     }
   });
-  const double scale = kernel_scale(settings_.kernels[l]);
   for (int64_t i = 0; i < size; ++i) {
     double sum = 0;
     for (int64_t part = 0; part < kParts; ++part) sum += products[part * size + i];
@@ -981,10 +1058,10 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
                      std::vector<int64_t> sizes,     // [kernels] features of each kernel
                      std::vector<int64_t> channels,  // of all kernels: -2 x, -1 y, or a plane
                      std::vector<double> sigmas,     // as many
-                     int64_t iterations, int64_t normalization, int64_t passes, double spread,
-                     int64_t rings) {
+                     int64_t iterations, int64_t normalization, bool self_term, int64_t passes,
+                     double spread, int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
   check_values(a);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
@@ -999,9 +1076,9 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
     const Tensor& gradient, const Tensor& unary, const Tensor& features, const Tensor& weights,
     const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
     std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
-    int64_t normalization, int64_t passes, double spread, int64_t rings) {
+    int64_t normalization, bool self_term, int64_t passes, double spread, int64_t rings) {
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
   check_values(a);
   PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
               "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
@@ -1023,14 +1100,14 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
       "dense_crf(Tensor unary, Tensor features, Tensor weights, Tensor? compatibility, int[] sizes,"
-      " int[] channels, float[] sigmas, int iterations, int normalization, int passes, float "
-      "spread,"
-      " int rings) -> Tensor");
+      " int[] channels, float[] sigmas, int iterations, int normalization, bool self_term, int "
+      "passes, float spread, int rings) -> Tensor");
   // Gradients of unary, weights and compatibility, [0, 0] where there is none.
   m.def(
       "dense_crf_backward(Tensor gradient, Tensor unary, Tensor features, Tensor weights, Tensor? "
       "compatibility, int[] sizes, int[] channels, float[] sigmas, int iterations, int "
-      "normalization, int passes, float spread, int rings) -> (Tensor, Tensor, Tensor)");
+      "normalization, bool self_term, int passes, float spread, int rings) -> (Tensor, Tensor, "
+      "Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {

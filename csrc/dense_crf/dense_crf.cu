@@ -698,18 +698,44 @@ __global__ void ones_kernel(Grid grid, Entries<Real> entries, Vector<Real, 1>* p
     }
 }
 
-// Row sums of a kernel go into the weights of the pixels' entries.
+// Row sums of kernel `number`, less the self terms where those are left out, go into the weights of
+// the pixels' entries. Then self [pixels, kernels] gets what is left of Q in a pixel's own message,
+// before `factors`.
 template <class Real>
-__global__ void normalize_kernel(Grid grid, int first_entry, int count, int64_t pixels, Real scale,
-                                 bool root, const Real* sums, const int* vertices, Real* weights) {
+__global__ void normalize_kernel(Grid grid, int first_entry, int count, int number, int64_t pixels,
+                                 Real scale, Normalization how, SelfTerm<Real> self_term,
+                                 const Real* sums, const int* vertices, Real* weights,
+                                 Real* self) {  // null: self terms stay
   for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < pixels;
        p += int64_t(gridDim.x) * blockDim.x) {
     const int64_t entry = p * grid.entries + first_entry;
     Real sum = 0;
     for (int k = 0; k < count; ++k) sum += weights[entry + k] * sums[vertices[entry + k]];
     sum = sum * scale + Real(1e-20);
-    const Real factor = Real(1) / (root ? sqrt(sum) : sum);
+    bool alone = false;
+    if (self) {
+      const Real own = self_term(weights + entry);
+      sum -= own;
+      alone = sum < Real(kAlone) * own;
+      const Real share = how == Normalization::none ? own : alone ? Real(0) : own / sum;
+      self[p * grid.kernels + number] = share / scale;
+    }
+    if (how == Normalization::none) continue;
+    const Real divisor = how == Normalization::symmetric ? sqrt(sum) : sum;
+    const Real factor = alone ? Real(0) : Real(1) / divisor;
     for (int k = 0; k < count; ++k) weights[entry + k] *= factor;
+  }
+}
+
+// Of a pixel's own Q in its message, before the compatibility.
+template <class Real>
+__global__ void shares_kernel(const Real* self, const Real* factors, int64_t pixels, int kernels,
+                              Real* shares) {
+  for (int64_t p = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; p < pixels;
+       p += int64_t(gridDim.x) * blockDim.x) {
+    Real sum = 0;
+    for (int l = 0; l < kernels; ++l) sum += factors[l] * self[p * kernels + l];
+    shares[p] = sum;
   }
 }
 
@@ -729,6 +755,11 @@ struct Pass {
   const Span* unit_rows;
   const Counters* counters;
   int classes;
+  // Of kernels with kOthers:
+  const Real* shares;         // [pixels] of their own Q in messages
+  const Real* compatibility;  // [C, C], or null
+  const Real* before;         // [pixels, width] the last pass's Q
+  Real* after;                // the same of this pass, may be the same memory
 };
 
 // The same when gradients flow back.
@@ -737,6 +768,7 @@ struct Back {
   const Real* gradient;  // of q; null but in the first pass back
   const Real* values;    // gradients of the splat sums, blurred; null in the first pass back
   Real* of_unary;        // set by the first pass back, then added to
+  Real* kept;            // [pixels, width] those of messages: of the later pass, then of this
 };
 
 // Shared memory holds the classes of each pixel together, in an odd number of vectors, so that
@@ -769,6 +801,40 @@ struct Rows {
       for (int e = p * grid.entries; e < (p + 1) * grid.entries; ++e)
         add(sum, weights[e], from[int64_t(vertices[e]) * width + part]);
       to[p * stride + part] = sum;
+    });
+  }
+
+  // Messages, or their gradients, lose what pixels contribute to their own; `all` holds the pixels
+  // as they contributed. Right after `slice`: a thread changes what it has written.
+  __device__ void remove_self(const Grid& grid, const Pass<Real>& pass, const Real* all,
+                              bool transposed, Vec* to) const {
+    const int64_t first = int64_t(blockIdx.x) * grid.pixels;
+    const Real* const matrix = pass.compatibility;
+    const int classes = pass.classes;
+    const int along = transposed ? classes : 1, across = transposed ? 1 : classes;
+    each(grid.pixels, [&](int p, int part) {
+      const Real* const own = all + (first + p) * width * N;
+      const Real share = pass.shares[first + p];
+      Vec taken{};
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const int c = part * N + i;
+        if (!matrix) taken.at[i] = own[c];
+        for (int from = 0; matrix && c < classes && from < classes; ++from)
+          taken.at[i] -= matrix[c * across + from * along] * own[from];
+      }
+      add(to[p * stride + part], -share, taken);
+    });
+  }
+
+  // Keeps a tile's pixels for `remove_self`, with 0 beyond the border.
+  __device__ void keep(const Grid& grid, const Vec* from, Real* all) const {
+    const Place place = place_of(grid, blockIdx.x);
+    Vec* const to = reinterpret_cast<Vec*>(all) + int64_t(blockIdx.x) * grid.pixels * width;
+    each(grid.pixels, [&](int p, int part) {
+      const int x = place.x + p % grid.tile_width, y = place.y + p / grid.tile_width;
+      const bool inside = x < grid.width && y < grid.height;
+      to[p * width + part] = inside ? from[p * stride + part] : Vec{};
     });
   }
 
@@ -839,7 +905,8 @@ __device__ void each_pixel(const Grid& grid, int classes, Visit visit) {
 }
 
 // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
-template <class Real>
+// kOthers: without self terms.
+template <class Real, bool kOthers>
 __global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real> pass) {
   using Vec = typename Rows<Real>::Vec;
   PYSEG_DYNAMIC_SHARED(Vec, shared);  // [pixels, stride]
@@ -847,6 +914,7 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real
   const int64_t first = blockIdx.x * grid.per_tile(), plane = int64_t(grid.height) * grid.width;
   if (pass.values) {
     rows.slice(grid, pass.values, pass.weights + first, pass.vertices + first, shared);
+    if (kOthers) rows.remove_self(grid, pass, pass.before, false, shared);
     __syncthreads();
   }
   const Real invalid = pass.counters->bad_features ? NAN : 0;
@@ -859,12 +927,13 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(Grid grid, Pass<Real
   });
   if (!pass.partial) return;
   __syncthreads();
+  if (kOthers) rows.keep(grid, shared, pass.after);
   rows.splat(grid, pass, pass.splat + first, shared);
 }
 
 // The update backwards: recomputes q, slices its gradient, adds to the gradient of unary and splats
 // that of the messages.
-template <class Real>
+template <class Real, bool kOthers>
 __global__ void __launch_bounds__(kPassThreads)
     back_kernel(Grid grid, Pass<Real> pass, Back<Real> back) {
   constexpr int N = Rows<Real>::N;
@@ -877,6 +946,8 @@ __global__ void __launch_bounds__(kPassThreads)
     rows.slice(grid, pass.values, pass.weights + first, pass.vertices + first, shared);
   if (back.values)
     rows.slice(grid, back.values, pass.splat + first, pass.vertices + first, gradients);
+  if (kOthers && pass.values) rows.remove_self(grid, pass, pass.before, false, shared);
+  if (kOthers && back.values) rows.remove_self(grid, pass, back.kept, true, gradients);
   __syncthreads();
   each_pixel(grid, pass.classes, [&](int p, int64_t pixel) {
     Vec* const row = shared + p * rows.stride;
@@ -909,23 +980,30 @@ __global__ void __launch_bounds__(kPassThreads)
   });
   if (!pass.partial) return;
   __syncthreads();
+  if (kOthers) rows.keep(grid, shared, back.kept);
   rows.splat(grid, pass, pass.weights + first, shared);
 }
 
 // Adds products of the gradients of messages, still to be blurred, with the sums that the messages
-// were made of, over a kernel's vertices. Grid: y is the kernel. Without a compatibility matrix a
-// block adds to one number, otherwise to [C, C]. Each block takes the same vertices every time.
-template <class T>
+// were made of, over a kernel's vertices. Or, kSelf, takes away what was in the messages of the
+// pixels' own: the gradients `even` of messages with Q, `sums`, over pixels. Grid: y is the kernel.
+// Without a compatibility matrix a block adds to one number, otherwise to [C, C]. Each block takes
+// the same vertices every time.
+template <class T, bool kSelf>
 __global__ void __launch_bounds__(kPassThreads)
     products_kernel(const T* even, const T* odd, const T* sums, const Filter<T>* filters,
-                    const int* kernel_ends, int classes, int stride, bool matrix,
-                    double* products) {  // [kernels, blocks, 1 or C * C]
+                    const int* kernel_ends, const T* self, int64_t pixels, int classes, int stride,
+                    bool matrix, double* products) {  // [kernels, blocks, 1 or C * C]
   const int l = blockIdx.y;
-  const int64_t begin = l ? kernel_ends[l - 1] : 1, end = kernel_ends[l];
+  const int64_t begin = kSelf ? 0 : l ? kernel_ends[l - 1] : 1;
+  const int64_t end = kSelf ? pixels : kernel_ends[l];
   const int cells = matrix ? classes * classes : 1;
   double* const to = products + (int64_t(l) * gridDim.x + blockIdx.x) * cells;
   if (begin >= end) return;
-  const T* const gradients = launches(filters[l].blurs) % 2 ? odd : even;
+  const T* const gradients = !kSelf && launches(filters[l].blurs) % 2 ? odd : even;
+  const auto times = [&](int64_t i, T product) {
+    return kSelf ? -self[i * gridDim.y + l] * product : product;
+  };
   if (!matrix) {
     using Reduce = BlockReduce<double, kPassThreads>;
     __shared__ typename Reduce::TempStorage storage;
@@ -934,7 +1012,7 @@ __global__ void __launch_bounds__(kPassThreads)
          v += int64_t(gridDim.x) * kPassThreads) {
       T dot = 0;
       for (int c = 0; c < classes; ++c) dot += gradients[v * stride + c] * sums[v * stride + c];
-      sum += dot;
+      sum += times(v, dot);
     }
     sum = Reduce(storage).Sum(sum);
     if (threadIdx.x == 0) *to += sum;
@@ -948,7 +1026,7 @@ __global__ void __launch_bounds__(kPassThreads)
       const int64_t stop = min(end, v + kRun);
       T few = 0;
       for (int64_t i = v; i < stop; ++i)
-        few += gradients[i * stride + row] * sums[i * stride + column];
+        few += times(i, gradients[i * stride + row] * sums[i * stride + column]);
       sum += few;
     }
     to[cell] += sum;
@@ -1070,8 +1148,11 @@ class Crf {
   const Grid& grid() const { return grid_; }
   void build(const Real* unary, const Real* features, int planes, const Real* weights,
              const Real* compatibility);
-  void infer(const Real* unary, const Real* compatibility, Real* q,
-             std::vector<Vec*>* kept = nullptr);
+  struct History {           // of all iterations, which `backward` needs
+    std::vector<Vec*> sums;  // blurred: small next to Q
+    std::vector<Vec*> q;     // [pixels, width], only without self terms
+  };
+  void infer(const Real* unary, const Real* compatibility, Real* q, History* history = nullptr);
   void backward(const Real* unary, const Real* compatibility, const Real* gradient, Real* of_unary,
                 Real* of_weights, Real* of_compatibility);
 
@@ -1103,7 +1184,10 @@ class Crf {
     STD_CUDA_CHECK(cudaMemsetAsync(values, 0, width_ * sizeof(Vec), stream_));
     return values;
   }
-  Pass<Real> pass(const Real* unary, const Vec* messages) const {
+  int64_t pixels() const { return grid_.tiles() * grid_.pixels; }
+  Vec* pixel_rows() { return memory_.template get<Vec>(pixels() * width_); }
+  Pass<Real> pass(const Real* unary, const Vec* messages, const Real* compatibility,
+                  const Vec* before, Vec* after) const {
     return {unary,
             reinterpret_cast<const Real*>(messages),
             nullptr,
@@ -1115,7 +1199,11 @@ class Crf {
             entries_.rows,
             entries_.unit_rows,
             counters_,
-            classes_};
+            classes_,
+            shares_,
+            compatibility,
+            reinterpret_cast<const Real*>(before),
+            reinterpret_cast<Real*>(after)};
   }
   void normalize();
   template <class Kernel, class... Arguments>
@@ -1142,11 +1230,13 @@ class Crf {
   Filter<Real>* filters_ = nullptr;  // [kernels]
   Real* factors_ = nullptr;          // [kernels]
   Entries<Real> entries_{};
-  Real* splat_ = nullptr;                  // the entries' weights, unless they are entries_.weights
-  int* kernel_ends_ = nullptr;             // [kernels] of their vertices
-  int* kernel_of_ = nullptr;               // [1 + vertices]
-  int2* links_ = nullptr;                  // [axes, 1 + vertices]
-  Span* spans_ = nullptr;                  // [locals] rows, sorted by vertex
+  Real* splat_ = nullptr;       // the entries' weights, unless they are entries_.weights
+  Real* self_ = nullptr;        // [pixels, kernels], see normalize_kernel; null: self terms stay
+  Real* shares_ = nullptr;      // [pixels]
+  int* kernel_ends_ = nullptr;  // [kernels] of their vertices
+  int* kernel_of_ = nullptr;    // [1 + vertices]
+  int2* links_ = nullptr;       // [axes, 1 + vertices]
+  Span* spans_ = nullptr;       // [locals] rows, sorted by vertex
   int *begin_ = nullptr, *end_ = nullptr;  // [1 + vertices] of spans_
 };
 
@@ -1384,7 +1474,8 @@ template <class Real>
 void Crf<Real>::normalize() {
   const Normalization how = settings_.normalization;
   splat_ = entries_.weights;
-  if (how == Normalization::none) return;
+  const bool self_term = settings_.self_term;
+  if (how == Normalization::none && self_term) return;
   Memory scratch(like_);
   const auto partial = scratch.get<Vector<Real, 1>>(capacity_.rows);
   const auto sums = scratch.get<Vector<Real, 1>>(1 + capacity_.vertices);
@@ -1395,43 +1486,52 @@ void Crf<Real>::normalize() {
                partial);
   combine<Real, 1>(partial, 1, sums, spare);
   blur<Real, 1>(1, nullptr, false, sums, spare);
-  const int64_t pixels = grid_.tiles() * grid_.pixels;
-  if (how != Normalization::symmetric) {
-    splat_ = memory_.template get<Real>(pixels * grid_.entries);
-    STD_CUDA_CHECK(cudaMemcpyAsync(splat_, entries_.weights, pixels * grid_.entries * sizeof(Real),
+  if (how == Normalization::before || how == Normalization::after) {
+    splat_ = memory_.template get<Real>(pixels() * grid_.entries);
+    STD_CUDA_CHECK(cudaMemcpyAsync(splat_, entries_.weights,
+                                   pixels() * grid_.entries * sizeof(Real),
                                    cudaMemcpyDeviceToDevice, stream_));
   }
+  if (!self_term) self_ = memory_.template get<Real>(pixels() * kernels());
   for (int l = 0; l < kernels(); ++l)
-    each(normalize_kernel<Real>, pixels, grid_, kernels_[l].first_entry, kernels_[l].entries,
-         pixels, scale_of(l), how == Normalization::symmetric, reinterpret_cast<const Real*>(sums),
-         entries_.vertices, how == Normalization::before ? splat_ : entries_.weights);
+    each(normalize_kernel<Real>, pixels(), grid_, kernels_[l].first_entry, kernels_[l].entries, l,
+         pixels(), scale_of(l), how, SelfTerm<Real>(kernels_[l], scale_of(l)),
+         reinterpret_cast<const Real*>(sums), entries_.vertices,
+         how == Normalization::before ? splat_ : entries_.weights, self_);
+  if (self_term) return;
+  shares_ = memory_.template get<Real>(pixels());
+  each(shares_kernel<Real>, pixels(), self_, factors_, pixels(), kernels(), shares_);
 }
 
-// Writes q; with `kept`, keeps the blurred sums of every iteration instead.
+// Writes q or, with `history`, that instead.
 template <class Real>
-void Crf<Real>::infer(const Real* unary, const Real* compatibility, Real* q,
-                      std::vector<Vec*>* kept) {
+void Crf<Real>::infer(const Real* unary, const Real* compatibility, Real* q, History* history) {
   const int iterations = kernels() ? settings_.iterations : 0;
-  Vec *partial = nullptr, *values = nullptr, *spare = nullptr;
+  Vec *partial = nullptr, *values = nullptr, *spare = nullptr, *before = nullptr;
   if (iterations) {
     partial = memory_.template get<Vec>(capacity_.rows * width_);
-    if (!kept) values = messages();
+    if (!history) values = messages();
+    if (!history && shares_) before = pixel_rows();
     spare = messages();
   }
-  STD_CUDA_CHECK(cudaFuncSetAttribute(pass_kernel<Real>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const bool mixes = compatibility || kept;
+  const auto kernel = shares_ ? pass_kernel<Real, true> : pass_kernel<Real, false>;
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  const bool mixes = compatibility || history;
   const Vec* in = nullptr;
   for (int step = 0; step <= iterations; ++step) {
     const bool last = step == iterations;
-    if (last && kept) break;
-    Pass<Real> update = pass(unary, in);
+    if (last && history) break;
+    if (history && shares_) history->q.push_back(pixel_rows());
+    Vec* const after = history && shares_ ? history->q.back() : before;
+    Pass<Real> update = pass(unary, in, compatibility, before, after);
     update.q = last ? q : nullptr;
     update.partial = reinterpret_cast<Real*>(last ? nullptr : partial);
-    PYSEG_LAUNCH(pass_kernel<Real>, unsigned(grid_.tiles()), kPassThreads, pass_bytes(1), stream_,
-                 grid_, update);
+    PYSEG_LAUNCH(kernel, unsigned(grid_.tiles()), kPassThreads, pass_bytes(1), stream_, grid_,
+                 update);
     if (last) break;
-    if (kept) kept->push_back(values = messages());
+    before = after;
+    if (history) history->sums.push_back(values = messages());
     combine<Real, kVector>(partial, width_, values, spare);
     blur<Real, kVector>(width_, mixes ? nullptr : factors_, false, values, spare);
     in = values;
@@ -1447,34 +1547,43 @@ void Crf<Real>::backward(const Real* unary, const Real* compatibility, const Rea
   const int iterations = kernels() ? settings_.iterations : 0;
   const int cells = compatibility ? classes_ * classes_ : 1;
   const int blocks = std::clamp((1 << 20) / cells, 16, 128);
-  std::vector<Vec*> kept;
-  infer(unary, compatibility, nullptr, &kept);
+  History history;
+  infer(unary, compatibility, nullptr, &history);
   Vec *partial = nullptr, *values = nullptr, *spare = nullptr, *mixed = nullptr;
+  Vec* slopes = nullptr;  // of messages, per pixel
   double* products = nullptr;
   if (iterations) {
     partial = memory_.template get<Vec>(capacity_.rows * width_);
     values = messages(), spare = messages(), mixed = messages();
+    if (shares_) slopes = pixel_rows();
     products = memory_.template get<double>(int64_t(kernels()) * blocks * cells);
     STD_CUDA_CHECK(cudaMemsetAsync(products, 0,
                                    int64_t(kernels()) * blocks * cells * sizeof(double), stream_));
   }
-  STD_CUDA_CHECK(cudaFuncSetAttribute(back_kernel<Real>,
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  const auto kernel = shares_ ? back_kernel<Real, true> : back_kernel<Real, false>;
+  STD_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const Vec* in = nullptr;
   for (int step = iterations; step >= 0; --step) {
-    if (step > 0) mix(kept[step - 1], compatibility, false, mixed);
-    Pass<Real> update = pass(unary, step > 0 ? mixed : nullptr);
+    const Vec* const sums = step > 0 ? history.sums[step - 1] : nullptr;
+    const Vec* const q = step > 0 && shares_ ? history.q[step - 1] : nullptr;
+    if (step > 0) mix(sums, compatibility, false, mixed);
+    Pass<Real> update = pass(unary, step > 0 ? mixed : nullptr, compatibility, q, nullptr);
     update.partial = reinterpret_cast<Real*>(step > 0 ? partial : nullptr);
-    const Back<Real> back{gradient, reinterpret_cast<const Real*>(in), of_unary};
-    PYSEG_LAUNCH(back_kernel<Real>, unsigned(grid_.tiles()), kPassThreads, pass_bytes(2), stream_,
-                 grid_, update, back);
+    const Back<Real> back{gradient, reinterpret_cast<const Real*>(in), of_unary,
+                          reinterpret_cast<Real*>(slopes)};
+    PYSEG_LAUNCH(kernel, unsigned(grid_.tiles()), kPassThreads, pass_bytes(2), stream_, grid_,
+                 update, back);
     if (step == 0) break;
     combine<Real, kVector>(partial, width_, values, spare);
-    PYSEG_LAUNCH(products_kernel<Real>, dim3(unsigned(blocks), unsigned(kernels())), kPassThreads,
-                 0, stream_, reinterpret_cast<const Real*>(values),
-                 reinterpret_cast<const Real*>(spare),
-                 reinterpret_cast<const Real*>(kept[step - 1]), filters_, kernel_ends_, classes_,
-                 width_ * kVector, compatibility != nullptr, products);
+    const auto add_products = [&](auto which, const Vec* even, const Vec* odd, const Vec* with) {
+      PYSEG_LAUNCH(which, dim3(unsigned(blocks), unsigned(kernels())), kPassThreads, 0, stream_,
+                   reinterpret_cast<const Real*>(even), reinterpret_cast<const Real*>(odd),
+                   reinterpret_cast<const Real*>(with), filters_, kernel_ends_, self_, pixels(),
+                   classes_, width_ * kVector, compatibility != nullptr, products);
+    };
+    add_products(products_kernel<Real, false>, values, spare, sums);
+    if (shares_) add_products(products_kernel<Real, true>, slopes, slopes, q);
     blur<Real, kVector>(width_, compatibility ? nullptr : factors_, true, values, spare);
     in = values;
     if (compatibility) mix(values, compatibility, true, spare), in = spare;
@@ -1539,10 +1648,11 @@ void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor&
 Tensor dense_crf_cuda(const Tensor& unary, const Tensor& features, const Tensor& weights,
                       const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
                       std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
-                      int64_t normalization, int64_t passes, double spread, int64_t rings) {
+                      int64_t normalization, bool self_term, int64_t passes, double spread,
+                      int64_t rings) {
   const DeviceScope device(unary);
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   if (unary.scalar_type() == ScalarType::Float)
     infer<float>(a, q, device.stream);
@@ -1555,10 +1665,10 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cuda(
     const Tensor& gradient, const Tensor& unary, const Tensor& features, const Tensor& weights,
     const std::optional<Tensor>& compatibility, std::vector<int64_t> sizes,
     std::vector<int64_t> channels, std::vector<double> sigmas, int64_t iterations,
-    int64_t normalization, int64_t passes, double spread, int64_t rings) {
+    int64_t normalization, bool self_term, int64_t passes, double spread, int64_t rings) {
   const DeviceScope device(unary);
   const Arguments a = check(unary, features, weights, compatibility, sizes, channels, sigmas,
-                            iterations, normalization, passes, spread, rings);
+                            iterations, normalization, self_term, passes, spread, rings);
   PYSEG_CHECK(shape(gradient) == shape(unary) && gradient.scalar_type() == unary.scalar_type(),
               "the gradient must be ", shape(unary), " of unary's dtype, got ", shape(gradient));
   const Tensor g = torch::stable::contiguous(gradient);

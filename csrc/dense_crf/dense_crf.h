@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "../common/host_device.h"
 
@@ -197,13 +198,15 @@ struct Kernel {
   PYSEG_HOST_DEVICE int margin() const { return blur.passes - 1; }
 };
 
-// Chooses the lattice of a kernel whose channels and sigmas are set.
-inline void choose_lattice(Kernel& kernel, const Blur& quality, int64_t height, int64_t width) {
+// Chooses the lattice of a kernel whose channels and sigmas are set. A grid's row sums are products
+// of those along its axes; without the self terms, `self_term` false, they are not.
+inline void choose_lattice(Kernel& kernel, const Blur& quality, bool self_term, int64_t height,
+                           int64_t width) {
   kernel.blur = quality;
   kernel.axes = kernel.entries = kernel.features + 1;
   const int* const channel = kernel.channels;
-  kernel.grid = quality.rings > 0 && kernel.features == 2 && channel[0] < 0 && channel[1] < 0 &&
-                channel[0] != channel[1];
+  kernel.grid = self_term && quality.rings > 0 && kernel.features == 2 && channel[0] < 0 &&
+                channel[1] < 0 && channel[0] != channel[1];
   if (!kernel.grid) return;
   // Interpolating between vertices h pixels apart when splatting and when slicing has a variance
   // of (h^2 - 1) / 3; blurs have the rest. More than 1/5 outside would be far from a Gaussian.
@@ -281,5 +284,46 @@ inline double kernel_scale(const Kernel& kernel, bool classic) {
   if (classic) return 1 / (1 + std::exp2(-d));
   return centre * std::pow(2 * M_PI * blur.variance(), d / 2) * std::sqrt(d + 1);
 }
+
+// What a permutohedral lattice's filter gives a pixel of itself, from its barycentric weights. Two
+// of its vertices are one step apart along `r` axes, and one step along all d + 1 of them is none.
+// So mass gets from one to the other by t + 1 steps along each of those r and t along each other
+// axis, for any t. Where vertices on the way are absent, a part of it does not arrive.
+template <class T>
+struct SelfTerm {
+  int entries;
+  T share[kMaxFeatures + 1];  // [d + 1] of r: what arrives, times the kernel's scale
+
+  SelfTerm(const Kernel& kernel, double scale) : entries(kernel.entries) {
+    const int passes = kernel.blur.passes, middle = passes + 1;     // so that t + 1 is inside, too
+    std::vector<double> steps(2 * middle + 2), next(steps.size());  // blurs along one axis
+    steps[middle] = 1;
+    for (int pass = 0; pass < passes; ++pass) {
+      for (size_t i = 1; i + 1 < steps.size(); ++i)
+        next[i] = steps[i] + kernel.side(0) * (steps[i - 1] + steps[i + 1]);
+      steps.swap(next);
+    }
+    for (int r = 0; r < entries; ++r) {
+      double sum = 0;
+      for (size_t t = 0; t + 1 < steps.size(); ++t)
+        sum += std::pow(steps[t + 1], r) * std::pow(steps[t], entries - r);
+      share[r] = T(scale * sum);
+    }
+  }
+
+  PYSEG_HOST_DEVICE T operator()(const T* weight) const {
+    T sum = 0;
+    for (int k = 0; k < entries; ++k) {
+      T part = share[0] * weight[k];
+      for (int l = 0; l < k; ++l) part += 2 * share[k - l] * weight[l];
+      sum += part * weight[k];
+    }
+    return sum;
+  }
+};
+
+// A pixel whose neighbours sum to less than this share of its self term is alone. A SelfTerm is up
+// to a fifth too large, so such a sum is mostly error, by which nothing may be divided.
+constexpr double kAlone = 0.1;
 
 }  // namespace pyseg

@@ -389,13 +389,40 @@ struct Loops {
                 a.entries, n, stride, lattice);
   }
 
+  // At one row of a tile: messages, or their gradients, lose what pixels contribute to their own;
+  // `from` holds the tile's pixels as they contributed.
+  static void remove_self(const TilePass<Real>& a, const Real* from, const Real* matrix, int y,
+                          int n, Real* rows) {
+    const int width = Blocks < 0 ? a.stride : 16 * Blocks + Tail;
+    const int64_t first = int64_t(y) * a.width;
+    for (int x = 0; x < a.width; ++x, rows += a.stride) {
+      const Real* const own = from + (first + x) * width;
+      const Real factor = -a.self[first + x];
+      Row row;
+      get(row, rows, n);
+      if (matrix)
+        for (int c = 0; c < a.classes; ++c) add(row, factor * own[c], matrix + c * a.stride, n);
+      else
+        add(row, factor, own, n);
+      put(row, rows, n);
+    }
+  }
+
+  // Keeps one row of a tile's pixels for `remove_self`.
+  static void keep(const TilePass<Real>& a, const Real* rows, int y, int n, Real* to) {
+    const int width = Blocks < 0 ? a.stride : 16 * Blocks + Tail;
+    pack(rows, a.width, to + int64_t(y) * a.width * width, n, width);
+  }
+
   // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
   static void tile(const TilePass<Real>& a) {
     const int n = a.stride / 16, width = a.width;
     const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
     for (int y = 0; y < a.height; ++y) {
       if (a.in) slice_all(a, a.in, false, y, n, stride, a.buffer);
+      if (a.in && a.self) remove_self(a, a.before, a.matrix, y, n, a.buffer);
       for (int x = 0; x < width; x += 16) softmax(a, x, y, n, stride, a.buffer + x * stride);
+      if (a.out && a.self) keep(a, a.buffer, y, n, a.after);
       if (a.out) splat_all(a, a.buffer, false, y, n, stride, a.out);
     }
   }
@@ -453,9 +480,12 @@ struct Loops {
     for (int y = 0; y < pass.height; ++y) {
       if (pass.in) slice_all(pass, pass.in, false, y, n, stride, logits);
       if (a.back) slice_all(pass, a.back, true, y, n, stride, slopes);
+      if (pass.in && pass.self) remove_self(pass, pass.before, pass.matrix, y, n, logits);
+      if (a.back && pass.self) remove_self(pass, a.kept, a.transposed, y, n, slopes);
       for (int x = 0; x < width; x += 16)
         softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
                          logits + x * stride, slopes + x * stride);
+      if (pass.out && pass.self) keep(pass, logits, y, n, a.kept);
       if (pass.out) splat_all(pass, logits, true, y, n, stride, pass.out);
     }
   }

@@ -133,11 +133,13 @@ features = 255 * torch.rand(2, 3, 17, 20, generator=g)
 kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 80.0, 80.0, 80.0])
 for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3), (1, 0.25, 0))]:
     unary = torch.randn(2, classes, 17, 20, generator=g)
-    for normalization in (1, 2):
+    gradient = torch.randn(unary.shape, generator=g)
+    for normalization, self_term in [(1, True), (2, True), (3, False)]:
         given = (unary, features, torch.tensor([3.0, 10.0]), compatibility, *kernels, 2,
-                 normalization, *quality)
+                 normalization, self_term, *quality)
         yield ops.dense_crf(*given)
-    yield ops.dense_crf_backward(torch.randn(unary.shape, generator=g), *given)
+        if normalization > 1:
+            yield ops.dense_crf_backward(gradient, *given)
 """,
 }
 OPS = [source.stem for source in emulation.kernels()]

@@ -184,17 +184,84 @@ def test_compatible_is_the_installed_pydensecrf(generator):
     np.testing.assert_allclose(np.array(crf.inference(5)), q[0].reshape(5, -1), atol=1e-4)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATION)
 @pytest.mark.parametrize("quality", QUALITY)
-def test_normalizations(generator, normalization, quality):
+def test_normalizations(generator, normalization, quality, self_term):
     unary, image = example(generator)
     weight = 0.05 if normalization == "none" else 1.0
     kernels = {"gaussian": ((3.0, weight),), "bilateral": ((20.0, 30.0, weight),)}
-    q = dense_crf(unary, image, quality=quality, normalization=normalization, **kernels)
-    expected = reference(unary, image, normalization=normalization, **kernels)
+    options = {"normalization": normalization, "self_term": self_term, **kernels}
+    q = dense_crf(unary, image, quality=quality, **options)
+    expected = reference(unary, image, **options)
     # Errors of scale cancel where the kernel is normalised; the classic lattice has such errors.
     bound = {"compatible": 0.004, "default": 0.002, "high": 0.001}[quality]
     assert (q - expected).abs().mean() < (10 * bound if normalization == "none" else bound)
+
+
+def messages(function, unary, image, **options):
+    """Of the first iteration, less their mean over classes, which the softmax drops."""
+    sums = function(unary, image, iterations=1, **options).log() + unary
+    return sums - sums.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize("kernels", ["gaussian", "bilateral"])
+@pytest.mark.parametrize("quality", QUALITY)
+def test_messages_of_others_on_a_photograph(generator, quality, kernels):
+    """The error does not grow where self terms are taken out of the lattice's sums again."""
+    street = read_image(Path(pyseg.__file__).parent / "assets" / "street.jpg")
+    options = {"gaussian": ((3.0, 3.0),), "bilateral": ((80.0, 13.0, 10.0),)}
+    options[{"gaussian": "bilateral", "bilateral": "gaussian"}[kernels]] = ()
+    for y, x in ((100, 100), (150, 300)):
+        image = street[None, :, y : y + 48, x : x + 64]
+        unary = 6 * smooth(generator, 1, 5, 48, 64) + torch.randn(1, 5, 48, 64, generator=generator)
+        error, change = [], 0
+        for self_term in (True, False):
+            exact = messages(reference, unary.double(), image, self_term=self_term, **options)
+            change = exact - change
+            ours = {"quality": quality, "self_term": self_term, **options}
+            found = messages(dense_crf, unary.double(), image, **ours)
+            error.append((found - exact).abs().mean())
+        assert error[1] < 1.3 * error[0]  # seen: 0.46 to 1.04 of it; high, bilateral: 1.27
+        if (quality, kernels) == ("high", "gaussian"):  # others' errors exceed so small a change
+            assert error[1] < 0.5 * change.abs().mean()
+
+
+@pytest.mark.parametrize("normalization", [n for n in NORMALIZATION if n != "none"])
+@pytest.mark.parametrize("quality", QUALITY)
+def test_pixels_that_nobody_resembles(generator, quality, normalization):
+    unary, image = example(generator, 2, 4, 30, 41)
+    options = {"quality": quality, "normalization": normalization, "self_term": False}
+    noise = 255 * torch.rand(image.shape, generator=generator)
+    kernels = {"gaussian": (), "bilateral": ((10.0, 0.5, 5.0),)}
+    alone = torch.softmax(-unary, 1)
+    torch.testing.assert_close(dense_crf(unary, noise, iterations=5, **kernels, **options), alone)
+    noise[..., 16:] = 100  # and among others that have neighbours
+    q = dense_crf(unary, noise, iterations=5, **kernels, **options)
+    torch.testing.assert_close(q[..., :16], alone[..., :16])
+    del options["quality"]
+    others = reference(unary[..., 16:], noise[..., 16:], iterations=5, **kernels, **options)
+    change = (alone[..., 16:] - others).abs().mean()
+    assert (q[..., 16:] - others).abs().mean() < 0.2 * change
+
+
+@pytest.mark.parametrize("size", range(1, 6))
+@pytest.mark.parametrize("quality", QUALITY)
+def test_no_message_from_oneself(generator, quality, size):
+    """Exactly none where features fill the lattice: there no vertex is absent."""
+    unary = torch.randn(1, 3, 120, 130, generator=generator, dtype=torch.double)
+    planes = torch.rand(1, size, 120, 130, generator=generator)
+    planes[..., 60, 60] = 0.5
+    other = unary.clone()
+    other[0, 0, 60, 60] += 3
+    kernels = {"gaussian": (), "bilateral": (), "features": ((planes, 0.35, 1e-3),)}
+    change = []
+    for self_term in (True, False):
+        options = {"quality": quality, "normalization": "none", "self_term": self_term, **kernels}
+        received = [messages(dense_crf, u, planes, **options)[..., 60, 60] for u in (unary, other)]
+        change.append((received[0] - received[1]).abs().max() / 1e-3)
+    assert change[0] > 0.02
+    assert change[1] < 1e-8
 
 
 @pytest.mark.parametrize("size", range(1, 9))
@@ -274,13 +341,14 @@ def test_compatibility(generator):
 # -- sizes, layouts, dtypes
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [1, 2, 3, 5, 8, 9, 16, 17, 21, 24, 25, 32, 33, 40, 150, 256])
-def test_any_number_of_classes(generator, classes):
+def test_any_number_of_classes(generator, classes, self_term):
     unary, image = example(generator, 1, classes, 11, 19)
-    q = dense_crf(unary, image)
+    q = dense_crf(unary, image, self_term=self_term)
     torch.testing.assert_close(q.sum(1), torch.ones(1, 11, 19))
     # float64 takes other loops: rows of whole vectors, whatever the number of classes
-    difference = (q - dense_crf(unary.double(), image)).abs()
+    difference = (q - dense_crf(unary.double(), image, self_term=self_term)).abs()
     assert difference.mean() < 1e-5
     assert difference.max() < 1e-3  # a rounding may choose another, equally near vertex
 
@@ -302,6 +370,13 @@ def test_one_pixel_keeps_its_label():
     image = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
     expected = reference(unary, image)  # its only neighbour is itself
     torch.testing.assert_close(dense_crf(unary, image), expected.float(), atol=1e-6, rtol=1e-5)
+    for normalization in set(NORMALIZATION) - {"none"}:
+        for quality in QUALITY:
+            options = {"normalization": normalization, "self_term": False, "quality": quality}
+            for iterations in (1, 10):
+                q = dense_crf(unary, image, iterations=iterations, **options)
+                torch.testing.assert_close(q, torch.softmax(-unary, 1))
+    torch.testing.assert_close(reference(unary, image, self_term=False).float(), q)
 
 
 def test_one_class_is_certain(generator):
@@ -324,22 +399,25 @@ def test_batch_is_its_images(generator):
         assert torch.equal(q[i : i + 1], dense_crf(unary[i : i + 1], image[i : i + 1]))
 
 
-def test_strides_do_not_matter(generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_strides_do_not_matter(generator, self_term):
     unary, image = example(generator)
-    q = dense_crf(unary, image)
+    run = functools.partial(dense_crf, self_term=self_term)
+    q = run(unary, image)
     last = torch.channels_last
-    assert torch.equal(q, dense_crf(unary.to(memory_format=last), image.to(memory_format=last)))
+    assert torch.equal(q, run(unary.to(memory_format=last), image.to(memory_format=last)))
     wide = torch.randn(2, 8, 20, 66, generator=generator)
     wide[:, ::2, :, ::2] = unary
-    assert torch.equal(q, dense_crf(wide[:, ::2, :, ::2], image.flip(3).flip(3)))
+    assert torch.equal(q, run(wide[:, ::2, :, ::2], image.flip(3).flip(3)))
 
 
-def test_same_bits_for_any_number_of_threads(generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_same_bits_for_any_number_of_threads(generator, self_term):
     unary, image = example(generator, 1, 19, 150, 300)
     results = []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        results.append(dense_crf(unary, image, iterations=2))
+        results.append(dense_crf(unary, image, iterations=2, self_term=self_term))
     for result in results[1:]:
         assert torch.equal(results[0], result)
 
@@ -349,7 +427,11 @@ import sys, torch, pyseg
 from pyseg.ops import dense_crf
 torch.set_num_threads(1)
 inputs = torch.load(sys.argv[1])
-results = [dense_crf(unary, image, iterations=2) for unary, image in inputs]
+results = [
+    dense_crf(unary, image, iterations=2, self_term=self_term)
+    for unary, image in inputs
+    for self_term in (True, False)
+]
 torch.save((torch.ops.pyseg.simd_level(), results), sys.argv[2])
 """
 
@@ -371,8 +453,9 @@ def test_every_simd_level(generator, level, tmp_path):
     if level not in taken:
         assert taken == "generic"
         pytest.skip(f"this processor runs no {level}")
-    for (unary, image), q in zip(inputs, results, strict=True):
-        difference = (q - dense_crf(unary, image, iterations=2)).abs()
+    for i, q in enumerate(results):
+        unary, image = inputs[i // 2]
+        difference = (q - dense_crf(unary, image, iterations=2, self_term=i % 2 == 0)).abs()
         assert difference.mean() < 1e-5
         assert difference.max() < 1e-3  # a rounding may choose another, equally near vertex
 
@@ -398,13 +481,15 @@ def test_very_certain_unary(generator):
     assert q.isfinite().all()
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATION)
 @pytest.mark.parametrize("extreme", [1e15, -1e15])
-def test_huge_weights_stay_finite(generator, normalization, extreme):
+def test_huge_weights_stay_finite(generator, normalization, extreme, self_term):
     unary, image = example(generator)
     kernels = {"gaussian": ((3.0, extreme),), "bilateral": ((30.0, 20.0, extreme),)}
     for options in ({}, {"compatibility": extreme * torch.rand(4, 4, generator=generator)}):
-        q = dense_crf(unary, image, normalization=normalization, **kernels, **options)
+        options.update(normalization=normalization, self_term=self_term)
+        q = dense_crf(unary, image, **kernels, **options)
         assert q.isfinite().all()
         torch.testing.assert_close(q.sum(1), torch.ones(2, 20, 33))
 
@@ -469,6 +554,7 @@ def test_bad_tensors(generator, change, message):
         ({"iterations": -1}, "iterations"),
         ({"quality": "best"}, "quality must be one of"),
         ({"normalization": "both"}, "normalization must be one of"),
+        ({"self_term": 0}, "self_term must be True or False, got 0"),
         ({"compatibility": torch.eye(3)}, r"compatibility must be \[4, 4\]"),
     ],
 )
@@ -495,6 +581,7 @@ def arguments(
         kernels.sigmas,
         options.get("iterations", 3),
         NORMALIZATION[options.get("normalization", "symmetric")],
+        options.get("self_term", True),
         *QUALITY[options.get("quality", "default")],
     )
 
@@ -513,6 +600,7 @@ def check_device(device, unary, image, tolerance=1e-5, **options):
     return q
 
 
+WEAK = {"gaussian": ((3.0, 0.05),), "bilateral": ((80.0, 13.0, 0.05),)}
 SEVERAL = {
     "gaussian": ((3.0, 2.0), ((2.0, 5.0), 1.0)),
     "bilateral": ((30.0, 20.0, 2.0), (10.0, (20.0, 30.0, 40.0), 1.0)),
@@ -528,15 +616,18 @@ SEVERAL = {
         ((2, 3, 9, 13), SEVERAL),
         ((1, 1, 1, 1), {}),
         ((1, 2, 1, 70), {"quality": "compatible"}),
+        ((2, 3, 9, 13), {"self_term": False, **SEVERAL}),
+        ((1, 1, 1, 1), {"self_term": False}),
     ],
 )
 def test_small_kernel_agrees_with_cpu(device, generator, shape, options):
     check_device(device, *example(generator, *shape), **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("quality", QUALITY)
 @pytest.mark.parametrize("normalization", NORMALIZATION)
-def test_device_levels(device, generator, quality, normalization):
+def test_device_levels(device, generator, quality, normalization, self_term):
     weight = 0.05 if normalization == "none" else 1.0
     check_device(
         device,
@@ -545,6 +636,7 @@ def test_device_levels(device, generator, quality, normalization):
         bilateral=((20.0, 60.0, weight),),
         quality=quality,
         normalization=normalization,
+        self_term=self_term,
     )
 
 
@@ -552,22 +644,28 @@ def test_device_levels(device, generator, quality, normalization):
 def test_device_features_of_any_dimension(device, generator, size):
     unary, image = example(generator, 2, 3, 10, 13)
     kernel = (smooth(generator, 2, size, 10, 13), [0.3 + 0.05 * i for i in range(size)], 2.0)
-    check_device(device, unary, image, gaussian=(), bilateral=(), features=(kernel,))
+    options = {"gaussian": (), "bilateral": (), "features": (kernel,)}
+    for self_term in (True, False):
+        check_device(device, unary, image, self_term=self_term, **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [2, 4, 8, 11, 19, 21, 32, 150, 256])
-def test_device_classes(device, generator, classes):
-    check_device(device, *example(generator, 1, classes, 9, 18))
+def test_device_classes(device, generator, classes, self_term):
+    check_device(device, *example(generator, 1, classes, 9, 18), self_term=self_term)
 
 
-def test_device_float64(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_float64(device, generator, self_term):
     unary, image = example(generator, 1, 7, 17, 20)
-    check_device(device, unary.double(), image, tolerance=1e-12)
+    check_device(device, unary.double(), image, tolerance=1e-12, self_term=self_term)
 
 
-def test_device_compatibility(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_compatibility(device, generator, self_term):
     unary, image = example(generator, 1, 6, 12, 21)
-    check_device(device, unary, image, compatibility=torch.rand(6, 6, generator=generator))
+    matrix = torch.rand(6, 6, generator=generator)  # not symmetric
+    check_device(device, unary, image, compatibility=matrix, self_term=self_term)
 
 
 def test_device_nothing_to_do(device, generator):
@@ -639,23 +737,32 @@ def check_device_gradients(device, unary, image, tolerance=1e-5, **options):
         ((1, 3, 5, 34), {"normalization": "after", **SEVERAL}),
         ((1, 4, 9, 13), {"compatibility": torch.rand(4, 4)}),
         ((1, 1, 1, 1), {}),
+        ((2, 3, 9, 13), {"self_term": False}),
+        ((1, 5, 17, 20), {"self_term": False, "normalization": "before", "quality": "compatible"}),
+        ((1, 3, 5, 34), {"self_term": False, "normalization": "after", **SEVERAL}),
+        ((1, 3, 5, 34), {"self_term": False, "normalization": "none", **WEAK}),
+        ((1, 1, 1, 1), {"self_term": False}),
     ],
 )
 def test_small_kernel_gradients_agree_with_cpu(device, generator, shape, options):
     check_device_gradients(device, *example(generator, *shape), **options)
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [2, 8, 19, 40, 150, 256])
 @pytest.mark.parametrize("potts", [True, False])
-def test_device_gradients_by_class(device, generator, classes, potts):
+def test_device_gradients_by_class(device, generator, classes, potts, self_term):
     unary, image = example(generator, 1, classes, 5, 9)
     matrix = None if potts else torch.rand(classes, classes, generator=generator)
-    check_device_gradients(device, unary, image, compatibility=matrix, iterations=2)
+    options = {"compatibility": matrix, "iterations": 2, "self_term": self_term}
+    check_device_gradients(device, unary, image, **options)
 
 
-def test_device_gradients_in_double(device, generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_device_gradients_in_double(device, generator, self_term):
     unary, image = example(generator, 1, 256, 5, 9)
-    check_device_gradients(device, unary.double(), image, tolerance=1e-12, iterations=1)
+    options = {"tolerance": 1e-12, "iterations": 2, "self_term": self_term}
+    check_device_gradients(device, unary.double(), image, **options)
 
 
 def test_device_gradients_without_messages(device, generator):
@@ -668,9 +775,12 @@ def test_while_a_graph_is_captured(emulated, generator):
     from emulation import settings
 
     given = first = arguments(*example(generator, 2, 3, 17, 33))
+    others = (*given[:9], False, *given[10:])  # without self terms
     expected = emulated.dense_crf(*given)
+    expected_others = emulated.dense_crf(*others)
     with settings(capturing=1):  # waiting for the stream would raise
         assert torch.equal(emulated.dense_crf(*given), expected)
+        assert torch.equal(emulated.dense_crf(*others), expected_others)
         gradients = emulated.dense_crf_backward(given[0], *given)
         for bad in (0, 1):  # the unary, then the features
             wrong = list(given)
@@ -720,7 +830,7 @@ def test_opcheck(generator):
                 weights,
                 compatibility,
                 *KERNELS,
-                *(2, 1, 2, 0.2, 1),
+                *(2, 1, True, 2, 0.2, 1),
             ),
         )
 
@@ -754,28 +864,34 @@ def marginals(function, image, potts=False, **options):
     return run
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("potts", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATION)
 @pytest.mark.parametrize("quality", QUALITY)
-def test_gradients_are_those_of_finite_differences(generator, normalization, quality, potts):
+def test_gradients_are_those_of_finite_differences(
+    generator, normalization, quality, potts, self_term
+):
     inputs, image = differentiable(generator)
     if normalization == "none":
         inputs[1:3] = [0.2 * weight for weight in inputs[1:3]]
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
-    run = marginals(dense_crf, image, potts, quality=quality, normalization=normalization)
+    options = {"quality": quality, "normalization": normalization, "self_term": self_term}
+    run = marginals(dense_crf, image, potts, **options)
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 @pytest.mark.parametrize(
     ("n", "c", "h", "w"), [(2, 3, 3, 4), (1, 1, 4, 5), (2, 3, 1, 1), (1, 2, 1, 9), (0, 2, 3, 4)]
 )
-def test_every_gradient_at_small_sizes(generator, n, c, h, w):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_every_gradient_at_small_sizes(generator, n, c, h, w, self_term):
     inputs, image = differentiable(generator, n, c, h, w)
     inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    run = marginals(dense_crf, image, self_term=self_term)
     if n:
-        assert torch.autograd.gradcheck(marginals(dense_crf, image), inputs)
+        assert torch.autograd.gradcheck(run, inputs)
     else:
-        marginals(dense_crf, image)(*inputs).sum().backward()
+        run(*inputs).sum().backward()
         assert inputs[0].grad.shape == inputs[0].shape
         assert all((tensor.grad == 0).all() for tensor in inputs[1:])
 
@@ -791,28 +907,30 @@ def test_gradient_without_messages_is_that_of_softmax(generator, kernels):
     torch.testing.assert_close(ours, expected)
 
 
-def test_gradients_are_close_to_those_of_the_exact_kernels(generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_gradients_are_close_to_those_of_the_exact_kernels(generator, self_term):
     inputs, image = differentiable(generator, 2, 4, 20, 33)
     labels = smooth(generator, 2, 4, 20, 33).argmax(1)
     found = []
     for function, options in ((dense_crf, {"quality": "high"}), (reference, {})):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs]
-        q = marginals(function, image, **options)(*leaves)
+        q = marginals(function, image, self_term=self_term, **options)(*leaves)
         loss = torch.nn.functional.nll_loss(q.log(), labels)
         found.append(torch.autograd.grad(loss, leaves))
     for ours, exact in zip(*found, strict=True):
         assert (ours - exact).norm() < 0.05 * exact.norm()
 
 
+@pytest.mark.parametrize("self_term", [True, False])
 @pytest.mark.parametrize("classes", [1, 3, 8, 11, 19, 24, 32, 40, 150])
-def test_gradients_in_single_precision(generator, classes):
+def test_gradients_in_single_precision(generator, classes, self_term):
     """float64 takes other loops; here the derivative along the gradient is compared, too."""
     inputs, image = differentiable(generator, 1, classes, 40, 140)
     direction = torch.randn(inputs[0].shape, generator=generator)
     found = []
     for dtype in (torch.float32, torch.float64):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
-        q = marginals(dense_crf, image)(*leaves)
+        q = marginals(dense_crf, image, self_term=self_term)(*leaves)
         found.append(torch.autograd.grad(q, leaves, direction.to(dtype)))
     for ours, exact in zip(*found, strict=True):
         # A rounding may choose another, equally near vertex, hence not equal for each pixel.
@@ -832,14 +950,15 @@ def test_gradients_of_half_precision_are_computed_in_single(generator, dtype):
     assert torch.equal(half.grad, single.grad.to(dtype))
 
 
-def test_gradients_have_the_same_bits_for_any_number_of_threads(generator):
+@pytest.mark.parametrize("self_term", [True, False])
+def test_gradients_have_the_same_bits_for_any_number_of_threads(generator, self_term):
     inputs, image = differentiable(generator, 1, 8, 130, 300)
     inputs = [tensor.float().requires_grad_() for tensor in inputs]
     direction = torch.randn(inputs[0].shape, generator=generator)
     found = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        q = marginals(dense_crf, image)(*inputs)
+        q = marginals(dense_crf, image, self_term=self_term)(*inputs)
         found.append(torch.autograd.grad(q, inputs, direction))
     for gradients in found[1:]:
         assert all(map(torch.equal, gradients, found[0]))
@@ -869,7 +988,7 @@ def test_images_and_features_have_no_gradient(generator):
     features = image.double().requires_grad_()
     weights = torch.ones(2, dtype=torch.double)
     operator = torch.ops.pyseg.dense_crf
-    q = operator(unary, features, weights, None, *KERNELS, 2, 1, 2, 0.2, 1)
+    q = operator(unary, features, weights, None, *KERNELS, 2, 1, True, 2, 0.2, 1)
     with pytest.raises(NotImplementedError, match="no gradient for image and features"):
         q.sum().backward()
 
@@ -889,7 +1008,7 @@ def test_opcheck_of_the_gradient(generator):
     for compatibility in (None, 1 - torch.eye(4)):
         torch.library.opcheck(
             torch.ops.pyseg.dense_crf_backward.default,
-            (*arguments, compatibility, *KERNELS, 2, 1, 2, 0.2, 1),
+            (*arguments, compatibility, *KERNELS, 2, 1, False, 2, 0.2, 1),
         )
 
 
@@ -898,7 +1017,7 @@ def test_bad_gradient():
     for gradient in (torch.zeros(1, 4, 5, 7), torch.zeros(1, 4, 5, 6, dtype=torch.double)):
         with pytest.raises(ValueError, match=r"gradient must be \[1, 4, 5, 6\]"):
             torch.ops.pyseg.dense_crf_backward(
-                gradient, unary, unary, torch.ones(2), None, *KERNELS, 2, 1, 2, 0.2, 1
+                gradient, unary, unary, torch.ones(2), None, *KERNELS, 2, 1, True, 2, 0.2, 1
             )
 
 
