@@ -252,6 +252,24 @@ def _read_tensor(tensor: Tensor) -> Tensor:
     return _checked(tensor, "the tensor image")
 
 
+def require_rgb8(image: Tensor, name: str) -> None:
+    """Refuses what models do not take.
+
+    Args:
+        image: must be [3, H, W] uint8.
+        name: what errors call it.
+
+    Raises:
+        ValueError: another shape, or no pixels.
+        TypeError: another dtype.
+    """
+    if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        raise ValueError(f"{name} must be [3, H, W] RGB with H, W > 0, got {list(image.shape)}")
+    if image.dtype != torch.uint8:
+        raise TypeError(f"{name} must be uint8, got {image.dtype}; read it with "
+                        "pyseg.image.read_image or convert it first")  # fmt: skip
+
+
 def _checked(pixels: Tensor, name: str) -> Tensor:
     """[C, H, W] of any dtype to uint8 RGB, refusing values whose white is not known."""
     if pixels.numel() == 0:

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,12 +17,13 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import LabelError, PysegError
-from .types import VOID, Dataset, Sample
+from .types import VOID, Dataset, Metric, Sample
 from .weights import load_into
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .models.panoptic import InstanceModel
     from .models.semantic import SemanticModel
 
 CHECKPOINT = "checkpoint.pt"
@@ -116,36 +116,25 @@ def train(
         >>> model = pyseg.models.get("streetnet")(weights=None)
         >>> log = train(model, CamVid("camvid", "train"), output_dir="runs/street", epochs=100)
     """
-    from accelerate import Accelerator
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     settings = {key: value for key, value in locals().items() if key in _RESUMABLE}
-    _check(settings, model, dataset)
-    settings["samples"] = len(dataset)
-    output = Path(output_dir)
-    checkpoint = output / CHECKPOINT
-    if resume and not checkpoint.exists():
-        raise PysegError(f"resume=True, but there is no {checkpoint}; start with resume=False")
-    if not resume and checkpoint.exists():
-        raise PysegError(f"output_dir {output} holds the checkpoint of an earlier run; pass "
-                         "resume=True to go on with it, or another output_dir")  # fmt: skip
-    output.mkdir(parents=True, exist_ok=True)
-
-    # Under plain torchrun without a GPU accelerate would start each process as the only one.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    accelerator = Accelerator(cpu=several and not torch.accelerator.is_available())
+    _check(settings, model, dataset, shares=("full_size", "class_crops", "warmup"))
+    low, high = scale
+    if not 0 < low <= high:
+        raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest, "
+                         f"got {scale}")  # fmt: skip
+    if min(crop_size) < 1:
+        raise ValueError(f"crop_size must be (height, width) in pixels, got {crop_size}")
+    output = _output_folder(output_dir, resume)
+    accelerator = _accelerator()
     device = accelerator.device
     torch.manual_seed(seed)
     source: Dataset = _Cached(dataset) if cache else dataset
     frequencies, largest = _survey(source, len(model.classes), show=progress)
     class_weights = _class_weights(frequencies, class_power).to(device)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.classes, model.palette = tuple(dataset.classes), tuple(dataset.palette)
-    model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, weight_decay), learning_rate, betas=(0.9, 0.99), fused=True
     )
-    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     crops = _Crops(source, crop_size, scale, class_crops, photometric, seed)
     order = _Order(len(crops), seed)
@@ -155,69 +144,22 @@ def train(
         # Its own generator: else it draws from the global one, more or less often by `workers`.
         generator=torch.Generator(),
     )  # fmt: skip
-    network, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps = len(loader)
-    total = steps * epochs
-    log: list[dict[str, Any]] = []
-    first = 0
-    if resume:
-        first, log = _resume(checkpoint, settings, model, optimizer, average, device)
-
+    loader = accelerator.prepare(loader)
     full_from = epochs - round(epochs * full_size)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
-        disable=not (progress and accelerator.is_main_process),
+
+    def batches(epoch: int) -> Iterable[tuple[Tensor, Tensor]]:
+        order.epoch = epoch
+        crops.begin(epoch, largest if epoch >= full_from else None)
+        return loader
+
+    def losses(outputs: dict[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": _loss(outputs, labels, class_weights, jaccard, auxiliary)}
+
+    return _fit(
+        model, dataset, optimizer, accelerator, output, settings, len(loader), batches, losses,
+        validation, _validate, validate_every=validate_every, save_every=save_every,
+        resume=resume, progress=progress,
     )  # fmt: skip
-    autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-    with bar:
-        task = bar.add_task("training", total=total, completed=first * steps, loss=math.nan)
-        for epoch in range(first, epochs):
-            start = time.perf_counter()
-            order.epoch = epoch
-            crops.begin(epoch, largest if epoch >= full_from else None)
-            # Dropout must not depend on how the run came to this epoch.
-            torch.manual_seed(hash((seed, epoch, accelerator.process_index)) % 2**31)
-            losses = torch.zeros((), device=device)
-            for index, (images, labels) in enumerate(loader):
-                step = epoch * steps + index
-                rate = learning_rate * _schedule(step, total, warmup)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                with autocast:
-                    outputs = network(images)
-                loss = _loss(outputs, labels, class_weights, jaccard, auxiliary)
-                accelerator.backward(loss)
-                optimizer.step()
-                optimizer.zero_grad()
-                _average(average, model.state_dict(), min(ema, (1 + step) / (10 + step)))
-                losses += loss.detach()
-                if index % 8 == 0:  # reading the loss waits for the device
-                    mean_loss = losses.item() / (index + 1)
-                bar.update(task, advance=1, loss=mean_loss)
-            mean_loss = accelerator.reduce(losses / steps, "mean").item()
-            if not math.isfinite(mean_loss):
-                raise PysegError(
-                    f"the loss became {mean_loss} in epoch {epoch + 1}; lower learning_rate "
-                    f"({learning_rate}) or use precision='fp32'"
-                )
-            entry: dict[str, Any] = {
-                "epoch": epoch + 1,
-                "loss": round(mean_loss, 5),
-                "learning_rate": rate,
-                "seconds": round(time.perf_counter() - start, 2),
-            }
-            last = epoch + 1 == epochs
-            if validation is not None and (last or (epoch + 1) % validate_every == 0):
-                with _Swapped(model, average):
-                    entry.update(_validate(model, validation, accelerator))
-            log.append(entry)
-            if accelerator.is_main_process and (last or (epoch + 1) % save_every == 0):
-                _save(output, settings, epoch + 1, log, model, optimizer, average)
-    accelerator.wait_for_everyone()
-    model.load_state_dict(average)
-    model.eval()
-    return log
 
 
 _RESUMABLE = (
@@ -227,23 +169,25 @@ _RESUMABLE = (
 )  # fmt: skip
 
 
-def _check(settings: dict[str, Any], model: SemanticModel, dataset: Dataset) -> None:
-    positive = ("epochs", "batch_size", "learning_rate")
+# ------------------------------------------------------------- what `train_instances` needs too
+
+
+def _check(
+    settings: dict[str, Any],
+    model: SemanticModel | InstanceModel,
+    dataset: Dataset,
+    *,
+    positive: Sequence[str] = ("epochs", "batch_size", "learning_rate"),
+    shares: Sequence[str],
+) -> None:
     for name in positive:
         if settings[name] <= 0:
             raise ValueError(f"{name} must be positive, got {settings[name]}")
-    for name in ("full_size", "class_crops", "warmup"):
+    for name in shares:
         if not 0 <= settings[name] <= 1:
             raise ValueError(f"{name} is a share and must be in 0..1, got {settings[name]}")
     if not 0 <= settings["ema"] < 1:
         raise ValueError(f"ema must be in 0..1, below 1, got {settings['ema']}")
-    low, high = settings["scale"]
-    if not 0 < low <= high:
-        raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest, "
-                         f"got {settings['scale']}")  # fmt: skip
-    if min(settings["crop_size"]) < 1:
-        raise ValueError(f"crop_size must be (height, width) in pixels, got "
-                         f"{settings['crop_size']}")  # fmt: skip
     if settings["precision"] not in ("bf16", "fp32"):
         raise ValueError(f"precision must be 'bf16' or 'fp32', got {settings['precision']!r}")
     if len(dataset) == 0:
@@ -252,6 +196,137 @@ def _check(settings: dict[str, Any], model: SemanticModel, dataset: Dataset) -> 
         raise ValueError(f"model has {len(model.classes)} classes, dataset "
                          f"{len(dataset.classes)}; build the model with "
                          f"num_classes={len(dataset.classes)}")  # fmt: skip
+
+
+def _output_folder(output_dir: str | Path, resume: bool) -> Path:
+    output = Path(output_dir)
+    checkpoint = output / CHECKPOINT
+    if resume and not checkpoint.exists():
+        raise PysegError(f"resume=True, but there is no {checkpoint}; start with resume=False")
+    if not resume and checkpoint.exists():
+        raise PysegError(f"output_dir {output} holds the checkpoint of an earlier run; pass "
+                         "resume=True to go on with it, or another output_dir")  # fmt: skip
+    output.mkdir(parents=True, exist_ok=True)
+    return output
+
+
+def _accelerator() -> Accelerator:
+    from accelerate import Accelerator
+
+    # Under plain torchrun without a GPU accelerate would start each process as the only one.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return Accelerator(cpu=several and not torch.accelerator.is_available())
+
+
+def _fit(
+    model: SemanticModel | InstanceModel,  # on the accelerator's device
+    dataset: Dataset,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    output: Path,
+    settings: dict[str, Any],
+    steps: int,  # of an epoch
+    batches: Callable[[int], Iterable[tuple[Any, Any]]],  # of an epoch: inputs, and targets
+    losses: Callable[[Any, Any], dict[str, Tensor]],  # of outputs and targets: "loss" and its terms
+    validation: Dataset | None,
+    validate: Callable[[Any, Dataset, Accelerator], dict[str, Any]],
+    *,
+    clip: float | None = None,
+    validate_every: int,
+    save_every: int,
+    resume: bool,
+    progress: bool,
+) -> list[dict[str, Any]]:
+    """The epochs of a run, from the first or from the checkpoint's; returns the log."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    settings = {**settings, "samples": len(dataset)}
+    epochs, learning_rate = settings["epochs"], settings["learning_rate"]
+    device, total = accelerator.device, steps * epochs
+    model.classes, model.palette = tuple(dataset.classes), tuple(dataset.palette)
+    model.train()
+    average = {key: value.detach().clone() for key, value in model.state_dict().items()}
+    network, optimizer = accelerator.prepare(model, optimizer)
+    log: list[dict[str, Any]] = []
+    first = 0
+    if resume:
+        first, log = _resume(output / CHECKPOINT, settings, model, optimizer, average, device)
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
+        disable=not (progress and accelerator.is_main_process),
+    )  # fmt: skip
+    autocast = torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16")
+    with bar:
+        task = bar.add_task("training", total=total, completed=first * steps, loss=math.nan)
+        for epoch in range(first, epochs):
+            start = time.perf_counter()
+            # Random layers must not depend on how the run came to this epoch.
+            torch.manual_seed(hash((settings["seed"], epoch, accelerator.process_index)) % 2**31)
+            sums: dict[str, Tensor] = {}
+            for index, (inputs, targets) in enumerate(batches(epoch)):
+                step = epoch * steps + index
+                rate = learning_rate * _schedule(step, total, settings["warmup"])
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with autocast:
+                    outputs = network(inputs)
+                terms = losses(outputs, targets)
+                accelerator.backward(terms["loss"])
+                if clip is not None:
+                    accelerator.clip_grad_norm_(network.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                decay = min(settings["ema"], (1 + step) / (10 + step))
+                _average(average, model.state_dict(), decay)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, torch.zeros((), device=device)) + value.detach()
+                if index % 8 == 0:  # reading the loss waits for the device
+                    mean_loss = sums["loss"].item() / (index + 1)
+                bar.update(task, advance=1, loss=mean_loss)
+            means = {
+                name: accelerator.reduce(value / steps, "mean").item()
+                for name, value in sums.items()
+            }
+            if not math.isfinite(means["loss"]):
+                raise PysegError(
+                    f"the loss became {means['loss']} in epoch {epoch + 1}; lower learning_rate "
+                    f"({learning_rate}) or use precision='fp32'"
+                )
+            entry: dict[str, Any] = {
+                "epoch": epoch + 1,
+                **{name: round(value, 5) for name, value in means.items()},
+                "learning_rate": rate,
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+            last = epoch + 1 == epochs
+            if validation is not None and (last or (epoch + 1) % validate_every == 0):
+                with _Swapped(model, average):
+                    entry.update(validate(model, validation, accelerator))
+            log.append(entry)
+            if accelerator.is_main_process and (last or (epoch + 1) % save_every == 0):
+                _save(output, settings, epoch + 1, log, model, optimizer, average)
+    accelerator.wait_for_everyone()
+    model.load_state_dict(average)
+    model.eval()
+    return log
+
+
+def _score(
+    metric: Metric,
+    model: SemanticModel | InstanceModel,
+    dataset: Dataset,
+    accelerator: Accelerator,
+) -> dict[str, Any]:
+    """What `metric` says of `model`; processes share the images."""
+    for index in range(accelerator.process_index, len(dataset), accelerator.num_processes):
+        sample = dataset[index]
+        metric.update(model.predict([sample.image])[0], sample)
+    # A process without images still holds its zeros on the CPU.
+    state = {key: value.to(accelerator.device) for key, value in metric.state().items()}
+    metric.load_state({key: accelerator.reduce(value, "sum") for key, value in state.items()})
+    return metric.compute()
 
 
 # ---------------------------------------------------------------------------------------- data
@@ -581,17 +656,10 @@ class _Swapped:
 
 
 def _validate(model: SemanticModel, dataset: Dataset, accelerator: Accelerator) -> dict[str, Any]:
-    """mIoU and the IoU of each class (None where it does not occur); processes share the images."""
+    """mIoU and the IoU of each class (None where it does not occur)."""
     from .metrics.semantic import Semantic
 
-    metric = Semantic(model.classes)
-    for index in range(accelerator.process_index, len(dataset), accelerator.num_processes):
-        sample = dataset[index]
-        metric.update(model.predict([sample.image])[0], sample)
-    # A process without images still holds its zeros on the CPU.
-    state = {key: value.to(accelerator.device) for key, value in metric.state().items()}
-    metric.load_state({key: accelerator.reduce(value, "sum") for key, value in state.items()})
-    scores = metric.compute()
+    scores = _score(Semantic(model.classes), model, dataset, accelerator)
     return {
         "miou": round(scores["miou"], 5),
         "iou": {

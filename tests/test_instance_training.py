@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import pyseg
+from pyseg import training
 from pyseg.datasets.synthetic import StreetScenes
 from pyseg.errors import PysegError
 from pyseg.instance_training import _augmented, train_instances
@@ -33,18 +34,16 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
     assert {"loss", "loss_panoptic", "loss_mask", "seconds"} <= set(log[0])
     assert 0 <= log[1]["pq"] <= 1 and "pq" not in log[0]
 
-    import pyseg.instance_training as module
-
-    save = module._save
+    save = training._save
 
     def save_and_die(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_save", save_and_die)
+    monkeypatch.setattr(training, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         fit(parts, tmp_path / "parts", 2)
-    monkeypatch.setattr(module, "_save", save)
+    monkeypatch.setattr(training, "_save", save)
     with pytest.raises(PysegError, match="earlier run; pass resume=True"):
         fit(make(), tmp_path / "parts", 2)
     with pytest.raises(PysegError, match="other settings: learning_rate"):

@@ -19,10 +19,15 @@
 #include <stdexcept>
 #include <string>
 
+// Where functions can be compiled for several instruction sets, of which one is chosen at run time.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define PYSEG_X86_LEVELS
+#endif
+
 // A function under this macro is compiled once per instruction set and chosen when the library is
 // loaded. Lambda bodies and callees that are not inlined stay generic: put the loop itself here,
 // and mark what it calls PYSEG_INLINE.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef PYSEG_X86_LEVELS
 #define PYSEG_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -75,7 +80,7 @@ inline std::string simd_level() {
   const std::string most = asked ? asked : "";
   PYSEG_CHECK(most.empty() || most == "v4" || most == "v3" || most == "generic",
               "PYSEG_SIMD must be v4, v3 or generic, got ", most);
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef PYSEG_X86_LEVELS
   __builtin_cpu_init();
   if (most != "v3" && most != "generic" && __builtin_cpu_supports("x86-64-v4"))
     return "x86-64-v4 (AVX-512)";

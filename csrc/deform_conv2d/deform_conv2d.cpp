@@ -14,17 +14,16 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/common.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_X86_LEVELS
+#ifdef PYSEG_X86_LEVELS
 #include <immintrin.h>
 #endif
 
@@ -121,33 +120,16 @@ namespace generic {
 template <class T, class Real>
 Functions<T, Real> functions() {
 #ifdef PYSEG_X86_LEVELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4"))
+  const std::string level = simd_level();
+  if (level.starts_with("x86-64-v4"))
     return __builtin_cpu_supports("avx512bf16") ? v4_bf16::functions<T, Real>()
                                                 : v4::functions<T, Real>();
-  if (__builtin_cpu_supports("x86-64-v3")) return v3::functions<T, Real>();
+  if (level.starts_with("x86-64-v3")) return v3::functions<T, Real>();
 #endif
   return generic::functions<T, Real>();
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Memory on a cache line, not initialised.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {}
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 Taps tap_geometry(const Problem& p) {
   return {int(p.tap_count()), int(p.kernel_width), int(p.dilation_y),

@@ -4,29 +4,10 @@
 //   PYSEG_ROWS   rows of a product at a time: as many sums as fit the registers, two vectors each
 //   PYSEG_BF16   where there are dot products of bfloat16
 
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(PYSEG_BYTES)));
-  typedef T memory __attribute__((vector_size(PYSEG_BYTES), aligned(alignof(T)), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-constexpr int kLanes = PYSEG_BYTES / sizeof(T);
-
-template <class T>
-PYSEG_INLINE Vector<T> load(const T* from) {
-  return *reinterpret_cast<const typename VectorOf<T>::memory*>(from);
-}
-template <class T>
-PYSEG_INLINE void store(T* to, Vector<T> value) {
-  *reinterpret_cast<typename VectorOf<T>::memory*>(to) = value;
-}
+#include "../common/vectors_simd.h"
 
 // The compiler must not contract a * b + c in this package, so it is spelled out.
 #if PYSEG_BYTES == 64
-PYSEG_INLINE Vector<float> broadcast(float x) { return (Vector<float>)_mm512_set1_ps(x); }
-PYSEG_INLINE Vector<double> broadcast(double x) { return (Vector<double>)_mm512_set1_pd(x); }
 PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -34,8 +15,6 @@ PYSEG_INLINE Vector<double> fma(Vector<double> a, Vector<double> b, Vector<doubl
   return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
 }
 #elif PYSEG_BYTES == 32
-PYSEG_INLINE Vector<float> broadcast(float x) { return (Vector<float>)_mm256_set1_ps(x); }
-PYSEG_INLINE Vector<double> broadcast(double x) { return (Vector<double>)_mm256_set1_pd(x); }
 PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
   return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -43,10 +22,6 @@ PYSEG_INLINE Vector<double> fma(Vector<double> a, Vector<double> b, Vector<doubl
   return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
 }
 #else
-template <class T>
-PYSEG_INLINE Vector<T> broadcast(T x) {
-  return x - Vector<T>{};
-}
 template <class V>
 PYSEG_INLINE V fma(V a, V b, V c) {
   return a * b + c;

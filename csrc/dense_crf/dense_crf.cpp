@@ -130,8 +130,7 @@ template <class Real>
 using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_THREE_TARGETS
+#ifdef PYSEG_X86_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #define PYSEG_AVX512
@@ -153,7 +152,7 @@ namespace generic {
 
 template <class Real>
 RowFunctions<Real> row_functions(int width) {
-#ifdef PYSEG_THREE_TARGETS
+#ifdef PYSEG_X86_LEVELS
   const std::string level = simd_level();
   if (level.find("v4") != std::string::npos) return v4::functions_for<Real>(width);
   if (level.find("v3") != std::string::npos) return v3::functions_for<Real>(width);
@@ -163,7 +162,7 @@ RowFunctions<Real> row_functions(int width) {
 
 template <class Real>
 Locate<Real> locate_function(int features) {
-#ifdef PYSEG_THREE_TARGETS
+#ifdef PYSEG_X86_LEVELS
   const std::string level = simd_level();
   if (level.find("v4") != std::string::npos) return v4::locate_for<Real>(features);
   if (level.find("v3") != std::string::npos) return v3::locate_for<Real>(features);

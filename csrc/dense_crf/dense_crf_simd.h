@@ -6,30 +6,9 @@
 // size matters, and to whole vectors in the buffers of a tile, whose alignment matters.
 // Blocks = -1: the number of blocks is an argument.
 
-template <class Real, int N>
-struct VectorOf {
-  typedef Real type __attribute__((vector_size(N * sizeof(Real))));
-  typedef Real memory
-      __attribute__((vector_size(N * sizeof(Real)), aligned(sizeof(Real)), may_alias));
-};
-
-template <class Real, int N>
-using Vector = typename VectorOf<Real, N>::type;
-
-template <int N, class Real>
-PYSEG_INLINE Vector<Real, N> load(const Real* from) {
-  return *reinterpret_cast<const typename VectorOf<Real, N>::memory*>(from);
-}
-
-template <int N, class Real>
-PYSEG_INLINE void store(Real* to, Vector<Real, N> value) {
-  *reinterpret_cast<typename VectorOf<Real, N>::memory*>(to) = value;
-}
-
-template <int N, class Real>
-PYSEG_INLINE Vector<Real, N> broadcast(Real value) {
-  return value - Vector<Real, N>{};
-}
+#define PYSEG_BYTES 64  // the length of vectors is named everywhere, so that this is of none
+#include "../common/vectors_simd.h"
+#undef PYSEG_BYTES
 
 // 16 vectors of 16: rows become columns.
 template <class Real>

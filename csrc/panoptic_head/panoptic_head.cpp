@@ -54,8 +54,7 @@ struct Loops {
   void (*choose)(const Best*, int, int, int, int32_t*);
 };
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_THREE_TARGETS
+#ifdef PYSEG_X86_LEVELS
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 namespace v4 {
@@ -74,7 +73,7 @@ namespace generic {
 }
 
 const Loops& loops() {
-#ifdef PYSEG_THREE_TARGETS
+#ifdef PYSEG_X86_LEVELS
   const std::string level = simd_level();
   if (level.find("v4") != std::string::npos) return v4::loops;
   if (level.find("v3") != std::string::npos) return v3::loops;

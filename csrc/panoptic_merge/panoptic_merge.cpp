@@ -59,8 +59,7 @@ int64_t pack_generic(const uint8_t* bytes, int64_t pixels, uint64_t* words) {
   return area;
 }
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_HAS_X86_LEVELS 1
+#ifdef PYSEG_X86_LEVELS
 __attribute__((target("arch=x86-64-v4"))) int64_t pack_v4(const uint8_t* bytes, int64_t pixels,
                                                           uint64_t* words) {
   int64_t area = 0, i = 0;
@@ -99,7 +98,7 @@ __attribute__((target("arch=x86-64-v3"))) int64_t pack_v3(const uint8_t* bytes, 
 #endif
 
 Pack pack_function() {
-#ifdef PYSEG_HAS_X86_LEVELS
+#ifdef PYSEG_X86_LEVELS
   const std::string level = simd_level();
   if (level.find("v4") != std::string::npos) return pack_v4;
   if (level.find("v3") != std::string::npos) return pack_v3;

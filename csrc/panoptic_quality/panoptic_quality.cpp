@@ -11,9 +11,8 @@
 
 #include "../common/common.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#ifdef PYSEG_X86_LEVELS
 #include <immintrin.h>
-#define PYSEG_HAS_AVX512 1
 #endif
 
 namespace {
@@ -125,7 +124,7 @@ int64_t mark_changes(const Maps& maps, int64_t n, uint64_t* words) {
   return found;
 }
 
-#ifdef PYSEG_HAS_AVX512
+#ifdef PYSEG_X86_LEVELS
 #define PYSEG_AVX512 __attribute__((target("arch=x86-64-v4")))
 template <bool Boundary>
 PYSEG_AVX512 int64_t mark_changes_v4(const Maps& maps, int64_t n, uint64_t* words) {
@@ -158,7 +157,7 @@ PYSEG_AVX512 int64_t mark_changes_v4(const Maps& maps, int64_t n, uint64_t* word
 
 template <bool Boundary>
 Mark mark_function() {
-#ifdef PYSEG_HAS_AVX512
+#ifdef PYSEG_X86_LEVELS
   if (simd_level().find("v4") != std::string::npos) return mark_changes_v4<Boundary>;
 #endif
   return mark_changes<Boundary>;

@@ -13,21 +13,14 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/common.h"
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_X86_LEVELS
-#endif
 
 namespace {
 
@@ -50,25 +43,6 @@ PYSEG_INLINE T widen(T x) {
   return x;
 }
 PYSEG_INLINE float widen(Half x) { return float(x); }
-
-// Memory on a cache line, not initialised.
-template <class T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t n)
-      : data_(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), kAlignment))) {
-    prefer_huge_pages(data_.get(), n * sizeof(T));
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-  struct Free {
-    void operator()(T* data) const { ::operator delete(data, kAlignment); }
-  };
-  std::unique_ptr<T, Free> data_;
-};
 
 // One feature map of one image, as tensors have it.
 struct Map {

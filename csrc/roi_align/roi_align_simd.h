@@ -2,30 +2,10 @@
 // roi_align.cpp includes this file once per instruction set, in a namespace of its own, with
 //   PYSEG_BYTES  the width of a vector
 
-template <class T>
-struct VectorOf {
-  typedef T type __attribute__((vector_size(PYSEG_BYTES)));
-  typedef T memory __attribute__((vector_size(PYSEG_BYTES), aligned(alignof(T)), may_alias));
-};
-template <class T>
-using Vector = typename VectorOf<T>::type;
-template <class T>
-using Index = typename VectorOf<Integer<T>>::type;
-template <class T>
-constexpr int64_t kLanes = PYSEG_BYTES / sizeof(T);
+#include "../common/vectors_simd.h"
 
 template <class T>
-PYSEG_INLINE Vector<T> load(const T* from) {
-  return *reinterpret_cast<const typename VectorOf<T>::memory*>(from);
-}
-template <class T>
-PYSEG_INLINE void store(T* to, Vector<T> value) {
-  *reinterpret_cast<typename VectorOf<T>::memory*>(to) = value;
-}
-template <class T>
-PYSEG_INLINE Vector<T> broadcast(T x) {
-  return x - Vector<T>{};
-}
+using Index = Vector<Integer<T>>;
 
 // The first (or second) halves of two vectors, their lanes in turn.
 template <class T, int... Lanes>

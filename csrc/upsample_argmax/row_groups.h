@@ -17,8 +17,7 @@
 
 namespace {
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_HAS_X86_LEVELS 1
+#ifdef PYSEG_X86_LEVELS
 #define PYSEG_ARCH v4
 #define PYSEG_TARGET __attribute__((target("arch=x86-64-v4")))
 #define PYSEG_BYTES 64
@@ -48,7 +47,7 @@ struct Kernels {
   decltype(&generic::classify<T, Out>) classify = &generic::classify<T, Out>;
 
   Kernels() {
-#ifdef PYSEG_HAS_X86_LEVELS
+#ifdef PYSEG_X86_LEVELS
     __builtin_cpu_init();
     if (__builtin_cpu_supports("x86-64-v4"))
       expand = &v4::expand<T>, classify = &v4::classify<T, Out>;

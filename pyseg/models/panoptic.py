@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..image import default_palette
+from ..image import default_palette, require_rgb8
 from ..ops import (
     DeformConv2d,
     panoptic_head,
@@ -368,12 +368,7 @@ class InstanceModel(nn.Module):
             TypeError: an image of another dtype.
         """
         for index, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-                raise ValueError(f"images[{index}] must be [3, H, W] RGB with H, W > 0, "
-                                 f"got {list(image.shape)}")  # fmt: skip
-            if image.dtype != torch.uint8:
-                raise TypeError(f"images[{index}] must be uint8, got {image.dtype}; read it with "
-                                "pyseg.image.read_image or convert it first")  # fmt: skip
+            require_rgb8(image, f"images[{index}]")
         was_training = self.training
         self.eval()
         try:

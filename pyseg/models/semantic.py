@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..image import default_palette
+from ..image import default_palette, require_rgb8
 from ..types import Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -103,12 +103,7 @@ class SemanticModel(nn.Module):
         """
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
-            if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
-                raise ValueError(f"images[{index}] must be [3, H, W] RGB with H, W > 0, "
-                                 f"got {list(image.shape)}")  # fmt: skip
-            if image.dtype != torch.uint8:
-                raise TypeError(f"images[{index}] must be uint8, got {image.dtype}; read it with "
-                                "pyseg.image.read_image or convert it first")  # fmt: skip
+            require_rgb8(image, f"images[{index}]")
             groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
         was_training = self.training
         if was_training:
