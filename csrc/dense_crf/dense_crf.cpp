@@ -60,7 +60,7 @@ struct Grids {
 template <class Real>
 struct TilePass {
   const Real* unary;     // the tile's corner in [C, H, W]
-  Real* copy;            // where unary is copied to, [groups of 16 pixels][C, pixels], or null
+  Real* copy;            // where unary is copied to, [pixels, C], or null
   const Real* copied;    // if it was: read it in order
   Real* q;               // the same place of the result; null but in the last pass
   const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
@@ -73,14 +73,13 @@ struct TilePass {
   const Real* matrix;  // for that: mixing_matrix(), or null
   const Real* before;  // [pixels, row width] the last pass's Q
   Real* after;         // the same of this pass, may be the same memory
-  Real* buffer;        // [kTileWidth, stride] scratch
+  Real* buffer;        // [2, kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
   int classes, stride, entries, width, height;
 };
 
-// The same pass when gradients flow back: `out` takes those of the messages, `q` is not used, and
-// `buffer` is twice as long.
+// The same pass when gradients flow back: `out` takes those of the messages, and `q` is not used.
 template <class Real>
 struct TileBackward {
   TilePass<Real> pass;
@@ -91,9 +90,9 @@ struct TileBackward {
   const Real* transposed;  // as pass.matrix
 };
 
-// A vertex in the list of chains of neighbours along one axis. A chain ends with a Link of vertex 0,
-// the one that is absent. Some vertices only matter in a part of the blurs: before that they would
-// hold 0, which is not stored, and after it nothing that reaches a vertex of a pixel.
+// A vertex in the list of chains of neighbours along one axis. A chain ends with a Link of vertex
+// 0, the one that is absent. Some vertices only matter in a part of the blurs: before that they
+// would hold 0, which is not stored, and after it nothing that reaches a vertex of a pixel.
 class Link {
  public:
   Link() = default;
@@ -397,7 +396,7 @@ class Crf {
                      int classes, int width, double* weight_gradients,
                      double* compatibility_gradient) const;
   std::unique_ptr<Real[]> self_shares(const Real* weights) const;
-  std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
+  std::vector<Scratch<Real>> scratch(int row_sets, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
   Real kernel_scale(const Kernel& kernel) const {
     return Real(pyseg::kernel_scale(kernel, settings_.classic_scale));
@@ -688,7 +687,9 @@ void Crf<Real>::chain(int l, const std::vector<int32_t>& neighbours) {
     // The first, the last and any other time along an axis.
     const int blur = number < 2 * axes ? int(number) : blurs - 3 * axes + int(number);
     const int32_t* const beside = along(blur);
-    const auto takes_part = [&](int64_t v) { return time[v].from <= blur + 1 && time[v].to >= blur; };
+    const auto takes_part = [&](int64_t v) {
+      return time[v].from <= blur + 1 && time[v].to >= blur;
+    };
     std::vector<Link>& links = chains_[l][number].links;
     links.reserve(2 * count);
     for (int64_t v = 0; v < count; ++v) {
@@ -878,13 +879,13 @@ void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
   });
 }
 
-// For each thread: `row_sets` times the rows of the largest tile, then `lines` of pixels.
+// For each thread: `row_sets` times the rows of the largest tile, then two lines of pixels.
 template <class Real>
-std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int lines, int stride) const {
+std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int stride) const {
   int64_t rows = 0;
   for (const Tile& tile : tiles_) rows = std::max(rows, tile.rows);
   std::vector<int64_t> sizes(row_sets, rows);
-  sizes.push_back(lines * kTileWidth);
+  sizes.push_back(2 * kTileWidth);
   std::vector<Scratch<Real>> scratches;
   for (int i = 0; i < int(torch::stable::get_num_threads()); ++i)
     scratches.emplace_back(sizes, stride);
@@ -941,7 +942,7 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   const int64_t row_elements = self ? height_ * width_ * width : 0;
   const auto own_rows = uninitialised<Real>(history ? 0 : row_elements);
   Real* before = own_rows.get();
-  const auto scratches = scratch(2, 1, stride);
+  const auto scratches = scratch(2, stride);
   std::atomic<bool> not_finite{false};
   for (int step = 0; step <= iterations; ++step) {
     const bool first = step == 0, last = step == iterations;
@@ -1013,7 +1014,7 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
     if (vertices) std::fill_n(buffer, width, Real(0));
   const auto matrix = mixing_matrix(compatibility, classes, stride, false);
   const auto transposed = mixing_matrix(compatibility, classes, stride, true);
-  const auto scratches = scratch(3, 2, stride);
+  const auto scratches = scratch(3, stride);
   for (int step = iterations; step >= 0; --step) {
     const bool first = step == 0, last = step == iterations;
     const Real* kept = first ? nullptr : history.sums[step - 1].get();
