@@ -38,6 +38,7 @@ constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
 constexpr int kMaxBlocks = kMaxClasses / 16;
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
+constexpr int64_t kMaxVertices = int64_t(1) << 30;
 constexpr uint64_t kNoName = ~uint64_t(0);
 
 // A kernel's grid in a tile: rows of the tile, `wide` in each row of the grid.
@@ -59,7 +60,7 @@ struct Grids {
 template <class Real>
 struct TilePass {
   const Real* unary;     // the tile's corner in [C, H, W]
-  Real* copy;            // where unary is copied to, [groups of 16 pixels][C, pixels], or null
+  Real* copy;            // where unary is copied to, [pixels, C], or null
   const Real* copied;    // if it was: read it in order
   Real* q;               // the same place of the result; null but in the last pass
   const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
@@ -72,14 +73,13 @@ struct TilePass {
   const Real* matrix;  // for that: mixing_matrix(), or null
   const Real* before;  // [pixels, row width] the last pass's Q
   Real* after;         // the same of this pass, may be the same memory
-  Real* buffer;        // [kTileWidth, stride] scratch
+  Real* buffer;        // [2, kTileWidth, stride] scratch
   bool* not_finite;
   int64_t plane, image_width;
   int classes, stride, entries, width, height;
 };
 
-// The same pass when gradients flow back: `out` takes those of the messages, `q` is not used, and
-// `buffer` is twice as long.
+// The same pass when gradients flow back: `out` takes those of the messages, and `q` is not used.
 template <class Real>
 struct TileBackward {
   TilePass<Real> pass;
@@ -90,6 +90,29 @@ struct TileBackward {
   const Real* transposed;  // as pass.matrix
 };
 
+// A vertex in the list of chains of neighbours along one axis. A chain ends with a Link of vertex
+// 0, the one that is absent. Some vertices only matter in a part of the blurs: before that they
+// would hold 0, which is not stored, and after it nothing that reaches a vertex of a pixel.
+class Link {
+ public:
+  Link() = default;
+  Link(int64_t vertex, bool before, bool after)
+      : bits_(uint32_t(vertex) << 2 | uint32_t(before) | uint32_t(after) << 1) {}
+  void move(int64_t vertices) { bits_ += vertex() ? uint32_t(vertices) << 2 : 0; }
+  uint32_t vertex() const { return bits_ >> 2; }
+  // Whether it holds a value before this blur or, if that is transposed, after it.
+  bool filled(bool transposed) const { return bits_ & (transposed ? 2 : 1); }
+
+ private:
+  uint32_t bits_ = 0;
+};
+
+// What one blur goes through.
+struct Chains {
+  std::vector<Link> links;
+  std::vector<int64_t> pieces;  // for threads, whole chains: where they begin, and the end
+};
+
 template <class Real>
 struct RowFunctions {
   void (*tile)(const TilePass<Real>&);
@@ -97,7 +120,7 @@ struct RowFunctions {
   void (*gather)(const Real*, const int32_t*, int64_t, Real*, int, int);
   void (*pack)(const Real*, int64_t, Real*, int, int);
   void (*combine)(const Real*, const int32_t*, const int32_t*, int64_t, int64_t, Real*, int, int);
-  void (*blur)(const Real*, const int32_t*, Real, int64_t, int64_t, Real*, int, int);
+  void (*blur)(Real*, const Link*, const Link*, bool, Real, int, int);
   void (*mix)(Real*, const Real*, Real, int64_t, int64_t, int, int, int);
 };
 
@@ -174,7 +197,7 @@ class VertexTable {
  public:
   explicit VertexTable(int64_t expected) {
     int bits = 8;
-    while ((int64_t(1) << bits) < 4 * expected) ++bits;
+    while ((int64_t(1) << bits) < 2 * expected) ++bits;
     resize(bits);
   }
   void clear() {
@@ -188,6 +211,8 @@ class VertexTable {
     if (__builtin_expect(slot.name == name, 1)) return slot.number;
     return insert_elsewhere(name);
   }
+  // Where the table is large, for a name that is asked for later.
+  void prefetch(uint64_t name) const { __builtin_prefetch(&slots_[place(name)]); }
   int32_t find(uint64_t name) const {  // -1: absent
     for (uint64_t at = place(name);; at = (at + 1) & mask_)
       if (slots_[at].name == name || slots_[at].name == kNoName) return slots_[at].number;
@@ -203,7 +228,7 @@ class VertexTable {
     uint64_t at = place(name);
     for (; slots_[at].name != kNoName; at = (at + 1) & mask_)
       if (slots_[at].name == name) return slots_[at].number;
-    if (4 * (names_.size() + 1) > slots_.size()) {
+    if (2 * (names_.size() + 1) > slots_.size()) {
       grow();
       for (at = place(name); slots_[at].name != kNoName;) at = (at + 1) & mask_;
     }
@@ -358,10 +383,11 @@ class Crf {
   void merge(int kernel);
   void merge_grid(int kernel);
   void link(int kernel, VertexTable& table);
+  void chain(int kernel, const std::vector<int32_t>& neighbours);
   void normalize();
   template <class Visit>
   void filter(const Real* partial, const RowFunctions<Real>& functions, int width, bool transposed,
-              Visit visit, Real* values, Real* spare) const;
+              Visit visit, Real* values) const;
   void mix(const RowFunctions<Real>& functions, int kernel, int64_t count,
            const std::vector<Real>& matrix, Real weight, int classes, int width,
            Real* values) const;
@@ -370,7 +396,7 @@ class Crf {
                      int classes, int width, double* weight_gradients,
                      double* compatibility_gradient) const;
   std::unique_ptr<Real[]> self_shares(const Real* weights) const;
-  std::vector<Scratch<Real>> scratch(int row_sets, int lines, int stride) const;
+  std::vector<Scratch<Real>> scratch(int row_sets, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
   Real kernel_scale(const Kernel& kernel) const {
     return Real(pyseg::kernel_scale(kernel, settings_.classic_scale));
@@ -392,7 +418,7 @@ class Crf {
   std::unique_ptr<int32_t[]> row_vertex_;      // [rows of all tiles] vertex
   std::vector<int64_t> first_vertex_;          // [kernels + 1]; vertex 0 is the one that is absent
   std::vector<int64_t> occupied_;              // [kernels] those that pixels touch; they come first
-  std::vector<std::vector<int32_t>> links_;    // [kernels][axes, vertices, 2] neighbours
+  std::vector<std::vector<Chains>> chains_;    // [kernels][blurs that differ]
   std::vector<int32_t> starts_, vertex_rows_;  // rows of each vertex, in the order of tiles
 };
 
@@ -550,13 +576,11 @@ void Crf<Real>::merge(int l) {
   if (settings_.kernels[l].grid) return merge_grid(l);
   int64_t most = 0;
   for (const Part& part : parts_[l]) most += part.names.size();
-  VertexTable table(most);
+  VertexTable table(settings_.kernels[l].blur.rings ? 2 * most : most);
   for (size_t t = 0; t < tiles_.size(); ++t) {
     int64_t row = tiles_[t].first_row;
     for (int before = 0; before < l; ++before) row += parts_[before][t].names.size();
-    for (const uint64_t name : parts_[l][t].names) {
-      row_vertex_[row++] = table.insert(name);
-    }
+    for (const uint64_t name : parts_[l][t].names) row_vertex_[row++] = table.insert(name);
   }
   occupied_[l] = table.names().size();
   link(l, table);
@@ -573,46 +597,108 @@ void Crf<Real>::merge_grid(int l) {
   const int wide = grids_[l][0].vertices, high = grids_[l][1].vertices;
   const int64_t count = int64_t(wide) * high;
   occupied_[l] = first_vertex_[l + 1] = count;
-  links_[l].resize(count * 4);
-  for (int axis = 0; axis < 2; ++axis) {
-    const bool along_x = settings_.kernels[l].channels[axis] == -2;
-    int32_t* link = links_[l].data() + axis * count * 2;
-    for (int y = 0; y < high; ++y)
-      for (int x = 0; x < wide; ++x, link += 2) {
-        const int64_t at = int64_t(y) * wide + x;
-        link[0] = int32_t((along_x ? x + 1 < wide : y + 1 < high) ? at + (along_x ? 1 : wide) : -1);
-        link[1] = int32_t((along_x ? x : y) > 0 ? at - (along_x ? 1 : wide) : -1);
-      }
+  const int x_axis = settings_.kernels[l].channels[1] == -2;
+  chains_[l].resize(2);
+  for (const bool along_x : {true, false}) {
+    Chains& chains = chains_[l][along_x ? x_axis : 1 - x_axis];
+    const int length = along_x ? wide : high, step = along_x ? 1 : wide;
+    for (int i = 0; i < (along_x ? high : wide); ++i) {
+      for (int j = 0; j < length; ++j)
+        chains.links.emplace_back(i * (along_x ? wide : 1) + j * step + 1, true, true);
+      chains.links.emplace_back();
+    }
   }
 }
 
 // Adds the empty vertices through which mass passes between occupied ones, and finds neighbours.
 template <class Real>
 void Crf<Real>::link(int l, VertexTable& table) {
-  const int axes = settings_.kernels[l].features + 1;
+  constexpr int kAhead = 4;
+  const int axes = settings_.kernels[l].axes;
   const VertexNames& naming = names_[l];
   const std::vector<uint64_t>& names = table.names();
-  for (int ring = 0, begin = 0; ring < settings_.kernels[l].blur.rings; ++ring) {
-    const int end = int(names.size());
-    for (int v = begin; v < end; ++v)
+  std::vector<int32_t> added;  // [vertices within all rings but the last, axes, 2] after and before
+  for (int ring = 0; ring < settings_.kernels[l].blur.rings; ++ring) {
+    const int64_t begin = added.size() / (2 * axes), end = names.size();
+    for (int64_t v = begin; v < end; ++v)
       for (int axis = 0; axis < axes; ++axis) {
-        table.insert(naming.after(names[v], axis));
-        table.insert(naming.before(names[v], axis));
+        if (v + kAhead < end) {
+          table.prefetch(naming.after(names[v + kAhead], axis));
+          table.prefetch(naming.before(names[v + kAhead], axis));
+        }
+        added.push_back(table.insert(naming.after(names[v], axis)));
+        added.push_back(table.insert(naming.before(names[v], axis)));
       }
-    begin = end;
   }
-  const int64_t count = names.size();
-  std::vector<int32_t>& links = links_[l];
-  links.assign(count * axes * 2, -1);
+  const int64_t count = names.size(), known = added.size() / (2 * axes);
+  std::vector<int32_t> neighbours(axes * count * 2, -1);
   for_each(axes, [&](int64_t axis, int64_t) {
-    for (int64_t v = 0; v < count; ++v) {
+    int32_t* const along = neighbours.data() + axis * count * 2;
+    for (int64_t v = 0; v < known; ++v) {
+      const int32_t* const beside = added.data() + 2 * (v * axes + axis);
+      along[2 * v] = beside[0], along[2 * v + 1] = beside[1];
+      along[2 * beside[0] + 1] = along[2 * beside[1]] = int32_t(v);
+    }
+    for (int64_t v = known; v < count; ++v) {
+      if (v + kAhead < count) table.prefetch(naming.after(names[v + kAhead], int(axis)));
+      if (along[2 * v] >= 0) continue;
       const int32_t next = table.find(naming.after(names[v], int(axis)));
       if (next < 0) continue;
-      links[(axis * count + v) * 2] = next;
-      links[(axis * count + next) * 2 + 1] = int32_t(v);
+      along[2 * v] = next;
+      along[2 * next + 1] = int32_t(v);
     }
   });
   first_vertex_[l + 1] = count;
+  chain(l, neighbours);
+}
+
+// Lists the chains of every blur. Mass reaches an empty vertex in some blur, and from another on it
+// cannot come back to an occupied one any more; only between these two the vertex takes part.
+template <class Real>
+void Crf<Real>::chain(int l, const std::vector<int32_t>& neighbours) {
+  const Kernel& kernel = settings_.kernels[l];
+  const int axes = kernel.axes, blurs = axes * kernel.blur.passes;
+  const int64_t count = first_vertex_[l + 1], occupied = occupied_[l];
+  const auto along = [&](int blur) { return neighbours.data() + blur % axes * count * 2; };
+  // Before which blurs it holds something that matters; [-1] is of absent vertices.
+  struct Time {
+    uint8_t from, to;
+  };
+  std::vector<Time> times(1 + count, {uint8_t(axes), uint8_t(blurs - axes)});
+  Time* const time = times.data() + 1;
+  time[-1] = {255, 0};
+  std::fill_n(time, occupied, Time{0, uint8_t(blurs)});
+  for (int blur = 0; blur + 1 < axes; ++blur)
+    for (int64_t v = occupied; v < count; ++v) {
+      const int32_t* const beside = along(blur) + 2 * v;
+      const int earliest = std::min(time[beside[0]].from, time[beside[1]].from);
+      if (earliest <= blur) time[v].from = std::min(time[v].from, uint8_t(blur + 1));
+    }
+  for (int blur = blurs - 1; blur > blurs - axes; --blur)
+    for (int64_t v = occupied; v < count; ++v) {
+      const int32_t* const beside = along(blur) + 2 * v;
+      const int latest = std::max(time[beside[0]].to, time[beside[1]].to);
+      if (latest > blur) time[v].to = std::max(time[v].to, uint8_t(blur));
+    }
+  for (int64_t v = occupied; v < count; ++v)
+    if (time[v].from > time[v].to) time[v] = time[-1];
+  chains_[l].resize(axes * std::min(3, kernel.blur.passes));
+  for_each(chains_[l].size(), [&](int64_t number, int64_t) {
+    // The first, the last and any other time along an axis.
+    const int blur = number < 2 * axes ? int(number) : blurs - 3 * axes + int(number);
+    const int32_t* const beside = along(blur);
+    const auto takes_part = [&](int64_t v) {
+      return time[v].from <= blur + 1 && time[v].to >= blur;
+    };
+    std::vector<Link>& links = chains_[l][number].links;
+    links.reserve(2 * count);
+    for (int64_t v = 0; v < count; ++v) {
+      if (!takes_part(v) || takes_part(beside[2 * v + 1])) continue;
+      for (int64_t w = v; takes_part(w); w = beside[2 * w])
+        links.emplace_back(w + 1, time[w].from <= blur, time[w].to > blur);
+      links.emplace_back();
+    }
+  });
 }
 
 template <class Real>
@@ -648,16 +734,26 @@ void Crf<Real>::build(const Real* features) {
   row_vertex_ = uninitialised<int32_t>(rows);
   first_vertex_.assign(kernels_ + 1, 0);
   occupied_.resize(kernels_);
-  links_.resize(kernels_);
+  chains_.resize(kernels_);
   for (int l = 0; l < kernels_; ++l) merge(l);
   first_vertex_[0] = 1;
   for (int l = 0; l < kernels_; ++l) first_vertex_[l + 1] += first_vertex_[l];
   const int64_t vertices = first_vertex_[kernels_];
+  PYSEG_CHECK(vertices < kMaxVertices, "more than 2^30 lattice vertices: split the image");
   starts_.assign(vertices + 1, 0);
   vertex_rows_.resize(rows);
   for_each(kernels_, [&](int64_t l, int64_t) {
     const int32_t base = int32_t(first_vertex_[l]);
-    for (int32_t& link : links_[l]) link = link < 0 ? 0 : link + base;
+    for (Chains& chains : chains_[l]) {
+      chains.pieces.assign(1, 0);
+      for (int64_t i = 0; i < int64_t(chains.links.size()); ++i) {
+        chains.links[i].move(base - 1);
+        if (chains.links[i].vertex() == 0 && i + 1 - chains.pieces.back() >= kPiece)
+          chains.pieces.push_back(i + 1);
+      }
+      if (chains.pieces.back() < int64_t(chains.links.size()))
+        chains.pieces.push_back(chains.links.size());
+    }
     const auto each_row = [&](auto visit) {
       for (size_t t = 0; t < tiles_.size(); ++t) {
         int64_t row = tiles_[t].first_row;
@@ -681,32 +777,37 @@ void Crf<Real>::build(const Real* features) {
   parts_.clear();
 }
 
-// Sums the tiles' rows of each vertex, calls visit(kernel, sums) and blurs them; the result is in
-// `values`. Both buffers are [vertices, width] and hold zeros in row 0. Blurs along different axes
-// do not commute where vertices are absent: the transposed filter takes them in reverse order.
+// Sums the tiles' rows of each vertex of a pixel into `values` [vertices, width], whose row 0 holds
+// zeros, calls visit(kernel) and blurs them. Blurs along different axes do not commute where
+// vertices are absent: the transposed filter takes them in reverse order.
 template <class Real>
 template <class Visit>
 void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions, int width,
-                       bool transposed, Visit visit, Real* values, Real* spare) const {
+                       bool transposed, Visit visit, Real* values) const {
   const int n = width / 16;
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
-    const int steps = kernel.blur.passes * kernel.axes;
-    const int64_t base = first_vertex_[l], count = first_vertex_[l + 1] - base;
-    Real *from = steps % 2 ? spare : values, *to = steps % 2 ? values : spare;
-    for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
+    const int64_t base = first_vertex_[l];
+    for_ranges(occupied_[l], kPiece, [&](int64_t begin, int64_t end) {
       functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
-                        from, n, width);
+                        values, n, width);
     });
-    visit(l, from);
-    for (int step = 0; step < steps; ++step) {
-      const int axis = kernel.axis_of(transposed ? steps - 1 - step : step);
-      const int32_t* const links = links_[l].data() + axis * count * 2;
-      for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
-        functions.blur(from, links + begin * 2, Real(kernel.side(axis)), base + begin, base + end,
-                       to, n, width);
+    visit(l);
+    const int axes = kernel.axes, blurs = axes * kernel.blur.passes;
+    const int lists = int(chains_[l].size());
+    for (int step = 0; step < blurs; ++step) {
+      const int blur = transposed ? blurs - 1 - step : step, axis = kernel.axis_of(blur);
+      const int list = kernel.grid            ? axis
+                       : blur < axes          ? blur
+                       : blur >= blurs - axes ? lists - blurs + blur
+                                              : axes + axis;
+      const Chains& chains = chains_[l][list];
+      const Link* const links = chains.links.data();
+      for_each(chains.pieces.size() - 1, [&](int64_t i, int64_t) {
+        // A piece ends with the end of a chain.
+        functions.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
+                       transposed, Real(kernel.side(axis)), n, width);
       });
-      std::swap(from, to);
     }
   }
 }
@@ -720,16 +821,13 @@ void Crf<Real>::normalize() {
   if ((how == Normalization::none && self_term) || kernels_ == 0) return;
   const int width = row_width<Real>(1);
   const int64_t vertices = first_vertex_[kernels_];
-  std::vector<Real> partial(vertex_rows_.size() * width), values(vertices * width),
-      spare(vertices * width);
+  std::vector<Real> partial(vertex_rows_.size() * width), values(vertices * width);
   for_each(tiles_.size(), [&](int64_t t, int64_t) {
     Real* row = partial.data() + tiles_[t].first_row * width;
     for (int l = 0; l < kernels_; ++l)
       for (const Real one : parts_[l][t].ones) *row = one, row += width;
   });
-  filter(
-      partial.data(), row_functions<Real>(width), width, false, [](int, Real*) {}, values.data(),
-      spare.data());
+  filter(partial.data(), row_functions<Real>(width), width, false, [](int) {}, values.data());
   if (how == Normalization::before || how == Normalization::after)
     splat_ = uninitialised<Real>(height_ * width_ * entries_);
   if (!self_term) self_ = uninitialised<Real>(height_ * width_ * kernels_);
@@ -781,13 +879,13 @@ void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
   });
 }
 
-// For each thread: `row_sets` times the rows of the largest tile, then `lines` of pixels.
+// For each thread: `row_sets` times the rows of the largest tile, then two lines of pixels.
 template <class Real>
-std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int lines, int stride) const {
+std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int stride) const {
   int64_t rows = 0;
   for (const Tile& tile : tiles_) rows = std::max(rows, tile.rows);
   std::vector<int64_t> sizes(row_sets, rows);
-  sizes.push_back(lines * kTileWidth);
+  sizes.push_back(2 * kTileWidth);
   std::vector<Scratch<Real>> scratches;
   for (int i = 0; i < int(torch::stable::get_num_threads()); ++i)
     scratches.emplace_back(sizes, stride);
@@ -838,14 +936,13 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   const int64_t occupied = std::accumulate(occupied_.begin(), occupied_.end(), int64_t(0));
   const auto partial = uninitialised<Real>(rows * width);
   const auto values = uninitialised<Real>(vertices * width);
-  const auto spare = uninitialised<Real>(vertices * width);
-  if (vertices) std::fill_n(values.get(), width, Real(0)), std::fill_n(spare.get(), width, Real(0));
+  if (vertices) std::fill_n(values.get(), width, Real(0));
   const std::vector<Real> matrix = mixing_matrix(compatibility, classes, stride, false);
   const auto self = self_shares(weights);
   const int64_t row_elements = self ? height_ * width_ * width : 0;
   const auto own_rows = uninitialised<Real>(history ? 0 : row_elements);
   Real* before = own_rows.get();
-  const auto scratches = scratch(2, 1, stride);
+  const auto scratches = scratch(2, stride);
   std::atomic<bool> not_finite{false};
   for (int step = 0; step <= iterations; ++step) {
     const bool first = step == 0, last = step == iterations;
@@ -885,14 +982,13 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
     before = after;
-    filter(partial.get(), functions, width, false, [](int, Real*) {}, values.get(), spare.get());
+    filter(partial.get(), functions, width, false, [](int) {}, values.get());
     if (history) history->sums.push_back(uninitialised<Real>(occupied * width));
     Real* kept = history ? history->sums.back().get() : nullptr;
     for (int l = 0; l < kernels_; ++l) {
       Real* const own = values.get() + first_vertex_[l] * width;
       if (history) kept = std::copy_n(own, occupied_[l] * width, kept);
-      mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], matrix, weights[l], classes, width,
-          own);
+      mix(functions, l, occupied_[l], matrix, weights[l], classes, width, own);
     }
   }
 }
@@ -914,12 +1010,11 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
   const auto partial = uninitialised<Real>(rows * width);
   const auto messages = uninitialised<Real>(vertices * width);
   const auto gradients = uninitialised<Real>(vertices * width);
-  const auto spare = uninitialised<Real>(vertices * width);
-  for (Real* const buffer : {messages.get(), gradients.get(), spare.get()})
+  for (Real* const buffer : {messages.get(), gradients.get()})
     if (vertices) std::fill_n(buffer, width, Real(0));
   const auto matrix = mixing_matrix(compatibility, classes, stride, false);
   const auto transposed = mixing_matrix(compatibility, classes, stride, true);
-  const auto scratches = scratch(3, 2, stride);
+  const auto scratches = scratch(3, stride);
   for (int step = iterations; step >= 0; --step) {
     const bool first = step == 0, last = step == iterations;
     const Real* kept = first ? nullptr : history.sums[step - 1].get();
@@ -963,16 +1058,15 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
       add_gradients(l, slopes.get(), q, self_.get() + l, height_ * width_, -1, compatibility,
                     weights[l], classes, width, weight_gradients, compatibility_gradient);
     kept = history.sums[step - 1].get();
-    const auto visit = [&](int l, Real* buffer) {
-      Real* const own = buffer + first_vertex_[l] * width;
+    const auto visit = [&](int l) {
+      Real* const own = gradients.get() + first_vertex_[l] * width;
       add_gradients(l, own, kept, nullptr, occupied_[l], kernel_scale(settings_.kernels[l]),
                     compatibility, weights[l], classes, width, weight_gradients,
                     compatibility_gradient);
       kept += occupied_[l] * width;
-      mix(functions, l, first_vertex_[l + 1] - first_vertex_[l], transposed, weights[l], classes,
-          width, own);
+      mix(functions, l, occupied_[l], transposed, weights[l], classes, width, own);
     };
-    filter(partial.get(), functions, width, true, visit, gradients.get(), spare.get());
+    filter(partial.get(), functions, width, true, visit, gradients.get());
   }
 }
 

@@ -118,6 +118,22 @@ struct Loops {
     Rest rest;
   };
 
+  // a * b + c, rounded once where that is one instruction
+  template <int N>
+  static PYSEG_INLINE Vector<Real, N> fused(Vector<Real, N> a, Vector<Real, N> b,
+                                            Vector<Real, N> c) {
+#ifdef PYSEG_AVX512
+    if constexpr (std::is_same_v<Real, float>) {
+      if constexpr (N == 16)
+        return (Vector<Real, N>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+      if constexpr (N == 8)
+        return (Vector<Real, N>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+      if constexpr (N == 4) return (Vector<Real, N>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+    }
+#endif
+    return a * b + c;
+  }
+
   static PYSEG_INLINE int blocks(int argument) { return Blocks < 0 ? argument : Blocks; }
 
   static PYSEG_INLINE Rest first(Block block) {
@@ -138,17 +154,23 @@ struct Loops {
   // row += factor * from
   static PYSEG_INLINE void add(Row& row, Real factor, const Real* from, int n) {
     const Block f = broadcast<16>(factor);
-    for (int b = 0; b < blocks(n); ++b) row.block[b] += f * load<16>(from + 16 * b);
-    if (Tail) row.rest += first(f) * load<kTail>(from + 16 * blocks(n));
+    for (int b = 0; b < blocks(n); ++b)
+      row.block[b] = fused<16>(f, load<16>(from + 16 * b), row.block[b]);
+    if (Tail) row.rest = fused<kTail>(first(f), load<kTail>(from + 16 * blocks(n)), row.rest);
+  }
+  static PYSEG_INLINE void add(Row& row, Real factor, const Row& from, int n) {
+    const Block f = broadcast<16>(factor);
+    for (int b = 0; b < blocks(n); ++b) row.block[b] = fused<16>(f, from.block[b], row.block[b]);
+    if (Tail) row.rest = fused<kTail>(first(f), from.rest, row.rest);
   }
   // to += factor * row
   static PYSEG_INLINE void accumulate(const Row& row, Real factor, Real* to, int n) {
     const Block f = broadcast<16>(factor);
     for (int b = 0; b < blocks(n); ++b)
-      store<16>(to + 16 * b, load<16>(to + 16 * b) + f * row.block[b]);
+      store<16>(to + 16 * b, fused<16>(f, row.block[b], load<16>(to + 16 * b)));
     if (Tail) {
       Real* const end = to + 16 * blocks(n);
-      store<kTail>(end, load<kTail>(end) + first(f) * row.rest);
+      store<kTail>(end, fused<kTail>(first(f), row.rest, load<kTail>(end)));
     }
   }
 
@@ -180,11 +202,11 @@ struct Loops {
     }
   }
 
-  static PYSEG_INLINE void to_rows(const Real* planes, Block scale, int n, Real* rows, int stride) {
+  static PYSEG_INLINE void to_rows(const Real* planes, int n, Real* rows, int stride) {
     for (int b = 0; b < blocks(n); ++b) {
       Block v[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = load<16>(planes + 16 * (16 * b + i)) * scale;
+      for (int i = 0; i < 16; ++i) v[i] = load<16>(planes + 16 * (16 * b + i));
       transpose<Real>(v);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) store<16>(rows + i * stride + 16 * b, v[i]);
@@ -192,7 +214,7 @@ struct Loops {
     for (int c = 16 * blocks(n); c < 16 * blocks(n) + Tail; c += 4) {
       Block v[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[i] = load<16>(planes + 16 * (c + i)) * scale;
+      for (int i = 0; i < 4; ++i) v[i] = load<16>(planes + 16 * (c + i));
       transpose_quarters<Real>(v);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
@@ -218,50 +240,138 @@ struct Loops {
       for (int i = 0; i < count; ++i) to[i] = block[i];
   }
 
-  // Up to 16 pixels in one image row, the first `x, y` in the tile: messages [16, stride] become
-  // probabilities.
-  static void softmax(const TilePass<Real>& a, int x, int y, int n, int stride, Real* rows) {
-    const int classes = a.classes, count = a.width - x < 16 ? a.width - x : 16;
-    const int64_t pixel = y * a.image_width + x, first = (int64_t(y) * a.width + x) * classes;
-    const Real* const unary = a.copied ? a.copied + first : a.unary + pixel;
-    const int64_t apart = a.copied ? count : a.plane;
-    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    if (a.in) to_planes(rows, stride, n, planes);
-    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
-    for (int c = 0; c < classes; ++c) {
-      const Block u = load_some(unary + c * apart, count);
-      const Block logit = a.in ? load<16>(planes + 16 * c) - u : -u;
-      largest = logit > largest ? logit : largest;
-      store<16>(planes + 16 * c, logit);
+  // Of four rows at once, their tails in vectors of their own.
+  static constexpr int kTails = Tail == 8 ? 2 : 1;
+  using Four = Vector<Real, 4>;
+
+  static PYSEG_INLINE void join_tails(const Row (&row)[4], Block (&tails)[kTails]) {
+    if constexpr (Tail == 4) {
+      const auto low = __builtin_shufflevector(row[0].rest, row[1].rest, 0, 1, 2, 3, 4, 5, 6, 7);
+      const auto high = __builtin_shufflevector(row[2].rest, row[3].rest, 0, 1, 2, 3, 4, 5, 6, 7);
+      tails[0] =
+          __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    } else if constexpr (Tail == 8) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+        tails[i] = __builtin_shufflevector(row[2 * i].rest, row[2 * i + 1].rest, 0, 1, 2, 3, 4, 5,
+                                           6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     }
-    // No prefetcher sees ahead: unary is read in bursts, with much else in between. The next row
-    // of the image or, of the copy, the pixels that far on, into the second cache.
-    const int64_t ahead = a.copied ? kTileWidth * classes : a.image_width;
-    for (int c = 0; c < classes; ++c) __builtin_prefetch(unary + c * apart + ahead, 0, 2);
-    if (!a.in) {
-      Block bad{};
-      for (int c = 0; c < classes; ++c) bad += load<16>(planes + 16 * c) * Real(0);
-      for (int i = 0; i < 16; ++i)
-        if (bad[i] != bad[i]) *a.not_finite = true;
+  }
+
+  static PYSEG_INLINE void part_tails(const Block (&tails)[kTails], Row (&row)[4]) {
+    if constexpr (Tail == 4) {
+      row[0].rest = __builtin_shufflevector(tails[0], tails[0], 0, 1, 2, 3);
+      row[1].rest = __builtin_shufflevector(tails[0], tails[0], 4, 5, 6, 7);
+      row[2].rest = __builtin_shufflevector(tails[0], tails[0], 8, 9, 10, 11);
+      row[3].rest = __builtin_shufflevector(tails[0], tails[0], 12, 13, 14, 15);
+    } else if constexpr (Tail == 8) {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        row[2 * i].rest = __builtin_shufflevector(tails[i], tails[i], 0, 1, 2, 3, 4, 5, 6, 7);
+        row[2 * i + 1].rest =
+            __builtin_shufflevector(tails[i], tails[i], 8, 9, 10, 11, 12, 13, 14, 15);
+      }
     }
-    if (a.copy)
-      for (int c = 0; c < classes; ++c)
-        store_some(a.copy + first + c * count, -load<16>(planes + 16 * c), count);
-    Block sum{};
-    for (int c = 0; c < classes; ++c) {
-      const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
-      sum += e;
-      store<16>(planes + 16 * c, e);
+  }
+
+  // Each row's number, for its lanes of the tails.
+  static PYSEG_INLINE Block to_tails(Four four, int number) {
+    const auto twice = __builtin_shufflevector(four, four, 0, 1, 2, 3, 4, 5, 6, 7);
+    const Block all =
+        __builtin_shufflevector(twice, twice, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    if (Tail == 4)
+      return __builtin_shufflevector(all, all, 0, 0, 0, 0, 5, 5, 5, 5, 10, 10, 10, 10, 15, 15, 15,
+                                     15);
+    if (number == 0)
+      return __builtin_shufflevector(all, all, 0, 0, 0, 0, 4, 4, 4, 4, 9, 9, 9, 9, 13, 13, 13, 13);
+    return __builtin_shufflevector(all, all, 2, 2, 2, 2, 6, 6, 6, 6, 11, 11, 11, 11, 15, 15, 15,
+                                   15);
+  }
+
+  // What `combine` makes of all lanes of each row.
+  template <class Combine>
+  static PYSEG_INLINE Four reduce(const Block (&v)[4], const Block (&tails)[kTails],
+                                  Combine combine) {
+    Block quarters;  // each holds one number of every row
+    if constexpr (Blocks != 0) {
+      Block pairs[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i)
+        pairs[i] = combine(__builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 1, 17, 4, 20, 5,
+                                                   21, 8, 24, 9, 25, 12, 28, 13, 29),
+                           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 18, 3, 19, 6, 22, 7,
+                                                   23, 10, 26, 11, 27, 14, 30, 15, 31));
+      quarters = combine(__builtin_shufflevector(pairs[0], pairs[1], 0, 1, 16, 17, 4, 5, 20, 21, 8,
+                                                 9, 24, 25, 12, 13, 28, 29),
+                         __builtin_shufflevector(pairs[0], pairs[1], 2, 3, 18, 19, 6, 7, 22, 23, 10,
+                                                 11, 26, 27, 14, 15, 30, 31));
     }
-    const Block scale = Real(1) / sum;
-    if (a.out) {
-      for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
-        store<16>(planes + 16 * c, Block{});
-      to_rows(planes, scale, n, rows, stride);
+    if constexpr (Tail == 4) {
+      const Block t = __builtin_shufflevector(tails[0], tails[0], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6,
+                                              10, 14, 3, 7, 11, 15);
+      quarters = Blocks ? combine(quarters, t) : t;
+    } else if constexpr (Tail == 8) {
+      const Block t = combine(__builtin_shufflevector(tails[0], tails[1], 0, 8, 16, 24, 1, 9, 17,
+                                                      25, 2, 10, 18, 26, 3, 11, 19, 27),
+                              __builtin_shufflevector(tails[0], tails[1], 4, 12, 20, 28, 5, 13, 21,
+                                                      29, 6, 14, 22, 30, 7, 15, 23, 31));
+      quarters = Blocks ? combine(quarters, t) : t;
     }
-    if (a.q)
-      for (int c = 0; c < classes; ++c)
-        store_some(a.q + c * a.plane + pixel, load<16>(planes + 16 * c) * scale, count);
+    const auto halves =
+        combine(__builtin_shufflevector(quarters, quarters, 0, 1, 2, 3, 4, 5, 6, 7),
+                __builtin_shufflevector(quarters, quarters, 8, 9, 10, 11, 12, 13, 14, 15));
+    return combine(__builtin_shufflevector(halves, halves, 0, 1, 2, 3),
+                   __builtin_shufflevector(halves, halves, 4, 5, 6, 7));
+  }
+
+  // Up to kTileWidth rows of logits become probabilities. All steps of one row in turn would wait
+  // for each other; so one step is done for all rows.
+  static PYSEG_INLINE void softmax(Real* rows, int count, int n, int stride) {
+    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+    const auto sum = [](auto a, auto b) { return a + b; };
+    Real largest[kTileWidth];
+    for (int x = 0; x < count; x += 4) {
+      Row row[4];
+      Block tails[kTails], all[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        get(row[i], rows + (x + i) * stride, n);
+        all[i] = row[i].block[0];
+        for (int b = 1; b < blocks(n); ++b) all[i] = larger(all[i], row[i].block[b]);
+      }
+      join_tails(row, tails);
+      store<4>(largest + x, reduce(all, tails, larger));
+    }
+    for (int x = 0; x < count; x += 4) {
+      Row row[4];
+      Block tails[kTails], all[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        get(row[i], rows + (x + i) * stride, n);
+        const Block most = broadcast<16>(largest[x + i]);
+        all[i] = Block{};
+        for (int b = 0; b < blocks(n); ++b) {
+          row[i].block[b] = exponential<16>(row[i].block[b] - most);
+          all[i] += row[i].block[b];
+        }
+      }
+      if constexpr (Tail != 0) {
+        join_tails(row, tails);
+        const Four most = load<4>(largest + x);
+        for (int i = 0; i < kTails; ++i) tails[i] = exponential<16>(tails[i] - to_tails(most, i));
+      }
+      const Four scale = Real(1) / reduce(all, tails, sum);
+      if constexpr (Tail != 0) {
+        for (int i = 0; i < kTails; ++i) tails[i] *= to_tails(scale, i);
+        part_tails(tails, row);
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Block factor = broadcast<16>(scale[i]);
+        for (int b = 0; b < blocks(n); ++b) row[i].block[b] *= factor;
+        put(row[i], rows + (x + i) * stride, n);
+      }
+    }
   }
 
   // Calls work(count) with the number of a pixel's entries, as a constant where it is a usual one.
@@ -328,11 +438,10 @@ struct Loops {
     for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
       next();
       for (; x < std::min(end, width); ++x) {
-        const Block a = broadcast<16>(weights[0][2 * x]), b = broadcast<16>(weights[0][2 * x + 1]);
         Row row{};
         if (!fresh) get(row, rows + x * stride, n);
-        for (int i = 0; i < blocks(n); ++i) row.block[i] += a * left.block[i] + b * right.block[i];
-        if (Tail) row.rest += first(a) * left.rest + first(b) * right.rest;
+        add(row, weights[0][2 * x], left, n);
+        add(row, weights[0][2 * x + 1], right, n);
         put(row, rows + x * stride, n);
       }
     }
@@ -362,20 +471,28 @@ struct Loops {
     next();
   }
 
+  // The grids at one row of a tile; false: there are none.
+  static PYSEG_INLINE bool slice_grids(const TilePass<Real>& a, const Real* lattice,
+                                       bool with_splat_weights, int y, int n, int stride,
+                                       Real* rows) {
+    bool any = false;
+    for (const GridPass<Real>& grid : a.grids) {
+      slice_grid(grid, lattice, with_splat_weights ? grid.splat : grid.slice, y, a.width, n, stride,
+                 !any, rows);
+      any = true;
+    }
+    return any;
+  }
+
   // All lattices at one row of a tile.
   static PYSEG_INLINE void slice_all(const TilePass<Real>& a, const Real* lattice,
                                      bool with_splat_weights, int y, int n, int stride,
                                      Real* rows) {
-    bool fresh = true;
-    for (const GridPass<Real>& grid : a.grids) {
-      slice_grid(grid, lattice, with_splat_weights ? grid.splat : grid.slice, y, a.width, n, stride,
-                 fresh, rows);
-      fresh = false;
-    }
+    const bool any = slice_grids(a, lattice, with_splat_weights, y, n, stride, rows);
     const int64_t at = int64_t(y) * a.width * a.entries;
     if (a.entries)
       slice_row(lattice, a.rows + at, (with_splat_weights ? a.splat : a.slice) + at, a.width,
-                a.entries, n, stride, fresh, rows);
+                a.entries, n, stride, !any, rows);
   }
   static PYSEG_INLINE void splat_all(const TilePass<Real>& a, const Real* rows,
                                      bool with_slice_weights, int y, int n, int stride,
@@ -414,14 +531,108 @@ struct Loops {
     pack(rows, a.width, to + int64_t(y) * a.width * width, n, width);
   }
 
+  // Energies of one row of a tile as rows of classes, without gaps. The last may be read beyond its
+  // classes.
+  static PYSEG_INLINE const Real* unary_row(const TilePass<Real>& a, int y, int n, int stride) {
+    const int classes = a.classes, size = a.width * classes;
+    const int64_t at = int64_t(y) * size;
+    if (a.copied && y + 1 < a.height) return a.copied + at;
+    Real* const lines = a.buffer + kTileWidth * stride;
+    if (a.copied) {  // what follows is not ours
+      std::copy_n(a.copied + at, size, lines);
+      return lines;
+    }
+    const int width = Blocks < 0 ? 16 * n : 16 * Blocks + Tail;
+    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
+    Block bad{};
+    for (int x = 0; x < a.width; x += 16) {
+      const int count = a.width - x < 16 ? a.width - x : 16;
+      const Real* const from = a.unary + y * a.image_width + x;
+      for (int c = 0; c < classes; ++c) {
+        const Block u = load_some(from + c * a.plane, count);
+        bad += u * Real(0);
+        store<16>(planes + 16 * c, u);
+        __builtin_prefetch(from + c * a.plane + a.image_width, 0, 2);  // the row below
+      }
+      for (int c = classes; c < width; ++c) store<16>(planes + 16 * c, Block{});
+      to_rows(planes, n, lines + x * stride, stride);
+    }
+    for (int i = 0; i < 16; ++i)
+      if (bad[i] != bad[i]) *a.not_finite = true;
+    for (int x = 0; x < a.width; ++x) {
+      Row row;
+      get(row, lines + x * stride, n);
+      put(row, lines + x * classes, n);
+    }
+    if (a.copy) std::copy_n(lines, size, a.copy + at);
+    return lines;
+  }
+
+  // Probabilities of one row of a tile: from messages in `rows`, unless they are to be overwritten,
+  // and in `lattice`, unless that is null.
+  static PYSEG_INLINE void softmax_row(const TilePass<Real>& a, const Real* unary, bool messages,
+                                       const Real* lattice, int y, int n, int stride, Real* rows) {
+    constexpr int kAhead = 256;               // pixels
+    constexpr int kLast = Tail ? kTail : 16;  // lanes of a row's last vector
+    const int valid = a.classes - 16 * (Tail ? blocks(n) : blocks(n) - 1);
+    Vector<Real, kLast> number;
+    for (int i = 0; i < kLast; ++i) number[i] = Real(i);
+    const auto holds_class = number < broadcast<kLast>(Real(valid));
+    const auto lowest = broadcast<kLast>(std::numeric_limits<Real>::lowest());
+    const int64_t at = int64_t(y) * a.width * a.entries;
+    with_entries(lattice ? a.entries : 0, [&](auto entries) {
+      for (int x = 0; x < a.width; ++x) {
+        Row row{}, energy;
+        if (messages) get(row, rows + x * stride, n);
+        const uint16_t* const vertex = a.rows + at + x * entries;
+        const Real* const weight = a.slice + at + x * entries;
+#pragma GCC unroll 9
+        for (int k = 0; k < entries; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
+        get(energy, unary + x * a.classes, n);
+        // No prefetcher sees these streams between all the other accesses.
+        __builtin_prefetch(unary + (x + kAhead) * a.classes);
+        __builtin_prefetch(weight + kAhead * entries);
+        __builtin_prefetch(vertex + kAhead * entries);
+        for (int b = 0; b < blocks(n); ++b) row.block[b] -= energy.block[b];
+        if constexpr (Tail != 0) {
+          row.rest = holds_class ? row.rest - energy.rest : lowest;
+        } else {
+          Block& last = row.block[blocks(n) - 1];
+          last = holds_class ? last : lowest;
+        }
+        put(row, rows + x * stride, n);
+      }
+    });
+    softmax(rows, a.width, n, stride);
+  }
+
+  // One row of a tile of Q.
+  static PYSEG_INLINE void store_q(const TilePass<Real>& a, int y, int n, int stride,
+                                   const Real* rows) {
+    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
+    for (int x = 0; x < a.width; x += 16) {
+      to_planes(rows + x * stride, stride, n, planes);
+      Real* const to = a.q + y * a.image_width + x;
+      for (int c = 0; c < a.classes; ++c)
+        store_some(to + c * a.plane, load<16>(planes + 16 * c), std::min(16, a.width - x));
+    }
+  }
+
   // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
   static void tile(const TilePass<Real>& a) {
-    const int n = a.stride / 16, width = a.width;
+    const int n = a.stride / 16;
     const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
     for (int y = 0; y < a.height; ++y) {
-      if (a.in) slice_all(a, a.in, false, y, n, stride, a.buffer);
-      if (a.in && a.self) remove_self(a, a.before, a.matrix, y, n, a.buffer);
-      for (int x = 0; x < width; x += 16) softmax(a, x, y, n, stride, a.buffer + x * stride);
+      const Real* const unary = unary_row(a, y, n, stride);
+      if (a.in && a.self) {
+        slice_all(a, a.in, false, y, n, stride, a.buffer);
+        remove_self(a, a.before, a.matrix, y, n, a.buffer);
+        softmax_row(a, unary, true, nullptr, y, n, stride, a.buffer);
+      } else {
+        const bool messages = a.in && slice_grids(a, a.in, false, y, n, stride, a.buffer);
+        softmax_row(a, unary, messages, a.in, y, n, stride, a.buffer);
+      }
+      if (a.q) store_q(a, y, n, stride, a.buffer);
       if (a.out && a.self) keep(a, a.buffer, y, n, a.after);
       if (a.out) splat_all(a, a.buffer, false, y, n, stride, a.out);
     }
@@ -467,7 +678,7 @@ struct Loops {
     if (!pass.out) return;
     for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
       store<16>(planes + 16 * c, Block{});
-    to_rows(planes, broadcast<16>(Real(1)), n, rows, stride);
+    to_rows(planes, n, rows, stride);
   }
 
   // One mean-field update of a tile, backwards: slice the messages and, with the weights of the
@@ -521,15 +732,25 @@ struct Loops {
     }
   }
 
-  // (side 1 side) along one axis; neighbours [.., 2], from vertex `begin` on
-  static void blur(const Real* from, const int32_t* neighbours, Real side, int64_t begin,
-                   int64_t end, Real* to, int n, int width) {
-    for (int64_t v = begin; v < end; ++v, neighbours += 2) {
-      Row row;
-      get(row, from + v * width, n);
-      add(row, side, from + int64_t(neighbours[0]) * width, n);
-      add(row, side, from + int64_t(neighbours[1]) * width, n);
-      put(row, to + v * width, n);
+  // (side 1 side) along one axis, in place. Links are those of whole chains; see `Link`.
+  static void blur(Real* values, const Link* links, const Link* end, bool transposed, Real side,
+                   int n, int width) {
+    const auto row_of = [&](Link link) { return values + int64_t(link.vertex()) * width; };
+    const auto next = [&](Row& row, Link link) {
+      get(row, link.filled(transposed) ? row_of(link) : values, n);
+    };
+    constexpr int64_t kAhead = 24;  // lattices do not fit into the second cache
+    Row before{}, row;
+    alignas(64) Real nowhere[16 * kBlocks + kTail];
+    next(row, *links);
+    for (; links < end; ++links) {
+      Row after, sum = row;
+      next(after, links[1]);
+      __builtin_prefetch(row_of(links[std::min<int64_t>(kAhead, end - links)]));
+      add(sum, side, before, n);
+      add(sum, side, after, n);
+      put(sum, links->vertex() ? row_of(*links) : nowhere, n);
+      before = row, row = after;
     }
   }
 
