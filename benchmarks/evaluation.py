@@ -122,16 +122,23 @@ def main():
     )
     elapsed = time.perf_counter() - start - making.seconds
     scores = result.stages[0].metrics
-    print(json.dumps({
-        "images": arguments.images,
-        "threads": arguments.threads,
-        "ms_per_image": round(1e3 * elapsed / max(1, arguments.images - 1), 1),
-        "making_ms_per_image": round(1e3 * making.seconds / max(1, arguments.images - 1), 1),
-        "megabytes_after": memory,
-        "miou": scores["semantic"]["miou"],
-        "boundary_iou": scores["boundary"]["boundary_iou"],
-        "pq": scores["panoptic"]["pq"],
-    }, indent=1))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "images": arguments.images,
+                "threads": arguments.threads,
+                "ms_per_image": round(1e3 * elapsed / max(1, arguments.images - 1), 1),
+                "making_ms_per_image": round(
+                    1e3 * making.seconds / max(1, arguments.images - 1), 1
+                ),
+                "megabytes_after": memory,
+                "miou": scores["semantic"]["miou"],
+                "boundary_iou": scores["boundary"]["boundary_iou"],
+                "pq": scores["panoptic"]["pq"],
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

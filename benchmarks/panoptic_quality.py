@@ -37,8 +37,14 @@ def make_maps(kind="smooth"):
 
 def segments(ids):
     found, areas = ids.unique(return_counts=True)
-    return Segments(ids, tuple(Segment(k, label(k), 1.0, area) for k, area in
-                               zip(found.tolist(), areas.tolist(), strict=True) if k))  # fmt: skip
+    return Segments(
+        ids,
+        tuple(
+            Segment(k, label(k), 1.0, area)
+            for k, area in zip(found.tolist(), areas.tolist(), strict=True)
+            if k
+        ),
+    )
 
 
 def numpy_panoptic_quality(prediction, target, predicted, targets):
@@ -138,8 +144,10 @@ def test_torchmetrics(compare, threads):
     functional = pytest.importorskip("torchmetrics.functional.detection")
     prediction, target = (segments(ids) for ids in make_maps())
     # ids to (class, instance); class CLASSES is void, among the stuff
-    pairs = [torch.stack([torch.where(s.map > 0, s.map % CLASSES, CLASSES), s.map], -1)[None]
-             for s in (prediction, target)]  # fmt: skip
+    pairs = [
+        torch.stack([torch.where(s.map > 0, s.map % CLASSES, CLASSES), s.map], -1)[None]
+        for s in (prediction, target)
+    ]
     compare(
         ours=lambda: scored(prediction, target).compute()["pq"],
         peer=lambda: functional.panoptic_quality(

@@ -36,9 +36,14 @@ PYTHON = "Mask R-CNN + FCN, merge in Python"
 def build(name, size, stuff_area):
     torch.manual_seed(0)
     return pyseg.models.get(SYSTEMS[name])(
-        num_classes=len(StreetScenes.classes), num_stuff=len(STUFF), backbone="resnet18",
-        channels=64, min_size=size[0], max_size=size[1], stuff_area=stuff_area,
-    )  # fmt: skip
+        num_classes=len(StreetScenes.classes),
+        num_stuff=len(STUFF),
+        backbone="resnet18",
+        channels=64,
+        min_size=size[0],
+        max_size=size[1],
+        stuff_area=stuff_area,
+    )
 
 
 def merge_in_python(model):
@@ -117,9 +122,15 @@ def main():
         model = build(name, size, area)
         if not (folder / "model.safetensors").exists():
             train_instances(
-                model, train, output_dir=folder, epochs=options.epochs, batch_size=4,
-                photometric=0.0, precision="bf16", save_every=options.epochs,
-            )  # fmt: skip
+                model,
+                train,
+                output_dir=folder,
+                epochs=options.epochs,
+                batch_size=4,
+                photometric=0.0,
+                precision="bf16",
+                save_every=options.epochs,
+            )
         state = weight_files.load_state(folder / "model.safetensors")
         model.load_state_dict(state)
         cache = folder / f"pq_{options.scored}.pt"

@@ -57,22 +57,29 @@ app = typer.Typer(
 
 SpecOption = Annotated[
     str,
-    typer.Option("--spec", "-s", help="Pipeline such as 'streetnet+crf(iterations=5)', or the "
-                 "folder of a saved one."),
-]  # fmt: skip
+    typer.Option(
+        "--spec",
+        "-s",
+        help="Pipeline such as 'streetnet+crf(iterations=5)', or the folder of a saved one.",
+    ),
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: cpu]")]
 WeightsOption = Annotated[
-    str | None, typer.Option(help="The model's weights: a name it knows, a path, a URL, or none "
-                             "for random ones.")
-]  # fmt: skip
+    str | None,
+    typer.Option(
+        help="The model's weights: a name it knows, a path, a URL, or none for random ones."
+    ),
+]
 ClassesOption = Annotated[
     int | None, typer.Option("--num-classes", help="Number of classes of the model.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DatasetOption = Annotated[
-    str, typer.Option(help="Registered data set, with options if need be: "
-                      "\"folder(classes='names.txt')\".")
-]  # fmt: skip
+    str,
+    typer.Option(
+        help="Registered data set, with options if need be: \"folder(classes='names.txt')\"."
+    ),
+]
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
 ]
@@ -144,8 +151,10 @@ def predict(
     else:
         for reason in summary.failed.values():
             typer.secho(f"failed: {reason}", err=True, fg="red")
-        typer.echo(f"{len(summary.written)} written to {output}, {len(summary.skipped)} were "
-                   f"there already, {len(summary.failed)} failed")  # fmt: skip
+        typer.echo(
+            f"{len(summary.written)} written to {output}, {len(summary.skipped)} were "
+            f"there already, {len(summary.failed)} failed"
+        )
     if summary.failed:
         raise typer.Exit(FAILED)
 
@@ -184,9 +193,13 @@ def evaluate(
 
             recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
         result = evaluation.evaluate(
-            pipeline, data, metric or ["semantic"], limit=limit, track=_track("evaluating"),
+            pipeline,
+            data,
+            metric or ["semantic"],
+            limit=limit,
+            track=_track("evaluating"),
             observe=recorder.add if recorder else None,
-        )  # fmt: skip
+        )
         if recorder is not None:
             recorder.write(result, f"{dataset}, {split}" if split else dataset)
     if not result.is_main_process:
@@ -224,8 +237,10 @@ def cost_command(
     _print_table(head, rows, numbers=True)
     height, width = result.size
     threads = f", {result.threads} threads" if result.device == "cpu" else ""
-    typer.echo(f"{result.spec} on {height}x{width} pixels, {result.device}{threads}, median of "
-               f"{result.rounds}; FLOPs as torch counts them, 2 per multiply-add")  # fmt: skip
+    typer.echo(
+        f"{result.spec} on {height}x{width} pixels, {result.device}{threads}, median of "
+        f"{result.rounds}; FLOPs as torch counts them, 2 per multiply-add"
+    )
 
 
 @app.command("panoptic-quality")
@@ -242,24 +257,35 @@ def panoptic_quality(
         Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
     ] = None,
     boundary_ratio: Annotated[
-        float, typer.Option(help="Boundary PQ: width of the boundary as a share of the diagonal, "
-                            "usually 0.02; 0 for plain PQ.")
+        float,
+        typer.Option(
+            help="Boundary PQ: width of the boundary as a share of the diagonal, "
+            "usually 0.02; 0 for plain PQ."
+        ),
     ] = 0.0,
     all_crowds: Annotated[
-        bool, typer.Option("--all-crowds", help="Every crowd of a class counts, not only the last "
-                           "one, as in panopticapi.")
+        bool,
+        typer.Option(
+            "--all-crowds",
+            help="Every crowd of a class counts, not only the last one, as in panopticapi.",
+        ),
     ] = False,
     as_json: JsonOption = False,
-) -> None:  # fmt: skip
+) -> None:
     """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
     from .metrics.panoptic import score_files
 
     try:
         result = score_files(
-            ground_truth, predictions, target_folder=gt_dir, prediction_folder=pred_dir,
-            categories=categories, boundary_ratio=boundary_ratio, all_crowds=all_crowds,
+            ground_truth,
+            predictions,
+            target_folder=gt_dir,
+            prediction_folder=pred_dir,
+            categories=categories,
+            boundary_ratio=boundary_ratio,
+            all_crowds=all_crowds,
             track=_track("scoring"),
-        )  # fmt: skip
+        )
     except ValueError as error:  # an option out of range
         raise error if isinstance(error, PysegError) else PysegError(str(error)) from error
     groups = ("All", "Things", "Stuff")
@@ -267,8 +293,14 @@ def panoptic_quality(
         for group in groups:  # JSON has no nan
             result[group] = {k: None if v != v else v for k, v in result[group].items()}
         return _print_json(result)
-    rows = [[group, *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
-             str(result[group]["n"])] for group in groups]  # fmt: skip
+    rows = [
+        [
+            group,
+            *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
+            str(result[group]["n"]),
+        ]
+        for group in groups
+    ]
     _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
 
 
@@ -341,18 +373,32 @@ def train(
     weights, auxiliary heads and workers have no meaning and must be left alone.
     """
     both: dict[str, Any] = {
-        "photometric": photometric, "warmup": warmup, "ema": ema, "precision": precision,
-        "cache": cache, "save_every": save_every, "validate_every": validate_every, "seed": seed,
+        "photometric": photometric,
+        "warmup": warmup,
+        "ema": ema,
+        "precision": precision,
+        "cache": cache,
+        "save_every": save_every,
+        "validate_every": validate_every,
+        "seed": seed,
         "resume": resume,
-    }  # fmt: skip
-    chosen = {"batch_size": batch_size, "learning_rate": learning_rate,
-              "weight_decay": weight_decay}  # fmt: skip
+    }
+    chosen = {
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+    }
     both |= {key: value for key, value in chosen.items() if value is not None}
     semantic: dict[str, Any] = {
-        "crop_size": crop_size, "scale": scale, "full_size": full_size,
-        "class_crops": class_crops, "class_power": class_power, "jaccard": jaccard,
-        "auxiliary": auxiliary, "workers": workers,
-    }  # fmt: skip
+        "crop_size": crop_size,
+        "scale": scale,
+        "full_size": full_size,
+        "class_crops": class_crops,
+        "class_power": class_power,
+        "jaccard": jaccard,
+        "auxiliary": auxiliary,
+        "workers": workers,
+    }
     import torch
     from accelerate import PartialState
 
@@ -379,9 +425,14 @@ def train(
         raise PysegError(f"flip has a meaning for models of instances only, {model} is none")
     try:
         log = fit(
-            network, data, output_dir=output, epochs=epochs, validation=validation,
-            progress=_console().is_terminal, **options,
-        )  # fmt: skip
+            network,
+            data,
+            output_dir=output,
+            epochs=epochs,
+            validation=validation,
+            progress=_console().is_terminal,
+            **options,
+        )
     except ValueError as error:  # a setting out of range
         raise PysegError(str(error)) from error
     state = PartialState()
@@ -409,16 +460,29 @@ def instance_ap_command(
     scores = instance_ap(truth, predictions)
     if as_json:
         return _print_json(finite(scores))
-    names = ["ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-             "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"]  # fmt: skip
+    names = [
+        "ap",
+        "ap50",
+        "ap75",
+        "ap_small",
+        "ap_medium",
+        "ap_large",
+        "ar1",
+        "ar10",
+        "ar100",
+        "ar_small",
+        "ar_medium",
+        "ar_large",
+    ]
     rows = [
         [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
         for kind in KINDS
         if f"{kind}_ap" in scores
     ]
     _print_table(["", *names], rows, numbers=True)
-    typer.echo(f"{scores['images']} images, {scores['objects']} objects, "
-               f"{scores['detections']} detections")  # fmt: skip
+    typer.echo(
+        f"{scores['images']} images, {scores['objects']} objects, {scores['detections']} detections"
+    )
 
 
 @app.command("check-labels")
@@ -440,9 +504,13 @@ def check_labels_command(
     from .label_check import check_labels
 
     report = check_labels(
-        folder, images=images, classes=classes, num_classes=num_classes,
-        ignore_index=ignore_index, track=_track("checking"),
-    )  # fmt: skip
+        folder,
+        images=images,
+        classes=classes,
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        track=_track("checking"),
+    )
     if as_json:
         _print_json(report.to_dict())
     else:
@@ -512,19 +580,29 @@ def tune(
     pipeline = _pipeline(spec, weights, num_classes, device)
     if train is not None:
         if check_split == split:
-            raise PysegError(f"--train and its check need different splits, got {split!r} for both"
-                             "; use --split train")  # fmt: skip
+            raise PysegError(
+                f"--train and its check need different splits, got {split!r} for both"
+                "; use --split train"
+            )
         check = _dataset(dataset, root, check_split)
         training = tuning.train_crf(
-            pipeline, data, check, limit=limit, epochs=epochs, learning_rate=learning_rate,
-            seed=seed, track=_track("training"),
-        )  # fmt: skip
+            pipeline,
+            data,
+            check,
+            limit=limit,
+            epochs=epochs,
+            learning_rate=learning_rate,
+            seed=seed,
+            track=_track("training"),
+        )
         training.pipeline.save(train)
         if as_json:
             return _print_json(training.to_dict())
         _print_table(*training.table(), numbers=True)
-        typer.echo(f"loss of each epoch: {', '.join(f'{x:.4f}' for x in training.losses)}; use "
-                   f"--spec {train}")  # fmt: skip
+        typer.echo(
+            f"loss of each epoch: {', '.join(f'{x:.4f}' for x in training.losses)}; use "
+            f"--spec {train}"
+        )
         return
     result = tuning.tune_crf(
         pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
@@ -534,11 +612,15 @@ def tune(
     head, rows = result.table()
     _print_table(head, rows, numbers=True)
     if result.spec == str(pipeline):
-        typer.echo(f"no crf is best: {result.best.name} changes mIoU by {result.gain:+.4f} on "
-                   f"images not fitted; use --spec \"{result.spec}\"")  # fmt: skip
+        typer.echo(
+            f"no crf is best: {result.best.name} changes mIoU by {result.gain:+.4f} on "
+            f'images not fitted; use --spec "{result.spec}"'
+        )
     else:
-        typer.echo(f"mIoU {result.gain:+.4f} on images not fitted, {result.trials} trials; use "
-                   f"--spec \"{result.spec}\"")  # fmt: skip
+        typer.echo(
+            f"mIoU {result.gain:+.4f} on images not fitted, {result.trials} trials; use "
+            f'--spec "{result.spec}"'
+        )
 
 
 @app.command()
@@ -572,9 +654,11 @@ def demo(
 
     if panoptic:
         if spec == BUNDLED:
-            raise PysegError("--panoptic needs --spec, the pipeline of a trained model: `pyseg "
-                             "train \"upsnet_resnet50(num_stuff=…)\" --dataset … --output run` "
-                             "makes it, in run/pipeline")  # fmt: skip
+            raise PysegError(
+                "--panoptic needs --spec, the pipeline of a trained model: `pyseg "
+                'train "upsnet_resnet50(num_stuff=…)" --dataset … --output run` '
+                "makes it, in run/pipeline"
+            )
         data = _dataset(dataset, root, split)
         pipeline = _pipeline(spec, None, None, device)
         result, files = demonstration.run_panoptic(pipeline, data, output, limit)
@@ -594,8 +678,10 @@ def bench(context: typer.Context) -> None:
     """Run the benchmarks of a source checkout; further arguments go to pytest (-k crf)."""
     root = Path(__file__).resolve().parent.parent
     if not (root / "benchmarks").is_dir() or not (root / "conftest.py").is_file():
-        raise PysegError("the benchmarks are not part of the installed package; clone the "
-                         "repository and run `make bench` there")  # fmt: skip
+        raise PysegError(
+            "the benchmarks are not part of the installed package; clone the "
+            "repository and run `make bench` there"
+        )
     command = [sys.executable, "-m", "pytest", "--benchmark", *context.args]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
 
@@ -615,8 +701,9 @@ def _pipeline(
 
     if (Path(spec) / "pipeline.json").is_file():
         if weights is not None or num_classes is not None:
-            raise PysegError(f"--weights and --num-classes do not go with a saved pipeline, and "
-                             f"{spec} is one")  # fmt: skip
+            raise PysegError(
+                f"--weights and --num-classes do not go with a saved pipeline, and {spec} is one"
+            )
         return pipeline.load(spec, device=device)
     chosen = {None: pipeline.DEFAULT, "none": None}.get(weights, weights)
     return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
@@ -687,8 +774,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = F
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, title in enumerate(head):
-        table.add_column(Text(title), justify="right" if numbers and index else "left",
-                         overflow="fold")  # fmt: skip
+        table.add_column(
+            Text(title), justify="right" if numbers and index else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: brackets are no markup
     return table
@@ -705,8 +793,10 @@ def _print_evaluation(result: Evaluation) -> None:
     head, rows = result.table()
     _print_table(head, rows, numbers=True)
     plural = "" if result.images == 1 else "s"
-    typer.echo(f"{result.spec}: {result.images} image{plural}; Δ against the baseline, time and "
-               "memory of each stage alone")  # fmt: skip
+    typer.echo(
+        f"{result.spec}: {result.images} image{plural}; Δ against the baseline, time and "
+        "memory of each stage alone"
+    )
 
 
 def _print_report(report: dict[str, Any]) -> None:
@@ -728,17 +818,23 @@ def _print_report(report: dict[str, Any]) -> None:
     if "error" not in native:
         _print_table(
             ["op", "cpu", "cuda"],
-            [[name, _usable(op["cpu"], op["cpu"]), _usable(op["cuda"], op["cuda_usable"])]
-             for name, op in native["ops"].items()],
-        )  # fmt: skip
+            [
+                [name, _usable(op["cpu"], op["cpu"]), _usable(op["cuda"], op["cuda_usable"])]
+                for name, op in native["ops"].items()
+            ],
+        )
     _print_table(
         ["kind", "name", "from", "state"],
         [
-            [e["kind"], e["name"], f"{e['distribution'] or '?'} {e['version'] or ''}".strip(),
-             "broken" if e["problem"] else "ok"]
+            [
+                e["kind"],
+                e["name"],
+                f"{e['distribution'] or '?'} {e['version'] or ''}".strip(),
+                "broken" if e["problem"] else "ok",
+            ]
             for e in report["entry_points"]
         ],
-    )  # fmt: skip
+    )
     for problem in report["problems"]:
         typer.secho(f"problem: {problem}", fg="red")
     if not report["problems"]:

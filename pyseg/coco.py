@@ -29,12 +29,14 @@ def categories_of(value: Any, path: str | os.PathLike[str]) -> list[dict[str, An
     """The entries of a list of categories, or of a JSON that has one; ``path`` is for messages."""
     entries = value.get("categories") if isinstance(value, dict) else value
     if not isinstance(entries, list) or not entries:
-        raise LabelError(f"{os.fspath(path)!r} has no categories; give a JSON that has them "
-                         "(--categories)")  # fmt: skip
+        raise LabelError(
+            f"{os.fspath(path)!r} has no categories; give a JSON that has them (--categories)"
+        )
     for key in ("id", "name", "isthing"):
         if not all(isinstance(entry, dict) and key in entry for entry in entries):
-            raise LabelError(f"{os.fspath(path)!r} has a category without {key!r}; it needs id, "
-                             "name and isthing")  # fmt: skip
+            raise LabelError(
+                f"{os.fspath(path)!r} has a category without {key!r}; it needs id, name and isthing"
+            )
         values = [entry[key] for entry in entries]
         if key != "isthing" and len(set(values)) < len(values):
             raise LabelError(f"{os.fspath(path)!r} has two categories with the same {key}")
@@ -45,14 +47,17 @@ def annotations_of(value: Any, path: str | os.PathLike[str]) -> dict[Any, dict[s
     """The entries of a JSON by image."""
     entries = value.get("annotations") if isinstance(value, dict) else None
     if not isinstance(entries, list):
-        raise LabelError(f"{os.fspath(path)!r} has no list of annotations: it is not in COCO's "
-                         "panoptic format")  # fmt: skip
+        raise LabelError(
+            f"{os.fspath(path)!r} has no list of annotations: it is not in COCO's panoptic format"
+        )
     result = {}
     for position, entry in enumerate(entries):
         for key in ("image_id", "file_name", "segments_info"):
             if key not in entry:
-                raise LabelError(f"annotation {position} of {os.fspath(path)!r} has no {key!r}: it "
-                                 "is not in COCO's panoptic format")  # fmt: skip
+                raise LabelError(
+                    f"annotation {position} of {os.fspath(path)!r} has no {key!r}: it "
+                    "is not in COCO's panoptic format"
+                )
         if entry["image_id"] in result:
             raise LabelError(f"{os.fspath(path)!r} has image {entry['image_id']!r} twice")
         result[entry["image_id"]] = entry
@@ -77,8 +82,10 @@ def read_segments(
         if "id" not in segment or "category_id" not in segment:
             raise LabelError(f"{where} has a segment without 'id' or 'category_id'")
         if segment["category_id"] not in index:
-            raise LabelError(f"{where} has segment {segment['id']} of the unknown category "
-                             f"{segment['category_id']}")  # fmt: skip
+            raise LabelError(
+                f"{where} has segment {segment['id']} of the unknown category "
+                f"{segment['category_id']}"
+            )
         area = segment.get("area")
         if area is None:
             area = areas.get(segment["id"], 0)

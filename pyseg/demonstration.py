@@ -132,10 +132,13 @@ def run_panoptic(
     categories = getattr(dataset, "category_ids", None)
     files.append(
         write_panoptic(
-            output / "panoptic.json", predicted, dataset.classes, things=indices,
+            output / "panoptic.json",
+            predicted,
+            dataset.classes,
+            things=indices,
             category_ids=categories,
         )
-    )  # fmt: skip
+    )
     files.append(write_json(output / "scores.json", result.to_list()))
     return result, files
 
@@ -144,5 +147,6 @@ def _make(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise PysegError(f"output {str(output)!r} is a file or lies below one; give a "
-                         "folder") from error  # fmt: skip
+        raise PysegError(
+            f"output {str(output)!r} is a file or lies below one; give a folder"
+        ) from error

@@ -91,8 +91,10 @@ def stale_installs() -> list[str]:
         try:
             project = _read_toml(folder / "pyproject.toml").get("project", {})
         except ImportError:
-            return [f"{folder} cannot be checked for new entry points: Python 3.10 needs the "
-                    "package tomli for it"]  # fmt: skip
+            return [
+                f"{folder} cannot be checked for new entry points: Python 3.10 needs the "
+                "package tomli for it"
+            ]
         except ValueError as error:
             problems.append(f"{folder / 'pyproject.toml'} does not parse: {error}")
             continue

@@ -90,10 +90,25 @@ class Evaluation:
         )
 
 
-_TITLES = {"miou": "mIoU", "fwiou": "fwIoU", "f1": "F1", "iou": "IoU", "ece": "ECE", "mce": "MCE",
-           "nll": "NLL", "brier": "Brier", "roc_auc": "ROC AUC", "best_iou": "best IoU",
-           "pq": "PQ", "sq": "SQ", "rq": "RQ", "bf": "BF", "boundary_iou": "Boundary IoU",
-           "trimap_iou": "trimap IoU", "trimap_miou": "trimap mIoU"}  # fmt: skip
+_TITLES = {
+    "miou": "mIoU",
+    "fwiou": "fwIoU",
+    "f1": "F1",
+    "iou": "IoU",
+    "ece": "ECE",
+    "mce": "MCE",
+    "nll": "NLL",
+    "brier": "Brier",
+    "roc_auc": "ROC AUC",
+    "best_iou": "best IoU",
+    "pq": "PQ",
+    "sq": "SQ",
+    "rq": "RQ",
+    "bf": "BF",
+    "boundary_iou": "Boundary IoU",
+    "trimap_iou": "trimap IoU",
+    "trimap_miou": "trimap mIoU",
+}
 
 
 def title_of(key: str) -> str:
@@ -223,17 +238,21 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
     except (TypeError, ValueError) as error:
         raise SpecError(f"metric {stage}: {error}") from error
     if not isinstance(metric, Metric):
-        raise PluginError(f"metric {stage.name!r} made a {type(metric).__name__} that lacks "
-                          "update, state, load_state or compute; a metric must follow "
-                          "pyseg.types.Metric")  # fmt: skip
+        raise PluginError(
+            f"metric {stage.name!r} made a {type(metric).__name__} that lacks "
+            "update, state, load_state or compute; a metric must follow "
+            "pyseg.types.Metric"
+        )
     return metric
 
 
 def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
     if len(predicted) != len(target):
-        raise PysegError(f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
-                         "use a model that was trained for this dataset (its num_classes and "
-                         "weights)")  # fmt: skip
+        raise PysegError(
+            f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
+            "use a model that was trained for this dataset (its num_classes and "
+            "weights)"
+        )
     pairs = list(zip(predicted, target, strict=True))
     # A model with a new head does not know what its classes are called.
     different = [
@@ -242,9 +261,11 @@ def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
         if ours.lower() != theirs.lower() and ours != f"class {index}"
     ]
     if different:
-        raise PysegError(f"the pipeline's classes are not the dataset's: class {different[0]}"
-                         + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-                         + "; use a model that was trained for this dataset")  # fmt: skip
+        raise PysegError(
+            f"the pipeline's classes are not the dataset's: class {different[0]}"
+            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+            + "; use a model that was trained for this dataset"
+        )
 
 
 def _numbers(values: dict[str, Any]) -> list[str]:
@@ -285,9 +306,11 @@ def merge_states(name: str, metric: Metric) -> None:
         elif isinstance(value, list):
             total[key] = [record for part in gather_objects(value) for record in part]
         else:
-            raise PluginError(f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
-                              "states are tensors and lists, whose sum over processes is the state "
-                              "of the whole")  # fmt: skip
+            raise PluginError(
+                f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
+                "states are tensors and lists, whose sum over processes is the state "
+                "of the whole"
+            )
     metric.load_state(total)
 
 

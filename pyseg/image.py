@@ -91,8 +91,10 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     image = open_image(path, "label map")
     name = f"label map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
-        raise ImageError(f"{name} is a JPEG, whose compression changes class ids; use the PNG that "
-                         "it was made from")  # fmt: skip
+        raise ImageError(
+            f"{name} is a JPEG, whose compression changes class ids; use the PNG that "
+            "it was made from"
+        )
     if image.mode in ("L", "P"):
         # Pillow stretches 2- and 4-bit grey to 0..255, which makes other ids of them.
         return torch.from_numpy(np.array(image) // image.info.get("grey_step", 1))
@@ -101,8 +103,9 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     if image.mode.startswith("I"):
         values = np.array(image).astype(np.int32)
         if values.min() < 0 or values.max() > 65535:
-            raise ImageError(f"{name} has values from {values.min()} to {values.max()}; class ids "
-                             "are 0 to 65535")  # fmt: skip
+            raise ImageError(
+                f"{name} has values from {values.min()} to {values.max()}; class ids are 0 to 65535"
+            )
         return torch.from_numpy(values)
     raise ImageError(
         f"{name} has mode {image.mode}, colours instead of one class id per pixel; convert the "
@@ -126,11 +129,14 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
     image = open_image(path, "panoptic map")
     name = f"panoptic map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
-        raise ImageError(f"{name} is a JPEG, whose compression changes ids; use the PNG that it "
-                         "was made from")  # fmt: skip
+        raise ImageError(
+            f"{name} is a JPEG, whose compression changes ids; use the PNG that it was made from"
+        )
     if image.mode != "RGB":
-        raise ImageError(f"{name} has mode {image.mode}; COCO's panoptic format is RGB, with "
-                         "id = R + 256 G + 65536 B")  # fmt: skip
+        raise ImageError(
+            f"{name} has mode {image.mode}; COCO's panoptic format is RGB, with "
+            "id = R + 256 G + 65536 B"
+        )
     # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
     padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
     return torch.from_numpy((padded & 0xFFFFFF).view(np.int32))
@@ -144,20 +150,21 @@ def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
         hint = "; download it first" if "://" in os.fspath(path) else "; check the path"
         raise ImageError(f"{name} does not exist{hint}")
     if file.is_dir():
-        raise ImageError(f"{name} is a directory; give the files in it (pyseg.predict takes "
-                         "directories)")  # fmt: skip
+        raise ImageError(
+            f"{name} is a directory; give the files in it (pyseg.predict takes directories)"
+        )
     try:
         with file.open("rb") as stream:
             head = stream.read(512)
     except OSError as error:
-        raise ImageError(f"{name} cannot be read ({error.strerror}); check its "
-                         "permissions") from error  # fmt: skip
+        raise ImageError(
+            f"{name} cannot be read ({error.strerror}); check its permissions"
+        ) from error
     try:
         with Image.open(file) as image:
             if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
                 # MPO is a camera's JPEG with a preview or depth map behind the picture.
-                raise ImageError(f"{name} holds {pictures} pictures; extract the one to "
-                                 "segment")  # fmt: skip
+                raise ImageError(f"{name} holds {pictures} pictures; extract the one to segment")
             step = _grey_step(image)
             image.load()
             image.info["grey_step"] = step
@@ -173,8 +180,9 @@ def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise ImageError(f"{name} is truncated or damaged ({reason}); fetch or export it "
-                         "again") from error  # fmt: skip
+        raise ImageError(
+            f"{name} is truncated or damaged ({reason}); fetch or export it again"
+        ) from error
 
 
 def _grey_step(image: Image.Image) -> int:
@@ -211,14 +219,18 @@ def _read_pil(image: Image.Image, name: str) -> Tensor:
         if image.mode.startswith("I;16") or (image.mode == "I" and file_format == "PNG"):
             return _rgb8(torch.from_numpy(np.array(image).astype(np.int32))[None], 65535)
         if image.mode in ("I", "F"):
-            raise ImageError(f"{name} has mode {image.mode}, 32-bit values without a defined "
-                             "white; scale it to 0..1 and pass the NumPy array")  # fmt: skip
+            raise ImageError(
+                f"{name} has mode {image.mode}, 32-bit values without a defined "
+                "white; scale it to 0..1 and pass the NumPy array"
+            )
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     except ImageError:
         raise
     except (OSError, SyntaxError, ValueError) as error:  # lazily loaded by the caller, or odd modes
-        raise ImageError(f"{name} with mode {image.mode} cannot be converted to RGB ({error}); "
-                         "convert it to RGB first") from error  # fmt: skip
+        raise ImageError(
+            f"{name} with mode {image.mode} cannot be converted to RGB ({error}); "
+            "convert it to RGB first"
+        ) from error
     return _rgb8(torch.from_numpy(np.array(image)).permute(2, 0, 1), 255)
 
 
@@ -233,8 +245,9 @@ def _read_array(array: np.ndarray) -> Tensor:
             remedy += "; pass a batch as a list of images"
         raise ImageError(f"the NumPy image has shape {list(array.shape)}; {remedy}")
     if array.dtype.kind not in "uifb" or array.dtype.itemsize > 8:
-        raise ImageError(f"the NumPy image has dtype {array.dtype}; use uint8, uint16 or floating "
-                         "point in 0..1")  # fmt: skip
+        raise ImageError(
+            f"the NumPy image has dtype {array.dtype}; use uint8, uint16 or floating point in 0..1"
+        )
     native = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return _checked(torch.from_numpy(native).permute(2, 0, 1), "the NumPy image")
 
@@ -266,8 +279,10 @@ def require_rgb8(image: Tensor, name: str) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
         raise ValueError(f"{name} must be [3, H, W] RGB with H, W > 0, got {list(image.shape)}")
     if image.dtype != torch.uint8:
-        raise TypeError(f"{name} must be uint8, got {image.dtype}; read it with "
-                        "pyseg.image.read_image or convert it first")  # fmt: skip
+        raise TypeError(
+            f"{name} must be uint8, got {image.dtype}; read it with "
+            "pyseg.image.read_image or convert it first"
+        )
 
 
 def _checked(pixels: Tensor, name: str) -> Tensor:
@@ -286,8 +301,10 @@ def _checked(pixels: Tensor, name: str) -> Tensor:
                 if low >= 0 and 1 < high <= 255
                 else "pass it before normalisation, which pyseg's models do themselves"
             )
-            raise ImageError(f"{name} has floating-point values from {low:g} to {high:g}, which "
-                             f"must be in 0..1; {hint}")  # fmt: skip
+            raise ImageError(
+                f"{name} has floating-point values from {low:g} to {high:g}, which "
+                f"must be in 0..1; {hint}"
+            )
         return _rgb8((pixels.float() * 255).round().to(torch.uint8), 255)
     remedy = (
         "a mask: multiply by 255"
@@ -350,16 +367,21 @@ def write_labels(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise ImageError(f"labels are written as PNG, got {str(path)!r}; other formats lose ids or "
-                         "their colours, name it .png")  # fmt: skip
+        raise ImageError(
+            f"labels are written as PNG, got {str(path)!r}; other formats lose ids or "
+            "their colours, name it .png"
+        )
     values = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     if values.ndim != 2 or values.dtype.kind not in "ui" or values.size == 0:
-        raise LabelError(f"labels must be [H, W] integers, got {values.dtype} of shape "
-                         f"{list(values.shape)}")  # fmt: skip
+        raise LabelError(
+            f"labels must be [H, W] integers, got {values.dtype} of shape {list(values.shape)}"
+        )
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise LabelError(f"labels must be 0 to 65535 to be written as PNG, got {low} to {high}; "
-                         "write void as 255, or as 65535 where 255 is a class")  # fmt: skip
+        raise LabelError(
+            f"labels must be 0 to 65535 to be written as PNG, got {low} to {high}; "
+            "write void as 255, or as 65535 where 255 is a class"
+        )
     if high > 255 or values.dtype in (np.int16, np.uint16) or len(palette or ()) > 256:
         picture = Image.fromarray(values.astype(np.uint16))
     else:
@@ -384,8 +406,10 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
     if kind is None or kind not in Image.SAVE:
-        raise ImageError(f"cannot write {str(path)!r}: no image format has the suffix "
-                         f"{path.suffix!r}; use .png or .jpg")  # fmt: skip
+        raise ImageError(
+            f"cannot write {str(path)!r}: no image format has the suffix "
+            f"{path.suffix!r}; use .png or .jpg"
+        )
     picture = Image.fromarray(read_image(image).cpu().permute(1, 2, 0).contiguous().numpy())
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     return _save(path, picture, format=kind, **options)
@@ -414,8 +438,10 @@ def _save(path: Path, picture: Image.Image, **options: Any) -> Path:
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that takes its name on success and vanishes otherwise."""
     if not path.parent.is_dir():
-        raise ImageError(f"cannot write {str(path)!r}: the directory {str(path.parent)!r} does not "
-                         "exist; create it first")  # fmt: skip
+        raise ImageError(
+            f"cannot write {str(path)!r}: the directory {str(path.parent)!r} does not "
+            "exist; create it first"
+        )
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
     try:
         yield temporary
@@ -477,8 +503,10 @@ def decode_rle(rle: Mapping[str, Any]) -> Tensor:
     else:
         runs = np.asarray(counts, dtype=np.int64)
     if (runs < 0).any() or int(runs.sum()) != height * width:
-        raise ImageError(f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
-                         f"{height} x {width} needs {height * width}; it is damaged")  # fmt: skip
+        raise ImageError(
+            f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
+            f"{height} x {width} needs {height * width}; it is damaged"
+        )
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
 
@@ -489,8 +517,10 @@ def _decode_counts(codes: np.ndarray) -> np.ndarray:
     if not codes.size:
         return codes
     if not last[-1] or codes.min() < 0 or codes.max() > 63:
-        raise ImageError("the counts of the RLE mask are damaged: they end within a number or hold "
-                         "a character outside '0'..'o'")  # fmt: skip
+        raise ImageError(
+            "the counts of the RLE mask are damaged: they end within a number or hold "
+            "a character outside '0'..'o'"
+        )
     starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
     lengths = np.diff(np.append(starts, codes.size))
     place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
@@ -535,8 +565,9 @@ def write_panoptic(
         raise ImageError(f"panoptic results are described in a .json file, got {str(path)!r}")
     ids = list(range(len(classes))) if category_ids is None else list(category_ids)
     if len(ids) != len(classes):
-        raise ImageError(f"category_ids must name one category per class: {len(classes)}, "
-                         f"got {len(ids)}")  # fmt: skip
+        raise ImageError(
+            f"category_ids must name one category per class: {len(classes)}, got {len(ids)}"
+        )
     folder = path.with_suffix("")
     annotations: dict[str, dict[str, Any]] = {}
     for name, segments in results:
@@ -628,15 +659,18 @@ def write_cityscapes_ids(
     counted: dict[int, int] = {}
     for item in segments.items:
         if not 0 <= item.label < len(ids):
-            raise ImageError(f"segment {item.id} has class {item.label}, but there are label_ids "
-                             f"for {len(ids)} classes")  # fmt: skip
+            raise ImageError(
+                f"segment {item.id} has class {item.label}, but there are label_ids "
+                f"for {len(ids)} classes"
+            )
         value = ids[item.label]
         if item.label in things and not item.crowd:
             number = counted.get(item.label, 0)
             counted[item.label] = number + 1
             if number >= 1000:
-                raise ImageError(f"class {item.label} has more than 1000 segments, too many for "
-                                 "Cityscapes ids")  # fmt: skip
+                raise ImageError(
+                    f"class {item.label} has more than 1000 segments, too many for Cityscapes ids"
+                )
             value = 1000 * value + number
         table[map == item.id] = value
     return _save(path, Image.fromarray(table), format="PNG")
@@ -648,9 +682,11 @@ def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[
     listed = [item.id for item in segments.items]
     found = [int(value) for value in np.unique(table) if value != 0]
     if sorted(listed) != found:
-        raise ImageError(f"the segments of {path.name} do not fit their map: listed {listed[:8]}, "
-                         f"in the map {found[:8]}; every segment needs at least one pixel and "
-                         "every non-zero pixel a segment")  # fmt: skip
+        raise ImageError(
+            f"the segments of {path.name} do not fit their map: listed {listed[:8]}, "
+            f"in the map {found[:8]}; every segment needs at least one pixel and "
+            "every non-zero pixel a segment"
+        )
     if found and not 0 < found[0] <= found[-1] < 1 << 24:
         raise ImageError(f"segment ids must be 1 to {(1 << 24) - 1}, got {found[0]} to {found[-1]}")
     info = []

@@ -127,16 +127,38 @@ def train_instances(
         return {"loss": torch.stack([value.float() for value in outputs.values()]).sum(), **outputs}
 
     return _fit(
-        model, dataset, optimizer, accelerator, output, settings, steps, batches, losses,
-        validation if model.semantic is not None else None, _validate, clip=clip,
-        validate_every=validate_every, save_every=save_every, resume=resume, progress=progress,
-    )  # fmt: skip
+        model,
+        dataset,
+        optimizer,
+        accelerator,
+        output,
+        settings,
+        steps,
+        batches,
+        losses,
+        validation if model.semantic is not None else None,
+        _validate,
+        clip=clip,
+        validate_every=validate_every,
+        save_every=save_every,
+        resume=resume,
+        progress=progress,
+    )
 
 
 _RESUMABLE = (
-    "epochs", "batch_size", "photometric", "flip", "learning_rate", "weight_decay", "warmup",
-    "clip", "ema", "precision", "seed",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "photometric",
+    "flip",
+    "learning_rate",
+    "weight_decay",
+    "warmup",
+    "clip",
+    "ema",
+    "precision",
+    "seed",
+)
 
 
 def _augmented(

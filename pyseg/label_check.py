@@ -130,13 +130,19 @@ def check_labels(
         raise PysegError(f"images: there is no folder {str(images)!r}")
     files, doubled = _files(labels_dir, (*LABEL_SUFFIXES, ".jpg", ".jpeg"))
     if not files:
-        raise PysegError(f"{str(labels_dir)!r} holds no label map ({', '.join(LABEL_SUFFIXES)}), "
-                         "in subfolders neither")  # fmt: skip
+        raise PysegError(
+            f"{str(labels_dir)!r} holds no label map ({', '.join(LABEL_SUFFIXES)}), "
+            "in subfolders neither"
+        )
     problems = [
-        Problem("same-name", f"{first} and {second} differ in their suffix only, and labels are "
-                "matched to images by name; remove one", (first, second))
+        Problem(
+            "same-name",
+            f"{first} and {second} differ in their suffix only, and labels are "
+            "matched to images by name; remove one",
+            (first, second),
+        )
         for first, second in doubled
-    ]  # fmt: skip
+    ]
     pictures: dict[str, Path] = {}
     if images is not None:
         pictures, _ = _files(Path(images), IMAGE_SUFFIXES)
@@ -183,8 +189,10 @@ def _class_names(
             raise PysegError(f"num_classes must be at least 1, got {num_classes}{counted}")
         names = names or tuple(f"class {index}" for index in range(num_classes))
     if names is not None and ignore_index == VOID < len(names):
-        raise PysegError(f"{VOID} is one of the {len(names)} classes and cannot mean void as well; "
-                         "give another ignore_index, such as 65535")  # fmt: skip
+        raise PysegError(
+            f"{VOID} is one of the {len(names)} classes and cannot mean void as well; "
+            "give another ignore_index, such as 65535"
+        )
     return names, void
 
 
@@ -221,13 +229,25 @@ def _pairs(labels: dict[str, Path], images: dict[str, Path]) -> list[Problem]:
         ]
     problems = []
     if without_labels:
-        problems.append(Problem("missing-labels", f"{_count(without_labels, 'image')} without a "
-                                f"label map: {_some(without_labels)}; label them, or take them "
-                                "out", tuple(without_labels)))  # fmt: skip
+        problems.append(
+            Problem(
+                "missing-labels",
+                f"{_count(without_labels, 'image')} without a "
+                f"label map: {_some(without_labels)}; label them, or take them "
+                "out",
+                tuple(without_labels),
+            )
+        )
     if without_image:
-        problems.append(Problem("missing-image", f"{_count(without_image, 'label map')} without "
-                                f"an image: {_some(without_image)}; add the images, or take "
-                                "them out", tuple(without_image)))  # fmt: skip
+        problems.append(
+            Problem(
+                "missing-image",
+                f"{_count(without_image, 'label map')} without "
+                f"an image: {_some(without_image)}; add the images, or take "
+                "them out",
+                tuple(without_image),
+            )
+        )
     return problems
 
 
@@ -260,9 +280,12 @@ def _read(found: _Findings, path: Path, name: str, picture: Path | None, void: s
         values, counts = np.unique(array, return_counts=True)
     # Written through a viewer's scale, 1 becomes 256 or 257; then no id is left of them.
     nonzero = values[(values != 0) & (values != 65535)]
-    if array.dtype.itemsize > 1 and len(nonzero) and nonzero.min() >= 256 and (
-        (nonzero % 257 == 0).all() or (nonzero % 256 == 0).all()
-    ):  # fmt: skip
+    if (
+        array.dtype.itemsize > 1
+        and len(nonzero)
+        and nonzero.min() >= 256
+        and ((nonzero % 257 == 0).all() or (nonzero % 256 == 0).all())
+    ):
         found.scaled.append(name)
         return
     seen = {int(value): int(count) for value, count in zip(values, counts, strict=True)}
@@ -291,8 +314,10 @@ def _different_size(labels: Image.Image, picture: Path) -> str | None:
     shown = (height, width) if turned else (width, height)
     if labels.size == shown:
         return None
-    text = (f"{labels.size[0]} x {labels.size[1]} pixels, its image {picture.name} "
-            f"{shown[0]} x {shown[1]}")  # fmt: skip
+    text = (
+        f"{labels.size[0]} x {labels.size[1]} pixels, its image {picture.name} "
+        f"{shown[0]} x {shown[1]}"
+    )
     if turned and labels.size == (width, height):
         text += ", which its EXIF orientation turns: the labels were drawn on the unturned image"
     return text
@@ -305,8 +330,10 @@ def _colour_kind(array: np.ndarray) -> str:
     flat = rgb.reshape(-1, 3).astype(np.int64)
     count = len(np.unique(flat @ np.array([1, 256, 65536])))
     if count <= 256:
-        return ("few different ones: a palette turned into RGB, whose colours have to be mapped to "
-                "class ids, or segment ids in RGB")  # fmt: skip
+        return (
+            "few different ones: a palette turned into RGB, whose colours have to be mapped to "
+            "class ids, or segment ids in RGB"
+        )
     return "more than 256 different ones: a photograph, a blended overlay or a smoothed palette"
 
 
@@ -314,43 +341,83 @@ def _file_problems(found: _Findings) -> list[Problem]:
     problems: list[Problem] = []
     if found.failed:
         reasons = [reason for _, reason in found.failed]
-        problems.append(Problem("unreadable", _some(reasons, "; "),
-                                tuple(name for name, _ in found.failed)))  # fmt: skip
+        problems.append(
+            Problem("unreadable", _some(reasons, "; "), tuple(name for name, _ in found.failed))
+        )
     if found.lossy:
-        problems.append(Problem("lossy", f"{_count(found.lossy, 'JPEG file')}, whose compression "
-                                f"changes class ids: {_some(found.lossy)}; use the PNGs that they "
-                                "were made from", tuple(found.lossy)))  # fmt: skip
+        problems.append(
+            Problem(
+                "lossy",
+                f"{_count(found.lossy, 'JPEG file')}, whose compression "
+                f"changes class ids: {_some(found.lossy)}; use the PNGs that they "
+                "were made from",
+                tuple(found.lossy),
+            )
+        )
     for kind, files in found.colours.items():
-        problems.append(Problem("colours", f"{_count(files, 'label map')} with colours instead of "
-                                f"one class id per pixel ({kind}): {_some(files)}; save ids as "
-                                "a grey or palette PNG", tuple(files)))  # fmt: skip
+        problems.append(
+            Problem(
+                "colours",
+                f"{_count(files, 'label map')} with colours instead of "
+                f"one class id per pixel ({kind}): {_some(files)}; save ids as "
+                "a grey or palette PNG",
+                tuple(files),
+            )
+        )
     if found.floats:
-        problems.append(Problem("floats", f"{_count(found.floats, 'label map')} in floating "
-                                f"point: {_some(found.floats)}; convert to uint8, class ids "
-                                "are integers", tuple(found.floats)))  # fmt: skip
+        problems.append(
+            Problem(
+                "floats",
+                f"{_count(found.floats, 'label map')} in floating "
+                f"point: {_some(found.floats)}; convert to uint8, class ids "
+                "are integers",
+                tuple(found.floats),
+            )
+        )
     if found.scaled:
-        problems.append(Problem("scaled", f"{_count(found.scaled, '16-bit label map')} whose "
-                                f"values are all multiples of 256 or 257: {_some(found.scaled)}; "
-                                "ids were stretched to 16 bits, divide them again",
-                                tuple(found.scaled)))  # fmt: skip
+        problems.append(
+            Problem(
+                "scaled",
+                f"{_count(found.scaled, '16-bit label map')} whose "
+                f"values are all multiples of 256 or 257: {_some(found.scaled)}; "
+                "ids were stretched to 16 bits, divide them again",
+                tuple(found.scaled),
+            )
+        )
     if found.sizes:
         names = tuple(name for name, _ in found.sizes)
         texts = [f"{name} is {text}" for name, text in found.sizes]
-        problems.append(Problem("size", f"{_count(names, 'label map')} not of the size of the "
-                                f"image: {_some(texts, '; ')}", names))  # fmt: skip
+        problems.append(
+            Problem(
+                "size",
+                f"{_count(names, 'label map')} not of the size of the image: {_some(texts, '; ')}",
+                names,
+            )
+        )
     clashes = {value: of for value, of in found.palettes.items() if len(of) > 1}
     if clashes:
         value, of = next(iter(sorted(clashes.items())))
         (first, a), (second, b) = list(of.items())[:2]
-        problems.append(Problem("palette", f"index {value} is the colour {first} in {a} and "
-                                f"{second} in {b}: {_count(clashes, 'index', 'indices')} with "
-                                "several colours, so these palettes were made per file and "
-                                "their indices are no class ids; map colours to ids",
-                                (a, b)))  # fmt: skip
+        problems.append(
+            Problem(
+                "palette",
+                f"index {value} is the colour {first} in {a} and "
+                f"{second} in {b}: {_count(clashes, 'index', 'indices')} with "
+                "several colours, so these palettes were made per file and "
+                "their indices are no class ids; map colours to ids",
+                (a, b),
+            )
+        )
     if found.empty:
-        problems.append(Problem("void-only", f"{_count(found.empty, 'label map')} without any "
-                                f"class: {_some(found.empty)}; such images teach nothing",
-                                tuple(found.empty), error=False))  # fmt: skip
+        problems.append(
+            Problem(
+                "void-only",
+                f"{_count(found.empty, 'label map')} without any "
+                f"class: {_some(found.empty)}; such images teach nothing",
+                tuple(found.empty),
+                error=False,
+            )
+        )
     return problems
 
 
@@ -363,11 +430,18 @@ def _value_problems(
     if found.masks and seen <= {0, 255}:
         effect = (
             "255 is ignore_index, so that the objects would be ignored and all that counts is "
-            "background" if ignore_index == 255 else "255 is no class"
-        )  # fmt: skip
-        problems.append(Problem("mask-255", "all values are 0 and 255: these are masks for "
-                                f"viewing, and {effect}; write 1 instead of 255",
-                                tuple(found.masks)))  # fmt: skip
+            "background"
+            if ignore_index == 255
+            else "255 is no class"
+        )
+        problems.append(
+            Problem(
+                "mask-255",
+                "all values are 0 and 255: these are masks for "
+                f"viewing, and {effect}; write 1 instead of 255",
+                tuple(found.masks),
+            )
+        )
         return problems
     count = None if names is None else len(names)
     wrong = sorted(v for v in classes if v < 0 or (count is not None and v >= count))
@@ -387,45 +461,69 @@ def _value_problems(
     if names is not None:
         absent = [name for k, name in enumerate(names) if k not in seen and k not in void]
         if absent and classes:
-            problems.append(Problem("absent-class", f"{_count(absent, 'class', 'classes')} of "
-                                    f"{count} never present: {_some(absent)}; no network can "
-                                    "learn them here, and they have no score",
-                                    error=False))  # fmt: skip
+            problems.append(
+                Problem(
+                    "absent-class",
+                    f"{_count(absent, 'class', 'classes')} of "
+                    f"{count} never present: {_some(absent)}; no network can "
+                    "learn them here, and they have no score",
+                    error=False,
+                )
+            )
     elif classes and min(classes) > 0:
-        problems.append(Problem("off-by-one", f"value 0 never occurs, the smallest is "
-                                f"{min(classes)}: ids seem to start at 1; subtract 1, or give the "
-                                "class list if class 0 is only absent",
-                                error=min(classes) == 1))  # fmt: skip
+        problems.append(
+            Problem(
+                "off-by-one",
+                f"value 0 never occurs, the smallest is "
+                f"{min(classes)}: ids seem to start at 1; subtract 1, or give the "
+                "class list if class 0 is only absent",
+                error=min(classes) == 1,
+            )
+        )
     elif len(classes) > 200 or (len(classes) > 1 and max(classes) > max(40, 4 * len(classes))):
         # Where no class list says what is right: values that class ids seldom have.
-        problems.append(Problem("sparse-values", f"{len(classes)} values spread over "
-                                f"{min(classes)} to {max(classes)}: {_some(sorted(classes))}. "
-                                f"{_likely_cause(sorted(classes), seen, None)}; give the class "
-                                "list to check the range", error=max(classes) > 255))  # fmt: skip
+        problems.append(
+            Problem(
+                "sparse-values",
+                f"{len(classes)} values spread over "
+                f"{min(classes)} to {max(classes)}: {_some(sorted(classes))}. "
+                f"{_likely_cause(sorted(classes), seen, None)}; give the class "
+                "list to check the range",
+                error=max(classes) > 255,
+            )
+        )
     return problems
 
 
 def _likely_cause(wrong: Sequence[int], seen: set[int], count: int | None) -> str:
     if count is not None and list(wrong) == [count]:
         if 0 in seen:
-            return (f"If 0 means void, ids count from 1: subtract 1, 0 becoming 255 "
-                    f"(reduce_zero_label). If {count} means void, give --ignore-index {count}. "
-                    "Otherwise the list lacks a class")  # fmt: skip
+            return (
+                f"If 0 means void, ids count from 1: subtract 1, 0 becoming 255 "
+                f"(reduce_zero_label). If {count} means void, give --ignore-index {count}. "
+                "Otherwise the list lacks a class"
+            )
         return "0 never occurs: ids count from 1, subtract 1; or the list lacks a class"
     if min(wrong) < 0:
         return "Negative ids mean void in some formats: write 255 instead"
     if max(wrong) > 255:
-        return ("Values above 255 are rarely classes: they look like instance or panoptic ids "
-                "(Cityscapes instanceIds are class * 1000 + number)")  # fmt: skip
+        return (
+            "Values above 255 are rarely classes: they look like instance or panoptic ids "
+            "(Cityscapes instanceIds are class * 1000 + number)"
+        )
     if count is not None and max(wrong) <= 33 and count <= 20:
-        return ("They look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
-                "instead of train ids (0 to 18)")  # fmt: skip
+        return (
+            "They look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
+            "instead of train ids (0 to 18)"
+        )
     if set(wrong) == {255}:
         return "255 is the usual ignore_index: give --ignore-index 255, or correct the masks"
     if len(wrong) > (32 if count is not None else 200):
         return "So many values suggest a photograph or a colour map turned grey"
-    return ("They look like the grey values of a colour-coded map: read its colours instead, and "
-            "map each to its class id")  # fmt: skip
+    return (
+        "They look like the grey values of a colour-coded map: read its colours instead, and "
+        "map each to its class id"
+    )
 
 
 def _count(items: Any, one: str, many: str | None = None) -> str:

@@ -149,20 +149,25 @@ def _jobs(paths: Iterable[str | os.PathLike[str]], summary: Predictions) -> list
         for file, relative in found:
             target = output / relative.with_suffix(".png")
             if target.resolve() == file.resolve():
-                raise PysegError(f"the label map of {file} would replace it; give another "
-                                 "output directory")  # fmt: skip
+                raise PysegError(
+                    f"the label map of {file} would replace it; give another output directory"
+                )
             other = jobs.setdefault(target, file)
             if other.resolve() != file.resolve():
-                raise PysegError(f"{other} and {file} would both be written to {target}; give them "
-                                 "in separate calls with different output directories")  # fmt: skip
+                raise PysegError(
+                    f"{other} and {file} would both be written to {target}; give them "
+                    "in separate calls with different output directories"
+                )
     return [(source, target) for target, source in jobs.items()]
 
 
 def _images_below(folder: Path, own: Path) -> list[Path]:
     """Image files in a folder and its subfolders, sorted, without hidden ones and our own."""
     if folder.resolve() == own:
-        raise PysegError(f"output_dir {str(folder)!r} is the folder of the images, and results "
-                         "would mix with them; give another directory")  # fmt: skip
+        raise PysegError(
+            f"output_dir {str(folder)!r} is the folder of the images, and results "
+            "would mix with them; give another directory"
+        )
     found = []
     for base, folders, files in os.walk(folder):
         here = Path(base)
@@ -193,13 +198,16 @@ def _claim(output: Path, pipeline: Pipeline, targets: Iterable[Path], overwrite:
                 "another directory, or overwrite=True to replace them"
             )
     elif not overwrite and (taken := next((t for t in targets if t.exists()), None)):
-        raise PysegError(f"{taken} exists and is no earlier result of pyseg; give another "
-                         "output directory, or overwrite=True to replace it")  # fmt: skip
+        raise PysegError(
+            f"{taken} exists and is no earlier result of pyseg; give another "
+            "output directory, or overwrite=True to replace it"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise PysegError(f"output_dir {str(output)!r} is a file or lies below one; give a "
-                         "directory") from error  # fmt: skip
+        raise PysegError(
+            f"output_dir {str(output)!r} is a file or lies below one; give a directory"
+        ) from error
     write_json(manifest, mine)
 
 

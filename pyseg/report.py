@@ -73,8 +73,9 @@ class Recorder:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise PysegError(f"--report {str(folder)!r} is a file or lies below one; give a "
-                             "folder") from error  # fmt: skip
+            raise PysegError(
+                f"--report {str(folder)!r} is a file or lies below one; give a folder"
+            ) from error
         self.classes, self.palette = tuple(classes), tuple(palette)
         self._void = VOID if len(self.classes) <= VOID else -1
         self._scores = [self._semantic() for _ in range(stages)]
@@ -260,8 +261,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
 
     body = "".join(line(row, "td") for row in rows)
-    return (f'<div class="scroll"><table><thead>{line(head, "th")}</thead>'
-            f"<tbody>{body}</tbody></table></div>")  # fmt: skip
+    return (
+        f'<div class="scroll"><table><thead>{line(head, "th")}</thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _number(value: Any) -> str:
@@ -272,8 +275,11 @@ def _number(value: Any) -> str:
 
 def _tables(result: Evaluation) -> str:
     head, rows = result.table()
-    parts = _section("Stages", "Δ against the baseline; time and peak memory of each stage alone",
-                     _table(head, rows))  # fmt: skip
+    parts = _section(
+        "Stages",
+        "Δ against the baseline; time and peak memory of each stage alone",
+        _table(head, rows),
+    )
     sections = ""
     for name in result.stages[0].metrics:
         values = [stage.metrics[name] for stage in result.stages]
@@ -301,8 +307,10 @@ def _bars(
         for _, scores, kind in shown:
             value = scores["per_class"][name]["iou"]
             width = 0.0 if math.isnan(value) else 100 * value
-            bars += (f'<div class="track"><div class="bar {kind}" style="width:{width:.2f}%">'
-                     "</div></div>")  # fmt: skip
+            bars += (
+                f'<div class="track"><div class="bar {kind}" style="width:{width:.2f}%">'
+                "</div></div>"
+            )
         cells.append(
             f'<div class="name"><span class="swatch" style="background:rgb({red},{green},{blue})">'
             f"</span>{html.escape(name)}</div><div>{bars}</div>"
@@ -310,9 +318,11 @@ def _bars(
         )
     legend = ""
     if len(shown) == 2:
-        legend = (f'<p><span class="key" style="background:var(--pale);margin-left:0"></span>'
-                  f'{html.escape(stages[0])}<span class="key" style="background:var(--blue)">'
-                  f"</span>{html.escape(stages[-1])} (the number)</p>")  # fmt: skip
+        legend = (
+            f'<p><span class="key" style="background:var(--pale);margin-left:0"></span>'
+            f'{html.escape(stages[0])}<span class="key" style="background:var(--blue)">'
+            f"</span>{html.escape(stages[-1])} (the number)</p>"
+        )
     return _section("IoU by class", "", f'{legend}<div class="bars">{"".join(cells)}</div>')
 
 
@@ -332,29 +342,41 @@ def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
             rgb = tuple(round(255 + (dark - 255) * level) for dark in (27, 79, 140))
             x, y = label + column * cell, label + row * cell
             title = html.escape(f"{classes[row]} → {classes[column]}: {share:.2%}, {value:,} px")
-            parts.append(f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" '
-                         f'fill="rgb{rgb}"><title>{title}</title></rect>')  # fmt: skip
+            parts.append(
+                f'<rect x="{x}" y="{y}" width="{cell}" height="{cell}" '
+                f'fill="rgb{rgb}"><title>{title}</title></rect>'
+            )
             if numbers and share >= 0.005:
                 ink = "#fff" if level > 0.6 else "#1f2430"
-                parts.append(f'<text x="{x + cell / 2}" y="{y + cell / 2 + 4}" fill="{ink}" '
-                             f'style="fill:{ink}" text-anchor="middle">{100 * share:.0f}'
-                             "</text>")  # fmt: skip
+                parts.append(
+                    f'<text x="{x + cell / 2}" y="{y + cell / 2 + 4}" fill="{ink}" '
+                    f'style="fill:{ink}" text-anchor="middle">{100 * share:.0f}'
+                    "</text>"
+                )
     if cell > 10:
         for index, name in enumerate(classes):
             middle = label + index * cell + cell / 2
             short = html.escape(name if len(name) <= 20 else name[:19] + "…")
-            parts.append(f'<text x="{label - 6}" y="{middle + 4}" text-anchor="end">{short}</text>'
-                         f'<text transform="translate({middle + 4},{label - 6}) rotate(-90)">'
-                         f"{short}</text>")  # fmt: skip
+            parts.append(
+                f'<text x="{label - 6}" y="{middle + 4}" text-anchor="end">{short}</text>'
+                f'<text transform="translate({middle + 4},{label - 6}) rotate(-90)">'
+                f"{short}</text>"
+            )
     size = label + side + 1
-    frame = (f'<rect x="{label}" y="{label}" width="{side}" height="{side}" fill="none" '
-             'stroke="#98a2b3"/>')  # fmt: skip
-    picture = (f'<div class="scroll"><svg role="img" aria-label="confusion matrix" width="{size}" '
-               f'height="{size}" viewBox="0 0 {size} {size}">{"".join(parts)}{frame}</svg>'
-               "</div>")  # fmt: skip
-    return _section("Confusion matrix of the last stage", "Rows are ground truth, columns "
-                    "prediction; percent of the row. Void pixels are left out.",
-                    picture)  # fmt: skip
+    frame = (
+        f'<rect x="{label}" y="{label}" width="{side}" height="{side}" fill="none" '
+        'stroke="#98a2b3"/>'
+    )
+    picture = (
+        f'<div class="scroll"><svg role="img" aria-label="confusion matrix" width="{size}" '
+        f'height="{size}" viewBox="0 0 {size} {size}">{"".join(parts)}{frame}</svg>'
+        "</div>"
+    )
+    return _section(
+        "Confusion matrix of the last stage",
+        "Rows are ground truth, columns prediction; percent of the row. Void pixels are left out.",
+        picture,
+    )
 
 
 def _data_uri(content: bytes, kind: str) -> str:
@@ -368,14 +390,19 @@ def _reliability(result: Evaluation) -> str:
             if "reliability" in scores:
                 stream = io.BytesIO()
                 reliability_diagram(scores["reliability"]).save(stream, "PNG")
-                plots.append(f"<div><p>{html.escape(stage.stage)}: ECE {_number(scores['ece'])}"
-                             f'</p><img alt="reliability diagram" '
-                             f'src="{_data_uri(stream.getvalue(), "png")}"></div>')  # fmt: skip
+                plots.append(
+                    f"<div><p>{html.escape(stage.stage)}: ECE {_number(scores['ece'])}"
+                    f'</p><img alt="reliability diagram" '
+                    f'src="{_data_uri(stream.getvalue(), "png")}"></div>'
+                )
     if not plots:
         return ""
-    return _section("Reliability", "Blue: accuracy of a bin of confidence; red: its distance from "
-                    "the mean confidence; grey: share of the pixels.",
-                    f'<div class="plots">{"".join(plots)}</div>')  # fmt: skip
+    return _section(
+        "Reliability",
+        "Blue: accuracy of a bin of confidence; red: its distance from "
+        "the mean confidence; grey: share of the pixels.",
+        f'<div class="plots">{"".join(plots)}</div>',
+    )
 
 
 def _curves(result: Evaluation) -> str:
@@ -387,11 +414,19 @@ def _curves(result: Evaluation) -> str:
             roc = zip(curves["false_positive_rate"], curves["recall"], strict=True)
             pr = zip(curves["recall"], curves["precision"], strict=True)
             plots += [
-                _plot(f"ROC, area {_number(scores['roc_auc'])}", [*roc],
-                      "false positive rate", "recall"),
-                _plot(f"Precision-recall, AP {_number(scores['average_precision'])}", [*pr],
-                      "recall", "precision"),
-            ]  # fmt: skip
+                _plot(
+                    f"ROC, area {_number(scores['roc_auc'])}",
+                    [*roc],
+                    "false positive rate",
+                    "recall",
+                ),
+                _plot(
+                    f"Precision-recall, AP {_number(scores['average_precision'])}",
+                    [*pr],
+                    "recall",
+                    "precision",
+                ),
+            ]
     if not plots:
         return ""
     return _section("Curves of the last stage", "", f'<div class="plots">{"".join(plots)}</div>')
@@ -442,8 +477,9 @@ def _worst(images: Sequence[WorstImage]) -> str:
             f"{image.miou:.4f}, pixel accuracy {image.pixel_accuracy:.4f}</figcaption>"
             f'<div class="pictures">{pictures}</div></figure>'
         )
-    return _section("Worst images", "By the last stage's mIoU over the classes of each image.",
-                    "".join(figures))  # fmt: skip
+    return _section(
+        "Worst images", "By the last stage's mIoU over the classes of each image.", "".join(figures)
+    )
 
 
 __all__ = ["Recorder", "WorstImage"]

@@ -120,8 +120,9 @@ def train(
     _check(settings, model, dataset, shares=("full_size", "class_crops", "warmup"))
     low, high = scale
     if not 0 < low <= high:
-        raise ValueError(f"scale must be (smallest, largest) with 0 < smallest <= largest, "
-                         f"got {scale}")  # fmt: skip
+        raise ValueError(
+            f"scale must be (smallest, largest) with 0 < smallest <= largest, got {scale}"
+        )
     if min(crop_size) < 1:
         raise ValueError(f"crop_size must be (height, width) in pixels, got {crop_size}")
     output = _output_folder(output_dir, resume)
@@ -139,11 +140,16 @@ def train(
     crops = _Crops(source, crop_size, scale, class_crops, photometric, seed)
     order = _Order(len(crops), seed)
     loader = DataLoader(
-        crops, batch_size, sampler=order, drop_last=len(crops) >= batch_size,
-        num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda",
+        crops,
+        batch_size,
+        sampler=order,
+        drop_last=len(crops) >= batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
         # Its own generator: else it draws from the global one, more or less often by `workers`.
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     loader = accelerator.prepare(loader)
     full_from = epochs - round(epochs * full_size)
 
@@ -156,17 +162,42 @@ def train(
         return {"loss": _loss(outputs, labels, class_weights, jaccard, auxiliary)}
 
     return _fit(
-        model, dataset, optimizer, accelerator, output, settings, len(loader), batches, losses,
-        validation, _validate, validate_every=validate_every, save_every=save_every,
-        resume=resume, progress=progress,
-    )  # fmt: skip
+        model,
+        dataset,
+        optimizer,
+        accelerator,
+        output,
+        settings,
+        len(loader),
+        batches,
+        losses,
+        validation,
+        _validate,
+        validate_every=validate_every,
+        save_every=save_every,
+        resume=resume,
+        progress=progress,
+    )
 
 
 _RESUMABLE = (
-    "epochs", "batch_size", "crop_size", "scale", "full_size", "class_crops", "photometric",
-    "learning_rate", "weight_decay", "warmup", "class_power", "jaccard", "auxiliary", "ema",
-    "precision", "seed",
-)  # fmt: skip
+    "epochs",
+    "batch_size",
+    "crop_size",
+    "scale",
+    "full_size",
+    "class_crops",
+    "photometric",
+    "learning_rate",
+    "weight_decay",
+    "warmup",
+    "class_power",
+    "jaccard",
+    "auxiliary",
+    "ema",
+    "precision",
+    "seed",
+)
 
 
 # ------------------------------------------------------------- what `train_instances` needs too
@@ -193,9 +224,11 @@ def _check(
     if len(dataset) == 0:
         raise ValueError("dataset is empty")
     if len(model.classes) != len(dataset.classes):
-        raise ValueError(f"model has {len(model.classes)} classes, dataset "
-                         f"{len(dataset.classes)}; build the model with "
-                         f"num_classes={len(dataset.classes)}")  # fmt: skip
+        raise ValueError(
+            f"model has {len(model.classes)} classes, dataset "
+            f"{len(dataset.classes)}; build the model with "
+            f"num_classes={len(dataset.classes)}"
+        )
 
 
 def _output_folder(output_dir: str | Path, resume: bool) -> Path:
@@ -204,8 +237,10 @@ def _output_folder(output_dir: str | Path, resume: bool) -> Path:
     if resume and not checkpoint.exists():
         raise PysegError(f"resume=True, but there is no {checkpoint}; start with resume=False")
     if not resume and checkpoint.exists():
-        raise PysegError(f"output_dir {output} holds the checkpoint of an earlier run; pass "
-                         "resume=True to go on with it, or another output_dir")  # fmt: skip
+        raise PysegError(
+            f"output_dir {output} holds the checkpoint of an earlier run; pass "
+            "resume=True to go on with it, or another output_dir"
+        )
     output.mkdir(parents=True, exist_ok=True)
     return output
 
@@ -253,10 +288,13 @@ def _fit(
         first, log = _resume(output / CHECKPOINT, settings, model, optimizer, average, device)
 
     bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
         disable=not (progress and accelerator.is_main_process),
-    )  # fmt: skip
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, settings["precision"] == "bf16")
     with bar:
         task = bar.add_task("training", total=total, completed=first * steps, loss=math.nan)
@@ -545,8 +583,10 @@ def _survey(dataset: Dataset, classes: int, *, show: bool) -> tuple[Tensor, tupl
         found = torch.bincount(sample.labels.flatten(), minlength=VOID + 1)
         wrong = found[classes:VOID].nonzero().flatten() + classes
         if len(wrong):
-            raise LabelError(f"sample {sample.name} has labels {wrong.tolist()} beyond the "
-                             f"{classes} classes and other than {VOID} (void)")  # fmt: skip
+            raise LabelError(
+                f"sample {sample.name} has labels {wrong.tolist()} beyond the "
+                f"{classes} classes and other than {VOID} (void)"
+            )
         counts += found
         height = max(height, sample.labels.shape[0])
         width = max(width, sample.labels.shape[1])
@@ -713,8 +753,9 @@ def _resume(
         state = torch.load(path, map_location=device, weights_only=True)
         before = json.loads(state["settings"])
     except Exception as error:
-        raise PysegError(f"{path} is not a readable training checkpoint ({error}); remove it and "
-                         "start again") from error  # fmt: skip
+        raise PysegError(
+            f"{path} is not a readable training checkpoint ({error}); remove it and start again"
+        ) from error
     now = json.loads(json.dumps(settings))
     changed = [
         f"{k} (was {before.get(k)!r}, now {now[k]!r})" for k in now if before.get(k) != now[k]

@@ -87,10 +87,14 @@ class Tuning:
         rows = []
         for trial in self.reported:
             assert trial.check is not None
-            rows.append([
-                trial.name, f"{trial.fit['miou']:.4f}", f"{trial.check['miou']:.4f}",
-                *(f"{trial.check['per_class'][name]['iou']:.3f}" for name in self.classes),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    trial.name,
+                    f"{trial.fit['miou']:.4f}",
+                    f"{trial.check['miou']:.4f}",
+                    *(f"{trial.check['per_class'][name]['iou']:.3f}" for name in self.classes),
+                ]
+            )
         return [*head, *self.classes], rows
 
 
@@ -130,15 +134,21 @@ def tune_crf(
         >>> tuning.spec, tuning.gain
     """
     if tuple(dataset.classes) != tuple(pipeline.classes):
-        raise PysegError(f"the pipeline's classes are not the dataset's: {pipeline.classes} and "
-                         f"{tuple(dataset.classes)}")  # fmt: skip
+        raise PysegError(
+            f"the pipeline's classes are not the dataset's: {pipeline.classes} and "
+            f"{tuple(dataset.classes)}"
+        )
     if trials < 3:
-        raise PysegError(f"trials must be at least 3, got {trials}: the first are no CRF, the "
-                         "usual and the default parameters")  # fmt: skip
+        raise PysegError(
+            f"trials must be at least 3, got {trials}: the first are no CRF, the "
+            "usual and the default parameters"
+        )
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count < 2:
-        raise PysegError(f"tuning needs at least 2 images, one to fit and one to check, got {count}"
-                         "; raise limit or choose another split")  # fmt: skip
+        raise PysegError(
+            f"tuning needs at least 2 images, one to fit and one to check, got {count}"
+            "; raise limit or choose another split"
+        )
     indices = [k * len(dataset) // count for k in range(count)]
     fitted = (count + 1) // 2
     factory = refiners.get("crf")
@@ -197,9 +207,14 @@ def tune_crf(
     for name, trial in reported.items():
         reported[name] = replace(trial, check=score(trial.parameters, images[fitted:]))
     tuning = Tuning(
-        str(pipeline), tuple(pipeline.classes), fitted, count - fitted, len(done),
-        tuple(reported.values()), reported[best.name],
-    )  # fmt: skip
+        str(pipeline),
+        tuple(pipeline.classes),
+        fitted,
+        count - fitted,
+        len(done),
+        tuple(reported.values()),
+        reported[best.name],
+    )
     if tuning.gain <= 0:
         return tuning
     options = ", ".join(f"{key}={value!r}" for key, value in best.parameters.items())
@@ -227,10 +242,14 @@ class Training:
         rows = []
         for name in ("off", "default", "trained"):
             scores = getattr(self, name)
-            rows.append([
-                name, f"{scores['miou']:.4f}", f"{scores['pixel_accuracy']:.4f}",
-                *(f"{scores['per_class'][c]['iou']:.3f}" for c in self.pipeline.classes),
-            ])  # fmt: skip
+            rows.append(
+                [
+                    name,
+                    f"{scores['miou']:.4f}",
+                    f"{scores['pixel_accuracy']:.4f}",
+                    *(f"{scores['per_class'][c]['iou']:.3f}" for c in self.pipeline.classes),
+                ]
+            )
         return head, rows
 
 
@@ -272,17 +291,21 @@ def train_crf(
         >>> training.pipeline.save("streetnet_crf")
     """
     if not epochs > 0 or not learning_rate > 0:
-        raise PysegError(f"epochs and learning_rate must be positive, got {epochs} and "
-                         f"{learning_rate}")  # fmt: skip
+        raise PysegError(
+            f"epochs and learning_rate must be positive, got {epochs} and {learning_rate}"
+        )
     groups: list[list[tuple[Sample, Segmentation]]] = []
     for name, data in (("dataset", dataset), ("check", check)):
         if tuple(data.classes) != tuple(pipeline.classes):
-            raise PysegError(f"the pipeline's classes are not those of {name}: {pipeline.classes} "
-                             f"and {tuple(data.classes)}")  # fmt: skip
+            raise PysegError(
+                f"the pipeline's classes are not those of {name}: {pipeline.classes} "
+                f"and {tuple(data.classes)}"
+            )
         count = len(data) if limit is None else min(limit, len(data))
         if count < 1:
-            raise PysegError(f"{name} has no images to use; its length is {len(data)}, limit "
-                             f"{limit}")  # fmt: skip
+            raise PysegError(
+                f"{name} has no images to use; its length is {len(data)}, limit {limit}"
+            )
         samples = [data[k * len(data) // count] for k in range(count)]
         predictions = [pipeline.run_stages(sample.image)[-1] for sample in samples]
         for sample, prediction in zip(samples, predictions, strict=True):
@@ -340,9 +363,11 @@ def _rounded(value: float) -> float:
 def _assembled(iterations: int, numbers: Sequence[float], protect: float) -> dict[str, Any]:
     a, b, c, d, e = (_rounded(number) for number in numbers)
     return {
-        "iterations": iterations, "gaussian": ((a, b),), "bilateral": ((c, d, e),),
+        "iterations": iterations,
+        "gaussian": ((a, b),),
+        "bilateral": ((c, d, e),),
         "protect": protect,
-    }  # fmt: skip
+    }
 
 
 def _draw(rng: random.Random) -> dict[str, Any]:
@@ -367,8 +392,10 @@ def _vary(parameters: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def _entry(trial: Trial) -> dict[str, Any]:
     entry: dict[str, Any] = {
-        "name": trial.name, "parameters": trial.parameters, "fit": finite(trial.fit),
-    }  # fmt: skip
+        "name": trial.name,
+        "parameters": trial.parameters,
+        "fit": finite(trial.fit),
+    }
     if trial.check is not None:
         entry["check"] = finite(trial.check)
     return entry

@@ -83,13 +83,15 @@ class Segmentation:
         channels = len(self.classes)
         logits, labels, segments = self.logits, self._labels, self.segments
         if logits is not None and (logits.ndim != 3 or logits.shape[0] != channels):
-            raise ValueError(f"logits must be [{channels}, h, w], one plane per class, "
-                             f"got {list(logits.shape)}")  # fmt: skip
+            raise ValueError(
+                f"logits must be [{channels}, h, w], one plane per class, got {list(logits.shape)}"
+            )
         if labels is not None and tuple(labels.shape) != tuple(self.size):
             raise ValueError(f"labels must be {list(self.size)}, got {list(labels.shape)}")
         if segments is not None and tuple(segments.map.shape) != tuple(self.size):
-            raise ValueError(f"segments.map must be {list(self.size)}, "
-                             f"got {list(segments.map.shape)}")  # fmt: skip
+            raise ValueError(
+                f"segments.map must be {list(self.size)}, got {list(segments.map.shape)}"
+            )
 
     @property
     def labels(self) -> Tensor:
@@ -118,8 +120,10 @@ class Segmentation:
             table = self.segments.map
             position = torch.searchsorted(ids[order].to(table.device), table.long())
             return classes[order].to(table.device)[position].to(dtype)
-        raise ValueError("this Segmentation has no semantic map: neither logits, labels, segments "
-                         "nor instances are set")  # fmt: skip
+        raise ValueError(
+            "this Segmentation has no semantic map: neither logits, labels, segments "
+            "nor instances are set"
+        )
 
     def _void(self) -> tuple[int, torch.dtype]:
         return (VOID, torch.uint8) if len(self.classes) <= VOID else (-1, torch.int16)
@@ -139,9 +143,11 @@ class Segmentation:
             ValueError: there are no logits, as after a stage that outputs labels only.
         """
         if self.logits is None:
-            raise ValueError("this Segmentation holds labels without logits; put a stage that "
-                             "needs probabilities (crf, sam, sam2) before the one that dropped "
-                             "them")  # fmt: skip
+            raise ValueError(
+                "this Segmentation holds labels without logits; put a stage that "
+                "needs probabilities (crf, sam, sam2) before the one that dropped "
+                "them"
+            )
         logits = self.logits.float()[None]
         if tuple(logits.shape[2:]) != tuple(self.size):
             logits = torch.nn.functional.interpolate(

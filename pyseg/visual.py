@@ -38,8 +38,10 @@ def overlay(segmentation: Segmentation, opacity: float = 0.5) -> Image.Image:
         ValueError: there is no image, or the opacity is out of range.
     """
     if segmentation.image is None:
-        raise ValueError("overlay needs the image, and this Segmentation does not carry it; pass "
-                         "dataclasses.replace(segmentation, image=image)")  # fmt: skip
+        raise ValueError(
+            "overlay needs the image, and this Segmentation does not carry it; pass "
+            "dataclasses.replace(segmentation, image=image)"
+        )
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in 0..1, got {opacity}")
     count = len(segmentation.classes)
@@ -123,12 +125,15 @@ def error_map(
         ignore_index: label of pixels without ground truth, and of void predictions.
     """
     if prediction.ndim != 2 or prediction.shape != target.shape:
-        raise ValueError("prediction and target must both be [H, W], got "
-                         f"{list(prediction.shape)} and {list(target.shape)}")  # fmt: skip
+        raise ValueError(
+            "prediction and target must both be [H, W], got "
+            f"{list(prediction.shape)} and {list(target.shape)}"
+        )
     prediction, target = prediction.cpu(), target.cpu()
     if image is not None and image.shape[1:] != target.shape:
-        raise ValueError(f"image must be [3, {target.shape[0]}, {target.shape[1]}], "
-                         f"got {list(image.shape)}")  # fmt: skip
+        raise ValueError(
+            f"image must be [3, {target.shape[0]}, {target.shape[1]}], got {list(image.shape)}"
+        )
     ignored = (target == ignore_index).numpy()
     missed = (prediction == ignore_index).numpy() & ~ignored
     wrong = (prediction != target).numpy() & ~ignored & ~missed
@@ -195,8 +200,16 @@ def reliability_diagram(reliability: Mapping[str, Sequence[float]], size: int = 
         draw.rectangle((left, floor - share * strip, right, floor), fill=_IGNORED)
     dash = side / 60
     for k in range(0, 60, 2):
-        draw.line((margin + k * dash, bottom - k * dash, margin + (k + 1) * dash,
-                   bottom - (k + 1) * dash), fill=_INK, width=max(1, size // 300))  # fmt: skip
+        draw.line(
+            (
+                margin + k * dash,
+                bottom - k * dash,
+                margin + (k + 1) * dash,
+                bottom - (k + 1) * dash,
+            ),
+            fill=_INK,
+            width=max(1, size // 300),
+        )
     draw.rectangle((margin, gap, margin + side, bottom), outline=_INK)
     draw.line((margin, floor, margin + side, floor), fill=_INK)
     for tick in (0.0, 0.5, 1.0):
@@ -278,8 +291,11 @@ def _annotate_instances(
     for k in instances.scores.argsort().tolist():
         left, top, right, bottom = (float(value) for value in instances.boxes[k])
         # xyxy are edges, PIL's rectangle names the last pixel.
-        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)),
-                       outline=_rgb(colours[k]), width=width)  # fmt: skip
+        draw.rectangle(
+            (left, top, max(left, right - 1), max(top, bottom - 1)),
+            outline=_rgb(colours[k]),
+            width=width,
+        )
         text = f"{classes[int(instances.labels[k])]} {float(instances.scores[k]):.2f}"
         pad = font.size * 0.25
         box_width, box_height = font.getlength(text) + 2 * pad, font.size * 1.35
@@ -295,8 +311,10 @@ def _font(height: int, small: bool = False) -> ImageFont.FreeTypeFont:
     size = min(40, max(11, round(height / (34 if small else 26))))
     font = ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("Pillow was built without FreeType, which draws the legends; install "
-                           "the Pillow wheel from PyPI")  # fmt: skip
+        raise RuntimeError(
+            "Pillow was built without FreeType, which draws the legends; install "
+            "the Pillow wheel from PyPI"
+        )
     return font
 
 
@@ -321,8 +339,9 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) ->
     for (colour, text), (line, column) in zip(entries, places, strict=False):
         x = margin + column * cell
         y = picture.height + margin // 2 + line * row + row / 2
-        draw.rectangle((x, y - swatch / 2, x + swatch, y + swatch / 2), fill=colour,
-                       outline=(160, 160, 160))  # fmt: skip
+        draw.rectangle(
+            (x, y - swatch / 2, x + swatch, y + swatch / 2), fill=colour, outline=(160, 160, 160)
+        )
         draw.text((x + swatch + space, y), text, fill=_INK, font=font, anchor="lm")
     return canvas
 

@@ -58,8 +58,9 @@ def cached_path(remote: Remote) -> Path:
         return Path(urllib.request.url2pathname(url.path))
     parts = [part for part in unquote(url.path).split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
-        raise WeightsError(f"weights: {remote.url} names no file; give the URL of the checkpoint "
-                           "itself")  # fmt: skip
+        raise WeightsError(
+            f"weights: {remote.url} names no file; give the URL of the checkpoint itself"
+        )
     if url.query:  # two queries are two files
         parts.insert(-1, hashlib.sha256(url.query.encode()).hexdigest()[:12])
     return cache_directory().joinpath(url.netloc.rpartition("@")[2].replace(":", "_"), *parts)
@@ -88,8 +89,10 @@ def resolve(weights: str | Path, *, known: Mapping[str, Remote] | None = None) -
     scheme, separator, _ = text.partition("://")
     if isinstance(weights, str) and separator:
         if scheme not in ("http", "https", "file"):
-            raise WeightsError(f"weights={text!r}: cannot fetch {scheme}:// URLs; use http, https, "
-                               "file or a local path")  # fmt: skip
+            raise WeightsError(
+                f"weights={text!r}: cannot fetch {scheme}:// URLs; use http, https, "
+                "file or a local path"
+            )
         return _fetch(Remote(text), text)
     path = Path(text).expanduser()
     if path.is_file():
@@ -99,8 +102,10 @@ def resolve(weights: str | Path, *, known: Mapping[str, Remote] | None = None) -
     names = ", ".join(known) or "none here"
     near = difflib.get_close_matches(text, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise WeightsError(f"weights={text!r} is neither a file nor a known name{hint} "
-                       f"(known names: {names}; otherwise give a path or a URL)")  # fmt: skip
+    raise WeightsError(
+        f"weights={text!r} is neither a file nor a known name{hint} "
+        f"(known names: {names}; otherwise give a path or a URL)"
+    )
 
 
 def load_state(path: str | Path) -> dict[str, Tensor]:
@@ -185,11 +190,14 @@ def _fetch(remote: Remote, asked: str) -> Path:
     if not target.is_file():
         if local:
             raise WeightsError(f"weights={asked!r}: there is no file {target}")
-        advice = (f"fetch {remote.url} elsewhere and put it at {target}, or pass weights=<path>, "
-                  "or weights=None for random weights")  # fmt: skip
+        advice = (
+            f"fetch {remote.url} elsewhere and put it at {target}, or pass weights=<path>, "
+            "or weights=None for random weights"
+        )
         if os.environ.get("PYSEG_OFFLINE", "").lower() not in ("", "0", "false", "no"):
-            raise WeightsError(f"weights={asked!r} are not in the cache and PYSEG_OFFLINE is set: "
-                               f"{advice}")  # fmt: skip
+            raise WeightsError(
+                f"weights={asked!r} are not in the cache and PYSEG_OFFLINE is set: {advice}"
+            )
         _download(remote, target, asked, advice)
     elif remote.sha256 and (cause := _wrong_digest(target, remote.sha256)):
         # Also of files found: whoever puts one there by hand may have put half of it.
@@ -222,12 +230,15 @@ def _download(remote: Remote, target: Path, asked: str, advice: str) -> None:
                     cause = _not_weights(file.read(512))
             if cause:
                 part.unlink()
-                raise WeightsError(f"weights={asked!r}: what {remote.url} sent {cause}; nothing "
-                                   f"was kept. Check the URL, or {advice}")  # fmt: skip
+                raise WeightsError(
+                    f"weights={asked!r}: what {remote.url} sent {cause}; nothing "
+                    f"was kept. Check the URL, or {advice}"
+                )
             part.replace(target)
     except (OSError, http.client.HTTPException) as error:
-        raise WeightsError(f"weights={asked!r} could not be downloaded ({error}): "
-                           f"{advice}") from error  # fmt: skip
+        raise WeightsError(
+            f"weights={asked!r} could not be downloaded ({error}): {advice}"
+        ) from error
 
 
 def _transfer(url: str, part: Path) -> bool:
@@ -304,8 +315,9 @@ def _wrong_digest(path: Path, expected: str) -> str | None:
             digest.update(block)
     if digest.hexdigest().startswith(expected.lower()):
         return None
-    return _not_weights(head) or (f"has sha256 {digest.hexdigest()} instead of {expected} "
-                                  f"({path.stat().st_size} bytes)")  # fmt: skip
+    return _not_weights(head) or (
+        f"has sha256 {digest.hexdigest()} instead of {expected} ({path.stat().st_size} bytes)"
+    )
 
 
 def _not_weights(head: bytes) -> str | None:
@@ -314,8 +326,10 @@ def _not_weights(head: bytes) -> str | None:
     if not head:
         return "is empty; fetch it again"
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return ("is an HTML or XML page, not weights: an error or login page was saved in their "
-                "place; fetch the file again")  # fmt: skip
+        return (
+            "is an HTML or XML page, not weights: an error or login page was saved in their "
+            "place; fetch the file again"
+        )
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the weights; run git lfs pull"
     return None
@@ -328,18 +342,22 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path, device="cpu")
     except SafetensorError as error:
-        raise WeightsError(f"weights: {path} is truncated or damaged ({error}); fetch it "
-                           "again") from error  # fmt: skip
+        raise WeightsError(
+            f"weights: {path} is truncated or damaged ({error}); fetch it again"
+        ) from error
 
 
 def _read_torch(path: Path, head: bytes) -> object:
     zipped = head.startswith(b"PK")
     if zipped and not zipfile.is_zipfile(path):  # the directory of a zip file is at its end
-        raise WeightsError(f"weights: {path} is truncated ({path.stat().st_size} bytes); fetch it "
-                           "again")  # fmt: skip
+        raise WeightsError(
+            f"weights: {path} is truncated ({path.stat().st_size} bytes); fetch it again"
+        )
     if not zipped and head[:1] != b"\x80":
-        raise WeightsError(f"weights: {path} is neither a torch.save file nor safetensors; it "
-                           f"begins with {head[:16]!r}")  # fmt: skip
+        raise WeightsError(
+            f"weights: {path} is neither a torch.save file nor safetensors; it "
+            f"begins with {head[:16]!r}"
+        )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -353,5 +371,6 @@ def _read_torch(path: Path, head: bytes) -> object:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise WeightsError(f"weights: {path} is truncated or damaged ({reason}); fetch it "
-                           "again") from error  # fmt: skip
+        raise WeightsError(
+            f"weights: {path} is truncated or damaged ({reason}); fetch it again"
+        ) from error

@@ -232,8 +232,9 @@ def test_stale_installs_are_found(tmp_path, monkeypatch):
 def test_predict(tmp_path):
     photo = picture(tmp_path / "in" / "a.png")
     out = tmp_path / "out"
-    result = run("predict", tmp_path / "in", "--spec", "threshold+invert", "--output", out,
-                 "--overlay")  # fmt: skip
+    result = run(
+        "predict", tmp_path / "in", "--spec", "threshold+invert", "--output", out, "--overlay"
+    )
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("1 written") and result.stderr == ""
     assert (read_labels(out / "a.png") == 0).all() and (out / "overlays" / "a.png").is_file()
@@ -301,8 +302,17 @@ def test_weights_none_means_random(tmp_path):
 
 
 def test_evaluate(tmp_path):
-    command = ["evaluate", "--dataset", "halves", "--root", tmp_path, "--split", "val",
-               "--spec", "threshold+invert"]  # fmt: skip
+    command = [
+        "evaluate",
+        "--dataset",
+        "halves",
+        "--root",
+        tmp_path,
+        "--split",
+        "val",
+        "--spec",
+        "threshold+invert",
+    ]
     rows = json.loads(run(*command, "--json").stdout)
     assert [row["stage"] for row in rows] == ["baseline", "+invert"]
     assert rows[0]["metrics"]["semantic"]["pixel_accuracy"] == pytest.approx(60 / 64)
@@ -356,9 +366,29 @@ def test_train_passes_everything_on_and_leaves_a_pipeline(tmp_path, monkeypatch)
 
     monkeypatch.setattr(pyseg.training, "train", fake)
     out = tmp_path / "run"
-    result = run("train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", out,
-                 "--epochs", 3, "--crop-size", 4, 6, "--validation-split", "val", "--seed", 5,
-                 "--precision", "fp32", "--resume", "--no-cache")  # fmt: skip
+    result = run(
+        "train",
+        "tiny",
+        "--dataset",
+        "halves",
+        "--root",
+        tmp_path,
+        "-o",
+        out,
+        "--epochs",
+        3,
+        "--crop-size",
+        4,
+        6,
+        "--validation-split",
+        "val",
+        "--seed",
+        5,
+        "--precision",
+        "fp32",
+        "--resume",
+        "--no-cache",
+    )
     assert result.exit_code == 0, result.output
     assert "3 epochs, loss 0.5000, miou 0.7500" in result.stdout
     assert seen["crop_size"] == (4, 6) and seen["epochs"] == 3 and seen["seed"] == 5
@@ -368,8 +398,9 @@ def test_train_passes_everything_on_and_leaves_a_pipeline(tmp_path, monkeypatch)
     loaded = cli._pipeline(str(out / "pipeline"), None, None, None)
     assert loaded.classes == ("dark", "light")
     assert (loaded.stages[0].object.network.weight == 0.25).all()
-    line = error_line(run("predict", "a.png", "--spec", out / "pipeline", "--weights", "x",
-                          "-o", tmp_path / "o"))  # fmt: skip
+    line = error_line(
+        run("predict", "a.png", "--spec", out / "pipeline", "--weights", "x", "-o", tmp_path / "o")
+    )
     assert "saved pipeline" in line
 
 
@@ -383,8 +414,16 @@ def test_train_instances_from_the_command_line(tmp_path, monkeypatch):
         return [{"epoch": 2, "loss": 0.5, "pq": 0.25}]
 
     monkeypatch.setattr(pyseg.instance_training, "train_instances", fake)
-    common = ["train", "upsnet_resnet50(num_stuff=5,backbone='resnet18')", "--dataset",
-              "synthetic(length=3,size=(64,96))", "-o", tmp_path / "r", "--epochs", 2]  # fmt: skip
+    common = [
+        "train",
+        "upsnet_resnet50(num_stuff=5,backbone='resnet18')",
+        "--dataset",
+        "synthetic(length=3,size=(64,96))",
+        "-o",
+        tmp_path / "r",
+        "--epochs",
+        2,
+    ]
     result = run(*common, "--validation-split", "val", "--batch-size", 1)
     assert result.exit_code == 0, result.output
     assert "2 epochs, loss 0.5000, pq 0.2500" in result.stdout
@@ -420,8 +459,15 @@ def test_demo(tmp_path):
     out = tmp_path / "demo"
     result = run("demo", "--spec", "nearly+complete", "--output", out)
     assert result.exit_code == 0, result.output
-    names = ["baseline.png", "comparison.png", "complete.png", "errors.png", "overlay.png",
-             "scores.json", "table.txt"]  # fmt: skip
+    names = [
+        "baseline.png",
+        "comparison.png",
+        "complete.png",
+        "errors.png",
+        "overlay.png",
+        "scores.json",
+        "table.txt",
+    ]
     assert sorted(file.name for file in out.iterdir()) == names
     assert all(str(out / name) in result.stdout for name in names)
     assert (out / "table.txt").read_text().splitlines()[2].startswith("+complete  1.0000")
@@ -454,11 +500,15 @@ def test_panoptic_demo(tmp_path):
     for sample in samples:
         write_image(data / "train" / f"{sample.name}.png", sample.image)
     write_panoptic(
-        data / "annotations" / "panoptic_train.json", [(s.name, s.segments) for s in samples],
-        scenes.classes, things=range(5, 8),
-    )  # fmt: skip
-    model = ("upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
-             "max_size=64, stuff_area=1)")  # fmt: skip
+        data / "annotations" / "panoptic_train.json",
+        [(s.name, s.segments) for s in samples],
+        scenes.classes,
+        things=range(5, 8),
+    )
+    model = (
+        "upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
+        "max_size=64, stuff_area=1)"
+    )
     common = "--dataset", "coco_panoptic", "--root", data, "--split", "train"
     trained = run("train", model, *common, "--epochs", 1, "--flip", 0, "-o", tmp_path / "run")
     assert trained.exit_code == 0, trained.output

@@ -40,8 +40,9 @@ class Held:
     def refine(self, image, prediction):
         self.calls += 1
         with torch.inference_mode():
-            return prediction.with_logits(self.table(prediction.logits.flatten(1).T).T.reshape(
-                prediction.logits.shape))  # fmt: skip
+            return prediction.with_logits(
+                self.table(prediction.logits.flatten(1).T).T.reshape(prediction.logits.shape)
+            )
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,9 @@ def test_command():
     assert "20x30 pixels" in shown.output and "GFLOPs" in shown.output and "total" in shown.output
     printed = json.loads(run("--json").output)
     assert printed["size"] == [360, 480] and [row["stage"] for row in printed["stages"]] == [
-        "tiny", "held", "total"
-    ]  # fmt: skip
+        "tiny",
+        "held",
+        "total",
+    ]
     assert printed["stages"][0]["parameters"] == 140
     assert run("--size", "big").exit_code == 2

@@ -25,9 +25,12 @@ def run(*command):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, env=environment,
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        env=environment,
         timeout=300,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -47,9 +50,23 @@ def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
         write_image(tmp_path / "data" / "images" / f"{k}.png", image[:, part[0], part[1]])
         write_labels(tmp_path / "data" / "labels" / f"{k}.png", labels[part])
     (tmp_path / "data" / "classes.txt").write_text("\n".join(CLASSES))
-    command = ("-m", "pyseg", "evaluate", "--spec", "streetnet+crf(iterations=2)", "--dataset",
-               "folder", "--root", tmp_path / "data", "--metric", "semantic", "--metric",
-               "calibration", "--json", "--report")  # fmt: skip
+    command = (
+        "-m",
+        "pyseg",
+        "evaluate",
+        "--spec",
+        "streetnet+crf(iterations=2)",
+        "--dataset",
+        "folder",
+        "--root",
+        tmp_path / "data",
+        "--metric",
+        "semantic",
+        "--metric",
+        "calibration",
+        "--json",
+        "--report",
+    )
     one = json.loads(run(*command, tmp_path / "one"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     two = json.loads(run(*launcher, *command, tmp_path / "two"))  # printed once, or it is no JSON
@@ -135,9 +152,24 @@ def test_accelerate_launch_gathers_sums_and_records(tmp_path):
     script.write_text(SCRIPT)
     run(script, json.dumps(names), tmp_path / "scores")
     # --multi_gpu is its way to several processes; --cpu starts them by MPI only.
-    run("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-        "--main_process_port", "0", script, json.dumps(names), tmp_path / "scores")  # fmt: skip
+    run(
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        script,
+        json.dumps(names),
+        tmp_path / "scores",
+    )
     one, *two = (
         scores(json.loads((tmp_path / f"scores-{name}.json").read_text()))
         for name in ("0-of-1", "0-of-2", "1-of-2")

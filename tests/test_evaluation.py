@@ -124,8 +124,9 @@ def test_memory_is_measured_for_few_images_and_warm_up_is_not_scored(pipeline, m
     monkeypatch.setattr(type(pipeline), "trace", spy)
     result = evaluate(pipeline, Data())
     assert calls == [False, True, True, True, False, False]
-    pixels = sum(entry["pixels"] for entry in
-                 result.stages[0].metrics["semantic"]["per_class"].values())  # fmt: skip
+    pixels = sum(
+        entry["pixels"] for entry in result.stages[0].metrics["semantic"]["per_class"].values()
+    )
     assert pixels == sum(5 * m.shape[1] for m in Data().maps)
 
 
@@ -136,8 +137,19 @@ def test_json_and_table(pipeline):
     assert rows[1]["images"] == 5 and rows[1]["metrics"]["semantic"]["miou"] == 1
     assert {"milliseconds", "peak_megabytes", "delta", "spec"} <= set(rows[0])
     text = str(result).splitlines()
-    assert text[0].split() == ["stage", "mIoU", "Δ", "pixel", "accuracy", "Δ", "mean", "Δ",
-                               "ms/image", "peak", "MB"]  # fmt: skip
+    assert text[0].split() == [
+        "stage",
+        "mIoU",
+        "Δ",
+        "pixel",
+        "accuracy",
+        "Δ",
+        "mean",
+        "Δ",
+        "ms/image",
+        "peak",
+        "MB",
+    ]
     assert text[2].split()[:2] == ["+mend", "1.0000"]
     assert text[2].split()[2] == f"{1 - result.stages[0].metrics['semantic']['miou']:+.4f}"
 

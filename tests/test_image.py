@@ -322,8 +322,16 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_default_palette_is_vocs():
     # Colours printed in the VOC 2012 development kit documentation.
     palette = image.default_palette(256)
-    assert palette[:8] == ((0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128),
-                           (128, 0, 128), (0, 128, 128), (128, 128, 128))  # fmt: skip
+    assert palette[:8] == (
+        (0, 0, 0),
+        (128, 0, 0),
+        (0, 128, 0),
+        (128, 128, 0),
+        (0, 0, 128),
+        (128, 0, 128),
+        (0, 128, 128),
+        (128, 128, 128),
+    )
     assert palette[8] == (64, 0, 0) and palette[15] == (192, 128, 128)
     assert palette[20] == (0, 64, 128) and palette[255] == (224, 224, 192)
     assert len(set(image.default_palette(1000))) == 1000
@@ -472,8 +480,12 @@ def test_cityscapes_ids(tmp_path):
     """As createTrainIdInstanceImgs has them: 26001 is the second car, 7 the road."""
     map = torch.zeros(4, 8, dtype=torch.int32)
     map[0], map[1, :3], map[1, 5:], map[2] = 9, 1, 4, 2
-    items = (Segment(9, 0, 1.0, 8), Segment(1, 13, 1.0, 3), Segment(4, 13, 1.0, 3),
-             Segment(2, 11, 1.0, 8, crowd=True))  # fmt: skip
+    items = (
+        Segment(9, 0, 1.0, 8),
+        Segment(1, 13, 1.0, 3),
+        Segment(4, 13, 1.0, 3),
+        Segment(2, 11, 1.0, 8, crowd=True),
+    )
     segments = Segments(map, items)
     path = image.write_cityscapes_ids(tmp_path / "a.png", segments, things=range(11, 19))
     picture = Image.open(path)
@@ -500,6 +512,17 @@ def test_panoptic_results_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ImageError, match="two panoptic results"):
         write([("a", segments), ("a", segments)])
     with pytest.raises(ImageError, match="segment ids"):
-        write([("a", Segments(segments.map * 1000, tuple(
-            Segment(s.id * 1000, s.label, s.score, s.area) for s in segments.items)))])  # fmt: skip
+        write(
+            [
+                (
+                    "a",
+                    Segments(
+                        segments.map * 1000,
+                        tuple(
+                            Segment(s.id * 1000, s.label, s.score, s.area) for s in segments.items
+                        ),
+                    ),
+                )
+            ]
+        )
     assert not path.exists()

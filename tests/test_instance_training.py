@@ -54,10 +54,12 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
         assert torch.equal(value, again.state_dict()[key]), key
     built = pyseg.build(
         "upsnet_resnet50(num_stuff=5,backbone='resnet18',min_size=64,max_size=64)",
-        num_classes=8, weights=tmp_path / "parts" / "model.safetensors",
-    )  # fmt: skip
-    assert torch.equal(built(SCENES[0].image).segments.map,
-                       again.predict([SCENES[0].image])[0].segments.map)  # fmt: skip
+        num_classes=8,
+        weights=tmp_path / "parts" / "model.safetensors",
+    )
+    assert torch.equal(
+        built(SCENES[0].image).segments.map, again.predict([SCENES[0].image])[0].segments.map
+    )
 
 
 def test_mirroring_keeps_image_labels_and_instances_together():

@@ -58,10 +58,23 @@ def install(tmp_path, name, code, points):
     )
     (source / "pyproject.toml").write_text(PYPROJECT.format(name=name, module=module, points=text))
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation",
-         "--no-index", "--target", str(tmp_path / "site"), "--upgrade", str(source)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-index",
+            "--target",
+            str(tmp_path / "site"),
+            "--upgrade",
+            str(source),
+        ],
+        check=True,
+        capture_output=True,
+    )
 
 
 def run(tmp_path, *command):

@@ -54,9 +54,11 @@ class Finds:
         mask = torch.zeros(images[0].shape[1:], dtype=torch.bool)
         mask[:, : mask.shape[1] // 2] = True
         found = Instances(
-            torch.tensor([[0.0, 0, mask.shape[1] // 2, mask.shape[0]]]), mask[None],
-            torch.ones(1), torch.tensor([2]),
-        )  # fmt: skip
+            torch.tensor([[0.0, 0, mask.shape[1] // 2, mask.shape[0]]]),
+            mask[None],
+            torch.ones(1),
+            torch.tensor([2]),
+        )
         item = Segment(1, 2, 1.0, int(mask.sum()))
         segments = Segments(mask.int(), (item,)) if self.segments else None
         return [Segmentation(tuple(mask.shape), self.classes, segments=segments, instances=found)]

@@ -85,8 +85,12 @@ class Count:
 def registered(monkeypatch):
     monkeypatch.setitem(models._registry._registered, "noisy", Noisy)
     monkeypatch.setitem(refiners._registry._registered, "sharpen", Sharpen)
-    for name, metric in (("semantic", Semantic), ("calibration", Calibration), ("binary", Binary),
-                         ("count", Count)):  # fmt: skip
+    for name, metric in (
+        ("semantic", Semantic),
+        ("calibration", Calibration),
+        ("binary", Binary),
+        ("count", Count),
+    ):
         monkeypatch.setitem(metrics._registry._registered, name, metric)
 
 

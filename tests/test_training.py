@@ -35,11 +35,13 @@ class Shapes:
             labels[:2] = labels[-2:] = 2
             image = np.array(PALETTE)[labels] + generator.integers(-20, 20, (*size, 3))
             labels[:, -1] = 255
-            self.samples.append(Sample(
-                f"shape{index}",
-                torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),
-                torch.from_numpy(labels),
-            ))  # fmt: skip
+            self.samples.append(
+                Sample(
+                    f"shape{index}",
+                    torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),
+                    torch.from_numpy(labels),
+                )
+            )
 
     def __len__(self):
         return len(self.samples)
@@ -54,9 +56,14 @@ class Tiny(nn.Module):
     def __init__(self, classes=3):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.Conv2d(16, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout2d(0.1),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 3, 2, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3, 1, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+        )
         self.head = nn.Conv2d(16, classes, 1)
         self.auxiliary = nn.Conv2d(16, classes, 1)
 
@@ -81,9 +88,13 @@ def one_thread():
 
 
 SHORT = {
-    "epochs": 4, "batch_size": 2, "crop_size": (16, 16), "precision": "fp32", "progress": False,
+    "epochs": 4,
+    "batch_size": 2,
+    "crop_size": (16, 16),
+    "precision": "fp32",
+    "progress": False,
     "ema": 0.9,
-}  # fmt: skip
+}
 
 
 def same(a, b):
@@ -95,10 +106,22 @@ def test_overfits_two_images(tmp_path, precision):
     data = Shapes()
     model = tiny()
     log = train(
-        model, data, validation=data, output_dir=tmp_path, epochs=120, batch_size=2,
-        crop_size=(24, 32), scale=(0.9, 1.1), photometric=0, learning_rate=0.02, ema=0.9,
-        precision=precision, validate_every=60, save_every=60, progress=False,
-    )  # fmt: skip
+        model,
+        data,
+        validation=data,
+        output_dir=tmp_path,
+        epochs=120,
+        batch_size=2,
+        crop_size=(24, 32),
+        scale=(0.9, 1.1),
+        photometric=0,
+        learning_rate=0.02,
+        ema=0.9,
+        precision=precision,
+        validate_every=60,
+        save_every=60,
+        progress=False,
+    )
     assert log[-1]["miou"] > 0.9
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
     assert [entry["epoch"] for entry in log if "miou" in entry] == [60, 120]

@@ -211,8 +211,17 @@ def test_command(tmp_path):
 
 
 def test_command_says_that_no_crf_is_best(tmp_path):
-    shown = run("crf", "--dataset", "scenes", "--root", tmp_path, "--trials", 4,
-                "--spec", "coarse(exact=True)")  # fmt: skip
+    shown = run(
+        "crf",
+        "--dataset",
+        "scenes",
+        "--root",
+        tmp_path,
+        "--trials",
+        4,
+        "--spec",
+        "coarse(exact=True)",
+    )
     assert shown.exit_code == 0 and "no crf is best" in shown.output
     assert '--spec "coarse(exact=True)"' in shown.output
 

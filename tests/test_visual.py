@@ -78,9 +78,11 @@ def test_void_of_more_than_255_classes(prediction, labels):
 def test_legend_of_long_names_fits(prediction, labels):
     names = tuple(f"a rather long name of class {k}" for k in range(30))
     many = replace(
-        prediction, classes=names, palette=None, _labels=(torch.arange(HEIGHT * WIDTH) % 30)
-        .reshape(HEIGHT, WIDTH).to(torch.uint8),
-    )  # fmt: skip
+        prediction,
+        classes=names,
+        palette=None,
+        _labels=(torch.arange(HEIGHT * WIDTH) % 30).reshape(HEIGHT, WIDTH).to(torch.uint8),
+    )
     picture = overlay(many)
     assert picture.width >= WIDTH and picture.height > HEIGHT + 30 * 11
     margin = pixels(picture)[HEIGHT:, -2:]
@@ -114,10 +116,13 @@ def test_instances_are_drawn_over_the_image_alone():
     masks[1, 40:90, 60:120] = True
     instances = Instances(
         torch.tensor([[20.0, 40.0, 70.0, 90.0], [60.0, 40.0, 120.0, 90.0]]),
-        masks, torch.tensor([0.9, 0.6]), torch.tensor([1, 2]),
-    )  # fmt: skip
-    result = Segmentation((HEIGHT, WIDTH), CLASSES, image=image, palette=PALETTE,
-                          instances=instances)  # fmt: skip
+        masks,
+        torch.tensor([0.9, 0.6]),
+        torch.tensor([1, 2]),
+    )
+    result = Segmentation(
+        (HEIGHT, WIDTH), CLASSES, image=image, palette=PALETTE, instances=instances
+    )
     picture = overlay(result)
     got = pixels(picture)
     assert got[80, 30, 1] > got[80, 30, 0] + 20  # green
@@ -156,14 +161,20 @@ def test_error_map(labels):
     got = pixels(picture)
     assert picture.width >= WIDTH
     offset = (picture.width - WIDTH) // 2
-    colours = {name: tuple(got[row, offset + 80]) for name, row in
-               (("wrong", 5), ("correct", 30), ("missed", 52), ("ignored", 115))}  # fmt: skip
+    colours = {
+        name: tuple(got[row, offset + 80])
+        for name, row in (("wrong", 5), ("correct", 30), ("missed", 52), ("ignored", 115))
+    }
     assert len(set(colours.values())) == 4
     assert tuple(got[105, offset + 80]) == colours["ignored"]
     area = got[:HEIGHT, offset : offset + WIDTH].reshape(-1, 3)
     count = {name: int((area == np.array(c)).all(1).sum()) for name, c in colours.items()}
-    assert count == {"wrong": 10 * WIDTH, "correct": 85 * WIDTH, "missed": 5 * WIDTH,
-                     "ignored": 20 * WIDTH}  # fmt: skip
+    assert count == {
+        "wrong": 10 * WIDTH,
+        "correct": 85 * WIDTH,
+        "missed": 5 * WIDTH,
+        "ignored": 20 * WIDTH,
+    }
     image = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
     assert pixels(error_map(guess, target, image))[30, offset + 80].tolist() == [140] * 3
     with pytest.raises(ValueError, match="must both be"):

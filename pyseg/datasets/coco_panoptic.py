@@ -111,15 +111,18 @@ class COCOPanoptic:
         entry = self._entries[index]
         segments = read_segments(entry, self.folder, self._index, self.path)
         if image.shape[1:] != segments.map.shape:
-            raise ImageError(f"{self.images[index]} is {list(image.shape[1:])} pixels, its map "
-                             f"{entry['file_name']} {list(segments.map.shape)}; they must be equal"
-                             )  # fmt: skip
+            raise ImageError(
+                f"{self.images[index]} is {list(image.shape[1:])} pixels, its map "
+                f"{entry['file_name']} {list(segments.map.shape)}; they must be equal"
+            )
         listed = {item.id for item in segments.items}
         found = set(segments.map.unique().tolist()) - {0}
         if listed != found:
             differing = some(str(number) for number in listed ^ found)
-            raise LabelError(f"{entry['file_name']} of {str(self.path)!r}: the map and its list "
-                             f"differ in the ids {differing}")  # fmt: skip
+            raise LabelError(
+                f"{entry['file_name']} of {str(self.path)!r}: the map and its list "
+                f"differ in the ids {differing}"
+            )
         unused = [item.id for item in segments.items if item.label < 0]
         if unused:
             hidden = torch.isin(segments.map, torch.tensor(unused, dtype=torch.int32))

@@ -57,12 +57,14 @@ class Folder(PairedFiles):
         part = base / split if base is not None and split is not None else base
         image_files = files_by_stem(
             Path(images) if images is not None else part / "images",  # type: ignore[operator]
-            IMAGE_SUFFIXES, "images",
-        )  # fmt: skip
+            IMAGE_SUFFIXES,
+            "images",
+        )
         label_files = files_by_stem(
             Path(labels) if labels is not None else part / "labels",  # type: ignore[operator]
-            LABEL_SUFFIXES, "labels",
-        )  # fmt: skip
+            LABEL_SUFFIXES,
+            "labels",
+        )
         if without := image_files.keys() - label_files.keys():
             raise FileNotFoundError(f"no label file (matched by stem) for {some(without)}")
         if without := label_files.keys() - image_files.keys():
@@ -85,22 +87,28 @@ def read_classes(
         candidates = [f / n for f in folders if f for n in ("classes.json", "classes.txt")]
         given = next((path for path in candidates if path.is_file()), None)
         if given is None:
-            raise ValueError("classes: give the class names or a file of them, or put classes.txt "
-                             "or classes.json into root")  # fmt: skip
+            raise ValueError(
+                "classes: give the class names or a file of them, or put classes.txt "
+                "or classes.json into root"
+            )
     colours: tuple[tuple[int, int, int], ...] | None = None
     void: tuple[int, ...] = ()
     if isinstance(given, (str, Path)):
         path = Path(given)
         if not path.is_file():
-            raise FileNotFoundError(f"classes: there is no file {path}; give a sequence of names "
-                                    "or a .txt or .json file")  # fmt: skip
+            raise FileNotFoundError(
+                f"classes: there is no file {path}; give a sequence of names "
+                "or a .txt or .json file"
+            )
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             try:
                 names, colours, void = _from_json(json.loads(text))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"classes: {path} is not a list of class names or of objects "
-                                 f"with a name ({error})") from error  # fmt: skip
+                raise ValueError(
+                    f"classes: {path} is not a list of class names or of objects "
+                    f"with a name ({error})"
+                ) from error
         else:
             names = tuple(line.strip() for line in text.splitlines() if line.strip())
     else:

@@ -62,9 +62,11 @@ class PairedFiles:
         image_path, label_path = self.images[index], self.labels[index]
         image, labels = read_image(image_path), read_labels(label_path)
         if image.shape[1:] != labels.shape:
-            raise ImageError(f"{image_path} is {image.shape[2]} x {image.shape[1]} pixels, its "
-                             f"labels {label_path} are {labels.shape[1]} x {labels.shape[0]}; "
-                             "they must be equal")  # fmt: skip
+            raise ImageError(
+                f"{image_path} is {image.shape[2]} x {image.shape[1]} pixels, its "
+                f"labels {label_path} are {labels.shape[1]} x {labels.shape[0]}; "
+                "they must be equal"
+            )
         return Sample(self.names[index], image, self._class_ids(labels, label_path))
 
     def _class_ids(self, labels: Tensor, path: Path) -> Tensor:
@@ -74,23 +76,31 @@ class PairedFiles:
         if (ids < 0).any():
             wrong = labels[ids < 0].unique().tolist()
             shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
-            raise LabelError(f"{path}: label values {shown} are no class ids: there are "
-                             f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}, and "
-                             f"{VOID} is void. {self._likely_cause(wrong)}")  # fmt: skip
+            raise LabelError(
+                f"{path}: label values {shown} are no class ids: there are "
+                f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}, and "
+                f"{VOID} is void. {self._likely_cause(wrong)}"
+            )
         return ids.to(torch.uint8)
 
     def _likely_cause(self, wrong: list[int]) -> str:
         count = len(self.classes)
         if wrong == [count]:
-            return (f"The value {count} suggests ids that start at 1, or a class missing from "
-                    "the class list")  # fmt: skip
+            return (
+                f"The value {count} suggests ids that start at 1, or a class missing from "
+                "the class list"
+            )
         if len(wrong) > 32:
             return "So many values suggest a photograph or a colour map turned grey, not class ids"
         if max(wrong) <= 33 and count <= 20:
-            return ("These look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
-                    "instead of train ids (0 to 18)")  # fmt: skip
-        return ("Are these the grey values of a colour-coded map? Label files must hold class ids, "
-                "or a palette whose indices are class ids")  # fmt: skip
+            return (
+                "These look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
+                "instead of train ids (0 to 18)"
+            )
+        return (
+            "Are these the grey values of a colour-coded map? Label files must hold class ids, "
+            "or a palette whose indices are class ids"
+        )
 
 
 def files_by_stem(folder: Path, suffixes: Sequence[str], argument: str) -> dict[str, Path]:
@@ -106,8 +116,10 @@ def files_by_stem(folder: Path, suffixes: Sequence[str], argument: str) -> dict[
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() in suffixes and not path.name.startswith("."):
             if path.stem in found:
-                raise ValueError(f"{argument}: {found[path.stem]} and {path.name} have the same "
-                                 "stem; samples are matched by it, remove one")  # fmt: skip
+                raise ValueError(
+                    f"{argument}: {found[path.stem]} and {path.name} have the same "
+                    "stem; samples are matched by it, remove one"
+                )
             found[path.stem] = path
     if not found:
         raise FileNotFoundError(f"{argument}: {folder} holds no {', '.join(suffixes)} file")

@@ -15,9 +15,15 @@ STUFF = ("sky", "building", "road", "pavement", "tree")
 THINGS = ("car", "person", "bicycle")
 CLASSES = STUFF + THINGS
 PALETTE = (
-    (70, 130, 180), (70, 70, 70), (128, 64, 128), (244, 35, 232), (107, 142, 35),
-    (0, 0, 142), (220, 20, 60), (119, 11, 32),
-)  # fmt: skip
+    (70, 130, 180),
+    (70, 70, 70),
+    (128, 64, 128),
+    (244, 35, 232),
+    (107, 142, 35),
+    (0, 0, 142),
+    (220, 20, 60),
+    (119, 11, 32),
+)
 SMALLEST = 24  # visible pixels of an object that keeps its own label; smaller ones are void
 
 
@@ -120,11 +126,18 @@ class _Scene:
         self.paint("polygon", corners, tar, CLASSES.index("road"))
         for k in range(6):  # dashes of the lane marking belong to the road
             near, far = (horizon + (h - horizon) * (k + part) / 6 for part in (0.9, 0.4))
-            middle = [self.vanishing + ((left + right) / 2 - self.vanishing) * (y - horizon)
-                      / (h - horizon) for y in (far, near)]  # fmt: skip
+            middle = [
+                self.vanishing
+                + ((left + right) / 2 - self.vanishing) * (y - horizon) / (h - horizon)
+                for y in (far, near)
+            ]
             wide = [0.008 * w * (y - horizon) / (h - horizon) + 0.5 for y in (far, near)]
-            dash = [(middle[0] - wide[0], far), (middle[0] + wide[0], far),
-                    (middle[1] + wide[1], near), (middle[1] - wide[1], near)]  # fmt: skip
+            dash = [
+                (middle[0] - wide[0], far),
+                (middle[0] + wide[0], far),
+                (middle[1] + wide[1], near),
+                (middle[1] - wide[1], near),
+            ]
             self.paint("polygon", dash, (200, 200, 195), CLASSES.index("road"))
         for side in (-1, 1):
             self.draw_row(side)
@@ -136,8 +149,10 @@ class _Scene:
         steps = int(rng.integers(3, 7))
         for k in range(steps):
             # From the vanishing point out to the edge of the image.
-            a, b = (self.vanishing + (edge - self.vanishing) * (0.12 + 0.88 * part / steps)
-                    for part in (k, k + 1))  # fmt: skip
+            a, b = (
+                self.vanishing + (edge - self.vanishing) * (0.12 + 0.88 * part / steps)
+                for part in (k, k + 1)
+            )
             nearness = (k + 1) / steps
             x0, x1 = min(a, b), max(a, b)
             base = self.horizon + nearness * 0.06 * self.height
@@ -185,12 +200,20 @@ class _Scene:
         body = self.colour((20, 20, 20), (230, 230, 230))
         glass, black = (40, 50, 60), (15, 15, 15)
         x0, x1, top = x - wide / 2, x + wide / 2, base - high
-        roof = [(x0 + wide * 0.2, top), (x1 - wide * 0.2, top), (x1 - wide * 0.05, top + high / 2),
-                (x0 + wide * 0.05, top + high / 2)]  # fmt: skip
+        roof = [
+            (x0 + wide * 0.2, top),
+            (x1 - wide * 0.2, top),
+            (x1 - wide * 0.05, top + high / 2),
+            (x0 + wide * 0.05, top + high / 2),
+        ]
         self.paint("polygon", roof, body, label, number)
         upper, lower = top + high * 0.08, top + high * 0.45
-        pane = [(x0 + wide * 0.24, upper), (x1 - wide * 0.24, upper), (x1 - wide * 0.13, lower),
-                (x0 + wide * 0.13, lower)]  # fmt: skip
+        pane = [
+            (x0 + wide * 0.24, upper),
+            (x1 - wide * 0.24, upper),
+            (x1 - wide * 0.13, lower),
+            (x0 + wide * 0.13, lower),
+        ]
         self.paint("polygon", pane, glass, label, number)
         self.paint(
             "rectangle", [x0, top + high * 0.45, x1, base - high * 0.12], body, label, number
@@ -210,8 +233,12 @@ class _Scene:
         for step in (-1, 1):
             foot = x + step * self.rng.uniform(0.1, 0.5) * wide
             hip = base - tall * 0.5
-            leg = [(x + step * wide * 0.05, hip), (x + step * wide * 0.3, hip),
-                   (foot + wide * 0.15, base), (foot - wide * 0.15, base)]  # fmt: skip
+            leg = [
+                (x + step * wide * 0.05, hip),
+                (x + step * wide * 0.3, hip),
+                (foot + wide * 0.15, base),
+                (foot - wide * 0.15, base),
+            ]
             self.paint("polygon", leg, legs, label, number)
         trunk = [x - wide / 2, top + head * 1.8, x + wide / 2, base - tall * 0.45]
         self.paint("rectangle", trunk, shirt, label, number)
@@ -227,8 +254,14 @@ class _Scene:
                 pen.ellipse(circle, outline=fill, width=thick)
         axle, seat = base - r, base - 2.2 * r
         ends = (x - 1.2 * r, axle), (x + 1.2 * r, axle)
-        points = [ends[0], (x - 0.3 * r, seat), (x + 0.8 * r, seat), ends[1],
-                  (x, axle), (x - 0.3 * r, seat)]  # fmt: skip
+        points = [
+            ends[0],
+            (x - 0.3 * r, seat),
+            (x + 0.8 * r, seat),
+            ends[1],
+            (x, axle),
+            (x - 0.3 * r, seat),
+        ]
         handlebar = [(x + 0.8 * r, seat), (x + 0.9 * r, base - 2.7 * r)]
         fills: list = [frame, label, number]
         for pen, fill in zip(self.pens, fills, strict=True):

@@ -64,15 +64,19 @@ class Binary:
     ) -> None:
         self.classes = tuple(classes)
         if isinstance(classes, str) or len(self.classes) < 2:
-            raise ValueError("Binary needs the names of at least two classes, the positive one and "
-                             f"the background, got {classes!r}")  # fmt: skip
+            raise ValueError(
+                "Binary needs the names of at least two classes, the positive one and "
+                f"the background, got {classes!r}"
+            )
         if positive is None:
             positive = len(self.classes) - 1
         index = self.classes.index(positive) if positive in self.classes else positive
         if not isinstance(index, int) or not 0 <= index < len(self.classes):
             names = ", ".join(self.classes[:20])
-            raise ValueError(f"positive={positive!r} is no class: the classes are 0 to "
-                             f"{len(self.classes) - 1}, {names}")  # fmt: skip
+            raise ValueError(
+                f"positive={positive!r} is no class: the classes are 0 to "
+                f"{len(self.classes) - 1}, {names}"
+            )
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be within 0..1, got {threshold}")
         if not 64 <= bins <= 65536 or bins & (bins - 1):

@@ -71,8 +71,9 @@ class Boundary:
             raise ValueError(f"classes must be a sequence of names, got {classes!r}")
         for name, share in (("ratio", ratio), ("tolerance", tolerance)):
             if not 0 < share < 1:
-                raise ValueError(f"{name} is a share of the image's diagonal, between 0 and 1, got "
-                                 f"{share}")  # fmt: skip
+                raise ValueError(
+                    f"{name} is a share of the image's diagonal, between 0 and 1, got {share}"
+                )
         if matching not in ("distance", "one-to-one"):
             raise ValueError(f"matching must be 'distance' or 'one-to-one', got {matching!r}")
         check_ignore_index(ignore_index, len(classes))
@@ -132,8 +133,10 @@ class Boundary:
             # Pixels that are no boundary become one more class.
             inner = count if self.ignore_index != count else count + 1
             wide = common if inner < 127 else torch.promote_types(common, torch.int16)
-            ours, theirs = (_keep(side.to(wide), boundary_mask(side, distance), inner)
-                            for side in (labels, target))  # fmt: skip
+            ours, theirs = (
+                _keep(side.to(wide), boundary_mask(side, distance), inner)
+                for side in (labels, target)
+            )
             theirs = _keep(theirs, known, self.ignore_index)
             self._areas = self._areas.to(labels.device) + self._overlaps(ours, theirs, inner + 1)
         if "trimap" in self.measures:
@@ -151,8 +154,12 @@ class Boundary:
         classes = present.sum()
         # the image's mean, by integer division: the same on every machine
         mean = (score.sum() + classes // 2) // classes.clamp(min=1)
-        rows = torch.cat([torch.stack([score, present.long()], 1),
-                          torch.stack([mean, (classes > 0).long()])[None]])  # fmt: skip
+        rows = torch.cat(
+            [
+                torch.stack([score, present.long()], 1),
+                torch.stack([mean, (classes > 0).long()])[None],
+            ]
+        )
         self._bf = self._bf.to(matches.device) + rows
 
     def _overlaps(self, labels: Tensor, target: Tensor, num_classes: int) -> Tensor:
@@ -183,8 +190,10 @@ class Boundary:
                 near = cKDTree(theirs).query_ball_point(ours, reach)
                 columns = np.concatenate([np.asarray(row, dtype=np.int32) for row in near])
                 starts = np.cumsum([0, *map(len, near)])
-                graph = csr_array((np.ones(len(columns), np.int8), columns, starts),
-                                  shape=(len(ours), len(theirs)))  # fmt: skip
+                graph = csr_array(
+                    (np.ones(len(columns), np.int8), columns, starts),
+                    shape=(len(ours), len(theirs)),
+                )
                 matched = int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
             counts[k] = torch.tensor([len(ours), matched, len(theirs), matched])
         return counts
@@ -197,8 +206,12 @@ class Boundary:
         the last row, of the images' means) and ``invalid`` [3] (predictions and targets out of
         range, images with NaN logits), all int64.
         """
-        return {"areas": self._areas, "trimap": self._trimap, "bf": self._bf,
-                "invalid": self._invalid}  # fmt: skip
+        return {
+            "areas": self._areas,
+            "trimap": self._trimap,
+            "bf": self._bf,
+            "invalid": self._invalid,
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Replaces the counts by ``state``, as `state` gives them."""

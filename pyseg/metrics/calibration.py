@@ -155,8 +155,10 @@ class Calibration:
         count = self._pixels.cpu().double()
         total = int(self._pixels.sum())
         if total > MAX_PIXELS:
-            raise ScoreError(f"calibration sums hold {MAX_PIXELS} pixels, got {total}; score parts "
-                             "of the dataset one by one")  # fmt: skip
+            raise ScoreError(
+                f"calibration sums hold {MAX_PIXELS} pixels, got {total}; score parts "
+                "of the dataset one by one"
+            )
         accuracy = self._correct.cpu().double() / count
         confidence = self._confidence.cpu().double() * PROBABILITY_UNIT / count
         gap = (accuracy - confidence).abs()

@@ -39,11 +39,15 @@ def target_of(prediction: Segmentation, sample: Sample, device: torch.device) ->
     if target is None:
         raise LabelError(f"sample {sample.name!r} has no labels to score against")
     if target.is_floating_point():
-        raise LabelError(f"sample {sample.name!r} has labels of {target.dtype}; class ids are "
-                         "integers, convert them")  # fmt: skip
+        raise LabelError(
+            f"sample {sample.name!r} has labels of {target.dtype}; class ids are "
+            "integers, convert them"
+        )
     if tuple(target.shape) != tuple(prediction.size):
-        raise LabelError(f"sample {sample.name!r} has labels of size {list(target.shape)}, its "
-                         f"prediction is {list(prediction.size)}")  # fmt: skip
+        raise LabelError(
+            f"sample {sample.name!r} has labels of size {list(target.shape)}, its "
+            f"prediction is {list(prediction.size)}"
+        )
     return target.to(device)
 
 
@@ -62,20 +66,26 @@ def class_targets(
         ScoreError: there are no logits, or they hold NaN.
     """
     if prediction.logits is None:
-        raise ScoreError(f"sample {sample.name!r}: the prediction holds labels without logits, and "
-                         "this metric needs probabilities; score the stage before, or use "
-                         "'semantic'")  # fmt: skip
+        raise ScoreError(
+            f"sample {sample.name!r}: the prediction holds labels without logits, and "
+            "this metric needs probabilities; score the stage before, or use "
+            "'semantic'"
+        )
     if prediction.logits.shape[0] != num_classes:
-        raise ScoreError(f"sample {sample.name!r}: the prediction has {prediction.logits.shape[0]} "
-                         f"classes, the metric {num_classes}")  # fmt: skip
+        raise ScoreError(
+            f"sample {sample.name!r}: the prediction has {prediction.logits.shape[0]} "
+            f"classes, the metric {num_classes}"
+        )
     undefined = nan_images(prediction, sample.name)
     target = target_of(prediction, sample, prediction.logits.device).long()
     valid = target != ignore_index
     wrong = valid & ((target < 0) | (target >= num_classes))
     if target.device.type == "cpu" and wrong.any():
-        raise LabelError(f"sample {sample.name!r}: label values {target[wrong].unique().tolist()} "
-                         f"are no class ids: 0 to {num_classes - 1}, and {ignore_index} is "
-                         "void; `pyseg check-labels` finds the cause")  # fmt: skip
+        raise LabelError(
+            f"sample {sample.name!r}: label values {target[wrong].unique().tolist()} "
+            f"are no class ids: 0 to {num_classes - 1}, and {ignore_index} is "
+            "void; `pyseg check-labels` finds the cause"
+        )
     logits = prediction.logits.float()[None]
     if logits.shape[2:] != target.shape:
         logits = torch.nn.functional.interpolate(
@@ -108,8 +118,10 @@ def copied(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[Tenso
     for name, tensor in own.items():
         if name not in state or state[name].shape != tensor.shape:
             found = list(state[name].shape) if name in state else "nothing"
-            raise ValueError(f"state {name!r} must be {list(tensor.shape)} for this metric's "
-                             f"classes and options, got {found}")  # fmt: skip
+            raise ValueError(
+                f"state {name!r} must be {list(tensor.shape)} for this metric's "
+                f"classes and options, got {found}"
+            )
     return [state[name].clone() for name in own]
 
 

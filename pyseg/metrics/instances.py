@@ -76,13 +76,17 @@ class InstanceAP:
         if truth is None:
             raise ScoreError(f"{name} has no instances to score against")
         if found is None:
-            raise ScoreError(f"{name}: the prediction has no instances; use a model that detects "
-                             "objects, or the metric 'semantic'")  # fmt: skip
+            raise ScoreError(
+                f"{name}: the prediction has no instances; use a model that detects "
+                "objects, or the metric 'semantic'"
+            )
         self._check(truth, prediction.size, f"{name}: the ground truth")
         self._check(found, prediction.size, f"{name}: the prediction")
         if not found.scores.isfinite().all():
-            raise ScoreError(f"{name}: the prediction has scores that are not finite: "
-                             f"{found.scores[~found.scores.isfinite()][0].item()}")  # fmt: skip
+            raise ScoreError(
+                f"{name}: the prediction has scores that are not finite: "
+                f"{found.scores[~found.scores.isfinite()][0].item()}"
+            )
         crowd = [False] * len(truth.labels) if truth.crowd is None else truth.crowd.tolist()
         self._records.append(
             {
@@ -102,15 +106,19 @@ class InstanceAP:
     def _check(self, instances: Instances, size: tuple[int, int], what: str) -> None:
         count = len(instances.labels)
         if tuple(instances.masks.shape) != (count, *size) or instances.boxes.shape != (count, 4):
-            raise ScoreError(f"{what} has masks {list(instances.masks.shape)} and boxes "
-                             f"{list(instances.boxes.shape)} for {count} labels; they must be "
-                             f"[{count}, {size[0]}, {size[1]}] and [{count}, 4]")  # fmt: skip
+            raise ScoreError(
+                f"{what} has masks {list(instances.masks.shape)} and boxes "
+                f"{list(instances.boxes.shape)} for {count} labels; they must be "
+                f"[{count}, {size[0]}, {size[1]}] and [{count}, 4]"
+            )
         labels = instances.labels.tolist()
         wrong = sorted({label for label in labels if not 0 <= label < len(self.classes)})
         if wrong:
-            raise ScoreError(f"{what} has objects of class {wrong[0]}; classes are 0 to "
-                             f"{len(self.classes) - 1}, COCO's category ids need converting to "
-                             "them")  # fmt: skip
+            raise ScoreError(
+                f"{what} has objects of class {wrong[0]}; classes are 0 to "
+                f"{len(self.classes) - 1}, COCO's category ids need converting to "
+                "them"
+            )
         if not instances.boxes.isfinite().all():
             raise ScoreError(f"{what} has boxes that are not finite")
 
@@ -138,8 +146,10 @@ class InstanceAP:
         records = sorted(self._records, key=lambda record: record["name"])
         for one, other in itertools.pairwise(records):
             if one["name"] == other["name"]:
-                raise ScoreError(f"sample {one['name']!r} was scored twice; names must differ, and "
-                                 "each process must score images of its own")  # fmt: skip
+                raise ScoreError(
+                    f"sample {one['name']!r} was scored twice; names must differ, and "
+                    "each process must score images of its own"
+                )
         truth = {
             "images": [
                 {"id": k, "height": record["size"][0], "width": record["size"][1]}
@@ -190,18 +200,24 @@ def instance_ap(
     annotations, results = _read_json(truth), _read_json(predictions)
     annotated = _check_truth(annotations, str(truth))
     detected = _check_results(results, annotations, str(predictions))
-    possible = [kind for kind in KINDS if ("bbox" if kind == "box" else "segmentation") in (
-        annotated & detected)]  # fmt: skip
+    possible = [
+        kind
+        for kind in KINDS
+        if ("bbox" if kind == "box" else "segmentation") in (annotated & detected)
+    ]
     if kinds is None:
         kinds = possible
     if missing := [kind for kind in kinds if kind not in possible]:
-        raise ScoreError(f"{missing[0]} AP needs a "
-                         f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
-                         f"{truth} and {predictions}; they allow "
-                         f"{', '.join(possible) or 'none'}")  # fmt: skip
+        raise ScoreError(
+            f"{missing[0]} AP needs a "
+            f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
+            f"{truth} and {predictions}; they allow "
+            f"{', '.join(possible) or 'none'}"
+        )
     if not kinds:
-        raise ScoreError(f"{truth} and {predictions} share neither bbox nor segmentation in every "
-                         "entry")  # fmt: skip
+        raise ScoreError(
+            f"{truth} and {predictions} share neither bbox nor segmentation in every entry"
+        )
     return _scores(annotations, dict.fromkeys(kinds, results))
 
 
@@ -221,8 +237,9 @@ def _faster_coco_eval() -> Any:
     try:
         import faster_coco_eval
     except ImportError as error:
-        raise ImportError("instance AP needs faster-coco-eval; run pip install "
-                          "'pyseg-toolkit[coco]'") from error  # fmt: skip
+        raise ImportError(
+            "instance AP needs faster-coco-eval; run pip install 'pyseg-toolkit[coco]'"
+        ) from error
     return faster_coco_eval
 
 
@@ -305,8 +322,10 @@ def _check_truth(content: Any, file: str) -> set[str]:
     """Which of segmentation and bbox every annotation has."""
     with _named(f"{file}:"):
         if not isinstance(content, dict):
-            raise ScoreError("ground truth is an object with images, annotations and categories, "
-                             f"got a {type(content).__name__}; results go second")  # fmt: skip
+            raise ScoreError(
+                "ground truth is an object with images, annotations and categories, "
+                f"got a {type(content).__name__}; results go second"
+            )
         sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in content["images"]}
         categories = {entry["id"]: entry["name"] for entry in content["categories"]}
         if not sizes or not categories:
@@ -319,8 +338,9 @@ def _check_truth(content: Any, file: str) -> set[str]:
             if entry["image_id"] not in sizes:
                 raise ScoreError(f"has image_id {entry['image_id']!r}, which is not in images")
             if entry["category_id"] not in categories:
-                raise ScoreError(f"has category_id {entry['category_id']!r}, which is not in "
-                                 "categories")  # fmt: skip
+                raise ScoreError(
+                    f"has category_id {entry['category_id']!r}, which is not in categories"
+                )
             if not entry["area"] >= 0:
                 raise ScoreError(f"has area {entry['area']!r}")
             _check_shape(entry, sizes[entry["image_id"]])
@@ -329,19 +349,25 @@ def _check_truth(content: Any, file: str) -> set[str]:
 
 def _check_results(content: Any, truth: dict[str, Any], file: str) -> set[str]:
     if not isinstance(content, list):
-        raise ScoreError(f"{file}: results are a list of detections, got a "
-                         f"{type(content).__name__}; ground truth goes first")  # fmt: skip
+        raise ScoreError(
+            f"{file}: results are a list of detections, got a "
+            f"{type(content).__name__}; ground truth goes first"
+        )
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
     for index, entry in enumerate(content):
         with _named(f"{file}: detection {index}"):
             if entry["image_id"] not in sizes:
-                raise ScoreError(f"has image_id {entry['image_id']!r}, which the ground truth "
-                                 "lacks; were these images scored on another split?")  # fmt: skip
+                raise ScoreError(
+                    f"has image_id {entry['image_id']!r}, which the ground truth "
+                    "lacks; were these images scored on another split?"
+                )
             if entry["category_id"] not in categories:
-                raise ScoreError(f"has category_id {entry['category_id']!r}, which the ground "
-                                 "truth lacks; class indices must be converted to category "
-                                 "ids")  # fmt: skip
+                raise ScoreError(
+                    f"has category_id {entry['category_id']!r}, which the ground "
+                    "truth lacks; class indices must be converted to category "
+                    "ids"
+                )
             if not math.isfinite(entry["score"]):
                 raise ScoreError(f"has score {entry['score']!r}")
             _check_shape(entry, sizes[entry["image_id"]])
@@ -355,8 +381,10 @@ def _check_shape(entry: Mapping[str, Any], size: tuple[int, int]) -> None:
     if isinstance(shape, dict) and tuple(shape["size"]) != tuple(size):
         raise ScoreError(f"has a mask of size {list(shape['size'])}, its image is {list(size)}")
     if "segmentation" in entry and not isinstance(shape, (dict, list)):
-        raise ScoreError(f"has a segmentation that is a {type(shape).__name__}; it must be an RLE "
-                         "or a list of polygons")  # fmt: skip
+        raise ScoreError(
+            f"has a segmentation that is a {type(shape).__name__}; it must be an RLE "
+            "or a list of polygons"
+        )
     if "bbox" in entry:
         box = [float(value) for value in entry["bbox"]]
         if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:

@@ -69,8 +69,10 @@ class Panoptic:
         if isinstance(classes, str) or not classes:
             raise ValueError(f"classes must be a sequence of names, got {classes!r}")
         if not 0 <= boundary_ratio < 1:
-            raise ValueError(f"boundary_ratio must be in [0, 1), 0 for plain panoptic quality, got "
-                             f"{boundary_ratio}")  # fmt: skip
+            raise ValueError(
+                f"boundary_ratio must be in [0, 1), 0 for plain panoptic quality, got "
+                f"{boundary_ratio}"
+            )
         self.classes = tuple(classes)
         self.things = frozenset(self._index(thing) for thing in things)
         self.boundary_ratio = boundary_ratio
@@ -83,8 +85,9 @@ class Panoptic:
             return self.classes.index(thing)
         if isinstance(thing, int) and 0 <= thing < len(self.classes):
             return thing
-        raise ValueError(f"things must be classes, by name or index below {len(self.classes)}, got "
-                         f"{thing!r}")  # fmt: skip
+        raise ValueError(
+            f"things must be classes, by name or index below {len(self.classes)}, got {thing!r}"
+        )
 
     def reset(self) -> None:
         """Forgets all images."""
@@ -104,11 +107,15 @@ class Panoptic:
                 CUDA the latter comes from `compute`).
         """
         if sample.segments is None:
-            raise LabelError(f"sample {sample.name!r} has no segments to score against; panoptic "
-                             "quality needs a data set with panoptic labels")  # fmt: skip
+            raise LabelError(
+                f"sample {sample.name!r} has no segments to score against; panoptic "
+                "quality needs a data set with panoptic labels"
+            )
         if prediction.segments is None:
-            raise LabelError(f"the prediction for sample {sample.name!r} has no segments; end the "
-                             "pipeline with a panoptic stage")  # fmt: skip
+            raise LabelError(
+                f"the prediction for sample {sample.name!r} has no segments; end the "
+                "pipeline with a panoptic stage"
+            )
         self.update_segments(prediction.segments, sample.segments, sample.name)
 
     def update_segments(self, prediction: Segments, target: Segments, name: str) -> None:
@@ -118,8 +125,10 @@ class Panoptic:
             if self.boundary_ratio > 0:
                 distance = boundary_distance(target.map.shape, self.boundary_ratio)
                 maps = {"prediction": prediction.map, "target": target.map}
-                boundaries = {f"{side}_boundary": boundary_mask(ids[None], distance)[0]
-                              for side, ids in maps.items()}  # fmt: skip
+                boundaries = {
+                    f"{side}_boundary": boundary_mask(ids[None], distance)[0]
+                    for side, ids in maps.items()
+                }
             counts, problems = panoptic_quality(
                 prediction.map,
                 target.map.to(prediction.map.device),
@@ -170,8 +179,11 @@ class Panoptic:
             ZeroDivisionError: no thing or no stuff occurs, and ``allow_empty`` is False.
         """
         problems = self._problems.tolist()
-        wrong = [f"{n} {what}" for k, (n, what) in enumerate(zip(problems, PROBLEMS, strict=True))
-                 if n and k != OTHER_AREA]  # fmt: skip
+        wrong = [
+            f"{n} {what}"
+            for k, (n, what) in enumerate(zip(problems, PROBLEMS, strict=True))
+            if n and k != OTHER_AREA
+        ]
         if wrong:
             raise LabelError(f"{'; '.join(wrong)}; run the metric on the CPU to see which")
         if problems[OTHER_AREA] and self._problems.device.type != "cpu":
@@ -210,8 +222,11 @@ def _table(rows: list[list[int]], columns: int) -> Tensor:
 
 
 def _warn_of_areas(found: str) -> None:
-    warnings.warn(f"{found} target segments have another area in pixels than is listed; the listed "
-                  "one is used, as panopticapi does", stacklevel=3)  # fmt: skip
+    warnings.warn(
+        f"{found} target segments have another area in pixels than is listed; the listed "
+        "one is used, as panopticapi does",
+        stacklevel=3,
+    )
 
 
 # --- COCO's format: PNGs and a JSON -------------------------------------------------------------
@@ -264,13 +279,16 @@ def score_files(
         boundary_ratio=boundary_ratio,
         all_crowds=all_crowds,
     )
-    folders = [Path(given) if given is not None else Path(file).with_suffix("")
-               for given, file in ((target_folder, target),
-                                   (prediction_folder, prediction))]  # fmt: skip
+    folders = [
+        Path(given) if given is not None else Path(file).with_suffix("")
+        for given, file in ((target_folder, target), (prediction_folder, prediction))
+    ]
     for folder in folders:
         if not folder.is_dir():
-            raise LabelError(f"there is no folder {str(folder)!r} with panoptic PNGs; say where "
-                             "they are (--gt-dir, --pred-dir)")  # fmt: skip
+            raise LabelError(
+                f"there is no folder {str(folder)!r} with panoptic PNGs; say where "
+                "they are (--gt-dir, --pred-dir)"
+            )
     wanted, found = annotations_of(truth, target), annotations_of(guesses, prediction)
     if not wanted:
         raise LabelError(f"{str(target)!r} has no annotations: there is nothing to score")
@@ -278,8 +296,11 @@ def score_files(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise LabelError(f"{str(prediction)!r} has no prediction for image {missing[0]!r}{more}")
     if extra := [key for key in found if key not in wanted]:
-        warnings.warn(f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
-                      "they are not scored", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
+            "they are not scored",
+            stacklevel=2,
+        )
 
     def read(key: Any) -> list[Segments]:
         return [

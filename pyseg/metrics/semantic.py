@@ -55,13 +55,17 @@ class Semantic:
         subset: Sequence[str | int] | None = None,
     ) -> None:
         if isinstance(classes, str) or (classes is None and num_classes is None):
-            raise ValueError("Semantic needs classes, a sequence of names, or num_classes, got "
-                             f"classes={classes!r}")  # fmt: skip
+            raise ValueError(
+                "Semantic needs classes, a sequence of names, or num_classes, got "
+                f"classes={classes!r}"
+            )
         if classes is None:
             classes = [f"class {index}" for index in range(num_classes or 0)]
         if not classes or (num_classes is not None and len(classes) != num_classes):
-            raise ValueError(f"classes has {len(classes)} names, num_classes is {num_classes}; "
-                             "give at least one class, and either of them")  # fmt: skip
+            raise ValueError(
+                f"classes has {len(classes)} names, num_classes is {num_classes}; "
+                "give at least one class, and either of them"
+            )
         check_ignore_index(ignore_index, len(classes))
         self.classes = tuple(classes)
         self.ignore_index = ignore_index
@@ -202,7 +206,9 @@ def _indices(subset: Sequence[str | int] | None, classes: tuple[str, ...]) -> Te
     for entry in subset:
         index = classes.index(entry) if entry in classes else entry
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(classes):
-            raise ValueError(f"subset holds {entry!r}, which is no class: the classes are "
-                             f"0 to {len(classes) - 1}, {', '.join(classes[:20])}")  # fmt: skip
+            raise ValueError(
+                f"subset holds {entry!r}, which is no class: the classes are "
+                f"0 to {len(classes) - 1}, {', '.join(classes[:20])}"
+            )
         chosen[index] = True
     return chosen

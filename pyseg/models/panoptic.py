@@ -184,8 +184,10 @@ class InstanceModel(nn.Module):
         super().__init__()
         self.classes = tuple(classes)
         if not 0 <= num_stuff < len(self.classes):
-            raise ValueError(f"num_stuff must leave at least one thing among "
-                             f"{len(self.classes)} classes, got {num_stuff}")  # fmt: skip
+            raise ValueError(
+                f"num_stuff must leave at least one thing among "
+                f"{len(self.classes)} classes, got {num_stuff}"
+            )
         self.num_stuff = num_stuff
         colours = default_palette(len(self.classes)) if palette is None else palette
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
@@ -279,9 +281,11 @@ class InstanceModel(nn.Module):
         if len(labels) and not self.num_stuff <= int(labels.min()) <= int(labels.max()) < len(
             self.classes
         ):
-            raise ValueError(f"sample {sample.name!r} has instances of classes "
-                             f"{sorted(set(labels.tolist()))}; things are {self.num_stuff} to "
-                             f"{len(self.classes) - 1}")  # fmt: skip
+            raise ValueError(
+                f"sample {sample.name!r} has instances of classes "
+                f"{sorted(set(labels.tolist()))}; things are {self.num_stuff} to "
+                f"{len(self.classes) - 1}"
+            )
         boxes = instances.boxes.float()
         solid = ((boxes[:, 2:] - boxes[:, :2]) > 1).all(1)  # torchvision refuses empty boxes
         if instances.crowd is not None:  # a region of many objects is no example of one
@@ -333,9 +337,12 @@ class InstanceModel(nn.Module):
             kept = torch.randperm(count, device=logits.device)[: max(int(0.7 * count), 1)].sort()[0]
             classes = target["labels"][kept] - 1 + self.num_stuff
             channels = panoptic_logits(
-                logits[n].float(), own[kept].float(), boxes[n][kept] / 4, classes,
+                logits[n].float(),
+                own[kept].float(),
+                boxes[n][kept] / 4,
+                classes,
                 num_stuff=self.num_stuff,
-            )  # fmt: skip
+            )
             truth = F.interpolate(
                 labels[n][None, None].float(), logits.shape[2:], mode="nearest-exact"
             )[0, 0].long()
@@ -419,17 +426,26 @@ class InstanceModel(nn.Module):
     def _merge(self, found: Detections, logits: Tensor, canvas, size) -> Segments:
         semantic = upsample_argmax(logits[None], canvas)[0, : size[0], : size[1]]
         return panoptic_merge(
-            found.masks, found.scores, found.labels, semantic, boxes=found.boxes,
-            stuff_classes=range(self.num_stuff), stuff_area=self.stuff_area,
+            found.masks,
+            found.scores,
+            found.labels,
+            semantic,
+            boxes=found.boxes,
+            stuff_classes=range(self.num_stuff),
+            stuff_area=self.stuff_area,
             score_threshold=self.score_threshold,
-        ).segments()[0]  # fmt: skip
+        ).segments()[0]
 
     def _unify(self, found: Detections, logits: Tensor, canvas, size) -> Segments:
         found = self._prune(found, size)
         channels = panoptic_head(
-            logits, found.masks.logit(eps=1e-4), found.boxes, found.labels,
-            num_stuff=self.num_stuff, size=canvas,
-        )[: size[0], : size[1]].long()  # fmt: skip
+            logits,
+            found.masks.logit(eps=1e-4),
+            found.boxes,
+            found.labels,
+            num_stuff=self.num_stuff,
+            size=canvas,
+        )[: size[0], : size[1]].long()
         semantic = upsample_argmax(logits[None], canvas)[0, : size[0], : size[1]]
         stuff, things, classes = self.num_stuff, len(found.labels), len(self.classes)
         votes = torch.bincount(
@@ -477,10 +493,15 @@ class InstanceModel(nn.Module):
         for label in found.labels.unique().tolist():
             own = (found.labels == label).nonzero()[:, 0]
             merged: PanopticMaps = panoptic_merge(
-                found.masks[own], found.scores[own], found.labels[own],
-                torch.zeros(size, dtype=torch.uint8, device=own.device), boxes=found.boxes[own],
-                stuff_classes=(), score_threshold=0.0, overlap_threshold=PRUNE_OVERLAP,
-            )  # fmt: skip
+                found.masks[own],
+                found.scores[own],
+                found.labels[own],
+                torch.zeros(size, dtype=torch.uint8, device=own.device),
+                boxes=found.boxes[own],
+                stuff_classes=(),
+                score_threshold=0.0,
+                overlap_threshold=PRUNE_OVERLAP,
+            )
             chosen.append(own[merged.table[merged.table[:, 0] > 0, 3]])
         kept = torch.cat(chosen).sort()[0] if chosen else kept[:0]
         return Detections(*(part[kept] for part in found))
@@ -558,9 +579,12 @@ def panoptic_fpn_resnet50(
     """
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
     model = InstanceModel(
-        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
-        FPNSemanticHead(channels, channels // 2, classes), stuff_area=stuff_area,
-    )  # fmt: skip
+        _detector(backbone, classes - stuff, min_size, max_size, channels),
+        _names(classes),
+        stuff,
+        FPNSemanticHead(channels, channels // 2, classes),
+        stuff_area=stuff_area,
+    )
     return _loaded(model, weights, backbone)
 
 
@@ -582,9 +606,12 @@ def maskrcnn_fcn_resnet50(
     """
     classes, stuff = _panoptic_classes(num_classes, num_stuff)
     model = InstanceModel(
-        _detector(backbone, classes - stuff, min_size, max_size, channels), _names(classes), stuff,
-        FCN(backbone, classes), stuff_area=stuff_area,
-    )  # fmt: skip
+        _detector(backbone, classes - stuff, min_size, max_size, channels),
+        _names(classes),
+        stuff,
+        FCN(backbone, classes),
+        stuff_area=stuff_area,
+    )
     return _loaded(model, weights, backbone)
 
 
@@ -614,9 +641,17 @@ def upsnet_resnet50(
         stuff_area: smallest stuff segment in pixels: 2048 for Cityscapes, 4096 for COCO.
     """
     return _upsnet(
-        backbone, channels, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        backbone,
+        channels,
+        num_classes,
+        num_stuff,
+        weights,
+        depth,
+        min_size,
+        max_size,
+        stuff_area,
         False,
-    )  # fmt: skip
+    )
 
 
 def upsnet_resnet101_dcn(
@@ -631,9 +666,17 @@ def upsnet_resnet101_dcn(
 ) -> InstanceModel:
     """UPSNet with ResNet-101 whose 3x3 convolutions from res3 on are deformable; else as above."""
     return _upsnet(
-        "resnet101", 256, num_classes, num_stuff, weights, depth, min_size, max_size, stuff_area,
+        "resnet101",
+        256,
+        num_classes,
+        num_stuff,
+        weights,
+        depth,
+        min_size,
+        max_size,
+        stuff_area,
         True,
-    )  # fmt: skip
+    )
 
 
 class DeformableConv(nn.Module):
@@ -666,17 +709,22 @@ def _upsnet(
             for block in getattr(detector.backbone.body, name):
                 block.conv2 = DeformableConv(block.conv2)
     model = InstanceModel(
-        detector, _names(classes), stuff,
-        DeformableSemanticHead(channels, channels // 2, classes, depth), unified=True,
+        detector,
+        _names(classes),
+        stuff,
+        DeformableSemanticHead(channels, channels // 2, classes, depth),
+        unified=True,
         stuff_area=stuff_area,
-    )  # fmt: skip
+    )
     return _loaded(model, weights, backbone)
 
 
 def _panoptic_classes(num_classes: int | None, num_stuff: int | None) -> tuple[int, int]:
     if (num_classes is None) != (num_stuff is None):
-        raise ValueError("give num_classes (stuff and things together) and num_stuff, or neither; "
-                         f"got {num_classes} and {num_stuff}")  # fmt: skip
+        raise ValueError(
+            "give num_classes (stuff and things together) and num_stuff, or neither; "
+            f"got {num_classes} and {num_stuff}"
+        )
     classes, stuff = (133, 53) if num_classes is None else (num_classes, num_stuff)
     assert stuff is not None
     if not 0 < stuff < classes:
@@ -706,21 +754,24 @@ def _detector(backbone: str, things: int, min_size: int, max_size: int, channels
     wide, classes = 4 * channels, things + 1
     return replace_roi_pooling(
         mask.MaskRCNN(
-            network, min_size=min_size, max_size=max_size,
+            network,
+            min_size=min_size,
+            max_size=max_size,
             box_head=faster.TwoMLPHead(49 * channels, wide),
             box_predictor=faster.FastRCNNPredictor(wide, classes),
             mask_head=mask.MaskRCNNHeads(channels, (channels,) * 4, 1),
             mask_predictor=mask.MaskRCNNPredictor(channels, channels, classes),
         )
-    )  # fmt: skip
+    )
 
 
 def _resnet(backbone: str) -> tuple[Any, list[int]]:
     """torchvision's network with random weights, and the channels of its four stages."""
     resnet = importlib.import_module("torchvision.models.resnet")
     if not (backbone.startswith("resnet") and hasattr(resnet, backbone)):
-        raise ValueError(f"backbone must be one of torchvision's resnets, such as 'resnet50', got "
-                         f"{backbone!r}")  # fmt: skip
+        raise ValueError(
+            f"backbone must be one of torchvision's resnets, such as 'resnet50', got {backbone!r}"
+        )
     body = getattr(resnet, backbone)(weights=None)
     body.fc = nn.Identity()  # the classifier of images
     return body, [body.inplanes >> k for k in (3, 2, 1, 0)]
@@ -794,10 +845,14 @@ def _maskrcnn(
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     detector = replace_roi_pooling(
         models.get_model(
-            name, weights=None, weights_backbone=None, num_classes=count + 1, min_size=min_size,
+            name,
+            weights=None,
+            weights_backbone=None,
+            num_classes=count + 1,
+            min_size=min_size,
             max_size=max_size,
         )
-    )  # fmt: skip
+    )
     names = tuple(categories) if count == len(categories) else _names(count)
     model = InstanceModel(detector, _unique(names), num_stuff=0)
     if weights in ("default", "DEFAULT"):

@@ -55,8 +55,10 @@ class SemanticModel(nn.Module):
             raise ValueError("classes must name at least one class, got none")
         colours = default_palette(len(self.classes)) if palette is None else palette
         if len(colours) != len(self.classes):
-            raise ValueError(f"palette must have one colour per class: {len(self.classes)} "
-                             f"classes, got {len(colours)} colours")  # fmt: skip
+            raise ValueError(
+                f"palette must have one colour per class: {len(self.classes)} "
+                f"classes, got {len(colours)} colours"
+            )
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
         self.network = network
         self.max_batch_pixels = max_batch_pixels

@@ -13,13 +13,31 @@ from ..errors import WeightsError
 from .semantic import SemanticModel
 
 CLASSES = (
-    "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car",
-    "Pedestrian", "Bicyclist",
-)  # fmt: skip
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 PALETTE = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-)  # fmt: skip
+    (128, 128, 128),
+    (128, 0, 0),
+    (192, 192, 128),
+    (128, 64, 128),
+    (60, 40, 222),
+    (128, 128, 0),
+    (192, 128, 128),
+    (64, 64, 128),
+    (64, 0, 128),
+    (64, 64, 0),
+    (0, 128, 192),
+)
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
 
@@ -65,8 +83,10 @@ def streetnet(
     if any(state[key].shape != own[key].shape for key in heads):
         if num_classes is None:
             found = len(state[heads[-1]])
-            raise WeightsError(f"weights: {path} is for {found} classes, streetnet has {count}; "
-                               f"pass num_classes={found}")  # fmt: skip
+            raise WeightsError(
+                f"weights: {path} is for {found} classes, streetnet has {count}; "
+                f"pass num_classes={found}"
+            )
         state.update({key: own[key] for key in heads})
     files.load_into(model, state, path)
     return model

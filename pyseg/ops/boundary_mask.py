@@ -38,8 +38,9 @@ def boundary_mask(labels: Tensor, distance: int, border: bool = True) -> Tensor:
         [False, False, False, True, True, False]
     """
     if labels.dtype not in INTEGERS or labels.ndim != 3:
-        raise ValueError(f"labels must be [N, H, W] integers, got {labels.dtype} "
-                         f"{list(labels.shape)}")  # fmt: skip
+        raise ValueError(
+            f"labels must be [N, H, W] integers, got {labels.dtype} {list(labels.shape)}"
+        )
     if distance < 1:
         raise ValueError(f"distance must be at least 1 pixel, got {distance}")
     _native.require("boundary_mask", labels)

@@ -50,11 +50,14 @@ def boundary_match(
     """
     for name, labels in (("prediction", prediction), ("target", target)):
         if labels.dtype not in INTEGERS:
-            raise ValueError(f"{name} must hold integer labels, got {labels.dtype}; use "
-                             f"{name}.long()")  # fmt: skip
+            raise ValueError(
+                f"{name} must hold integer labels, got {labels.dtype}; use {name}.long()"
+            )
     if target.ndim != 3 or prediction.shape != target.shape:
-        raise ValueError(f"prediction and target must both be [N, H, W], got "
-                         f"{list(prediction.shape)} and {list(target.shape)}")  # fmt: skip
+        raise ValueError(
+            f"prediction and target must both be [N, H, W], got "
+            f"{list(prediction.shape)} and {list(target.shape)}"
+        )
     if prediction.device != target.device:
         raise ValueError(
             f"prediction is on {prediction.device}, target on {target.device}: move one of them"

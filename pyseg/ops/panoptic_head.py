@@ -65,8 +65,10 @@ def panoptic_head(
         tensor([1, 1, 2, 2], dtype=torch.int32)
     """
     if logits.ndim not in (3, 4) or 0 in logits.shape[-3:]:
-        raise ValueError(f"logits must be [C, h, w] or [N, C, h, w] with classes and pixels, got "
-                         f"{list(logits.shape)}")  # fmt: skip
+        raise ValueError(
+            f"logits must be [C, h, w] or [N, C, h, w] with classes and pixels, got "
+            f"{list(logits.shape)}"
+        )
     _check(logits, masks, boxes, labels, num_stuff)
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (height, width), both at least 1, got {size}")
@@ -82,15 +84,19 @@ def panoptic_head(
 def _check(logits: Tensor, masks: Tensor, boxes: Tensor, labels: Tensor, num_stuff: int) -> None:
     classes, lead = logits.shape[-3], logits.shape[:-3]
     if masks.ndim != logits.ndim or masks.shape[:-3] != lead or masks.shape[-1] != masks.shape[-2]:
-        raise ValueError(f"masks must be {[*lead, 'K', 'M', 'M']} with logits "
-                         f"{list(logits.shape)}, got {list(masks.shape)}")  # fmt: skip
+        raise ValueError(
+            f"masks must be {[*lead, 'K', 'M', 'M']} with logits "
+            f"{list(logits.shape)}, got {list(masks.shape)}"
+        )
     for name, tensor, shape in (
         ("boxes", boxes, (*masks.shape[:-2], 4)),
         ("labels", labels, masks.shape[:-2]),
     ):
         if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} with masks {list(masks.shape)}, got "
-                             f"{list(tensor.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{name} must be {list(shape)} with masks {list(masks.shape)}, got "
+                f"{list(tensor.shape)}"
+            )
     for name, tensor in (("masks", masks), ("boxes", boxes), ("labels", labels)):
         if tensor.device != logits.device:
             raise ValueError(f"logits are on {logits.device}, {name} on {tensor.device}: move one")

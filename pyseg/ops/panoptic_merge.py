@@ -119,19 +119,25 @@ def panoptic_merge(
         *([("boxes", boxes, (*lead, 4))] if boxes is not None else []),
     ):
         if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{name} must be {list(shape)} with masks {list(masks.shape)}, got "
-                             f"{list(tensor.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{name} must be {list(shape)} with masks {list(masks.shape)}, got "
+                f"{list(tensor.shape)}"
+            )
         if tensor.device != masks.device:
             raise ValueError(f"masks are on {masks.device}, {name} on {tensor.device}: move one")
     if boxes is None:
         if masks.dtype != torch.bool:
             raise ValueError(f"masks must be bool, got {masks.dtype}; use masks > 0.5")
         if masks.shape[-2:] != semantic.shape[-2:]:
-            raise ValueError(f"masks {list(masks.shape)} differ in size from semantic "
-                             f"{list(semantic.shape)}; masks of boxes need boxes=")  # fmt: skip
+            raise ValueError(
+                f"masks {list(masks.shape)} differ in size from semantic "
+                f"{list(semantic.shape)}; masks of boxes need boxes="
+            )
     elif not masks.is_floating_point() or not masks.shape[-1] == masks.shape[-2] > 0:
-        raise ValueError("with boxes, masks must be [.., K, M, M] floating point, got "
-                         f"{list(masks.shape)} {masks.dtype}")  # fmt: skip
+        raise ValueError(
+            "with boxes, masks must be [.., K, M, M] floating point, got "
+            f"{list(masks.shape)} {masks.dtype}"
+        )
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point, got {scores.dtype}")
     for name, tensor in (("labels", labels), ("semantic", semantic)):
@@ -171,11 +177,14 @@ def _decoded(rles: Sequence[Mapping[str, Any]], semantic: Tensor, boxes: Tensor 
     masks = torch.zeros(len(rles), *size, dtype=torch.bool)
     for k, rle in enumerate(rles):
         if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
-            raise ValueError("masks must be a tensor or run-length dicts with 'size' and 'counts', "
-                             f"masks[{k}] is a {type(rle).__name__}")  # fmt: skip
+            raise ValueError(
+                "masks must be a tensor or run-length dicts with 'size' and 'counts', "
+                f"masks[{k}] is a {type(rle).__name__}"
+            )
         if list(rle["size"]) != size:
-            raise ValueError(f"masks[{k}] is of size {list(rle['size'])}, semantic of {size}; they "
-                             "must be equal")  # fmt: skip
+            raise ValueError(
+                f"masks[{k}] is of size {list(rle['size'])}, semantic of {size}; they must be equal"
+            )
         masks[k] = decode_rle(rle)
     return masks.to(semantic.device)
 

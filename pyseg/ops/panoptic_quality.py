@@ -71,11 +71,14 @@ def panoptic_quality(
     """
     for name, ids in (("prediction", prediction), ("target", target)):
         if ids.dtype != torch.int32:
-            raise ValueError(f"{name} must hold int32 segment ids, got {ids.dtype}; use "
-                             f"{name}.int()")  # fmt: skip
+            raise ValueError(
+                f"{name} must hold int32 segment ids, got {ids.dtype}; use {name}.int()"
+            )
     if target.ndim != 2 or prediction.shape != target.shape:
-        raise ValueError(f"prediction and target must both be [H, W], got "
-                         f"{list(prediction.shape)} and {list(target.shape)}")  # fmt: skip
+        raise ValueError(
+            f"prediction and target must both be [H, W], got "
+            f"{list(prediction.shape)} and {list(target.shape)}"
+        )
     if prediction.device != target.device:
         raise ValueError(
             f"prediction is on {prediction.device}, target on {target.device}: move one of them"
@@ -89,8 +92,10 @@ def panoptic_quality(
         if mask is not None and (
             mask.dtype != torch.bool or mask.shape != target.shape or mask.device != target.device
         ):
-            raise ValueError(f"{name} must be bool {list(target.shape)} on {target.device}, got "
-                             f"{mask.dtype} {list(mask.shape)} on {mask.device}")  # fmt: skip
+            raise ValueError(
+                f"{name} must be bool {list(target.shape)} on {target.device}, got "
+                f"{mask.dtype} {list(mask.shape)} on {mask.device}"
+            )
     prediction_segments = _by_id("prediction_segments", prediction_segments, 2, num_classes)
     target_segments = _by_id("target_segments", target_segments, 4, num_classes)
     _native.require("panoptic_quality", target)
@@ -109,10 +114,13 @@ def panoptic_quality(
         problems = result.problems.tolist()
         problems[OTHER_AREA] = 0
         if any(problems):
-            details = [*_unlisted("prediction", prediction, prediction_segments),
-                       *_unlisted("target", target, target_segments)]  # fmt: skip
-            texts = details or [f"{n} {what}" for n, what in zip(problems, PROBLEMS, strict=True)
-                                if n]  # fmt: skip
+            details = [
+                *_unlisted("prediction", prediction, prediction_segments),
+                *_unlisted("target", target, target_segments),
+            ]
+            texts = details or [
+                f"{n} {what}" for n, what in zip(problems, PROBLEMS, strict=True) if n
+            ]
             raise ValueError("; ".join(texts))
     return result
 
@@ -125,8 +133,10 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
         or segments.dtype != torch.int64
         or segments.device.type != "cpu"
     ):
-        raise ValueError(f"{name} must be [K, {columns}] int64 on the CPU, got {segments.dtype} "
-                         f"{list(segments.shape)} on {segments.device}")  # fmt: skip
+        raise ValueError(
+            f"{name} must be [K, {columns}] int64 on the CPU, got {segments.dtype} "
+            f"{list(segments.shape)} on {segments.device}"
+        )
     # Lists: a dozen small tensor operations would take longer than the kernel.
     given = segments.numpy().tolist()
     rows = sorted(given)
@@ -134,8 +144,9 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
         if not 0 < row[0] < 2**31:
             raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
         if not 0 <= row[1] < num_classes:
-            raise ValueError(f"{name} has class {row[1]}; there are {num_classes} classes, from 0 "
-                             "on")  # fmt: skip
+            raise ValueError(
+                f"{name} has class {row[1]}; there are {num_classes} classes, from 0 on"
+            )
         if columns == 4 and row[2] < 1:
             raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")
     for row, following in itertools.pairwise(rows):

@@ -56,8 +56,7 @@ def upsample_confusion(
     if target.ndim != 3 or target.shape[0] != logits.shape[0]:
         raise ValueError(f"target must be [{logits.shape[0]}, H, W], got {list(target.shape)}")
     if size is not None and tuple(size) != tuple(target.shape[1:]):
-        raise ValueError(f"size {tuple(size)} is not that of the target, "
-                         f"{tuple(target.shape[1:])}")  # fmt: skip
+        raise ValueError(f"size {tuple(size)} is not that of the target, {tuple(target.shape[1:])}")
     if logits.device != target.device:
         raise ValueError(
             f"logits are on {logits.device}, target on {target.device}: move one of them"

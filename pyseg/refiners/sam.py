@@ -177,8 +177,9 @@ class SamRefiner(nn.Module):
         if area_ratio < 1:
             raise ValueError(f"area_ratio must be at least 1, got {area_ratio}")
         if boundary < 0 or strength < 0:
-            raise ValueError(f"boundary and strength must not be negative, got {boundary} and "
-                             f"{strength}")  # fmt: skip
+            raise ValueError(
+                f"boundary and strength must not be negative, got {boundary} and {strength}"
+            )
         self.generator = generator
         self.size = size
         self.mode = mode
@@ -212,16 +213,21 @@ class SamRefiner(nn.Module):
                 prediction has no logits, or ``classes`` names a class that it does not have.
         """
         if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"image must be uint8 RGB [3, H, W], got {image.dtype} "
-                             f"{list(image.shape)}")  # fmt: skip
+            raise ValueError(
+                f"image must be uint8 RGB [3, H, W], got {image.dtype} {list(image.shape)}"
+            )
         if tuple(image.shape[1:]) != tuple(prediction.size):
-            raise ValueError(f"image is {list(image.shape[1:])} but the prediction is of an image "
-                             f"of {list(prediction.size)}")  # fmt: skip
+            raise ValueError(
+                f"image is {list(image.shape[1:])} but the prediction is of an image "
+                f"of {list(prediction.size)}"
+            )
         if prediction.instances is not None and self.mode == "prompt":
             return self._instances(image, prediction, prediction.instances)
         if prediction.logits is None:
-            raise ValueError("sam and sam2 need logits and this prediction has labels only; put "
-                             "the stage before the one that dropped them")  # fmt: skip
+            raise ValueError(
+                "sam and sam2 need logits and this prediction has labels only; put "
+                "the stage before the one that dropped them"
+            )
         if self.mode == "vote":
             return self._vote(image, prediction)
         return self._prompt(image, prediction)
@@ -316,8 +322,7 @@ class SamRefiner(nn.Module):
             return [i for i, name in enumerate(classes) if not is_stuff(name)]
         known = {name.lower(): i for i, name in enumerate(classes)}
         if absent := [name for name in self.classes if name.lower() not in known]:
-            raise ValueError(f"classes names {absent}, but the model's classes are "
-                             f"{list(classes)}")  # fmt: skip
+            raise ValueError(f"classes names {absent}, but the model's classes are {list(classes)}")
         return [known[name.lower()] for name in self.classes]
 
     def _zone(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -476,9 +481,16 @@ def _parts(labels: np.ndarray, ids: Sequence[int], min_area: int) -> tuple[list[
                 shift = axis[0] * left + axis[1] * top
                 part_of[window][mask] = len(parts)
                 parts.append(
-                    _part(class_id, component, mask, (top, left), labels.shape, axis,
-                          (strip[0] + shift, strip[1] + shift))
-                )  # fmt: skip
+                    _part(
+                        class_id,
+                        component,
+                        mask,
+                        (top, left),
+                        labels.shape,
+                        axis,
+                        (strip[0] + shift, strip[1] + shift),
+                    )
+                )
     return parts, part_of
 
 
@@ -596,9 +608,15 @@ def _merged_again(
                 visible.append(float(shown.sum() / found.masks[kept[-1]].sum()))
     # What was in front stays there: not the most certain first, but what hid least.
     merged = panoptic_merge(
-        masks[kept], found.scores.new_tensor(visible), found.labels[kept], prediction.labels,
-        stuff_classes=stuff, score_threshold=-math.inf, overlap_threshold=1.0, stuff_area=1,
-    )  # fmt: skip
+        masks[kept],
+        found.scores.new_tensor(visible),
+        found.labels[kept],
+        prediction.labels,
+        stuff_classes=stuff,
+        score_threshold=-math.inf,
+        overlap_threshold=1.0,
+        stuff_area=1,
+    )
     return merged._replace(scores=found.scores[kept].float()).segments()[0]
 
 

@@ -106,8 +106,11 @@ def test_a_script_gives_the_published_picture(name):
 
 
 NORMALIZATIONS = [
-    "NO_NORMALIZATION", "NORMALIZE_BEFORE", "NORMALIZE_AFTER", "NORMALIZE_SYMMETRIC",
-]  # fmt: skip
+    "NO_NORMALIZATION",
+    "NORMALIZE_BEFORE",
+    "NORMALIZE_AFTER",
+    "NORMALIZE_SYMMETRIC",
+]
 
 
 def compatibilities(random, labels=5):
@@ -217,9 +220,11 @@ def test_utils_as_pydensecrf(random):
         np.testing.assert_array_equal(create_pairwise_gaussian(sdims, shape), expected)
     image = random.integers(0, 256, (7, 9, 3), dtype=np.uint8)
     for img, schan, chdim in (
-        (image, (13, 14, 15), 2), (image, 20.0, 2), (image[..., 0], 5, -1),
+        (image, (13, 14, 15), 2),
+        (image, 20.0, 2),
+        (image[..., 0], 5, -1),
         (image.transpose(2, 0, 1), (1, 2, 3), 0),
-    ):  # fmt: skip
+    ):
         expected = theirs.create_pairwise_bilateral((8, 9), schan, img, chdim)
         result = create_pairwise_bilateral((8, 9), schan, img, chdim)
         assert result.dtype == np.float32

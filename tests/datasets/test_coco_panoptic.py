@@ -33,8 +33,10 @@ def folder(tmp_path):
     write_panoptic(
         tmp_path / "annotations/panoptic_val2017.json",
         ((sample.name, sample.segments) for sample in samples),
-        CLASSES, things=range(len(STUFF), len(CLASSES)), category_ids=IDS,
-    )  # fmt: skip
+        CLASSES,
+        things=range(len(STUFF), len(CLASSES)),
+        category_ids=IDS,
+    )
     return tmp_path
 
 

@@ -206,10 +206,14 @@ def test_sanitizers_accept_our_kernels(which):
 
 # A copy of a kernel with a mistake in it shows that the checks above can fail.
 MISTAKES = {
-    "thread": ("confusion_matrix", "atomicAdd(table + row * width + column, length);",
-               "table[row * width + column] += length;", "data race"),
+    "thread": (
+        "confusion_matrix",
+        "atomicAdd(table + row * width + column, length);",
+        "table[row * width + column] += length;",
+        "data race",
+    ),
     "address": ("upsample_argmax", "if (y + r < end)", "", "buffer-overflow"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("which", MISTAKES)

@@ -174,8 +174,16 @@ def test_logits_at_their_own_stride():
 def test_a_perfect_prediction_scores_one():
     target = torch.randint(0, 2, (7, 9), generator=torch.Generator().manual_seed(4))
     got = computed([from_scores(target.double(), target)])
-    for key in ("iou", "f1", "precision", "recall", "specificity", "roc_auc",
-                "average_precision", "best_iou"):  # fmt: skip
+    for key in (
+        "iou",
+        "f1",
+        "precision",
+        "recall",
+        "specificity",
+        "roc_auc",
+        "average_precision",
+        "best_iou",
+    ):
         assert got[key] == 1, key
 
 

@@ -53,11 +53,15 @@ def disk(radius, shift=0):
 
 # 240 x 240, d = 7, tolerance 2.5: mask IoU, Boundary IoU, trimap IoU, BF of the disk.
 DISKS = {
-    (12, "+1"): (0.83, 0.78, 0.83, 1.0), (12, "+3"): (0.62, 0.49, 0.62, 0.08),
-    (12, "shift 3"): (0.72, 0.68, 0.72, 0.73), (12, "hole"): (0.74, 0.77, 0.77, 0.78),
-    (100, "+1"): (0.98, 0.81, 0.90, 1.0), (100, "+3"): (0.94, 0.50, 0.74, 0.12),
-    (100, "shift 3"): (0.96, 0.65, 0.80, 0.71), (100, "hole"): (0.75, 0.64, 1.0, 0.80),
-}  # fmt: skip
+    (12, "+1"): (0.83, 0.78, 0.83, 1.0),
+    (12, "+3"): (0.62, 0.49, 0.62, 0.08),
+    (12, "shift 3"): (0.72, 0.68, 0.72, 0.73),
+    (12, "hole"): (0.74, 0.77, 0.77, 0.78),
+    (100, "+1"): (0.98, 0.81, 0.90, 1.0),
+    (100, "+3"): (0.94, 0.50, 0.74, 0.12),
+    (100, "shift 3"): (0.96, 0.65, 0.80, 0.71),
+    (100, "hole"): (0.75, 0.64, 1.0, 0.80),
+}
 
 
 @pytest.mark.parametrize("radius, change", DISKS)
@@ -74,8 +78,12 @@ def test_disks(radius, change):
     for metric in (boundary, semantic):
         metric.update(*image)
     got = boundary.compute()["per_class"]["disk"]
-    scores = (semantic.compute()["per_class"]["disk"]["iou"],
-              got["boundary_iou"], got["trimap_iou"], got["bf"])  # fmt: skip
+    scores = (
+        semantic.compute()["per_class"]["disk"]["iou"],
+        got["boundary_iou"],
+        got["trimap_iou"],
+        got["bf"],
+    )
     assert scores == pytest.approx(DISKS[radius, change], abs=0.0051)
 
 
@@ -89,8 +97,9 @@ def test_against_erosion_and_distance_transforms():
         prediction = np.where(target == 255, 255, prediction)
         scores = []
         padded = np.pad(target, distance, mode="edge")
-        near = (ndimage.maximum_filter(padded, 2 * distance + 1)
-                != ndimage.minimum_filter(padded, 2 * distance + 1))  # fmt: skip
+        near = ndimage.maximum_filter(padded, 2 * distance + 1) != ndimage.minimum_filter(
+            padded, 2 * distance + 1
+        )
         near = near[distance:-distance, distance:-distance] & (target != 255)
         for k in range(4):
             p, t = prediction == k, target == k
@@ -134,8 +143,10 @@ def test_one_to_one_is_the_largest_matching():
     got = scored([(prediction, target)], matching="one-to-one", tolerance=0.02).compute()
     loose = scored([(prediction, target)], tolerance=0.02).compute()
     for k, name in enumerate(NAMES):
-        points = [np.argwhere(m & ~ndimage.binary_erosion(m, border_value=1))
-                  for m in (prediction == k, target == k)]  # fmt: skip
+        points = [
+            np.argwhere(m & ~ndimage.binary_erosion(m, border_value=1))
+            for m in (prediction == k, target == k)
+        ]
         squared = ((points[0][:, None] - points[1][None]) ** 2).sum(-1)
         near = squared <= 4  # (0.02 * 100 px)^2
         rows, columns = optimize.linear_sum_assignment(near, maximize=True)
@@ -155,8 +166,10 @@ def test_order_and_splitting_change_no_bit(matching):
     for _ in range(2):
         shuffled = [images[k] for k in generator.permutation(6)]
         cut = sorted(generator.integers(0, 7, 2))
-        parts = [scored(shuffled[a:b], matching=matching).state()
-                 for a, b in zip([0, *cut], [*cut, 6], strict=True)]  # fmt: skip
+        parts = [
+            scored(shuffled[a:b], matching=matching).state()
+            for a, b in zip([0, *cut], [*cut, 6], strict=True)
+        ]
         merged = Boundary(NAMES)
         merged.load_state({key: sum(part[key] for part in parts) for key in whole.state()})
         for key, value in whole.state().items():
@@ -179,8 +192,10 @@ def test_any_ignore_index(ignore):
     for image in images:
         prediction, target = (torch.as_tensor(labels).to(torch.int16) for labels in image)
         prediction[prediction == 255], target[target == 255] = ignore, ignore
-        metric.update(Segmentation((60, 80), NAMES, _labels=prediction),
-                      Sample("a", torch.zeros(3, 60, 80, dtype=torch.uint8), target))  # fmt: skip
+        metric.update(
+            Segmentation((60, 80), NAMES, _labels=prediction),
+            Sample("a", torch.zeros(3, 60, 80, dtype=torch.uint8), target),
+        )
     got = metric.compute()
     if ignore == 0:  # then it is no class
         assert math.isnan(got["per_class"]["road"]["boundary_iou"])
@@ -208,9 +223,12 @@ def test_bad_input():
     with pytest.raises(LabelError, match="no labels"):
         metric.update(pair(zeros, zeros)[0], Sample("x", torch.zeros(3, 3, 4)))
     assert all(not value.any() for value in metric.state().values())
-    for options in ({"classes": ()}, {"classes": NAMES, "ratio": 0},
-                    {"classes": NAMES, "tolerance": 2},
-                    {"classes": NAMES, "matching": "x"}):  # fmt: skip
+    for options in (
+        {"classes": ()},
+        {"classes": NAMES, "ratio": 0},
+        {"classes": NAMES, "tolerance": 2},
+        {"classes": NAMES, "matching": "x"},
+    ):
         with pytest.raises(ValueError, match=r"classes|ratio|tolerance|matching"):
             Boundary(**options)
     with pytest.raises(ValueError, match="state 'areas' must be"):

@@ -24,8 +24,20 @@ DATA = Path(
     os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data")
 )
 NAMES = ("person", "car", "dog")
-KEYS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
-        "ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large")  # fmt: skip
+KEYS = (
+    "ap",
+    "ap50",
+    "ap75",
+    "ap_small",
+    "ap_medium",
+    "ap_large",
+    "ar1",
+    "ar10",
+    "ar100",
+    "ar_small",
+    "ar_medium",
+    "ar_large",
+)
 
 
 def blob(generator, size, side):
@@ -270,8 +282,11 @@ def test_a_crowd_neither_counts_nor_punishes():
         prediction = Segmentation(
             size, NAMES, instances=instances([mask, other], [0, 0], [0.5, 0.9])
         )
-        sample = Sample("a", torch.zeros(3, 20, 20), instances=instances([mask, other], [0, 0],
-                        crowd=[False, crowd]))  # fmt: skip
+        sample = Sample(
+            "a",
+            torch.zeros(3, 20, 20),
+            instances=instances([mask, other], [0, 0], crowd=[False, crowd]),
+        )
         assert computed([(prediction, sample)])["mask_ap"] == pytest.approx(1)
     alone = Segmentation(size, NAMES, instances=instances([mask], [0], [0.5]))
     assert computed([(alone, sample)])["mask_ap"] == pytest.approx(1)
@@ -352,7 +367,7 @@ def test_missing_package_is_named(monkeypatch):
         (lambda t, r: t["images"].clear(), r"no images"),
         (lambda t, r: [e.pop("segmentation") for e in r], "neither bbox nor segmentation"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(change, message, tmp_path):
     truth, results = as_coco(random_images(4, seed=3))
     change(truth, results)

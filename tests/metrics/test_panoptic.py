@@ -31,14 +31,17 @@ def segments(ids, labels, crowds=()):
     """Segments of a map; ``labels`` gives the class of every id."""
     ids = torch.as_tensor(ids, dtype=torch.int32)
     found = [k for k in ids.unique().tolist() if k]
-    return Segments(ids, tuple(Segment(k, labels[k], 1.0, int((ids == k).sum()), k in crowds)
-                               for k in found))  # fmt: skip
+    return Segments(
+        ids, tuple(Segment(k, labels[k], 1.0, int((ids == k).sum()), k in crowds) for k in found)
+    )
 
 
 def pair(prediction, target, name="a"):
     size = tuple(target.map.shape)
-    return (Segmentation(size, NAMES, segments=prediction),
-            Sample(name, torch.zeros(3, *size, dtype=torch.uint8), segments=target))  # fmt: skip
+    return (
+        Segmentation(size, NAMES, segments=prediction),
+        Sample(name, torch.zeros(3, *size, dtype=torch.uint8), segments=target),
+    )
 
 
 def random_images(count, seed=0):
@@ -92,23 +95,32 @@ def coco_images():
 def coco_segments(ids, infos, index):
     """What a prediction made of a map: areas are its own, and nothing is a crowd."""
     present = set(ids.unique().tolist())
-    return Segments(ids, tuple(
-        Segment(i["id"], index[i["category_id"]], 1.0, int((ids == i["id"]).sum()))
-        for i in infos if i["id"] in present
-    ))  # fmt: skip
+    return Segments(
+        ids,
+        tuple(
+            Segment(i["id"], index[i["category_id"]], 1.0, int((ids == i["id"]).sum()))
+            for i in infos
+            if i["id"] in present
+        ),
+    )
 
 
 def coco_scores(change):
     """Scores of the ground truth itself after ``change(ids, infos, categories) -> ids, infos``."""
     images, categories = coco_images()
     index = {entry["id"]: k for k, entry in enumerate(categories)}
-    metric = Panoptic([c["name"] for c in categories],
-                      things=[k for k, c in enumerate(categories) if c["isthing"]])  # fmt: skip
+    metric = Panoptic(
+        [c["name"] for c in categories],
+        things=[k for k, c in enumerate(categories) if c["isthing"]],
+    )
     for ids, entry in images:
-        target = Segments(ids, tuple(
-            Segment(i["id"], index[i["category_id"]], 1.0, i["area"], bool(i["iscrowd"]))
-            for i in entry["segments_info"]
-        ))  # fmt: skip
+        target = Segments(
+            ids,
+            tuple(
+                Segment(i["id"], index[i["category_id"]], 1.0, i["area"], bool(i["iscrowd"]))
+                for i in entry["segments_info"]
+            ),
+        )
         changed, infos = change(ids, entry["segments_info"], {c["id"]: c for c in categories})
         metric.update_segments(coco_segments(changed, infos, index), target, entry["file_name"])
     return metric.compute()
@@ -206,9 +218,11 @@ def test_against_bdd100k(folder, key):
 @needs_data
 @pytest.mark.parametrize(
     "images, key",
-    [(["team"], "team_only (classes 1,2)"),
-     (["bird", "cat", "team"], "bird+cat+team (classes 1..6)")],
-)  # fmt: skip
+    [
+        (["team"], "team_only (classes 1,2)"),
+        (["bird", "cat", "team"], "bird+cat+team (classes 1..6)"),
+    ],
+)
 def test_against_deeplab2(images, key):
     expected = json.loads((DATA / "deeplab2/expected_pq.json").read_text())
     metric = Panoptic(expected["class_names"])
@@ -216,11 +230,14 @@ def test_against_deeplab2(images, key):
         maps = np.load(DATA / f"deeplab2/{name}_decoded.npz")
         ids = {
             side: torch.from_numpy(
-                np.where(maps[f"{side}_class"] == 0, 0,
-                         maps[f"{side}_class"].astype(np.int32) * 256 + maps[f"{side}_instance"])
+                np.where(
+                    maps[f"{side}_class"] == 0,
+                    0,
+                    maps[f"{side}_class"].astype(np.int32) * 256 + maps[f"{side}_instance"],
+                )
             )
             for side in ("gt", "pred")
-        }  # fmt: skip
+        }
         labels = {k: k // 256 for side in ids.values() for k in side.unique().tolist()}
         metric.update_segments(segments(ids["pred"], labels), segments(ids["gt"], labels), name)
     got = metric.compute()
@@ -238,8 +255,9 @@ def test_against_sets_of_pixels(seed):
     totals = {name: [0, 0, 0, 0.0] for name in NAMES}
     for prediction, sample in images:
         guess, truth = prediction.segments, sample.segments
-        masks = {(side, item.id): side.map == item.id for side in (guess, truth)
-                 for item in side.items}  # fmt: skip
+        masks = {
+            (side, item.id): side.map == item.id for side in (guess, truth) for item in side.items
+        }
         void, used, last = truth.map == 0, set(), {}
         for t in truth.items:
             if t.crowd:
@@ -282,8 +300,10 @@ def test_order_and_splitting_change_no_bit(options):
     for _ in range(3):
         shuffled = [images[k] for k in generator.permutation(len(images))]
         cut = sorted(generator.integers(0, 8, 2))
-        parts = [scored(shuffled[a:b], **options).state()
-                 for a, b in zip([0, *cut], [*cut, 7], strict=True)]  # fmt: skip
+        parts = [
+            scored(shuffled[a:b], **options).state()
+            for a, b in zip([0, *cut], [*cut, 7], strict=True)
+        ]
         merged = Panoptic(NAMES, things=THINGS, **options)
         merged.load_state({key: sum(part[key] for part in parts) for key in whole.state()})
         assert torch.equal(merged.state()["counts"], whole.state()["counts"])
@@ -294,8 +314,15 @@ def test_boundary_quality_is_no_larger():
     images = list(random_images(3))
     plain, boundary = scored(images).compute(), scored(images, boundary_ratio=0.05).compute()
     assert 0 < boundary["pq"] < plain["pq"]
-    perfect = [(Segmentation(s.segments.map.shape, NAMES, segments=Segments(
-        s.segments.map, s.segments.items)), s) for _, s in images]  # fmt: skip
+    perfect = [
+        (
+            Segmentation(
+                s.segments.map.shape, NAMES, segments=Segments(s.segments.map, s.segments.items)
+            ),
+            s,
+        )
+        for _, s in images
+    ]
     assert scored(perfect, boundary_ratio=0.05, all_crowds=True).compute()["pq"] == 1.0
     # with a boundary as wide as the image every pixel is boundary
     assert scored(images, boundary_ratio=0.99).compute() == plain
@@ -348,9 +375,13 @@ def test_bad_input():
     with pytest.raises(LabelError, match="'x': prediction_segments has class 4"):
         metric.update_segments(unknown, segments([[1]], {1: 0}), "x")
     assert not metric.state()["counts"].any()
-    for options in ({"classes": ()}, {"classes": "person"},
-                    {"classes": NAMES, "things": (4,)}, {"classes": NAMES, "things": ("dog",)},
-                    {"classes": NAMES, "boundary_ratio": -1}):  # fmt: skip
+    for options in (
+        {"classes": ()},
+        {"classes": "person"},
+        {"classes": NAMES, "things": (4,)},
+        {"classes": NAMES, "things": ("dog",)},
+        {"classes": NAMES, "boundary_ratio": -1},
+    ):
         with pytest.raises(ValueError, match=r"classes|boundary_ratio"):
             Panoptic(**options)
     with pytest.raises(ValueError, match="state 'counts' must be"):
@@ -374,8 +405,9 @@ def files(tmp_path):
     truth = [(s.name, s.segments) for _, s in images]
     guess = [(s.name, p.segments) for p, s in images]
     for name, results in (("truth", truth), ("guess", guess)):
-        write_panoptic(tmp_path / f"{name}.json", results, NAMES, things={0, 1},
-                       category_ids=[7, 3, 92, 100])  # fmt: skip
+        write_panoptic(
+            tmp_path / f"{name}.json", results, NAMES, things={0, 1}, category_ids=[7, 3, 92, 100]
+        )
     return tmp_path
 
 
@@ -394,8 +426,10 @@ def test_files_are_scored_like_maps_in_memory(files):
     want = scored(random_images(3, seed=4)).compute()
     assert got["All"] == {**{k: want[k] for k in ("pq", "sq", "rq")}, "n": want["classes_counted"]}
     assert got["Things"]["pq"] == want["pq_things"] and got["Stuff"]["rq"] == want["rq_stuff"]
-    counts = {"category_id": 92, **{k: want["per_class"]["sky"][k]
-                                    for k in ("tp", "fp", "fn", "iou_sum")}}  # fmt: skip
+    counts = {
+        "category_id": 92,
+        **{k: want["per_class"]["sky"][k] for k in ("tp", "fp", "fn", "iou_sum")},
+    }
     assert got["per_class_counts"]["sky"] == counts
 
 
@@ -436,16 +470,36 @@ def test_command_line(files):
     shutil.move(files / "truth", files / "elsewhere")
     edit(files / "truth.json", lambda value: value.pop("categories"))
     (files / "c.json").write_text(
-        json.dumps([{"id": k, "name": n, "isthing": int(k < 90)}
-                    for k, n in zip((7, 3, 92, 100), NAMES, strict=True)])
-    )  # fmt: skip
-    moved = run(files / "truth.json", files / "guess.json", "--gt-dir", files / "elsewhere",
-                "--pred-dir", files / "guess", "--categories", files / "c.json",
-                "--json")  # fmt: skip
+        json.dumps(
+            [
+                {"id": k, "name": n, "isthing": int(k < 90)}
+                for k, n in zip((7, 3, 92, 100), NAMES, strict=True)
+            ]
+        )
+    )
+    moved = run(
+        files / "truth.json",
+        files / "guess.json",
+        "--gt-dir",
+        files / "elsewhere",
+        "--pred-dir",
+        files / "guess",
+        "--categories",
+        files / "c.json",
+        "--json",
+    )
     assert json.loads(moved.stdout) == got
-    boundary = run(files / "truth.json", files / "guess.json", "--gt-dir", files / "elsewhere",
-                   "--categories", files / "c.json", "--boundary-ratio", "0.05",
-                   "--json")  # fmt: skip
+    boundary = run(
+        files / "truth.json",
+        files / "guess.json",
+        "--gt-dir",
+        files / "elsewhere",
+        "--categories",
+        files / "c.json",
+        "--boundary-ratio",
+        "0.05",
+        "--json",
+    )
     assert json.loads(boundary.stdout)["All"]["pq"] < got["All"]["pq"]
 
 
@@ -467,8 +521,11 @@ def first(value):
         ("truth", lambda v: first(v)["segments_info"].pop(), "target has ids .* listed: 11"),
         ("truth", lambda v: first(v)["segments_info"][0].update(id=99), "ids without pixels: 99"),
         ("truth", lambda v: first(v)["segments_info"][0].update(id=-1), "lists the id -1"),
-        ("truth", lambda v: first(v)["segments_info"][0].update(category_id=5),
-         "segment 1 of the unknown category 5"),
+        (
+            "truth",
+            lambda v: first(v)["segments_info"][0].update(category_id=5),
+            "segment 1 of the unknown category 5",
+        ),
         ("truth", lambda v: first(v)["segments_info"][0].pop("category_id"), "without 'id' or"),
         ("truth", lambda v: v.pop("categories"), "has no categories; .*--categories"),
         ("truth", lambda v: v["categories"][0].pop("isthing"), "without 'isthing'"),
@@ -479,7 +536,7 @@ def first(value):
         ("guess", lambda v: v["annotations"].append(first(v)), "has image 'image 0' twice"),
         ("truth", lambda v: first(v).update(file_name="x.png"), "x.png' does not exist"),
     ],
-)  # fmt: skip
+)
 def test_bad_files(files, file, change, message):
     edit(files / f"{file}.json", change)
     with pytest.raises((LabelError, ImageError), match=message):

@@ -37,8 +37,9 @@ def random_images(count=3, classes=5, void=True, seed=0):
     generator = np.random.default_rng(seed)
     for _ in range(count):
         target = generator.integers(0, classes, (17, 23))
-        prediction = np.where(generator.random((17, 23)) < 0.6, target,
-                              generator.integers(0, classes, (17, 23)))  # fmt: skip
+        prediction = np.where(
+            generator.random((17, 23)) < 0.6, target, generator.integers(0, classes, (17, 23))
+        )
         if void:
             target[generator.random((17, 23)) < 0.1] = 255
             prediction[generator.random((17, 23)) < 0.05] = 255
@@ -163,15 +164,19 @@ def test_against_cityscapesscripts(tmp_path):
     for label in labels:
         if label.id >= 0 and not label.ignoreInEval:
             train_id[label.id] = label.trainId
-    names = [label.name for label in sorted(labels, key=lambda label: label.trainId)
-             if not label.ignoreInEval]  # fmt: skip
+    names = [
+        label.name
+        for label in sorted(labels, key=lambda label: label.trainId)
+        if not label.ignoreInEval
+    ]
     generator = np.random.default_rng(21)
     pairs = []
     for _ in range(3):
         target = generator.integers(0, 34, (31, 57))
         target[target == 31] = 7  # one class of the 19 is in no ground truth
-        prediction = np.where(generator.random((31, 57)) < 0.7, target,
-                              generator.integers(0, 34, (31, 57)))  # fmt: skip
+        prediction = np.where(
+            generator.random((31, 57)) < 0.7, target, generator.integers(0, 34, (31, 57))
+        )
         prediction[prediction == 17] = 0  # and one in no prediction
         pairs.append((prediction, target))
     want, mean = cityscapes_scores(pairs, tmp_path)
@@ -258,8 +263,16 @@ def test_subset_restricts_means_only():
 def test_a_perfect_prediction_scores_one():
     _, target = next(random_images(1, seed=8))
     got = scored(np.where(target == 255, 3, target), target)
-    for key in ("miou", "pixel_accuracy", "mean_accuracy", "precision", "recall", "f1", "fwiou",
-                "kappa"):  # fmt: skip
+    for key in (
+        "miou",
+        "pixel_accuracy",
+        "mean_accuracy",
+        "precision",
+        "recall",
+        "f1",
+        "fwiou",
+        "kappa",
+    ):
         assert got[key] == 1, key
     assert math.isnan(scored([[1, 1]], [[1, 1]])["kappa"])  # one class: chance is right too
 
@@ -374,8 +387,13 @@ def test_bad_input():
     with pytest.raises(LabelError, match=r"'a'.*-1"):
         metric.update(prediction, negative)
     assert metric.state()["matrix"].sum() == 0
-    for options in ({}, {"classes": ()}, {"num_classes": 0}, {"classes": "road"},
-                    {"classes": NAMES, "num_classes": 4}):  # fmt: skip
+    for options in (
+        {},
+        {"classes": ()},
+        {"num_classes": 0},
+        {"classes": "road"},
+        {"classes": NAMES, "num_classes": 4},
+    ):
         with pytest.raises(ValueError, match="classes"):
             Semantic(**options)
 
@@ -391,8 +409,10 @@ def test_more_than_255_classes():
     prediction = np.where(rng.random(target.shape) < 0.5, target, prediction)
     metric = Semantic(num_classes=300, ignore_index=-1)
     sample = Sample("a", torch.zeros(3, 200, 300, dtype=torch.uint8), torch.from_numpy(target))
-    metric.update(Segmentation((200, 300), metric.classes,
-                               _labels=torch.from_numpy(prediction).short()), sample)  # fmt: skip
+    metric.update(
+        Segmentation((200, 300), metric.classes, _labels=torch.from_numpy(prediction).short()),
+        sample,
+    )
     per_class = metric.compute()["per_class"]
     valid = target >= 0
     for k in (0, 44, 254, 255, 256, 299):

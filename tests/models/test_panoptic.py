@@ -75,8 +75,9 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     built = pyseg.build(
         "maskrcnn_resnet50_fpn(min_size=64, max_size=128)",
-        num_classes=3, weights=tmp_path / "peer.pth",
-    )  # fmt: skip
+        num_classes=3,
+        weights=tmp_path / "peer.pth",
+    )
     built.save(tmp_path / "saved")
     ours = pyseg.load(tmp_path / "saved").stages[0].object
     image = StreetScenes(length=1, size=(64, 100))[0].image
@@ -146,8 +147,14 @@ def test_heads_take_odd_sizes(head):
 def test_losses_reach_every_parameter(name):
     model = make(name).train()
     losses = model([StreetScenes(length=2, size=(64, 96))[k] for k in range(2)])
-    expected = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg",
-                "loss_mask", "loss_semantic"}  # fmt: skip
+    expected = {
+        "loss_objectness",
+        "loss_rpn_box_reg",
+        "loss_classifier",
+        "loss_box_reg",
+        "loss_mask",
+        "loss_semantic",
+    }
     if name.startswith("upsnet"):
         expected |= {"loss_roi", "loss_panoptic"}
     assert set(losses) == expected
@@ -255,8 +262,16 @@ def test_crops_of_labels():
 def test_pruning():
     """Score, boxes of any class, then masks of the same class."""
     model = make("upsnet_resnet50")
-    boxes = torch.tensor([[0.0, 0, 20, 20], [1, 1, 20, 20], [10, 0, 30, 20], [40, 0, 60, 20],
-                          [40, 11, 60, 31], [0, 30, 9, 39]])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [0.0, 0, 20, 20],
+            [1, 1, 20, 20],
+            [10, 0, 30, 20],
+            [40, 0, 60, 20],
+            [40, 11, 60, 31],
+            [0, 30, 9, 39],
+        ]
+    )
     masks = torch.ones(6, 28, 28)
     masks[2, :, :14] = 0  # what it shares with the first one
     scores = torch.tensor([0.95, 0.9, 0.85, 0.8, 0.75, 0.5])
@@ -292,8 +307,9 @@ def test_unified_map():
 def test_save_and_load(tmp_path):
     pipeline = pyseg.build(
         "upsnet_resnet50(num_stuff=5,backbone='resnet18',min_size=64,max_size=128)",
-        num_classes=8, weights=None,
-    )  # fmt: skip
+        num_classes=8,
+        weights=None,
+    )
     image = StreetScenes(length=1, size=(64, 96))[0].image
     pipeline.save(tmp_path / "saved")
     again = pyseg.load(tmp_path / "saved")
@@ -324,9 +340,11 @@ def test_bad_samples():
     with pytest.raises(ValueError, match="has no labels for the semantic branch"):
         model([Sample("a", sample.image, instances=sample.instances)])
     wrong = Instances(
-        torch.tensor([[0.0, 0, 9, 9]]), torch.ones(1, 64, 96, dtype=torch.bool), torch.ones(1),
+        torch.tensor([[0.0, 0, 9, 9]]),
+        torch.ones(1, 64, 96, dtype=torch.bool),
+        torch.ones(1),
         torch.tensor([STUFF.index("sky")]),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match=r"instances of classes \[0\]; things are 5 to 7"):
         model([Sample("a", sample.image, sample.labels, instances=wrong)])
     with pytest.raises(TypeError, match=r"images\[0\] must be uint8, got torch.float32"):

@@ -29,10 +29,12 @@ def test_normalises_as_torchvision_does():
 
     model = SemanticModel(Spy(), ("r", "g", "b"))
     (image,) = images((5, 7))
-    expected = v2.Compose([
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ])(image)  # fmt: skip
+    expected = v2.Compose(
+        [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )(image)
     model(image[None])
     model(image[None] / 255)
     torch.testing.assert_close(seen[0][0], expected)
@@ -68,8 +70,11 @@ def test_predict_any_sizes_in_order():
         assert result.image is image
         alone = nn.functional.conv2d(
             (image[None] / 255 - model.mean) / model.std,
-            model.network.weight, model.network.bias, 2, 1,
-        )  # fmt: skip
+            model.network.weight,
+            model.network.bias,
+            2,
+            1,
+        )
         torch.testing.assert_close(result.logits, alone[0].detach())
         assert not result.logits.requires_grad
     assert model.predict([]) == []

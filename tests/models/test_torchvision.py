@@ -5,9 +5,13 @@ import pyseg
 from pyseg.errors import WeightsError
 
 NAMES = [
-    "fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101",
-    "deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large",
-]  # fmt: skip
+    "fcn_resnet50",
+    "fcn_resnet101",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "deeplabv3_mobilenet_v3_large",
+    "lraspp_mobilenet_v3_large",
+]
 SMALL = "lraspp_mobilenet_v3_large"
 
 

@@ -49,11 +49,14 @@ def all_pairs(prediction, target, radius):
     counts = torch.zeros(len(target), CLASSES, 4, dtype=torch.int64)
     for n in range(len(target)):
         for k in range(CLASSES):
-            p, t = (((labels[n] == k) & contours(labels[n])).nonzero().double()
-                    for labels in (prediction, target))  # fmt: skip
+            p, t = (
+                ((labels[n] == k) & contours(labels[n])).nonzero().double()
+                for labels in (prediction, target)
+            )
             near = torch.cdist(p, t) <= radius
-            counts[n, k] = torch.tensor([len(p), int(near.any(1).sum()),
-                                         len(t), int(near.any(0).sum())])  # fmt: skip
+            counts[n, k] = torch.tensor(
+                [len(p), int(near.any(1).sum()), len(t), int(near.any(0).sum())]
+            )
     return counts
 
 
@@ -85,8 +88,14 @@ def test_against_distance_transforms(generator, radius):
 def test_dtypes_and_layouts(device, generator, dtype):
     prediction, target = make_case(generator, (30, 50))
     expected = boundary_match(prediction, target, CLASSES, 3).counts
-    moved = [torch.where(labels == 255, 100, labels).to(dtype).transpose(1, 2).contiguous()
-             .transpose(1, 2) for labels in (prediction, target)]  # fmt: skip
+    moved = [
+        torch.where(labels == 255, 100, labels)
+        .to(dtype)
+        .transpose(1, 2)
+        .contiguous()
+        .transpose(1, 2)
+        for labels in (prediction, target)
+    ]
     assert torch.equal(boundary_match(*moved, CLASSES, 3, 100).counts, expected)
     assert torch.equal(run(device, *moved, 3, ignore=100)[0].cpu(), expected)
 
@@ -108,8 +117,10 @@ def test_many_classes(device, generator, classes):
 def test_ignored_pixels_do_not_matter(device, generator):
     prediction, target = make_case(generator, (40, 60))
     other = torch.where(target == 255, 1, prediction)
-    for match in (lambda p: boundary_match(p, target, CLASSES, 3).counts,
-                  lambda p: run(device, p, target, 3)[0]):  # fmt: skip
+    for match in (
+        lambda p: boundary_match(p, target, CLASSES, 3).counts,
+        lambda p: run(device, p, target, 3)[0],
+    ):
         assert torch.equal(match(prediction), match(other))
 
 
@@ -130,8 +141,11 @@ def test_labels_out_of_range(device, generator):
     prediction, target = make_case(generator, (20, 30))
     target[1, 3, 4], target[0, 2, 2] = 7, 0
     prediction[0, 2, 2] = 5
-    with pytest.raises(ValueError, match=r"target holds .*: 7 \(1 pixels, the first at image 1, "
-                                         "row 3, column 4"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"target holds .*: 7 \(1 pixels, the first at image 1, "
+        "row 3, column 4",
+    ):
         boundary_match(prediction, target, CLASSES, 2)
     assert run(device, prediction, target, 2)[1].tolist() == [[1, 0], [0, 1]]
     target[1, 3, 4] = 0
@@ -142,8 +156,10 @@ def test_labels_out_of_range(device, generator):
 def test_empty(device):
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
         labels = torch.zeros(shape, dtype=torch.uint8)
-        for counts, invalid in (boundary_match(labels, labels, 3, 2),
-                                run(device, labels, labels, 2, 3)):  # fmt: skip
+        for counts, invalid in (
+            boundary_match(labels, labels, 3, 2),
+            run(device, labels, labels, 2, 3),
+        ):
             assert counts.shape == (shape[0], 3, 4) and counts.sum() == 0
             assert invalid.shape == (shape[0], 2)
 
@@ -172,5 +188,6 @@ def test_opcheck_and_compile(generator):
         torch.ops.pyseg.boundary_match.default, (prediction, target, CLASSES, 4, 255)
     )
     compiled = torch.compile(lambda *labels: boundary_match(*labels, CLASSES, 2), fullgraph=True)
-    assert torch.equal(compiled(prediction, target).counts,
-                       boundary_match(prediction, target, CLASSES, 2).counts)  # fmt: skip
+    assert torch.equal(
+        compiled(prediction, target).counts, boundary_match(prediction, target, CLASSES, 2).counts
+    )

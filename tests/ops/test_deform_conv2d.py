@@ -145,8 +145,10 @@ def test_small_kernel_against_torchvision(device, generator, name, dtype):
 
 
 def test_small_kernel_of_an_empty_batch(device):
-    tensors = [torch.zeros(shape, device=device.name) for shape in
-               ((0, 6, 5, 5), (0, 18, 3, 3), (4, 6, 3, 3))]  # fmt: skip
+    tensors = [
+        torch.zeros(shape, device=device.name)
+        for shape in ((0, 6, 5, 5), (0, 18, 3, 3), (4, 6, 3, 3))
+    ]
     geometry = ([1, 1], [0, 0], [1, 1])
     output = device.ops.deform_conv2d(*tensors, None, None, *geometry)
     assert output.shape == (0, 4, 3, 3)
@@ -474,8 +476,9 @@ def test_layer_loads_torchvisions_state(generator):
     torch.testing.assert_close(ours(input, offset), theirs(input, offset))
 
 
-@pytest.mark.parametrize("version, name", [("v1", "conv_offset"), ("v2", "conv_offset"),
-                                           ("v2", "conv_offset_mask")])  # fmt: skip
+@pytest.mark.parametrize(
+    "version, name", [("v1", "conv_offset"), ("v2", "conv_offset"), ("v2", "conv_offset_mask")]
+)
 def test_layer_loads_the_state_of_a_pack(generator, version, name):
     """As mmcv defines its packs: o1, o2, mask = conv_offset(x).chunk(3, 1)."""
     per_tap = 3 if version == "v2" else 2
@@ -484,9 +487,7 @@ def test_layer_loads_the_state_of_a_pack(generator, version, name):
     state = {"0.weight": weight}
     for part, value in offset_conv.state_dict().items():
         state[f"0.{name}.{part}"] = value
-    layer = DeformConv2d(
-        6, 4, 3, padding=1, bias=False, offset_conv=version, offset_groups=2
-    )  # fmt: skip
+    layer = DeformConv2d(6, 4, 3, padding=1, bias=False, offset_conv=version, offset_groups=2)
     model = torch.nn.Sequential(layer)
     input = torch.randn(1, 6, 8, 7, generator=generator)
     half = 0.5 if version == "v2" else 1.0  # the sigmoid of zero

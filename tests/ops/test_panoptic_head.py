@@ -108,9 +108,13 @@ def test_batch_with_absent_instances(device, generator):
     for n in range(2):
         there = (labels[n] >= 0).nonzero()[:, 0]
         alone = panoptic_head(
-            logits[n], masks[n, there], boxes[n, there], labels[n, there], num_stuff=2,
+            logits[n],
+            masks[n, there],
+            boxes[n, there],
+            labels[n, there],
+            num_stuff=2,
             size=(28, 36),
-        )  # fmt: skip
+        )
         names = torch.cat([torch.arange(2), there + 2, torch.tensor([302])])
         assert torch.equal(names[alone.long()].int(), both[n])
     tensors = [tensor.to(device.name) for tensor in (logits, masks, boxes, labels)]
@@ -131,16 +135,25 @@ def test_gradients(generator):
 def test_strange_boxes(device):
     """NaN, infinite, inverted and far boxes have no pixel; a NaN logit does not win."""
     nan = torch.nan
-    boxes = torch.tensor([[nan, 0, 5, 5], [0, 0, torch.inf, 5], [5, 5, 2, 2], [3e30, 0, 4e30, 5],
-                          [100, 100, 120, 120], [1, 1, 2, 2]])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [nan, 0, 5, 5],
+            [0, 0, torch.inf, 5],
+            [5, 5, 2, 2],
+            [3e30, 0, 4e30, 5],
+            [100, 100, 120, 120],
+            [1, 1, 2, 2],
+        ]
+    )
     masks, labels = torch.full((6, 3, 3), 50.0), torch.ones(6, dtype=torch.int64)
     logits = torch.ones(2, 4, 4)
     logits[0, 0, 0] = nan
     expected = torch.zeros(4, 4, dtype=torch.int32)
     expected[1:3, 1:3] = 6
     expected[0, 0] = 7
-    assert torch.equal(panoptic_head(logits, masks, boxes, labels, num_stuff=1, size=(4, 4)),
-                       expected)  # fmt: skip
+    assert torch.equal(
+        panoptic_head(logits, masks, boxes, labels, num_stuff=1, size=(4, 4)), expected
+    )
     batch = [tensor[None].to(device.name) for tensor in (logits, masks, boxes, labels)]
     assert torch.equal(device.ops.panoptic_head(*batch, 1, 4, 4)[0].cpu(), expected)
 
@@ -158,13 +171,21 @@ def test_threads_layouts_and_dtypes(generator):
     finally:
         torch.set_num_threads(threads)
     half = panoptic_head(
-        logits.bfloat16(), masks.half(), boxes.double(), labels.int(), num_stuff=stuff,
+        logits.bfloat16(),
+        masks.half(),
+        boxes.double(),
+        labels.int(),
+        num_stuff=stuff,
         size=(90, 200),
-    )  # fmt: skip
+    )
     exact = panoptic_head(
-        logits.bfloat16().float(), masks.half().float(), boxes, labels, num_stuff=stuff,
+        logits.bfloat16().float(),
+        masks.half().float(),
+        boxes,
+        labels,
+        num_stuff=stuff,
         size=(90, 200),
-    )  # fmt: skip
+    )
     assert torch.equal(half, exact)
 
 

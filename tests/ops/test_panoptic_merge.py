@@ -126,11 +126,13 @@ def test_batch_equals_its_images(device, generator):
         assert torch.equal(segments.map, alone.map)
         assert segments.items == alone.segments()[0].items
     map, table = device.ops.panoptic_merge(
-        *(t.to(device.name) for t in [torch.stack(masks)]), None,
+        *(t.to(device.name) for t in [torch.stack(masks)]),
+        None,
         *(t.to(device.name) for t in (scores, labels, semantic)),
         *(parameters[k] for k in ("stuff_classes", "score_threshold", "overlap_threshold")),
-        parameters["stuff_area"], 0.5,
-    )  # fmt: skip
+        parameters["stuff_area"],
+        0.5,
+    )
     assert torch.equal(map.cpu(), together.map) and torch.equal(table.cpu(), together.table)
 
 
@@ -253,9 +255,19 @@ def test_nothing_to_merge(device):
 def test_strange_boxes(device):
     """NaN, inverted, empty, far outside and huge boxes neither crash nor leave a mark."""
     nan, huge = torch.nan, 3e38
-    boxes = torch.tensor([[nan, 0, 5, 5], [0, 0, nan, 5], [5, 5, 2, 2], [3, 3, 3, 9],
-                          [100, 100, 200, 200], [-90, -90, -50, -50], [-huge, -huge, huge, huge],
-                          [torch.inf, 0, torch.inf, 5], [2, 1, 6, 4]])  # fmt: skip
+    boxes = torch.tensor(
+        [
+            [nan, 0, 5, 5],
+            [0, 0, nan, 5],
+            [5, 5, 2, 2],
+            [3, 3, 3, 9],
+            [100, 100, 200, 200],
+            [-90, -90, -50, -50],
+            [-huge, -huge, huge, huge],
+            [torch.inf, 0, torch.inf, 5],
+            [2, 1, 6, 4],
+        ]
+    )
     masks = torch.ones(len(boxes), 28, 28)
     semantic = torch.zeros(8, 9, dtype=torch.uint8)
     parameters = {"stuff_classes": [0], "score_threshold": 0.5, "overlap_threshold": 1.0}

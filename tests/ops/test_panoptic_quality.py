@@ -42,8 +42,12 @@ def image(generator, segments=9, size=(60, 80), crowds=0.3, scale=1):
     other = blobs(generator, segments, size)
     target = torch.where(blobs(generator, 2, size) > 0, prediction, other)
     prediction, target = prediction * scale, target * scale
-    return (prediction, target, listed(prediction, generator)[:, :2],
-            listed(target, generator, crowds))  # fmt: skip
+    return (
+        prediction,
+        target,
+        listed(prediction, generator)[:, :2],
+        listed(target, generator, crowds),
+    )
 
 
 def as_fractions(counts):
@@ -60,10 +64,13 @@ def run(device, prediction, target, prediction_segments, target_segments, *bound
     """The operator itself, on the device of the fixture."""
     boundaries = [mask.to(device.name) for mask in boundaries] or [None, None]
     return device.ops.panoptic_quality(
-        prediction.to(device.name), target.to(device.name),
-        by_id(prediction_segments).to(device.name), by_id(target_segments).to(device.name),
-        CLASSES, *boundaries,
-    )  # fmt: skip
+        prediction.to(device.name),
+        target.to(device.name),
+        by_id(prediction_segments).to(device.name),
+        by_id(target_segments).to(device.name),
+        CLASSES,
+        *boundaries,
+    )
 
 
 @pytest.mark.parametrize("size", [(60, 80), (1, 1), (7, 130), (33, 1)])
@@ -177,8 +184,10 @@ def test_half_is_no_match_and_more_than_half_is(device):
         segments = torch.tensor([[1, 0], [2, 1]])
         area = torch.tensor([int((target == k).sum()) for k in (1, 2)])
         full = torch.cat([segments, area[:, None], torch.zeros(2, 1, dtype=torch.int64)], 1)
-        for counts, _ in (panoptic_quality(prediction, target, segments, full, CLASSES),
-                          run(device, prediction, target, segments, full)):  # fmt: skip
+        for counts, _ in (
+            panoptic_quality(prediction, target, segments, full, CLASSES),
+            run(device, prediction, target, segments, full),
+        ):
             assert counts[0, :3].tolist() == [matches, 1 - matches, 1 - matches]
 
 
@@ -199,8 +208,10 @@ def test_void_and_crowds(device):
     prediction[0, 6:] = 0
     segments = torch.tensor([[1, 0], [2, 0], [3, 0], [4, 2], [5, 2], [6, 2]])
     full = torch.tensor([[1, 0, 10, 0], [3, 1, 5, 0], [4, 2, 10, 1], [5, 2, 10, 2], [6, 1, 10, 1]])
-    for counts, problems in (panoptic_quality(prediction, target, segments, full, CLASSES),
-                             run(device, prediction, target, segments, full)):  # fmt: skip
+    for counts, problems in (
+        panoptic_quality(prediction, target, segments, full, CLASSES),
+        run(device, prediction, target, segments, full),
+    ):
         assert counts[:, :3].tolist() == [[1, 1, 0], [0, 0, 1], [0, 2, 0]]
         assert counts[:, 3].tolist() == [round(0.6 * 2**FRACTION_BITS), 0, 0]
         assert not problems.any()
@@ -211,8 +222,10 @@ def test_the_listed_area_is_trusted(device):
     segments = torch.tensor([[1, 0]])
     for area, expected in ((20, 1.0), (25, 0.8), (50, 0.0)):
         full = torch.tensor([[1, 0, area, 0]])
-        for counts, problems in (panoptic_quality(ids, ids, segments, full, CLASSES),
-                                 run(device, ids, ids, segments, full)):  # fmt: skip
+        for counts, problems in (
+            panoptic_quality(ids, ids, segments, full, CLASSES),
+            run(device, ids, ids, segments, full),
+        ):
             assert counts[0, 3] == round(expected * 2**FRACTION_BITS)
             assert problems.tolist() == [0, 0, 0, 0, int(area != 20), 0]
 
@@ -269,9 +282,11 @@ FULL = torch.tensor([[1, 0, 1, 0], [2, 1, 1, 0]])
     [
         ({"prediction": IDS.long()}, r"prediction must hold int32.*int64; use prediction.int"),
         ({"target": IDS[0]}, r"\[H, W\], got \[1, 2\] and \[2\]"),
-        ({"prediction": torch.tensor([[1, 5]], dtype=torch.int32)},
-         "map of the prediction has ids that are not listed: 5; the list of the prediction's "
-         "segments has ids without pixels: 2"),
+        (
+            {"prediction": torch.tensor([[1, 5]], dtype=torch.int32)},
+            "map of the prediction has ids that are not listed: 5; the list of the prediction's "
+            "segments has ids without pixels: 2",
+        ),
         ({"target": torch.tensor([[-1, 2]], dtype=torch.int32)}, "target has ids .* listed: -1"),
         ({"prediction_segments": LISTED[:, :1]}, r"prediction_segments must be \[K, 2\] int64"),
         ({"prediction_segments": LISTED.int()}, r"must be \[K, 2\] int64 .*int32"),
@@ -280,17 +295,26 @@ FULL = torch.tensor([[1, 0, 1, 0], [2, 1, 1, 0]])
         ({"prediction_segments": LISTED + 2**31}, "lists the id 2147483649"),
         ({"target_segments": FULL + torch.tensor([0, 2, 0, 0])}, "has class 3; there are 3"),
         ({"target_segments": FULL * torch.tensor([1, 1, 0, 1])}, "segment 1 an area below 1"),
-        ({"target": torch.ones(1, 2, dtype=torch.int32),
-          "prediction": torch.ones(1, 2, dtype=torch.int32),
-          "prediction_segments": LISTED[:1], "target_segments": FULL[:1]}, "1 pairs whose"),
+        (
+            {
+                "target": torch.ones(1, 2, dtype=torch.int32),
+                "prediction": torch.ones(1, 2, dtype=torch.int32),
+                "prediction_segments": LISTED[:1],
+                "target_segments": FULL[:1],
+            },
+            "1 pairs whose",
+        ),
         ({"prediction_boundary": IDS > 0}, "both prediction_boundary and target_boundary"),
-        ({"prediction_boundary": IDS > 0, "target_boundary": IDS},
-         "target_boundary must be bool"),
+        ({"prediction_boundary": IDS > 0, "target_boundary": IDS}, "target_boundary must be bool"),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(change, message):
-    arguments = {"prediction": IDS, "target": IDS, "prediction_segments": LISTED,
-                 "target_segments": FULL}  # fmt: skip
+    arguments = {
+        "prediction": IDS,
+        "target": IDS,
+        "prediction_segments": LISTED,
+        "target_segments": FULL,
+    }
     panoptic_quality(**arguments, num_classes=CLASSES)
     with pytest.raises(ValueError, match=message):
         panoptic_quality(**{**arguments, **change}, num_classes=CLASSES)

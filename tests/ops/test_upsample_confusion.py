@@ -105,8 +105,11 @@ def test_ignore_index_that_is_a_class(device, generator):
 def test_targets_out_of_range(device, generator):
     logits, target = make_case(generator, (2, 19, 4, 6), (32, 48), torch.int32)
     target[1, 5, 7] = 33
-    with pytest.raises(ValueError, match=r"target holds .*33 \(1 pixels, the first at image 1, row "
-                                         "5, column 7.*trainIds|labelTrainIds"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=r"target holds .*33 \(1 pixels, the first at image 1, row "
+        "5, column 7.*trainIds|labelTrainIds",
+    ):
         upsample_confusion(logits, target)
     matrix, _, invalid = device.ops.upsample_confusion(
         logits.to(device.name), target.to(device.name), 255
@@ -131,9 +134,10 @@ def test_threads_do_not_change_a_bit(generator):
 def test_empty(device):
     for n, size in ((0, (8, 9)), (2, (0, 9)), (2, (8, 0))):
         logits, target = torch.zeros(n, 3, 4, 5), torch.zeros(n, *size, dtype=torch.uint8)
-        for counts in (upsample_confusion(logits, target),
-                       device.ops.upsample_confusion(logits.to(device.name),
-                                                     target.to(device.name), 255)):  # fmt: skip
+        for counts in (
+            upsample_confusion(logits, target),
+            device.ops.upsample_confusion(logits.to(device.name), target.to(device.name), 255),
+        ):
             assert [list(c.shape) for c in counts] == [[n, 3, 3], [n, 3], [n, 2]]
             assert all(c.sum() == 0 for c in counts)
 

@@ -29,9 +29,18 @@ from pyseg.refiners.sam import Prompts, Sam2Backend, SamBackend, SamRefiner
 from pyseg.types import Instances, Segment, Segmentation, Segments
 
 CAMVID = (
-    "Sky", "Building", "Pole", "Road", "Pavement", "Tree",
-    "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
-)  # fmt: skip
+    "Sky",
+    "Building",
+    "Pole",
+    "Road",
+    "Pavement",
+    "Tree",
+    "SignSymbol",
+    "Fence",
+    "Car",
+    "Pedestrian",
+    "Bicyclist",
+)
 VOID = 255
 
 
@@ -176,9 +185,16 @@ def small_sam():
 
     torch.manual_seed(0)
     encoder = ImageEncoderViT(
-        img_size=128, patch_size=16, embed_dim=32, depth=2, num_heads=2, out_chans=32,
-        window_size=4, global_attn_indexes=(1,), use_rel_pos=True,
-    )  # fmt: skip
+        img_size=128,
+        patch_size=16,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        out_chans=32,
+        window_size=4,
+        global_attn_indexes=(1,),
+        use_rel_pos=True,
+    )
     decoder = MaskDecoder(transformer_dim=32, transformer=TwoWayTransformer(1, 32, 2, 64))
     return Sam(encoder, PromptEncoder(32, (8, 8), (128, 128), 4), decoder)
 
@@ -421,9 +437,10 @@ def test_small_masks_win_over_large_ones():
     masks = torch.stack([whole * 9.0, torch.where(truth == 1, 9.0, -9.0)])
     for order in ([0, 1], [1, 0]):
         generator.predict = lambda e, p, order=order: (
-            (masks[order], torch.ones(2)) if not e["asked"] and not e.update(asked=True)
+            (masks[order], torch.ones(2))
+            if not e["asked"] and not e.update(asked=True)
             else (masks[:0], torch.ones(0))
-        )  # fmt: skip
+        )
         refined = SamRefiner(generator, mode="vote", agreement=0).refine(
             blank(prediction.size), prediction
         )
@@ -447,16 +464,46 @@ def test_agreement():
 
 
 def test_stuff_is_recognised_whatever_its_spelling():
-    stuff = ["Sky", "ROAD", "vegetation", "sidewalk", "background", "__background__", "wall-brick",
-             "building, edifice", "sky-other-merged", "dirt track", "dirt_track", "Pavement",
-             "lane marking", "Void"]  # fmt: skip
-    things = ["car", "Pole", "SignSymbol", "traffic light", "road sign", "wall socket", "person",
-              "Fence", "pottedplant", "floor lamp", "Bicyclist", "street light"]  # fmt: skip
+    stuff = [
+        "Sky",
+        "ROAD",
+        "vegetation",
+        "sidewalk",
+        "background",
+        "__background__",
+        "wall-brick",
+        "building, edifice",
+        "sky-other-merged",
+        "dirt track",
+        "dirt_track",
+        "Pavement",
+        "lane marking",
+        "Void",
+    ]
+    things = [
+        "car",
+        "Pole",
+        "SignSymbol",
+        "traffic light",
+        "road sign",
+        "wall socket",
+        "person",
+        "Fence",
+        "pottedplant",
+        "floor lamp",
+        "Bicyclist",
+        "street light",
+    ]
     assert [name for name in stuff if not family.is_stuff(name)] == []
     assert [name for name in things if family.is_stuff(name)] == []
     assert [name for name in CAMVID if not family.is_stuff(name)] == [
-        "Pole", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
-    ]  # fmt: skip
+        "Pole",
+        "SignSymbol",
+        "Fence",
+        "Car",
+        "Pedestrian",
+        "Bicyclist",
+    ]
 
 
 def test_stuff_gets_no_prompt(street):
@@ -758,8 +805,15 @@ def test_bad_input(street):
         refiner.refine(torch.zeros(4, 144, 208, dtype=torch.uint8), prediction)
     with pytest.raises(ValueError, match=r"image is \[10, 12\] but .*\[144, 208\]"):
         refiner.refine(blank((10, 12)), prediction)
-    for bad in ({"mode": "votes"}, {"min_area": 0}, {"batch": 0}, {"points": 0},
-                {"area_ratio": 0.5}, {"strength": -1.0}, {"boundary": -1}):  # fmt: skip
+    for bad in (
+        {"mode": "votes"},
+        {"min_area": 0},
+        {"batch": 0},
+        {"points": 0},
+        {"area_ratio": 0.5},
+        {"strength": -1.0},
+        {"boundary": -1},
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamRefiner(None, **bad)
 
@@ -1036,9 +1090,12 @@ def test_segments_stay_in_front():
     map[masks[0]], map[masks[1]] = 2, 1
     items = (Segment(1, 1, 0.6, 4), Segment(2, 1, 0.9, 32), Segment(3, 0, 1.0, 28))
     prediction = Segmentation(
-        (8, 8), ("road", "car"), instances=found, segments=Segments(map, items),
+        (8, 8),
+        ("road", "car"),
+        instances=found,
+        segments=Segments(map, items),
         logits=torch.tensor([1.0, 0.0]).reshape(2, 1, 1),
-    )  # fmt: skip
+    )
     better = masks.clone()
     better[1, 2:4, 4] = True
     segments = family._merged_again(prediction, prediction.segments, found, better)

@@ -84,8 +84,10 @@ class LogisticUnary(Unary):
     def __init__(self, L: ArrayLike, f: ArrayLike) -> None:
         weights, features = _matrix("L", L), _matrix("f", f)
         if weights.shape[1] != features.shape[0]:
-            raise ValueError(f"L is {weights.shape} and f is {features.shape}: L's columns must "
-                             "be as many as f's rows")  # fmt: skip
+            raise ValueError(
+                f"L is {weights.shape} and f is {features.shape}: L's columns must "
+                "be as many as f's rows"
+            )
         super().__init__(weights @ features)
 
 
@@ -267,9 +269,10 @@ class DenseCRF:
                 continue
             normalized = group[0].normalization != "none"
             dtype, least, most, sums = (
-                (torch.float32, 1e-25, 8, 1) if normalized
+                (torch.float32, 1e-25, 8, 1)
+                if normalized
                 else (torch.float64, 1e-100, 100, self._nvar)
-            )  # fmt: skip
+            )
             energies = -q.to(dtype).clamp_min(least).log()
             largest = float(group[0].penalties.abs().sum(1).max()) * sums
             largest *= sum(abs(term.weight) for term in group)
@@ -332,9 +335,11 @@ class DenseCRF2D(DenseCRF):
         """
         image = np.asarray(rgbim)
         if image.shape != (*self._size, 3):
-            raise ValueError(f"rgbim must be {(*self._size, 3)}, got {image.shape}; for other "
-                             "channels use create_pairwise_bilateral and "
-                             "addPairwiseEnergy")  # fmt: skip
+            raise ValueError(
+                f"rgbim must be {(*self._size, 3)}, got {image.shape}; for other "
+                "channels use create_pairwise_bilateral and "
+                "addPairwiseEnergy"
+            )
         deviations = _deviations("srgb", srgb, 3)
         colours = torch.from_numpy(np.moveaxis(image, 2, 0).astype(np.float32))
         colours /= torch.tensor(deviations)[:, None, None]
@@ -373,5 +378,7 @@ def _penalties(compat, nlabels: int) -> tuple[float, Tensor]:
         return 1.0, torch.diag(values)
     if values.shape == (nlabels, nlabels):
         return 1.0, (values + values.T) / 2
-    raise ValueError(f"compat must be a number, ({nlabels},) or ({nlabels}, {nlabels}), got "
-                     f"{tuple(values.shape)}")  # fmt: skip
+    raise ValueError(
+        f"compat must be a number, ({nlabels},) or ({nlabels}, {nlabels}), got "
+        f"{tuple(values.shape)}"
+    )
