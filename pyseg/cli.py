@@ -454,7 +454,7 @@ def instance_ap_command(
     as_json: JsonOption = False,
 ) -> None:
     """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
-    from .evaluation import finite
+    from .files import finite
     from .metrics.instances import KINDS, instance_ap
 
     scores = instance_ap(truth, predictions)

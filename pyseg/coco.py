@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,16 +12,6 @@ import numpy as np
 from .errors import LabelError
 from .image import read_segment_ids
 from .types import Segment, Segments
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a file; LabelError where there is none or it is no JSON."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise LabelError(f"{os.fspath(path)!r} does not exist; check the path") from error
-    except (OSError, ValueError) as error:
-        raise LabelError(f"{os.fspath(path)!r} cannot be read as JSON ({error})") from error
 
 
 def categories_of(value: Any, path: str | os.PathLike[str]) -> list[dict[str, Any]]:

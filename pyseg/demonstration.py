@@ -6,12 +6,12 @@ from pathlib import Path
 
 from .errors import PysegError
 from .evaluation import Evaluation, evaluate
+from .files import write_json
 from .image import (
     ImageSource,
     read_image,
     read_labels,
     write_image,
-    write_json,
     write_labels,
     write_panoptic,
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import metrics as metrics_registry
 from .errors import PluginError, PysegError, SpecError
+from .files import finite
 from .pipeline import Pipeline, StageResult
 from .registry import accepted_options, check_options
 from .spec import parse
@@ -312,12 +313,3 @@ def merge_states(name: str, metric: Metric) -> None:
                 "of the whole"
             )
     metric.load_state(total)
-
-
-def finite(value: Any) -> Any:
-    """``value`` for JSON, which has no nan and no infinity: both become None."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

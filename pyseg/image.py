@@ -6,11 +6,8 @@ none, whatever happens to the writer.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,6 +17,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import ImageError, LabelError
+from .files import replacing, write_json, write_text
 from .types import Instances, Segments
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
@@ -415,39 +413,10 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
     return _save(path, picture, format=kind, **options)
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> Path:
-    """Writes ``value`` as JSON."""
-    return write_text(path, json.dumps(value, indent=1) + "\n")
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes ``text`` in UTF-8."""
-    path = Path(path)
-    with _replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
-
-
 def _save(path: Path, picture: Image.Image, **options: Any) -> Path:
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         picture.save(temporary, **options)
     return path
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its name on success and vanishes otherwise."""
-    if not path.parent.is_dir():
-        raise ImageError(
-            f"cannot write {str(path)!r}: the directory {str(path.parent)!r} does not "
-            "exist; create it first"
-        )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --- COCO -------------------------------------------------------------------------------------

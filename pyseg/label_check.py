@@ -13,12 +13,10 @@ import numpy as np
 from PIL import Image
 
 from .datasets.folder import read_classes
-from .datasets.pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES
 from .errors import ImageError, PysegError
+from .files import IMAGE_SUFFIXES, LABEL_SUFFIXES, some
 from .image import open_image
 from .types import VOID
-
-SHOWN = 5  # files or values named in a message
 
 
 @dataclass(frozen=True)
@@ -233,7 +231,7 @@ def _pairs(labels: dict[str, Path], images: dict[str, Path]) -> list[Problem]:
             Problem(
                 "missing-labels",
                 f"{_count(without_labels, 'image')} without a "
-                f"label map: {_some(without_labels)}; label them, or take them "
+                f"label map: {some(without_labels)}; label them, or take them "
                 "out",
                 tuple(without_labels),
             )
@@ -243,7 +241,7 @@ def _pairs(labels: dict[str, Path], images: dict[str, Path]) -> list[Problem]:
             Problem(
                 "missing-image",
                 f"{_count(without_image, 'label map')} without "
-                f"an image: {_some(without_image)}; add the images, or take "
+                f"an image: {some(without_image)}; add the images, or take "
                 "them out",
                 tuple(without_image),
             )
@@ -342,14 +340,14 @@ def _file_problems(found: _Findings) -> list[Problem]:
     if found.failed:
         reasons = [reason for _, reason in found.failed]
         problems.append(
-            Problem("unreadable", _some(reasons, "; "), tuple(name for name, _ in found.failed))
+            Problem("unreadable", some(reasons, "; "), tuple(name for name, _ in found.failed))
         )
     if found.lossy:
         problems.append(
             Problem(
                 "lossy",
                 f"{_count(found.lossy, 'JPEG file')}, whose compression "
-                f"changes class ids: {_some(found.lossy)}; use the PNGs that they "
+                f"changes class ids: {some(found.lossy)}; use the PNGs that they "
                 "were made from",
                 tuple(found.lossy),
             )
@@ -359,7 +357,7 @@ def _file_problems(found: _Findings) -> list[Problem]:
             Problem(
                 "colours",
                 f"{_count(files, 'label map')} with colours instead of "
-                f"one class id per pixel ({kind}): {_some(files)}; save ids as "
+                f"one class id per pixel ({kind}): {some(files)}; save ids as "
                 "a grey or palette PNG",
                 tuple(files),
             )
@@ -369,7 +367,7 @@ def _file_problems(found: _Findings) -> list[Problem]:
             Problem(
                 "floats",
                 f"{_count(found.floats, 'label map')} in floating "
-                f"point: {_some(found.floats)}; convert to uint8, class ids "
+                f"point: {some(found.floats)}; convert to uint8, class ids "
                 "are integers",
                 tuple(found.floats),
             )
@@ -379,7 +377,7 @@ def _file_problems(found: _Findings) -> list[Problem]:
             Problem(
                 "scaled",
                 f"{_count(found.scaled, '16-bit label map')} whose "
-                f"values are all multiples of 256 or 257: {_some(found.scaled)}; "
+                f"values are all multiples of 256 or 257: {some(found.scaled)}; "
                 "ids were stretched to 16 bits, divide them again",
                 tuple(found.scaled),
             )
@@ -390,7 +388,7 @@ def _file_problems(found: _Findings) -> list[Problem]:
         problems.append(
             Problem(
                 "size",
-                f"{_count(names, 'label map')} not of the size of the image: {_some(texts, '; ')}",
+                f"{_count(names, 'label map')} not of the size of the image: {some(texts, '; ')}",
                 names,
             )
         )
@@ -413,7 +411,7 @@ def _file_problems(found: _Findings) -> list[Problem]:
             Problem(
                 "void-only",
                 f"{_count(found.empty, 'label map')} without any "
-                f"class: {_some(found.empty)}; such images teach nothing",
+                f"class: {some(found.empty)}; such images teach nothing",
                 tuple(found.empty),
                 error=False,
             )
@@ -452,8 +450,8 @@ def _value_problems(
         problems.append(
             Problem(
                 "off-by-one" if wrong == [count] else "out-of-range",
-                f"values {_some(wrong)} are no class ids ({_count(files, 'label map')}, "
-                f"{pixels} pixels){known}; {_some(sorted(void))} is void. "
+                f"values {some(wrong)} are no class ids ({_count(files, 'label map')}, "
+                f"{pixels} pixels){known}; {some(sorted(void))} is void. "
                 f"{_likely_cause(wrong, seen, count)}",
                 files,
             )
@@ -465,7 +463,7 @@ def _value_problems(
                 Problem(
                     "absent-class",
                     f"{_count(absent, 'class', 'classes')} of "
-                    f"{count} never present: {_some(absent)}; no network can "
+                    f"{count} never present: {some(absent)}; no network can "
                     "learn them here, and they have no score",
                     error=False,
                 )
@@ -486,7 +484,7 @@ def _value_problems(
             Problem(
                 "sparse-values",
                 f"{len(classes)} values spread over "
-                f"{min(classes)} to {max(classes)}: {_some(sorted(classes))}. "
+                f"{min(classes)} to {max(classes)}: {some(sorted(classes))}. "
                 f"{_likely_cause(sorted(classes), seen, None)}; give the class "
                 "list to check the range",
                 error=max(classes) > 255,
@@ -528,11 +526,6 @@ def _likely_cause(wrong: Sequence[int], seen: set[int], count: int | None) -> st
 
 def _count(items: Any, one: str, many: str | None = None) -> str:
     return f"1 {one}" if len(items) == 1 else f"{len(items)} {many or one + 's'}"
-
-
-def _some(items: Sequence[Any], separator: str = ", ") -> str:
-    rest = len(items) - SHOWN
-    return separator.join(map(str, items[:SHOWN])) + (f" and {rest} more" if rest > 0 else "")
 
 
 __all__ = ["ClassCount", "LabelReport", "Problem", "check_labels"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +18,7 @@ from torch import Tensor
 from . import image as images_module
 from . import models, refiners
 from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
+from .files import remove_abandoned, replacing, write_json
 from .registry import Registry, accepted_options, check_options
 from .spec import Spec, StageSpec, parse
 from .types import Model, Refiner, Segmentation
@@ -205,14 +203,15 @@ class Pipeline:
         Raises:
             FileExistsError: ``folder`` exists and holds something other than a saved pipeline.
         """
-        from safetensors.torch import save_file
+        from .weights import save_state
 
         folder = Path(folder)
         if folder.exists() and not (folder / "pipeline.json").is_file() and any(folder.iterdir()):
             raise FileExistsError(f"folder {folder} exists and is no saved pipeline; give another")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        try:
+        remove_abandoned(folder.parent)
+        with replacing(folder) as draft:
+            draft.mkdir()
             entries = []
             for index, stage in enumerate(self.stages):
                 # `size` chooses an architecture where `weights` would otherwise tell it
@@ -220,10 +219,7 @@ class Pipeline:
                 entry: dict[str, Any] = {"stage": stage.text, "size": size, "weights": None}
                 if isinstance(stage.object, torch.nn.Module) and stage.object.state_dict():
                     entry["weights"] = f"{index}_{stage.name}.safetensors"
-                    state = stage.object.state_dict()
-                    # clone: safetensors refuses tensors that share memory
-                    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state.items()}
-                    save_file(tensors, draft / entry["weights"])
+                    save_state(draft / entry["weights"], stage.object.state_dict())
                 entries.append(entry)
             description = {
                 "format": FORMAT,
@@ -232,18 +228,7 @@ class Pipeline:
                 "classes": list(self.classes),
                 "palette": getattr(self.stages[0].object, "palette", None),
             }
-            (draft / "pipeline.json").write_text(json.dumps(description, indent=1) + "\n")
-            draft.chmod(0o777 & ~_umask())
-            if folder.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-                os.replace(folder, retired / "old")
-                os.replace(draft, folder)
-                shutil.rmtree(retired)
-            else:
-                os.replace(draft, folder)
-        except BaseException:
-            shutil.rmtree(draft, ignore_errors=True)
-            raise
+            write_json(draft / "pipeline.json", description)
         return folder
 
 
@@ -445,9 +430,3 @@ def _proc_status(key: str) -> int:
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {key}")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ from typing import Any
 
 import torch
 
-from .datasets.pairs import IMAGE_SUFFIXES
 from .errors import ImageError, PysegError
-from .image import write_image, write_instances, write_json, write_labels, write_segments
+from .files import IMAGE_SUFFIXES, read_json, write_json
+from .image import write_image, write_instances, write_labels, write_segments
 from .pipeline import Pipeline
 from .types import VOID
 
@@ -187,10 +186,7 @@ def _claim(output: Path, pipeline: Pipeline, targets: Iterable[Path], overwrite:
     manifest = output / MANIFEST
     mine = {"spec": str(pipeline), "classes": list(pipeline.classes), "void": VOID}
     if manifest.is_file() and not overwrite:
-        try:
-            theirs = json.loads(manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PysegError(f"{manifest} is damaged ({error}); remove it to start over") from error
+        theirs = read_json(manifest)
         if theirs != mine:
             other = theirs.get("spec") if isinstance(theirs, dict) else theirs
             raise PysegError(

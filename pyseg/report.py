@@ -15,8 +15,9 @@ from typing import Any
 from PIL import Image
 
 from .errors import PysegError
-from .evaluation import Evaluation, finite, gather_objects, merge_states, title_of
-from .image import read_image, write_json, write_text
+from .evaluation import Evaluation, gather_objects, merge_states, title_of
+from .files import finite, write_json, write_text
+from .image import read_image
 from .metrics.semantic import Semantic
 from .pipeline import StageResult
 from .types import VOID, Sample, Segmentation

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from .errors import LabelError, PysegError
+from .files import replacing, write_json
 from .types import VOID, Dataset, Metric, Sample
-from .weights import load_into
+from .weights import load_into, save_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -718,11 +719,8 @@ def _save(
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
 ) -> None:
-    from safetensors.torch import save_file
-
-    contiguous = {key: value.cpu().contiguous() for key, value in average.items()}
-    _replace(output / WEIGHTS, lambda path: save_file(contiguous, path))
-    _replace(output / LOG, lambda path: path.write_text(json.dumps(log, indent=1) + "\n"))
+    save_state(output / WEIGHTS, average)
+    write_json(output / LOG, log)
     state = {
         "settings": json.dumps(settings),
         "epoch": epoch,
@@ -732,13 +730,8 @@ def _save(
         "optimizer": optimizer.state_dict(),
     }
     # Last, so that a checkpoint never speaks of an epoch whose weights were not written.
-    _replace(output / CHECKPOINT, lambda path: torch.save(state, path))
-
-
-def _replace(path: Path, write: Any) -> None:
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+    with replacing(output / CHECKPOINT) as temporary:
+        torch.save(state, temporary)
 
 
 def _resume(

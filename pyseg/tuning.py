@@ -19,8 +19,7 @@ from torch.nn.functional import nll_loss
 
 from . import refiners
 from .errors import PysegError
-from .evaluation import finite
-from .image import write_json
+from .files import finite, read_json, write_json
 from .metrics.semantic import Semantic
 from .pipeline import Pipeline, Stage
 from .refiners.crf import CRF
@@ -406,10 +405,10 @@ def _read(log: Path, pipeline: str, names: list[str]) -> dict[str, dict[str, Any
     if not log.is_file():
         return {}
     try:
-        stored = json.loads(log.read_text(encoding="utf-8"))
+        stored = read_json(log)
         same = stored["pipeline"] == pipeline and stored["images"] == names
         scores = {_key(entry["parameters"]): entry["fit"] for entry in stored["trials"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise PysegError(f"{log} is no log of pyseg tune; name another file") from error
     if not same:
         raise PysegError(f"{log} belongs to other images or another pipeline; name another file")

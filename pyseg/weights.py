@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import http.client
 import os
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import WeightsError
+from .files import replacing
 
 _CHUNK = 1 << 20  # bytes read at a time
 _TIMEOUT = 30  # seconds without an answer
@@ -142,6 +144,35 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             f"'state_dict') but {found}; save model.state_dict()"
         )
     return dict(loaded)
+
+
+def save_state(path: str | Path, state: Mapping[str, Tensor]) -> Path:
+    """Writes a state dict as safetensors, whole or not at all.
+
+    Args:
+        path: target; its directory must exist.
+        state: tensors on any device, which may share memory.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk; it names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    # clone: safetensors refuses tensors that share memory
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    with replacing(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors gives 0600
+        try:
+            save_file(tensors, temporary)
+        except SafetensorError as error:
+            if "No space left" in str(error):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
+        temporary.chmod(mode)
+    return path
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES, PairedFiles, files_by_stem, some
+from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, files_by_stem, some
+from .pairs import PairedFiles
 
 CLASSES = (
     "Sky",

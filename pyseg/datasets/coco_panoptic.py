@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..coco import annotations_of, categories_of, read_json, read_segments
+from ..coco import annotations_of, categories_of, read_segments
 from ..errors import ImageError, LabelError
+from ..files import IMAGE_SUFFIXES, files_by_stem, read_json, some
 from ..image import default_palette, read_image
 from ..types import Sample, Segmentation, Segments
-from .pairs import IMAGE_SUFFIXES, files_by_stem, instances_of, some
+from .pairs import instances_of
 
 
 class COCOPanoptic:
@@ -59,7 +60,7 @@ class COCOPanoptic:
         base = Path(root or ".")
         self.path = Path(annotations or base / "annotations" / f"panoptic_{split}.json")
         self.folder = self.path.with_suffix("")
-        content = read_json(self.path)
+        content = read_json(self.path, LabelError)
         known = categories_of(content, self.path)
         names = [entry["name"] for entry in known]
         if classes is not None and (absent := set(classes) - set(names)):

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, files_by_stem, some
 from ..image import default_palette
-from .pairs import IMAGE_SUFFIXES, LABEL_SUFFIXES, PairedFiles, files_by_stem, some
+from .pairs import PairedFiles
 
 
 class Folder(PairedFiles):

@@ -11,9 +11,6 @@ from torch import Tensor
 from ..errors import ImageError, LabelError
 from ..types import VOID, Instances, Sample, Segments
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-
 
 class PairedFiles:
     """Samples read from pairs of files, checked as they are read.
@@ -101,35 +98,6 @@ class PairedFiles:
             "Are these the grey values of a colour-coded map? Label files must hold class ids, "
             "or a palette whose indices are class ids"
         )
-
-
-def files_by_stem(folder: Path, suffixes: Sequence[str], argument: str) -> dict[str, Path]:
-    """The files of ``folder`` with one of ``suffixes``, sorted, by stem.
-
-    Raises:
-        FileNotFoundError: no such folder, or it holds no such file.
-        ValueError: two files share a stem.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{argument}: there is no folder {folder}")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise ValueError(
-                    f"{argument}: {found[path.stem]} and {path.name} have the same "
-                    "stem; samples are matched by it, remove one"
-                )
-            found[path.stem] = path
-    if not found:
-        raise FileNotFoundError(f"{argument}: {folder} holds no {', '.join(suffixes)} file")
-    return found
-
-
-def some(names: Iterable[str]) -> str:
-    """A few of ``names``, for messages."""
-    chosen = sorted(names)
-    return ", ".join(chosen[:5]) + (f" and {len(chosen) - 5} more" if len(chosen) > 5 else "")
 
 
 def instances_of(segments: Segments, first_thing: int) -> Instances:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ..errors import ScoreError
+from ..files import read_json
 from ..image import encode_rle
 from ..types import Instances, Sample, Segmentation
 
@@ -197,7 +196,7 @@ def instance_ap(
         ImportError: faster-coco-eval is not installed.
     """
     _faster_coco_eval()
-    annotations, results = _read_json(truth), _read_json(predictions)
+    annotations, results = read_json(truth, ScoreError), read_json(predictions, ScoreError)
     annotated = _check_truth(annotations, str(truth))
     detected = _check_results(results, annotations, str(predictions))
     possible = [
@@ -294,15 +293,6 @@ def _mean(values: Any) -> float:
     """Mean without the -1 of classes that have no ground truth."""
     present = values[values > -1]
     return float(present.mean()) if present.size else math.nan
-
-
-def _read_json(path: str | os.PathLike[str]) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ScoreError(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ScoreError(f"{path} is not JSON: {error}") from error
 
 
 @contextlib.contextmanager

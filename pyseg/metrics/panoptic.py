@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..coco import annotations_of, categories_of, read_json, read_segments
+from ..coco import annotations_of, categories_of, read_segments
 from ..errors import LabelError
+from ..files import read_json
 from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
@@ -269,9 +270,11 @@ def score_files(
             in a PNG and not in its JSON, or the other way round; there are no images.
         ImageError: a PNG is missing or unreadable.
     """
-    truth, guesses = read_json(target), read_json(prediction)
+    truth, guesses = read_json(target, LabelError), read_json(prediction, LabelError)
     source = target if categories is None else categories
-    known = categories_of(truth if categories is None else read_json(categories), source)
+    known = categories_of(
+        truth if categories is None else read_json(categories, LabelError), source
+    )
     index = {entry["id"]: k for k, entry in enumerate(known)}
     metric = Panoptic(
         [entry["name"] for entry in known],

@@ -1,0 +1,146 @@
+"""Files of any kind: written whole or not at all, JSON with one kind of error, found by stem."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+from .errors import PysegError
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+PART = ".part"  # how names of files and folders end that are being written
+ABANDONED = 24 * 3600  # seconds after which such a one has lost its writer
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its name on success and vanishes otherwise.
+
+    What is written there, a file or a folder, is seen whole or not at all, whatever happens to the
+    writer; two writers do not disturb each other. A folder that stood at ``path`` is replaced.
+
+    Raises:
+        PysegError: the folder of ``path`` does not exist.
+        OSError: with the name of ``path``, where the system refuses (no space, no permission).
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise PysegError(
+            f"cannot write {str(path)!r}: the directory {str(path.parent)!r} does not exist; "
+            "create it first"
+        )
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PART}")
+    try:
+        yield temporary
+        if temporary.is_dir() and path.is_dir():  # a folder replaces no folder with files in it
+            retired = temporary.with_name(f"{temporary.name}.old{PART}")
+            path.rename(retired)
+            temporary.rename(path)
+            _remove(retired)
+        else:
+            temporary.replace(path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_abandoned(folder: str | os.PathLike[str], older_than: float = ABANDONED) -> None:
+    """Deletes what a writer that was killed left in ``folder``: `replacing`'s temporary names.
+
+    Args:
+        folder: where to look, not below it.
+        older_than: seconds since the last change; younger ones may still have their writer.
+    """
+    for path in Path(folder).glob(f".*{PART}"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - path.lstat().st_mtime > older_than:
+                _remove(path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Writes ``text`` in UTF-8, whole or not at all."""
+    path = Path(path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> Path:
+    """Writes ``value`` as JSON, whole or not at all."""
+    return write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: str | os.PathLike[str], error: Callable[[str], Exception] = PysegError) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: the file.
+        error: makes the exception from a message.
+
+    Raises:
+        Exception: what ``error`` makes: no such file, unreadable, no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as cause:
+        raise error(f"{os.fspath(path)!r} does not exist; check the path") from cause
+    except (OSError, ValueError, RecursionError) as cause:
+        raise error(f"{os.fspath(path)!r} cannot be read as JSON ({cause})") from cause
+
+
+def finite(value: Any) -> Any:
+    """``value`` for JSON, which has no nan and no infinity: both become None."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def files_by_stem(folder: Path, suffixes: Sequence[str], argument: str) -> dict[str, Path]:
+    """The files of ``folder`` with one of ``suffixes``, sorted, by stem.
+
+    Raises:
+        FileNotFoundError: no such folder, or it holds no such file.
+        ValueError: two files share a stem.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}: there is no folder {folder}")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and not path.name.startswith("."):
+            if path.stem in found:
+                raise ValueError(
+                    f"{argument}: {found[path.stem]} and {path.name} have the same "
+                    "stem; samples are matched by it, remove one"
+                )
+            found[path.stem] = path
+    if not found:
+        raise FileNotFoundError(f"{argument}: {folder} holds no {', '.join(suffixes)} file")
+    return found
+
+
+def some(names: Iterable[Any], separator: str = ", ") -> str:
+    """A few of ``names``, for messages; those of a set are sorted."""
+    chosen = [str(name) for name in (sorted(names) if isinstance(names, Set) else names)]
+    rest = f" and {len(chosen) - 5} more" if len(chosen) > 5 else ""
+    return separator.join(chosen[:5]) + rest
