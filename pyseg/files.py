@@ -116,7 +116,9 @@ def read_json(path: str | os.PathLike[str], error: Callable[[str], Exception] = 
     except FileNotFoundError as cause:
         raise error(f"{os.fspath(path)!r} does not exist; check the path") from cause
     except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{os.fspath(path)!r} cannot be read as JSON ({cause})") from cause
+        raise error(
+            f"{os.fspath(path)!r} cannot be read as JSON ({cause}); it is damaged, or no JSON"
+        ) from cause
 
 
 def finite(value: Any) -> Any:

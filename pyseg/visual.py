@@ -22,7 +22,7 @@ _CORRECT, _WRONG, _MISSED, _IGNORED = (222, 226, 230), (214, 40, 57), (247, 160,
 
 
 def overlay(
-    image: ImageSource | Any,
+    image: ImageSource | Any,  # Any: a Segmentation, which this file does not know
     opacity: float = 0.5,
     *,
     labels: Tensor | np.ndarray | None = None,
@@ -57,8 +57,8 @@ def overlay(
     Example:
         >>> overlay("street.jpg", labels=labels, classes=("road", "sky")).save("overlay.png")
     """
-    if hasattr(image, "with_labels"):  # a Segmentation, a type that this file does not know
-        return image.overlay(opacity)
+    if callable(paint := getattr(image, "overlay", None)):
+        return paint(opacity)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in 0..1, got {opacity}")
     pixels = _array(read_image(image)).astype(np.float32)
