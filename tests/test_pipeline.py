@@ -74,7 +74,7 @@ def test_a_list_gives_a_list_of_any_sizes(image):
 
 def test_num_classes_and_weights_go_to_the_model_and_options_win():
     assert len(pyseg.build("tiny(num_classes=3)", num_classes=5).classes) == 3
-    ones = pyseg.build("tiny+shift", weights="ones").stages[0].object.network[1]
+    ones = pyseg.build("tiny+shift", weights="ones").model.network[1]
     assert (ones.weight == 1).all()
 
 
@@ -130,12 +130,12 @@ def test_profile_sees_time_and_memory(image):
 
 def test_save_and_load(tmp_path, image):
     pipeline = pyseg.build("tiny(bias=2.0)+shift(by=3.0)", num_classes=6)
-    pipeline.stages[0].object.classes = tuple("abcdef")
+    pipeline.model.classes = tuple("abcdef")
     folder = pipeline.save(tmp_path / "saved")
     loaded = pyseg.load(folder)
     assert str(loaded) == str(pipeline) and loaded.classes == tuple("abcdef")
     assert torch.equal(loaded(image).logits, pipeline(image).logits)
-    pipeline.stages[0].object.network[1].bias.data += 1
+    pipeline.model.network[1].bias.data += 1
     pipeline.save(folder)  # replaces
     assert torch.equal(pyseg.load(folder)(image).logits, pipeline(image).logits)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["saved"]

@@ -188,15 +188,15 @@ def test_trained_parameters_are_saved_and_used(tmp_path):
 def test_trained_pipeline_is_saved_and_loaded(tmp_path):
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     pipeline = pyseg.build("streetnet+crf(trainable=True, iterations=2)", weights=None)
-    crf = pipeline.stages[1].object
+    crf = pipeline.refiners[0]
     assert crf.compatibility.shape == (11, 11)
     with torch.no_grad():
         crf.compatibility.add_(torch.rand(11, 11))
     pipeline.save(tmp_path / "saved")
     loaded = pyseg.load(tmp_path / "saved")
-    assert torch.equal(loaded.stages[1].object.compatibility, crf.compatibility)
+    assert torch.equal(loaded.refiners[0].compatibility, crf.compatibility)
     assert torch.equal(loaded(image).logits, pipeline(image).logits)
     path = tmp_path / "crf.pt"
     torch.save(crf.state_dict(), path)
     built = pyseg.build(f"streetnet+crf(trainable=True, weights={str(path)!r})")
-    assert torch.equal(built.stages[1].object.compatibility, crf.compatibility)
+    assert torch.equal(built.refiners[0].compatibility, crf.compatibility)
