@@ -484,8 +484,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
         except (SpecError, ValueError) as error:
             raise damaged(f"{place}: {shown(entry['stage'])} is not one stage ({error})") from None
         file = entry.get("weights")
-        if file is not None and (
-            not isinstance(file, str) or not file.strip(". ") or Path(file).name != file
+        if file is not None and not (
+            isinstance(file, str)
+            and file.strip(". ")
+            and Path(file).name == file
+            and file.isprintable()
+            and len(file) <= 200
         ):
             raise damaged(
                 f"{place}: weights must be the name of a file of the folder, got {shown(file)}"

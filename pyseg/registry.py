@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import functools
 import importlib.metadata
 import inspect
 import re
@@ -501,8 +502,10 @@ def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     function: Any = factory
     if isinstance(factory, type):
         function = inspect.getattr_static(factory, "__init__")  # its own or an inherited one
+    elif isinstance(factory, functools.partial):
+        return _type_hints(factory.func)
     elif not inspect.isroutine(factory):
-        function = getattr(factory, "func", type(factory).__call__)  # functools.partial, or called
+        function = type(factory).__call__
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
