@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as distributed
-from torch import Tensor
-
 from . import metrics as metrics_registry
 from .errors import PluginError, PysegError, SpecError
 from .files import finite
 from .pipeline import Pipeline, StageResult
+from .processes import gather_objects, merge_states, rank_and_count
 from .registry import accepted_options, check_options
 from .spec import parse
 from .types import Dataset, Metric, Sample
@@ -151,7 +149,7 @@ def evaluate(
     Example:
         >>> print(evaluate(pyseg.build("streetnet+crf"), CamVid("camvid", "val")))
     """
-    _check_classes(pipeline.classes, dataset.classes)
+    check_classes(pipeline.classes, dataset.classes)
     if limit is not None and limit < 1:
         raise PysegError(f"limit must be at least 1, got {limit}")
     total = len(dataset)
@@ -168,7 +166,7 @@ def evaluate(
     ]
     milliseconds = [0.0] * len(pipeline.stages)
     peaks: list[int | None] = [None] * len(pipeline.stages)
-    rank, processes = _place()
+    rank, processes = rank_and_count()
     for done, index in enumerate(track(indices[rank::processes])):
         sample = dataset[index]
         if done == 0:
@@ -247,7 +245,14 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
     return metric
 
 
-def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
+def check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
+    """Refuses classes of a pipeline that are not those of a dataset, with the reason.
+
+    Case does not matter, and ``"class 3"``, a name that a new head has, stands for any.
+
+    Raises:
+        PysegError: there are more or fewer, or one has another name.
+    """
     if len(predicted) != len(target):
         raise PysegError(
             f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
@@ -271,45 +276,3 @@ def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
 
 def _numbers(values: dict[str, Any]) -> list[str]:
     return [key for key, value in values.items() if isinstance(value, float)]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in the order of ranks; one process gives itself."""
-    _, processes = _place()
-    if processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * processes
-    distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def _place() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def merge_states(name: str, metric: Metric) -> None:
-    """Gives ``metric`` in every process the sum of the states of all."""
-    _, processes = _place()
-    if processes == 1:
-        return
-    # NCCL reduces on the GPU only.
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    state = metric.state()
-    total: dict[str, Any] = {}
-    for key in sorted(state):
-        value = state[key]
-        if isinstance(value, Tensor):
-            total[key] = value.detach().to(device, copy=True).contiguous()
-            distributed.all_reduce(total[key])
-        elif isinstance(value, list):
-            total[key] = [record for part in gather_objects(value) for record in part]
-        else:
-            raise PluginError(
-                f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
-                "states are tensors and lists, whose sum over processes is the state "
-                "of the whole"
-            )
-    metric.load_state(total)
