@@ -259,9 +259,7 @@ def check_run(
     if not 0 <= ema < 1:
         raise ValueError(f"ema must be in 0..1, below 1, got {ema}")
     if precision not in ("bf16", "fp32", None):
-        raise ValueError(
-            f"precision must be 'bf16' or 'fp32' (None = by the hardware), got {precision!r}"
-        )
+        raise ValueError(f"precision must be 'bf16' or 'fp32', got {precision!r}")
 
 
 def check_positive(**settings: float) -> None:
