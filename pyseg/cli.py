@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import difflib
 import functools
 import json
 import os
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import PysegError
+from .errors import PluginFailure, PysegError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PysegError as error:
+            if isinstance(error, PluginFailure):  # a bug of somebody: it keeps its traceback
+                traceback.print_exception(error.__cause__)
             message = str(error)
         except ValueError as error:  # a setting out of range, or a bug
             if not _raised_by_pyseg(error):
@@ -198,24 +201,61 @@ RootOption = Annotated[
 
 
 @app.command("list")
-def list_command(as_json: JsonOption = False) -> None:
+def list_command(
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help='Names or patterns such as "*resnet*".')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
     from .doctor import registries
 
     rows = []
     for registry in registries().values():
-        for name in registry.list():
-            try:
-                info = registry.info(name)
-                target, owner = info.target, info.distribution
-            except PysegError as error:  # two distributions claim it; the others are still listed
-                target, owner = "", str(error)
+        entries = {
+            info.name: info for pattern in patterns or ["*"] for info in registry.entries(pattern)
+        }
+        for name, info in sorted(entries.items()):
+            owner = info.distribution
             rows.append(
-                {"kind": registry.kind, "name": name, "target": target, "distribution": owner}
+                {"kind": registry.kind, "name": name, "target": info.target, "distribution": owner}
             )
+    if not rows:
+        raise PysegError(f"nothing is called {' or '.join(patterns or [])}; see `pyseg list`")
     if as_json:
         return _print_json(rows)
     _print_table(["kind", "name", "target", "distribution"], [[*row.values()] for row in rows])
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="Model, refiner, metric or data set.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a name does and takes: its documentation and the options that a spec may give it."""
+    from .doctor import registries
+
+    bare = name.rpartition(":")[2]
+    known = [registry for registry in registries().values() if bare in registry.list()]
+    if not known:
+        names = [known for registry in registries().values() for known in registry.list()]
+        near = difflib.get_close_matches(bare, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see `pyseg list`"
+        raise PysegError(f"nothing is called {name!r}{hint}")
+    found = [registry.describe(name) for registry in known]
+    if as_json:
+        return _print_json([description.to_dict() for description in found])
+    for description in found:
+        typer.echo(f"{description.kind} {description.name}, {description.distribution}\n")
+        if description.documentation:
+            typer.echo(f"{description.documentation}\n")
+        _print_table(
+            ["option", "type", "default"],
+            [
+                [option.name, option.type or "", option.default or "(to be given)"]
+                for option in description.options
+            ],
+        )
 
 
 @app.command()
@@ -534,7 +574,7 @@ def train(
     pipeline = _pipeline(model, weights, len(data.classes), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
-    network = pipeline.stages[0].object
+    network = pipeline.model
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
     fit: Any = training.train
     if isinstance(network, InstanceModel):
@@ -829,22 +869,11 @@ def _pipeline(
 
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     from . import datasets
-    from .registry import check_options
-    from .spec import parse
+    from .spec import StageSpec
 
-    stages = parse(text).stages
-    if len(stages) != 1:
-        raise PysegError(f"--dataset must be one name, got {text!r}")
-    (stage,) = stages
-    factory = datasets.get(stage.name)
-    check_options(stage, factory)
-    places: dict[str, Any] = {"root": root, "split": split}
-    given = {key: value for key, value in places.items() if value is not None}
-    given |= stage.options
-    try:
-        return factory(**given)
-    except (OSError, ValueError, TypeError) as error:
-        raise PysegError(f"dataset {stage.name!r}: {error}") from error
+    stage = datasets._registry.parse(text)
+    given = {k: v for k, v in {"root": root, "split": split}.items() if v is not None}
+    return datasets._registry.make(StageSpec(stage.name, {**given, **stage.options}))
 
 
 def _given(**options: Any) -> dict[str, Any]:

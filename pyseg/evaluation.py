@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import metrics as metrics_registry
-from .errors import PluginError, PysegError, SpecError
+from .classes import check_classes
+from .errors import PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
 from .processes import gather_objects, merge_states, rank_and_count
-from .registry import accepted_options, check_options
-from .spec import parse
 from .types import Dataset, Metric, Sample
 
 MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
@@ -218,60 +217,8 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
 
     Panoptic data sets also say which classes are ``things``.
     """
-    stages = parse(text).stages
-    if len(stages) != 1:
-        raise SpecError(f"metric {text!r} must be one name; give several metrics as a list")
-    (stage,) = stages
-    factory = metrics_registry.get(stage.name)
-    accepted = accepted_options(factory)
-    check_options(stage, factory)
-    options = dict(stage.options)
-    if accepted is None or "classes" in accepted:
-        options.setdefault("classes", tuple(classes))
-    elif "num_classes" in accepted:
-        options.setdefault("num_classes", len(classes))
-    if accepted is not None and "things" in accepted:
-        options.setdefault("things", tuple(things))
-    try:
-        metric = factory(**options)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"metric {stage}: {error}") from error
-    if not isinstance(metric, Metric):
-        raise PluginError(
-            f"metric {stage.name!r} made a {type(metric).__name__} that lacks "
-            "update, state, load_state or compute; a metric must follow "
-            "pyseg.types.Metric"
-        )
-    return metric
-
-
-def check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
-    """Refuses classes of a pipeline that are not those of a dataset, with the reason.
-
-    Case does not matter, and ``"class 3"``, a name that a new head has, stands for any.
-
-    Raises:
-        PysegError: there are more or fewer, or one has another name.
-    """
-    if len(predicted) != len(target):
-        raise PysegError(
-            f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
-            "use a model that was trained for this dataset (its num_classes and "
-            "weights)"
-        )
-    pairs = list(zip(predicted, target, strict=True))
-    # A model with a new head does not know what its classes are called.
-    different = [
-        f"{index} is {ours!r}, in the dataset {theirs!r}"
-        for index, (ours, theirs) in enumerate(pairs)
-        if ours.lower() != theirs.lower() and ours != f"class {index}"
-    ]
-    if different:
-        raise PysegError(
-            f"the pipeline's classes are not the dataset's: class {different[0]}"
-            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-            + "; use a model that was trained for this dataset"
-        )
+    context = {"classes": tuple(classes), "num_classes": len(classes), "things": tuple(things)}
+    return metrics_registry._registry.make(text, context)
 
 
 def _numbers(values: dict[str, Any]) -> list[str]:

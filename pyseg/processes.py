@@ -11,11 +11,12 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-from .errors import PluginError
-from .types import Metric
+from .errors import PluginError, require
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from .types import Metric
 
 
 def rank_and_count() -> tuple[int, int]:
@@ -69,11 +70,14 @@ def merge_states(name: str, metric: Metric) -> None:
 
 
 def accelerator() -> Accelerator:
-    """accelerate's view of the processes and devices, for training."""
-    from accelerate import Accelerator
+    """accelerate's view of the processes and devices, for training.
 
+    Raises:
+        ImportError: accelerate is not installed; the message names the remedy.
+    """
     # Under plain torchrun without a GPU accelerate would start each process as the only one.
-    return Accelerator(cpu=_started_several() and not torch.accelerator.is_available())
+    on_cpu = _started_several() and not torch.accelerator.is_available()
+    return require("accelerate").Accelerator(cpu=on_cpu)
 
 
 @contextlib.contextmanager
@@ -89,9 +93,7 @@ def joined(device: str | None) -> Iterator[str | None]:
     if not _started_several():
         yield device
         return
-    from accelerate import PartialState
-
-    state = PartialState(cpu=not (device or "cpu").startswith("cuda"))
+    state = require("accelerate").PartialState(cpu=not (device or "cpu").startswith("cuda"))
     try:
         yield str(state.device) if device == "cuda" else device
     finally:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from . import refiners
+from .classes import check_classes
 from .errors import PysegError
-from .evaluation import check_classes
 from .files import finite, read_json, write_json
 from .metrics.semantic import Semantic
 from .pipeline import Pipeline

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.nn.functional import nll_loss
 
+from ..classes import check_classes
 from ..errors import PysegError
-from ..evaluation import check_classes
 from ..files import finite
 from ..metrics.semantic import Semantic
 from ..pipeline import Pipeline, Stage
