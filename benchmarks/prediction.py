@@ -48,7 +48,7 @@ def plain_loop(network, files, folder, palette):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_camvid(compare, files, tmp_path, threads):
     pipeline = pyseg.build("streetnet")
-    model = pipeline.stages[0].object.eval()
+    model = pipeline.model
     palette = [value for colour in model.palette for value in colour]
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     theirs.mkdir()

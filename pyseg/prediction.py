@@ -181,7 +181,6 @@ class _Run:
         self.claimed = False
         self.bytes_per_pixel: float | None = None
         self.workers = [_Worker(self) for _ in range(count)]
-        self.training: list[torch.nn.Module] = []
         # What threads do not inherit from their caller:
         self.gradients = torch.is_grad_enabled()
         self.autocast = {
@@ -191,11 +190,6 @@ class _Run:
         }
 
     def __enter__(self) -> _Run:
-        # A network in training mode goes to and fro in every call, under the other threads.
-        for stage in self.pipeline.stages:
-            if isinstance(stage.object, torch.nn.Module):
-                self.training += [m for m in stage.object.modules() if m.training]
-                stage.object.eval()
         for worker in self.workers:
             worker.start()
         return self
@@ -210,8 +204,6 @@ class _Run:
                 worker.join()
         finally:
             torch.set_num_threads(self.all_threads)  # the workers have changed it for all
-            for module in self.training:
-                module.training = True
 
     def wait(self, index: int) -> str:
         """What became of a job; raises what a worker raised over it."""
@@ -285,7 +277,8 @@ class _Run:
                 torch.set_grad_enabled(self.gradients),
                 torch.autocast(**self.autocast),
             ):
-                results = self.pipeline([*images.values()])
+                names = [repr(str(self.jobs[index][0])) for index in images]
+                results = self.pipeline([*images.values()], names=names)
                 for result in results:
                     _ = result.labels  # computed here, where other workers leave room for it
             return dict(zip(images, results, strict=True))
