@@ -567,7 +567,7 @@ def train(
 
     from . import processes, training
     from .files import read_json
-    from .models.panoptic import InstanceModel
+    from .models import InstanceModel
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None

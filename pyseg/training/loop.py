@@ -22,8 +22,7 @@ from ..types import Dataset, Metric
 from ..weights import load_into, save_state
 
 if TYPE_CHECKING:
-    from ..models.panoptic import InstanceModel
-    from ..models.semantic import SemanticModel
+    from ..models import InstanceModel, SemanticModel
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.safetensors"
