@@ -357,6 +357,8 @@ def test_values_that_we_refuse_are_one_line_and_other_value_errors_bugs(tmp_path
     common = ["train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", tmp_path / "r"]
     line = error_line(run(*common, "--epochs", 1, "--warmup", 2))
     assert "warmup is a share and must be in 0..1, got 2.0" in line
+    line = error_line(run(*common, "--epochs", 1, "--scale", "2-1"))  # raised over several lines
+    assert "smallest <= largest" in line
     monkeypatch.setattr(cli, "_pipeline", lambda *arguments: int("a bug"))
     result = run(*common, "--epochs", 1)
     assert isinstance(result.exception, ValueError)
