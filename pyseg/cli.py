@@ -325,10 +325,12 @@ def predict(
             ),
         )
     except KeyboardInterrupt:
-        again = "the same command goes on with the others"
-        if overwrite:
-            again = "the same command without --overwrite goes on with the others"
-        raise _stop(f"{progress[0]} of {progress[1]} written to {output}; {again}") from None
+        if not progress[1]:
+            raise _stop("before the first image") from None
+        how = "without --overwrite, the same command" if overwrite else "the same command"
+        raise _stop(
+            f"{progress[0]} of {progress[1]} images are done; {how} goes on with the others"
+        ) from None
     if as_json:
         _print_json(summary.to_dict())
     else:
@@ -589,7 +591,7 @@ def train(
 
     from . import processes, training
     from .files import read_json
-    from .models.panoptic import InstanceModel
+    from .models import InstanceModel
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None
@@ -937,7 +939,9 @@ def _stop(message: str) -> typer.Exit:
 
 
 def _say(text: str, colour: str, *, err: bool = False) -> None:
-    typer.secho(text, err=err, fg=None if os.environ.get("NO_COLOR") else colour)
+    if not os.environ.get("NO_COLOR"):  # https://no-color.org
+        text = typer.style(text, fg=colour)
+    typer.echo(text, err=err)
 
 
 def _console() -> Any:

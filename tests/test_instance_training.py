@@ -16,7 +16,7 @@ SMALL = {"num_stuff": 5, "backbone": "resnet18", "channels": 16, "min_size": 64,
 
 def make():
     torch.manual_seed(0)
-    return pyseg.models.get("upsnet_resnet50")(num_classes=8, **SMALL)
+    return pyseg.models.get("upsnet_resnet50")(num_classes=8, weights=None, **SMALL)
 
 
 SMALL_MODEL = make()  # for what does not train

@@ -507,7 +507,7 @@ def test_fit_goes_on_from_its_checkpoint(tmp_path):
 
 
 def test_fit_says_what_is_wrong_with_a_step_or_batches(tmp_path):
-    with pytest.raises(ValueError, match=r"'loss' among them, got \['cost'\]"):
+    with pytest.raises(ValueError, match=r"with 'loss' among them, got \['cost'\]"):
         fit_tiny(tmp_path / "a", step=lambda network, batch: {"cost": network(batch[0])["out"]})
     with pytest.raises(ValueError, match=r"batches\(0\) gave 3 batches where steps=5"):
         fit_tiny(tmp_path / "b", steps=5)

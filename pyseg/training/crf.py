@@ -140,6 +140,7 @@ def train_crf(
         loss.backward()
         optimizer.step()
         losses[-1].append(loss.item())
+    crf.eval()
     stage = Stage(StageSpec("crf", {**options, "trainable": True}), crf)
     return Training(
         Pipeline([*pipeline.stages, stage], num_classes=len(pipeline.classes)),

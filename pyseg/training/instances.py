@@ -26,7 +26,7 @@ from .loop import (
 from .semantic import CachedDataset, EpochOrder
 
 if TYPE_CHECKING:
-    from ..models.panoptic import InstanceModel
+    from ..models import InstanceModel
 
 
 def train_instances(

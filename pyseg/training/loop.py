@@ -22,8 +22,7 @@ from ..types import Dataset, Metric
 from ..weights import load_into, save_state
 
 if TYPE_CHECKING:
-    from ..models.panoptic import InstanceModel
-    from ..models.semantic import SemanticModel
+    from ..models import InstanceModel, SemanticModel
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.safetensors"
@@ -147,51 +146,51 @@ def fit(
             log = checkpoint.log
         first, total = len(log), steps * epochs
         autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
-        shown = progress and accelerator.is_main_process
+
+        def train_epoch(epoch: int, advance: Callable[[float], None]) -> dict[str, float]:
+            """Means of the losses, over all processes."""
+            # Random layers must not depend on how the run came to this epoch.
+            torch.manual_seed(hash((seed, epoch, accelerator.process_index)) % 2**31)
+            sums: dict[str, Tensor] = {}
+            index, mean_loss = -1, math.nan
+            for index, batch in enumerate(batches(epoch)):
+                if index == steps:
+                    break
+                done = epoch * steps + index
+                share = _schedule(done, total, warmup)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * share
+                with autocast:
+                    losses = step(network, batch)
+                if "loss" not in losses:
+                    got = sorted(losses)
+                    raise ValueError(f"step must return losses with 'loss' among them, got {got}")
+                accelerator.backward(losses["loss"])
+                if clip is not None:
+                    accelerator.clip_grad_norm_(network.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+                _move_average(average, model.state_dict(), min(ema, (1 + done) / (10 + done)))
+                for name, value in losses.items():
+                    before = sums.get(name, torch.zeros((), device=device))
+                    sums[name] = before + value.detach()
+                if index % 8 == 0:  # reading the loss waits for the device
+                    mean_loss = sums["loss"].item() / (index + 1)
+                advance(mean_loss)
+            if index != steps - 1:
+                count = "more" if index == steps else index + 1
+                raise ValueError(f"batches({epoch}) gave {count} batches where steps={steps}")
+            return {
+                name: accelerator.reduce(value / steps, "mean").item()
+                for name, value in sums.items()
+            }
+
         try:
+            shown = progress and accelerator.is_main_process
             with _bar(f"training in {precision}", total, first * steps, shown) as advance:
                 for epoch in range(first, epochs):
                     start = time.perf_counter()
-                    # Random layers must not depend on how the run came to this epoch.
-                    torch.manual_seed(hash((seed, epoch, accelerator.process_index)) % 2**31)
-                    sums: dict[str, Tensor] = {}
-                    index, mean_loss = -1, math.nan
-                    for index, batch in enumerate(batches(epoch)):
-                        if index == steps:
-                            break
-                        done = epoch * steps + index
-                        share = _schedule(done, total, warmup)
-                        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                            group["lr"] = rate * share
-                        with autocast:
-                            losses = step(network, batch)
-                        if "loss" not in losses:
-                            raise ValueError(
-                                "step must return a dict of losses, 'loss' among them, got "
-                                f"{sorted(losses)}"
-                            )
-                        accelerator.backward(losses["loss"])
-                        if clip is not None:
-                            accelerator.clip_grad_norm_(network.parameters(), clip)
-                        optimizer.step()
-                        optimizer.zero_grad()
-                        decay = min(ema, (1 + done) / (10 + done))
-                        _move_average(average, model.state_dict(), decay)
-                        for name, value in losses.items():
-                            before = sums.get(name, torch.zeros((), device=device))
-                            sums[name] = before + value.detach()
-                        if index % 8 == 0:  # reading the loss waits for the device
-                            mean_loss = sums["loss"].item() / (index + 1)
-                        advance(mean_loss)
-                    if index != steps - 1:
-                        raise ValueError(
-                            f"batches({epoch}) gave {'more' if index == steps else index + 1} "
-                            f"batches where steps={steps}"
-                        )
-                    means = {
-                        name: accelerator.reduce(value / steps, "mean").item()
-                        for name, value in sums.items()
-                    }
+                    means = train_epoch(epoch, advance)
                     if not math.isfinite(means["loss"]):
                         raise PysegError(
                             f"the loss became {means['loss']} in epoch {epoch + 1}; lower "

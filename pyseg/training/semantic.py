@@ -30,7 +30,7 @@ from .loop import (
 )
 
 if TYPE_CHECKING:
-    from ..models.semantic import SemanticModel
+    from ..models import SemanticModel
 
 
 def train(
