@@ -470,6 +470,7 @@ def test_too_little_memory_is_announced(pipeline, tmp_path, monkeypatch):
 
 def test_the_need_of_memory_is_measured_on_a_reduced_image(monkeypatch):
     pipeline = pyseg.build("streetnet", weights=None)
+    monkeypatch.setattr(prediction, "_PROBE_PIXELS", 1 << 18)
     measured = prediction._bytes_per_pixel(pipeline, torch.zeros(3, 3000, 4000, dtype=torch.uint8))
     assert 50 < measured < 1000  # float activations at stride 2 and less; 12 megapixels never were
     free = prediction._free_memory(torch.device("cpu"))
