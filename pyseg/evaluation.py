@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as distributed
-from torch import Tensor
-
 from . import metrics as metrics_registry
-from .errors import PluginError, PysegError
+from .classes import check_classes
+from .errors import PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
+from .processes import gather_objects, merge_states, rank_and_count
 from .types import Dataset, Metric, Sample
 
 MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
@@ -149,7 +148,7 @@ def evaluate(
     Example:
         >>> print(evaluate(pyseg.build("streetnet+crf"), CamVid("camvid", "val")))
     """
-    _check_classes(pipeline.classes, dataset.classes)
+    check_classes(pipeline.classes, dataset.classes)
     if limit is not None and limit < 1:
         raise PysegError(f"limit must be at least 1, got {limit}")
     total = len(dataset)
@@ -166,7 +165,7 @@ def evaluate(
     ]
     milliseconds = [0.0] * len(pipeline.stages)
     peaks: list[int | None] = [None] * len(pipeline.stages)
-    rank, processes = _place()
+    rank, processes = rank_and_count()
     for done, index in enumerate(track(indices[rank::processes])):
         sample = dataset[index]
         if done == 0:
@@ -222,69 +221,5 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
     return metrics_registry._registry.make(text, context)
 
 
-def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
-    if len(predicted) != len(target):
-        raise PysegError(
-            f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
-            "use a model that was trained for this dataset (its num_classes and "
-            "weights)"
-        )
-    pairs = list(zip(predicted, target, strict=True))
-    # A model with a new head does not know what its classes are called.
-    different = [
-        f"{index} is {ours!r}, in the dataset {theirs!r}"
-        for index, (ours, theirs) in enumerate(pairs)
-        if ours.lower() != theirs.lower() and ours != f"class {index}"
-    ]
-    if different:
-        raise PysegError(
-            f"the pipeline's classes are not the dataset's: class {different[0]}"
-            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-            + "; use a model that was trained for this dataset"
-        )
-
-
 def _numbers(values: dict[str, Any]) -> list[str]:
     return [key for key, value in values.items() if isinstance(value, float)]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in the order of ranks; one process gives itself."""
-    _, processes = _place()
-    if processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * processes
-    distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def _place() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def merge_states(name: str, metric: Metric) -> None:
-    """Gives ``metric`` in every process the sum of the states of all."""
-    _, processes = _place()
-    if processes == 1:
-        return
-    # NCCL reduces on the GPU only.
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    state = metric.state()
-    total: dict[str, Any] = {}
-    for key in sorted(state):
-        value = state[key]
-        if isinstance(value, Tensor):
-            total[key] = value.detach().to(device, copy=True).contiguous()
-            distributed.all_reduce(total[key])
-        elif isinstance(value, list):
-            total[key] = [record for part in gather_objects(value) for record in part]
-        else:
-            raise PluginError(
-                f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
-                "states are tensors and lists, whose sum over processes is the state "
-                "of the whole"
-            )
-    metric.load_state(total)

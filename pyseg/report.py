@@ -15,11 +15,12 @@ from typing import Any
 from PIL import Image
 
 from .errors import PysegError
-from .evaluation import Evaluation, gather_objects, merge_states, title_of
+from .evaluation import Evaluation, title_of
 from .files import finite, write_json, write_text
 from .image import read_image
 from .metrics.semantic import Semantic
 from .pipeline import StageResult
+from .processes import gather_objects, merge_states
 from .types import VOID, Sample, Segmentation
 from .visual import error_map, overlay, reliability_diagram
 
