@@ -15,14 +15,13 @@ EMULATION = Path(__file__).resolve().parents[1] / "emulation"
 
 @pytest.fixture(scope="session")
 def emulated():
-    """``torch.ops.pyseg_emulated``: the .cu files compiled for the CPU; small inputs only."""
+    """The operators of the .cu files compiled for the CPU; small inputs only."""
     if not EMULATION.is_dir():
         pytest.skip("outside the source tree: no csrc/ to compile for the CPU")
     sys.path.insert(0, str(EMULATION))
     import emulation
 
-    emulation.load()
-    return torch.ops.pyseg_emulated
+    return emulation.operators()
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])
