@@ -1,4 +1,12 @@
-"""boundary_mask against windows of labels, and against eroding class by class."""
+"""boundary_mask against windows of labels, and against eroding class by class.
+
+The template of an op's tests: an oracle that shares no idea with the kernel (`brute_force`, and
+the paper's definition by SciPy); every dtype and layout; sizes on both sides of a tile; numbers of
+threads; nothing at all; bad arguments; opcheck and compilation. A test that asks for `device` runs
+the .cu file twice: on a GPU, and compiled for the CPU; "small" in its name also sends it through
+compute-sanitizer where there is a GPU. `generator` has another seed every time, which is printed
+where a test fails.
+"""
 
 import pytest
 import torch
