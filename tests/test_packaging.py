@@ -98,7 +98,7 @@ def test_an_old_setuptools_is_named(tmp_path, version):
         [sys.executable, "-c", "import build_backend; print('built')"],
         capture_output=True,
         text=True,
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT / 'csrc'}"},
+        env={"PYTHONPATH": f"{tmp_path}:{ROOT / 'csrc'}", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     if version.startswith("77"):
         assert result.stdout == "built\n", result.stderr

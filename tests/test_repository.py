@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = sorted(
-    path.name for path in (ROOT / "csrc").iterdir() if path.is_dir() and path.name != "common"
+    {path.parent.name for path in (ROOT / "csrc").glob("*/*.*")} - {"common", "__pycache__"}
 )
 
 
