@@ -92,7 +92,7 @@ def pydensecrf_marginals(unary, image):
 
 @pytest.mark.parametrize(
     "kind",
-    ["labels at stride 8 with noise", pytest.param("streetnet's logits", marks=pytest.mark.slow)],
+    [pytest.param("labels at stride 8 with noise", marks=pytest.mark.slow), "streetnet's logits"],
 )
 def test_accuracy_on_real_crops(generator, capsys, data_folder, kind):
     """The table of errors; with the parameters of pydensecrf's example, which are the defaults."""
