@@ -1,9 +1,4 @@
-"""Confusion matrix of label maps: the smallest op, and the template of the others.
-
-An op's module holds, in this order: the public function with its checks, the fake kernel (shapes
-for torch.compile and torch.export), autograd where there is a gradient, and the same thing in a few
-lines of torch, which tests and benchmarks use and the public function never does.
-"""
+"""Confusion matrix of label maps."""
 
 from __future__ import annotations
 

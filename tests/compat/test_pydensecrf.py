@@ -1,8 +1,6 @@
 """The shim against pydensecrf's stored results, and against pydensecrf where it is installed."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,16 +17,7 @@ from pyseg.compat.pydensecrf.utils import (
     unary_from_softmax,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT.parent / "shared" / "data")) / "crf"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -58,12 +47,12 @@ def assert_same(ours, expected):
 # -- a script as people write it, on the pictures that its author published
 
 
-def read_example(name):
-    if not DATA.is_dir():
-        pytest.skip(f"no test data at {DATA}: set PYSEG_TEST_DATA")
-    result = json.loads((DATA / "reference.json").read_text())["results"][name]
-    picture = np.array(Image.open(DATA / result["image"]).convert("RGB"))
-    annotation = np.array(Image.open(DATA / result["annotation"]).convert("RGB")).astype(np.uint32)
+def read_example(folder, name):
+    result = json.loads((folder / "reference.json").read_text())["results"][name]
+    picture = np.array(Image.open(folder / result["image"]).convert("RGB"))
+    annotation = np.array(Image.open(folder / result["annotation"]).convert("RGB")).astype(
+        np.uint32
+    )
     colour = annotation[..., 0] | annotation[..., 1] << 8 | annotation[..., 2] << 16
     colours, labels = np.unique(colour, return_inverse=True)
     unknown = 0 in colours
@@ -73,9 +62,10 @@ def read_example(name):
 
 
 @pytest.mark.parametrize("name", ["1", "1-b", "2", "3"])
-def test_a_script_gives_the_published_picture(name):
-    result, picture, labels, unknown, palette = read_example(name)
-    stored = np.load(DATA / f"reference_{name}.npz")
+def test_a_script_gives_the_published_picture(data_folder, name):
+    folder = data_folder("crf")
+    result, picture, labels, unknown, palette = read_example(folder, name)
+    stored = np.load(folder / f"reference_{name}.npz")
     height, width = labels.shape
     crf = dcrf.DenseCRF(width * height, len(palette))
     crf.setUnaryEnergy(unary_from_labels(labels, len(palette), gt_prob=0.7, zero_unsure=unknown))
@@ -88,7 +78,7 @@ def test_a_script_gives_the_published_picture(name):
     q = crf.inference(5)
     best = np.argmax(q, axis=0)
     painted = palette[best].reshape(picture.shape)
-    published = np.array(Image.open(DATA / f"out{name}.png").convert("RGB"))
+    published = np.array(Image.open(folder / f"out{name}.png").convert("RGB"))
     assert (painted == published).all(-1).mean() >= (0.9998 if name == "1-b" else 0.99999)
     assert (best == stored["map5"].ravel()).mean() >= 0.9999
     for steps, marginals in ((1, crf.inference(1)), (5, q)):
