@@ -24,14 +24,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import PysegError
 from ..image import default_palette, require_rgb8
 from ..ops import replace_roi_pooling
 from ..ops.panoptic_merge import paste
 from ..types import Instances, Sample, Segmentation, Segments
 from ..weights import load_into
 from .backbones import published_weights, resnet
-from .semantic import class_names, read_weights
+from .semantic import class_names, read_weights, require_evaluation_mode
 
 COCO_THINGS = 80
 COCO_V1 = "bf2d0c1e"
@@ -190,13 +189,9 @@ class InstanceModel(nn.Module):
             TypeError: an image of another dtype.
             PysegError: the model is in training mode.
         """
+        require_evaluation_mode(self)
         for index, image in enumerate(images):
             require_rgb8(image, f"images[{index}]")
-        if self.training:
-            raise PysegError(
-                "this model is in training mode, in which a detector gives losses; call its eval() "
-                "first"
-            )
         return [self._predict_one(image) for image in images]
 
     def _predict_one(self, image: Tensor) -> Segmentation:
