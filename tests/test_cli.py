@@ -419,7 +419,7 @@ def test_train_instances_from_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(pyseg.instance_training, "train_instances", fake)
     common = [
         "train",
-        "upsnet_resnet50(num_stuff=5,backbone='resnet18')",
+        "upsnet_resnet50(num_stuff=5,backbone='resnet18',weights=None)",
         "--dataset",
         "synthetic(length=3,size=(64,96))",
         "-o",
@@ -510,7 +510,7 @@ def test_panoptic_demo(tmp_path):
     )
     model = (
         "upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
-        "max_size=64, stuff_area=1)"
+        "max_size=64, stuff_area=1, weights=None)"
     )
     common = "--dataset", "coco_panoptic", "--root", data, "--split", "train"
     trained = run("train", model, *common, "--epochs", 1, "--flip", 0, "-o", tmp_path / "run")

@@ -17,7 +17,7 @@ SCENES = StreetScenes(length=3, size=(64, 64))
 def make(name="upsnet_resnet50"):
     torch.manual_seed(0)
     return pyseg.models.get(name)(
-        num_classes=8, num_stuff=5, backbone="resnet18", min_size=64, max_size=64
+        num_classes=8, num_stuff=5, backbone="resnet18", min_size=64, max_size=64, weights=None
     )
 
 
