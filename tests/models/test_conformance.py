@@ -5,7 +5,7 @@ import pytest
 import pyseg
 from pyseg import testing
 
-DETECTOR = {"min_size": 48, "max_size": 64}
+DETECTOR = {"min_size": 24, "max_size": 32}
 INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
@@ -14,7 +14,7 @@ OPTIONS = {
     "maskrcnn_fcn_resnet50": PANOPTIC,
     "maskrcnn_resnet101_fpn": INSTANCES,
     "maskrcnn_resnet50_fpn": INSTANCES,
-    "maskrcnn_resnet50_fpn_v2": {"num_classes": 3, **DETECTOR},
+    "maskrcnn_resnet50_fpn_v2": {"min_size": 16, "max_size": 24},
     "panoptic_fpn": PANOPTIC,
     "panoptic_fpn_resnet50": PANOPTIC,
     "upsnet": PANOPTIC,
@@ -32,7 +32,8 @@ def test_conformance(name):
 
 def test_bundled_weights_conform_too():
     """Weights of a real model, whose logits differ from place to place."""
-    testing.check_model(trained)
+    with pytest.warns(UserWarning, match="the last layer for 12 classes is random"):
+        testing.check_model(trained)
 
 
 def trained(*, num_classes: int | None = None):
