@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import vgg
 
+from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from .backbones import published_weights
 from .semantic import SemanticModel, semantic_model
-from .streetnet import CLASSES, PALETTE
 
 
 def segnet(
@@ -42,8 +42,8 @@ def segnet(
     return semantic_model(
         "segnet",
         SegNet,
-        classes=CLASSES,
-        palette=PALETTE,
+        classes=CAMVID_CLASSES,
+        palette=CAMVID_PALETTE,
         num_classes=num_classes,
         weights=weights,
         heads=("decoder.4.2",),
@@ -70,8 +70,8 @@ def segnet_basic(
     return semantic_model(
         "segnet_basic",
         SegNetBasic,
-        classes=CLASSES,
-        palette=PALETTE,
+        classes=CAMVID_CLASSES,
+        palette=CAMVID_PALETTE,
         num_classes=num_classes,
         weights=weights,
         heads=("classifier",),
