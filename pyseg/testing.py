@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -417,7 +418,7 @@ def _check_bad_images(check: _Check, made: Any) -> None:
         torch.zeros(3, 0, 9, dtype=torch.uint8),
     ):
         what = f"an image {_kind(bad)}"
-        check.raises((ValueError, TypeError), what, lambda bad=bad: made.predict([bad]))
+        check.raises((ValueError, TypeError), what, partial(made.predict, [bad]))
 
 
 def _check_threads(
