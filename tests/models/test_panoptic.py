@@ -107,6 +107,20 @@ def test_maskrcnn_equals_torchvision(tmp_path, monkeypatch, kind):
     assert differ < 0.1
 
 
+def test_other_things_than_the_weights_have_get_new_last_layers(tmp_path):
+    state = torchvision_mask_rcnn(torch.nn.BatchNorm2d, 1.0).state_dict()
+    torch.save(state, tmp_path / "three.pth")
+    build = pyseg.models.get("maskrcnn")
+    with pytest.warns(
+        UserWarning, match=r"three\.pth is for 3 classes, so the last layers for 5 are"
+    ):
+        model = build(num_classes=5, backbone="resnet18", weights=tmp_path / "three.pth")
+    own = model.detector.state_dict()
+    other = {key for key in own if key in state and not torch.equal(own[key], state[key])}
+    assert other and all("box_predictor." in k or "mask_fcn_logits." in k for k in other)
+    assert len(own["roi_heads.box_predictor.cls_score.bias"]) == 6
+
+
 @pytest.mark.parametrize("name", PANOPTIC)
 def test_predict(name):
     model = make(name, stuff_area=20)
@@ -366,6 +380,6 @@ def test_bad_samples():
     with pytest.raises(ValueError, match=r"instances of classes \[0\]; things are 5 to 7"):
         model([Sample("a", sample.image, sample.labels, instances=wrong)])
     with pytest.raises(TypeError, match=r"images\[0\] must be uint8, got torch.float32"):
-        model.predict([torch.zeros(3, 8, 8)])
+        model.eval().predict([torch.zeros(3, 8, 8)])
     with pytest.raises(ValueError, match="num_stuff must leave at least one thing"):
         InstanceModel(None, ("a", "b"), 2)
