@@ -669,7 +669,7 @@ void Crf<Real>::link(int l, VertexTable& table) {
   }
   const int64_t count = names.size(), known = added.size() / (2 * axes);
   std::vector<int32_t> neighbours(axes * count * 2, -1);
-  for_each(axes, 16 * count, [&](int64_t axis, int64_t) {
+  for_each(axes, 2 * count, [&](int64_t axis, int64_t) {
     int32_t* const along = neighbours.data() + axis * count * 2;
     for (int64_t v = 0; v < known; ++v) {
       const int32_t* const beside = added.data() + 2 * (v * axes + axis);
@@ -720,7 +720,7 @@ void Crf<Real>::chain(int l, const std::vector<int32_t>& neighbours) {
   for (int64_t v = occupied; v < count; ++v)
     if (time[v].from > time[v].to) time[v] = time[-1];
   chains_[l].resize(axes * std::min(3, kernel.blur.passes));
-  for_each(chains_[l].size(), 8 * count, [&](int64_t number, int64_t) {
+  for_each(chains_[l].size(), 2 * count, [&](int64_t number, int64_t) {
     // The first, the last and any other time along an axis.
     const int blur = number < 2 * axes ? int(number) : blurs - 3 * axes + int(number);
     const int32_t* const beside = along(blur);

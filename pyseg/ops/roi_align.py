@@ -242,7 +242,7 @@ def _check_scales(scales: Sequence[float]) -> None:
         what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
         order = "" if len(scales) == 1 else " and fall from level to level"
         got = scales[0] if len(scales) == 1 else list(scales)
-        raise ValueError(f"{what} must be positive in float32{order}, got {got}")
+        raise ValueError(f"{what} must be positive{order}, got {got}, as float32")
 
 
 def _regions(input: Tensor, boxes: Boxes) -> Tensor:
