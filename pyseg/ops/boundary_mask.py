@@ -42,6 +42,7 @@ def boundary_mask(labels: Tensor, distance: int, border: bool = True) -> Tensor:
         >>> boundary_mask(labels, 1, border=False)[0, 0].tolist()
         [False, False, False, True, True, False]
     """
+    _native.check_tensors(labels=labels)
     if labels.dtype not in INTEGERS or labels.ndim != 3:
         raise ValueError(
             f"labels must be [N, H, W] integers, got {labels.dtype} {list(labels.shape)}"

@@ -44,6 +44,7 @@ def confusion_counts(
         ValueError: shapes, dtypes or devices differ; labels out of range (CPU), with their values,
             the first place and the likely cause.
     """
+    _native.check_tensors(prediction=prediction, target=target)
     for name, labels in (("prediction", prediction), ("target", target)):
         if labels.dtype not in INTEGERS:
             raise ValueError(

@@ -34,6 +34,16 @@ def run(device, prediction, target, radius, classes=CLASSES, ignore=255):
     )
 
 
+@pytest.mark.parametrize("size", [(5, 40), (40, 5), (1, 30), (23, 27)])
+@pytest.mark.parametrize("radius", [17, 30, 100, 4095])
+@pytest.mark.parametrize("classes", [CLASSES, 300])
+def test_radius_beyond_the_image(generator, size, radius, classes):
+    prediction, target = (labels.short() for labels in make_case(generator, size))
+    target[:, : size[0] // 2] = 0  # classes whose contours lie in few rows
+    counts = boundary_match(prediction, target, classes, radius).counts
+    assert torch.equal(counts, reference(prediction, target, classes, radius))
+
+
 def all_pairs(prediction, target, radius):
     """Distances between all contour pixels of a class, without any transform."""
     prediction = torch.where(target == 255, 255, prediction)
