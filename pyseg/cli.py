@@ -283,6 +283,13 @@ def predict(
     overwrite: Annotated[
         bool | None, typer.Option("--overwrite", help="Compute results again that exist.")
     ] = None,
+    keep_suffix: Annotated[
+        bool | None, typer.Option("--keep-suffix", help="a.jpg becomes a.jpg.png, not a.png.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Images that are segmented at a time.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -293,6 +300,7 @@ def predict(
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
+    from .files import some
 
     pipeline = _pipeline(spec, weights, num_classes, device)
     progress = [0, 0]
@@ -304,7 +312,17 @@ def predict(
 
     try:
         summary = prediction.predict(
-            pipeline, paths, output, track=track, **_given(overlay=overlay, overwrite=overwrite)
+            pipeline,
+            paths,
+            output,
+            track=track,
+            **_given(
+                overlay=overlay,
+                overwrite=overwrite,
+                keep_suffix=keep_suffix,
+                workers=workers,
+                batch_size=batch_size,
+            ),
         )
     except KeyboardInterrupt:
         if not progress[1]:
@@ -318,6 +336,9 @@ def predict(
     else:
         for reason in summary.failed.values():
             _say(f"failed: {reason}", "red", err=True)
+        if summary.ignored:
+            names = some(path.name for path in summary.ignored)
+            _say(f"ignored, as no image: {names}", "yellow", err=True)
         typer.echo(
             f"{len(summary.written)} written to {output}, {len(summary.skipped)} were "
             f"there already, {len(summary.failed)} failed"
@@ -353,20 +374,23 @@ def evaluate(
     with processes.joined(device) as device:
         data = _dataset(dataset, root, split)
         pipeline = _pipeline(spec, weights, num_classes, device)
-        recorder = None
+        worst = None
         if report is not None:
-            from .report import Recorder
+            from .files import make_folder
+            from .report import WorstImages, write_page
 
-            recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
+            make_folder(report, "--report")  # a mistake shows before the work
+            worst = WorstImages(data)
         result = evaluation.evaluate(
             pipeline,
             data,
             track=_track("evaluating"),
-            observe=recorder.add if recorder else None,
+            observe=worst.add if worst else None,
             **_given(metrics=metrics or None, limit=limit),
         )
-        if recorder is not None:
-            recorder.write(result, f"{dataset}, {split}" if split else dataset)
+        if report is not None:
+            title = f"{dataset}, {split}" if split else dataset
+            write_page(report, result, worst, title=title)
     if not result.is_main_process:
         return
     if as_json:
@@ -823,9 +847,9 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Segment the street image that comes with pyseg, stage by stage, and score it."""
-    from . import demonstration
+    from .demo import run
 
-    result, files = demonstration.run(_pipeline(spec, None, None, device), output)
+    result, files = run(_pipeline(spec, None, None, device), output)
     if as_json:
         return _print_json({"stages": result.to_list(), "files": [str(file) for file in files]})
     _print_evaluation(result)
