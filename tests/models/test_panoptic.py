@@ -336,20 +336,6 @@ def test_unified_map():
     assert segments.map[63, 63] == 0
 
 
-def test_save_and_load(tmp_path):
-    pipeline = pyseg.build(
-        "upsnet_resnet50(num_stuff=5,backbone='resnet18',min_size=64,max_size=128)",
-        num_classes=8,
-        weights=None,
-    )
-    image = StreetScenes(length=1, size=(64, 96))[0].image
-    pipeline.save(tmp_path / "saved")
-    again = pyseg.load(tmp_path / "saved")
-    one, two = pipeline(image), again(image)
-    assert torch.equal(one.segments.map, two.segments.map)
-    assert torch.equal(one.logits, two.logits)
-
-
 @pytest.mark.parametrize(
     "options, message",
     [
