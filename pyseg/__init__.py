@@ -5,7 +5,7 @@ segmenter("street.jpg").save("street.png")
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,9 @@ _LAZY = {
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "train": ".training",
+    "train_instances": ".instance_training",
+    "tune_crf": ".tuning",
+    "check_labels": ".label_check",
     "Instances": ".types",
     "Sample": ".types",
     "Segment": ".types",
@@ -25,21 +28,79 @@ _LAZY = {
     "Segments": ".types",
     "PysegError": ".errors",
 }
-_SUBMODULES = {"datasets", "errors", "image", "metrics", "models", "ops", "refiners", "visual"}
+# `cost` is the module, which can be called: the function of that name.
+_SUBMODULES = {
+    "cost",
+    "datasets",
+    "errors",
+    "image",
+    "metrics",
+    "models",
+    "ops",
+    "refiners",
+    "types",
+    "visual",
+}
 
-__all__ = ["__version__", *sorted(_LAZY), *sorted(_SUBMODULES)]
+# Written out, and `import x as x` below: so type checkers know what is exported.
+__all__ = [
+    "Instances",
+    "Pipeline",
+    "PysegError",
+    "Sample",
+    "Segment",
+    "Segmentation",
+    "Segments",
+    "__version__",
+    "build",
+    "check_labels",
+    "cost",
+    "datasets",
+    "errors",
+    "evaluate",
+    "image",
+    "load",
+    "metrics",
+    "models",
+    "ops",
+    "predict",
+    "refiners",
+    "train",
+    "train_instances",
+    "tune_crf",
+    "types",
+    "visual",
+]
 
 if TYPE_CHECKING:
-    from . import datasets, errors, image, metrics, models, ops, refiners, visual  # noqa: F401
-    from .errors import PysegError  # noqa: F401
-    from .evaluation import evaluate  # noqa: F401
-    from .pipeline import Pipeline, build, load  # noqa: F401
-    from .prediction import predict  # noqa: F401
-    from .training import train  # noqa: F401
-    from .types import Instances, Sample, Segment, Segmentation, Segments  # noqa: F401
+    from . import datasets as datasets
+    from . import errors as errors
+    from . import image as image
+    from . import metrics as metrics
+    from . import models as models
+    from . import ops as ops
+    from . import refiners as refiners
+    from . import types as types
+    from . import visual as visual
+    from .cost import cost as cost
+    from .errors import PysegError as PysegError
+    from .evaluation import evaluate as evaluate
+    from .instance_training import train_instances as train_instances
+    from .label_check import check_labels as check_labels
+    from .pipeline import Pipeline as Pipeline
+    from .pipeline import build as build
+    from .pipeline import load as load
+    from .prediction import predict as predict
+    from .training import train as train
+    from .tuning import tune_crf as tune_crf
+    from .types import Instances as Instances
+    from .types import Sample as Sample
+    from .types import Segment as Segment
+    from .types import Segmentation as Segmentation
+    from .types import Segments as Segments
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name], __name__), name)
         globals()[name] = value

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from .errors import PysegError
+from .errors import PluginFailure, PysegError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -35,6 +36,8 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PysegError as error:
+            if isinstance(error, PluginFailure):  # a bug of somebody: it keeps its traceback
+                traceback.print_exception(error.__cause__)
             message = str(error)
         except ImportError as error:
             if error.name is not None:  # raised by Python's import, not by our loader
@@ -411,7 +414,7 @@ def train(
     pipeline = _pipeline(model, weights, len(data.classes), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
-    network = pipeline.stages[0].object
+    network = pipeline.model
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
     fit: Any = training.train
     options = both | semantic
@@ -711,22 +714,11 @@ def _pipeline(
 
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     from . import datasets
-    from .registry import check_options
-    from .spec import parse
+    from .spec import StageSpec
 
-    stages = parse(text).stages
-    if len(stages) != 1:
-        raise PysegError(f"--dataset must be one name, got {text!r}")
-    (stage,) = stages
-    factory = datasets.get(stage.name)
-    check_options(stage, factory)
-    places: dict[str, Any] = {"root": root, "split": split}
-    given = {key: value for key, value in places.items() if value is not None}
-    given |= stage.options
-    try:
-        return factory(**given)
-    except (OSError, ValueError, TypeError) as error:
-        raise PysegError(f"dataset {stage.name!r}: {error}") from error
+    stage = datasets._registry.parse(text)
+    given = {k: v for k, v in {"root": root, "split": split}.items() if v is not None}
+    return datasets._registry.make(StageSpec(stage.name, {**given, **stage.options}))
 
 
 @contextlib.contextmanager

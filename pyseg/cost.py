@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import statistics
+import sys
+import types
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torchvision.transforms.functional import resize
 
 from .errors import PysegError
 from .image import ImageSource, read_image
-from .pipeline import Pipeline
+from .pipeline import Pipeline, count_parameters
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,11 @@ def cost(pipeline: Pipeline, image: ImageSource, *, rounds: int = 5) -> Cost:
     peaks = [result.peak_bytes for result in pipeline.trace(tensor, memory=True)]
     flops = [result.flops or 0 for result in pipeline.trace(tensor, flops=True)]
     times = [[r.milliseconds for r in pipeline.trace(tensor)] for _ in range(rounds)]
+    parameters = [count_parameters(stage.component) for stage in pipeline.stages]
     rows = [
-        StageCost(stage.name, statistics.median(column), peak, _parameters(stage.object), count)
-        for stage, column, peak, count in zip(
-            pipeline.stages, zip(*times, strict=True), peaks, flops, strict=True
+        StageCost(stage.name, statistics.median(column), peak, numbers, count)
+        for stage, column, peak, numbers, count in zip(
+            pipeline.stages, zip(*times, strict=True), peaks, parameters, flops, strict=True
         )
     ]
     measured = [peak for peak in peaks if peak is not None]
@@ -138,18 +141,13 @@ def read_sized(path: str | os.PathLike[str] | None, size: str | None) -> Tensor:
     return resize(image, [int(side) for side in found.groups()], antialias=True)
 
 
-def _parameters(stage: Any) -> int:
-    """Numbers that the stage has learned: those of the modules that it is or holds."""
-    held = (
-        [stage] if isinstance(stage, torch.nn.Module) else getattr(stage, "__dict__", {}).values()
-    )
-    found = {
-        parameter
-        for module in held
-        if isinstance(module, torch.nn.Module)
-        for parameter in module.parameters()
-    }
-    return sum(parameter.numel() for parameter in found)
+class _Callable(types.ModuleType):
+    """So that `pyseg.cost` is the function whether or not this module was imported by name."""
 
+    def __call__(self, pipeline: Pipeline, image: ImageSource, *, rounds: int = 5) -> Cost:
+        return cost(pipeline, image, rounds=rounds)
+
+
+sys.modules[__name__].__class__ = _Callable
 
 __all__ = ["Cost", "StageCost", "cost", "read_sized"]

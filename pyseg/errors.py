@@ -1,5 +1,8 @@
 """The errors that pyseg raises for its users' mistakes; each message names the remedy."""
 
+import importlib
+from types import ModuleType
+
 
 class PysegError(Exception):
     """Root of every error that pyseg defines."""
@@ -15,6 +18,10 @@ class UnknownName(PysegError, LookupError):
 
 class PluginError(PysegError):
     """A plugin that fails to import, clashes with another, or has the wrong shape."""
+
+
+class PluginFailure(PluginError):
+    """A stage, metric or data set that raised something unexpected, which is the cause."""
 
 
 class ImageError(PysegError, ValueError):
@@ -35,3 +42,32 @@ class WeightsError(PysegError, RuntimeError):
 
 class DeviceError(PysegError, RuntimeError):
     """A device that was asked for and is not there."""
+
+
+def require(module: str, *, extra: str | None = None) -> ModuleType:
+    """Imports a package that an installation may lack.
+
+    Args:
+        module: what to import, such as ``"accelerate"`` or ``"torchvision.ops"``.
+        extra: the extra of pyseg-toolkit that brings it; None = every installation should have it.
+
+    Raises:
+        ImportError: it is absent or broken; the message names the remedy.
+    """
+    package = module.partition(".")[0]
+    distribution = "pyseg-toolkit" if extra is None else f"pyseg-toolkit[{extra}]"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            cause = f"package {package!r} is there, but what it needs is not ({error})"
+        else:
+            cause = f"package {package!r} is not installed"
+        raise ImportError(f"{cause}: pip install '{distribution}'") from error
+    except Exception as error:  # a package that is broken raises what it likes
+        reason = str(error).partition("\n")[0]
+        raise ImportError(
+            f"package {package!r} is installed, but cannot be imported "
+            f"({type(error).__name__}: {reason}): install a version that fits the others, "
+            f"such as by pip install --force-reinstall {package.replace('_', '-')}"
+        ) from error

@@ -15,11 +15,9 @@ import torch.distributed as distributed
 from torch import Tensor
 
 from . import metrics as metrics_registry
-from .errors import PluginError, PysegError, SpecError
+from .errors import PluginError, PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
-from .registry import accepted_options, check_options
-from .spec import parse
 from .types import Dataset, Metric, Sample
 
 MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
@@ -220,31 +218,8 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
 
     Panoptic data sets also say which classes are ``things``.
     """
-    stages = parse(text).stages
-    if len(stages) != 1:
-        raise SpecError(f"metric {text!r} must be one name; give several metrics as a list")
-    (stage,) = stages
-    factory = metrics_registry.get(stage.name)
-    accepted = accepted_options(factory)
-    check_options(stage, factory)
-    options = dict(stage.options)
-    if accepted is None or "classes" in accepted:
-        options.setdefault("classes", tuple(classes))
-    elif "num_classes" in accepted:
-        options.setdefault("num_classes", len(classes))
-    if accepted is not None and "things" in accepted:
-        options.setdefault("things", tuple(things))
-    try:
-        metric = factory(**options)
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"metric {stage}: {error}") from error
-    if not isinstance(metric, Metric):
-        raise PluginError(
-            f"metric {stage.name!r} made a {type(metric).__name__} that lacks "
-            "update, state, load_state or compute; a metric must follow "
-            "pyseg.types.Metric"
-        )
-    return metric
+    context = {"classes": tuple(classes), "num_classes": len(classes), "things": tuple(things)}
+    return metrics_registry._registry.make(text, context)
 
 
 def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import json
+import html
+import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,22 +19,29 @@ from torch import Tensor
 
 from . import image as images_module
 from . import models, refiners
-from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
-from .files import remove_abandoned, replacing, write_json
-from .registry import Registry, accepted_options, check_options
-from .spec import Spec, StageSpec, parse
+from .errors import DeviceError, PluginError, PysegError, SpecError
+from .files import read_json, remove_abandoned, replacing, some, write_json
+from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
+from .spec import Spec, StageSpec, parse, shown
 from .types import Model, Refiner, Segmentation
 
 DEFAULT = "default"
 FORMAT = 1  # of a saved pipeline's folder
+DESCRIPTION = "pipeline.json"  # in it
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as built: its spec and its object."""
+    """A stage as built: its spec, and the model or refiner that was made from it."""
 
     spec: StageSpec
-    object: Any
+    component: Any  # what predicts or refines
+    named: bool = True  # whether a registry knows the spec's name; else it is that of a class
+
+    @property
+    def object(self) -> Any:
+        """`component`, by its earlier name."""
+        return self.component
 
     @property
     def name(self) -> str:
@@ -40,8 +49,8 @@ class Stage:
 
     @property
     def text(self) -> str:
-        """Canonical text of this stage alone."""
-        return str(self.spec)
+        """Canonical text of this stage alone; in angle brackets where no name makes it."""
+        return str(self.spec) if self.named else f"<{self.spec.name}>"
 
 
 @dataclass(frozen=True)
@@ -58,22 +67,47 @@ class StageResult:
 class Pipeline:
     """A model and any number of refiners, applied left to right.
 
-    Calls keep no state, so that one pipeline serves many threads. Made by `build` and `load`.
+    Calls keep no state and switch no modes, so that one pipeline serves many threads. Made by
+    `build` and `load`, or of objects:
+
+    Args:
+        stages: a model, an object with ``classes`` and ``predict(images)`` (see
+            `pyseg.types.Model`); then refiners, each an object with ``refine(image, prediction)``
+            or anything that can be called so.
+        num_classes: that the model was asked for, if it was.
+
+    Raises:
+        PluginError: a stage is no such object.
+
+    Example:
+        >>> Pipeline([model, CRF(iterations=3), lambda image, p: p.with_logits(2 * p.logits)])
     """
 
-    def __init__(self, stages: Sequence[Stage], *, num_classes: int | None = None) -> None:
-        self.stages = tuple(stages)
+    def __init__(self, stages: Sequence[Any], *, num_classes: int | None = None) -> None:
+        self.stages = tuple(_as_stage(index, stage) for index, stage in enumerate(stages))
+        if not self.stages:
+            raise PysegError("a pipeline needs at least a model, got no stages")
         self._num_classes = num_classes
+
+    @property
+    def model(self) -> Any:
+        """The first stage's model."""
+        return self.stages[0].component
+
+    @property
+    def refiners(self) -> tuple[Any, ...]:
+        """What the later stages refine with."""
+        return tuple(stage.component for stage in self.stages[1:])
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes, by index."""
-        return self.stages[0].object.classes
+        return tuple(self.model.classes)
 
     @property
     def device(self) -> torch.device:
         """Where the model's parameters are; the CPU where it has none."""
-        parameters = getattr(self.stages[0].object, "parameters", None)
+        parameters = getattr(self.model, "parameters", None)
         first = next(iter(parameters()), None) if parameters else None
         return first.device if first is not None else torch.device("cpu")
 
@@ -82,6 +116,21 @@ class Pipeline:
 
     def __repr__(self) -> str:
         return f"<Pipeline {self} ({len(self.classes)} classes, {self.device})>"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: a table of the stages."""
+        rows = "".join(
+            f"<tr><td>{'refiner' if index else 'model'}</td>"
+            f"<td><code>{html.escape(stage.text)}</code></td>"
+            f"<td>{html.escape(type(stage.component).__name__)}</td>"
+            f"<td>{count_parameters(stage.component):,}</td></tr>"
+            for index, stage in enumerate(self.stages)
+        )
+        return (
+            f"<table><caption>Pipeline: {len(self.classes)} classes, {self.device}</caption>"
+            "<tr><th></th><th>stage</th><th>made</th><th>parameters</th></tr>"
+            f"{rows}</table>"
+        )
 
     @overload
     def __call__(self, images: list | tuple) -> list[Segmentation]: ...
@@ -103,36 +152,55 @@ class Pipeline:
         several = isinstance(images, (list, tuple))
         sources = images if several else [images]
         tensors = [images_module.read_image(source).to(self.device) for source in sources]
+        names = [_name_of(source, tensor) for source, tensor in zip(sources, tensors, strict=True)]
         predictions: list[Segmentation] = []
         for index, _ in enumerate(self.stages):
-            predictions = self._apply(index, tensors, predictions)
+            predictions = self._apply(index, tensors, predictions, names)
         return predictions if several else predictions[0]
 
     def _apply(
-        self, index: int, images: list[Tensor], predictions: list[Segmentation]
+        self,
+        index: int,
+        images: list[Tensor],
+        predictions: list[Segmentation],
+        names: Sequence[str],
     ) -> list[Segmentation]:
         stage = self.stages[index]
+        component = stage.component
         if not images:
             return []
-        if index == 0:
-            results = list(stage.object.predict(images))
-        elif hasattr(stage.object, "refine_batch"):
-            results = list(stage.object.refine_batch(images, predictions))
+        if isinstance(component, torch.nn.Module) and component.training:
+            raise PysegError(
+                f"stage {stage.text!r} is in training mode, in which predictions depend on their "
+                "batch and change the model; call its eval() first"
+            )
+        failed = f"stage {stage.text!r}"
+        if index > 0 and not hasattr(component, "refine_batch"):
+            refine = getattr(component, "refine", component)
+            results = []
+            for image, prediction, name in zip(images, predictions, names, strict=True):
+                with naming_failures(failed, f" on image {name}"):
+                    results.append(refine(image, prediction))
         else:
-            results = [stage.object.refine(i, p) for i, p in zip(images, predictions, strict=True)]
+            with naming_failures(failed, f" on image{'s'[: len(names) - 1]} {some(names)}"):
+                results = list(
+                    component.refine_batch(images, predictions)
+                    if index > 0
+                    else component.predict(images)
+                )
         if len(results) != len(images):
             raise PluginError(
-                f"stage {stage.name!r} returned {len(results)} predictions for {len(images)} images"
+                f"stage {stage.text!r} returned {len(results)} predictions for {len(images)} images"
             )
         for image, result in zip(images, results, strict=True):
             if not isinstance(result, Segmentation):
                 raise PluginError(
-                    f"stage {stage.name!r} must return pyseg.Segmentation, got "
+                    f"stage {stage.text!r} must return pyseg.Segmentation, got "
                     f"{type(result).__name__}"
                 )
             if tuple(result.size) != tuple(image.shape[1:]):
                 raise PluginError(
-                    f"stage {stage.name!r} returned a Segmentation of size {tuple(result.size)} "
+                    f"stage {stage.text!r} returned a Segmentation of size {tuple(result.size)} "
                     f"for an image of size {tuple(image.shape[1:])}"
                 )
         return [
@@ -140,7 +208,9 @@ class Pipeline:
             for image, result in zip(images, results, strict=True)
         ]
 
-    def trace(self, image: Any, *, memory: bool = False, flops: bool = False) -> list[StageResult]:
+    def trace(
+        self, image: Any, *, memory: bool = False, flops: bool = False, name: str | None = None
+    ) -> list[StageResult]:
         """Runs one image and keeps what every stage returned, with its wall time.
 
         Args:
@@ -149,19 +219,21 @@ class Pipeline:
             flops: count floating-point operations too, by ``torch.utils.flop_counter``: 2 for every
                 multiply-add of torch's matrix products, convolutions and attention, nothing for
                 other operations and for pyseg's kernels. The times then include the counting.
+            name: what the image is called in errors.
 
         Returns:
             One `StageResult` per stage. The time includes the stage's label map, computed here,
             so that lazily and eagerly labelled stages compare.
         """
         tensor = images_module.read_image(image).to(self.device)
+        names = [_name_of(image, tensor) if name is None else repr(name)]
         predictions: list[Segmentation] = []
         results = []
         for index, stage in enumerate(self.stages):
             with _peak_memory(self.device, memory) as peak, _flop_counter(flops) as counted:
                 _synchronize(self.device)
                 start = time.perf_counter()
-                predictions = self._apply(index, [tensor], predictions)
+                predictions = self._apply(index, [tensor], predictions, names)
                 _ = predictions[0].labels
                 _synchronize(self.device)
                 elapsed = time.perf_counter() - start
@@ -183,71 +255,114 @@ class Pipeline:
         """The prediction after each stage."""
         return [result.prediction for result in self.trace(image)]
 
-    def to(self, device: str | torch.device) -> Pipeline:
-        """Moves every stage and returns the pipeline.
+    def to(self, target: str | torch.device | torch.dtype) -> Pipeline:
+        """Moves every stage to a device, or the model to a dtype, and returns the pipeline.
+
+        Args:
+            target: a device for all stages; or a floating-point dtype for the model alone, such as
+                ``torch.bfloat16``: refiners compute in float32 whatever the logits are.
 
         Raises:
             DeviceError: there is no such device.
+            PysegError: a dtype that is not floating point, or a model without parameters.
         """
-        target = _checked_device(device)
+        if isinstance(target, torch.dtype):
+            if not target.is_floating_point:
+                raise PysegError(f"a model's dtype must be floating point, got {target}")
+            if not isinstance(self.model, torch.nn.Module):
+                raise PysegError(
+                    f"model {self.stages[0].text!r} is no torch.nn.Module and has no dtype"
+                )
+            self.model.to(target)
+            return self
+        device = _checked_device(target)
         for stage in self.stages:
-            if hasattr(stage.object, "to"):
-                stage.object.to(target)
+            if hasattr(stage.component, "to"):
+                stage.component.to(device)
         return self
 
     def save(self, folder: str | Path) -> Path:
         """Writes spec and weights to a folder that `pyseg.load` reads.
 
         The folder is written beside its final place and renamed, so that it is whole or absent.
+        Saved are the state dicts of stages that have one and what their ``config()`` gives, the
+        options that rebuild them where their text does not.
 
         Raises:
             FileExistsError: ``folder`` exists and holds something other than a saved pipeline.
+            PysegError: ``folder`` is a file, or a stage was given as an object that no registered
+                name makes.
         """
         from .weights import save_state
 
         folder = Path(folder)
-        if folder.exists() and not (folder / "pipeline.json").is_file() and any(folder.iterdir()):
+        for ancestor in (folder, *folder.parents):
+            if ancestor.exists() and not ancestor.is_dir():
+                raise PysegError(
+                    f"cannot save to {str(folder)!r}: {str(ancestor)!r} is a file; give a folder"
+                )
+        if folder.exists() and not (folder / DESCRIPTION).is_file() and any(folder.iterdir()):
             raise FileExistsError(f"folder {folder} exists and is no saved pipeline; give another")
+        for index, stage in enumerate(self.stages):
+            _check_rebuildable(index, stage)
         folder.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(folder.parent)
         with replacing(folder) as draft:
             draft.mkdir()
             entries = []
             for index, stage in enumerate(self.stages):
-                # `size` chooses an architecture where `weights` would otherwise tell it
-                size = getattr(stage.object, "size", None)
-                entry: dict[str, Any] = {"stage": stage.text, "size": size, "weights": None}
-                if isinstance(stage.object, torch.nn.Module) and stage.object.state_dict():
-                    entry["weights"] = f"{index}_{stage.name}.safetensors"
-                    save_state(draft / entry["weights"], stage.object.state_dict())
+                config = getattr(stage.component, "config", None)
+                entry: dict[str, Any] = {
+                    "stage": stage.text,
+                    "config": dict(config()) if callable(config) else {},
+                    "weights": None,
+                }
+                state = _state_of(stage.component)
+                if state:
+                    file = re.sub(r"[^\w.-]", "_", f"{index}_{stage.name}.safetensors")
+                    entry["weights"] = file
+                    save_state(draft / file, state)
                 entries.append(entry)
             description = {
                 "format": FORMAT,
                 "stages": entries,
                 "num_classes": self._num_classes,
                 "classes": list(self.classes),
-                "palette": getattr(self.stages[0].object, "palette", None),
+                "palette": getattr(self.model, "palette", None),
             }
-            write_json(draft / "pipeline.json", description)
+            write_json(draft / DESCRIPTION, description)
         return folder
 
 
 def build(
-    spec: str | Spec,
-    *,
+    spec: str | Spec | torch.nn.Module | Model,
+    *refiners: str | Spec | Refiner | Callable[..., Segmentation],
     num_classes: int | None = None,
     weights: str | Path | None = DEFAULT,
     device: str | torch.device | None = None,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    **options: Any,
 ) -> Pipeline:
-    """Builds the pipeline that a spec describes.
+    """Builds a pipeline: of the stages that a spec describes, of your own network, or of both.
+
+    All stages are put into evaluation mode, a network that is given too.
 
     Args:
         spec: a model, then any refiners, such as ``"streetnet+crf(iterations=5)"``. Options of a
-            stage stand in parentheses and win over the arguments below.
-        num_classes: passed to the model; None = as many as its weights have.
+            stage stand in parentheses and win over the arguments below. Or a model as an object
+            (see `pyseg.types.Model`), or any network that `pyseg.models.SemanticModel` can wrap:
+            it maps normalised RGB [N, 3, H, W] to logits [N, C, h, w].
+        refiners: more stages: text as above, objects with ``refine(image, prediction)``, or
+            functions and modules that are called so.
+        num_classes: passed to the model; None = as many as its weights have. Of a network: the
+            number of its classes, where ``classes`` does not name them.
         weights: passed to the model: a name it knows, a path or a URL. None = random weights in
-            every stage, which needs no network.
-        device: where all stages run; None = the CPU.
+            every stage that a name makes, which needs no network.
+        device: where all stages run; None = the CPU, or where the model is that is given.
+        classes: names of the classes of a network, in the order of its logits' channels.
+        palette: one RGB colour per class of a network.
+        options: further options of the model that a spec names.
 
     Raises:
         SpecError: the spec does not parse, a stage has no such option, or its stages do not fit.
@@ -259,133 +374,360 @@ def build(
     Example:
         >>> segmenter = pyseg.build("streetnet+crf")
         >>> segmenter("street.jpg").overlay().save("overlay.png")
+        >>> segmenter = pyseg.build(network, "crf", classes=("road", "sky"))
     """
-    parsed = parse(spec)
     target = None if device is None else _checked_device(device)
-    stages: list[Stage] = []
-    for index, stage in enumerate(parsed.stages):
-        factory = _factory(index, stage)
-        options = dict(stage.options)
-        accepted = accepted_options(factory)
-        check_options(stage, factory)
-        passed: dict[str, Any] = {}
-        if index == 0 and num_classes is not None:
-            passed["num_classes"] = num_classes
-        if index > 0 and "num_classes" in (accepted or {}):
-            passed["num_classes"] = len(stages[0].object.classes)
-        if weights is None or (index == 0 and weights != DEFAULT):
-            passed["weights"] = weights
-        for name, value in passed.items():
-            if accepted is None or name in accepted:
-                options.setdefault(name, value)
-            elif index == 0 and value is not None:
-                raise SpecError(f"model {stage.name!r} takes no {name}, got {name}={value!r}")
-        stages.append(Stage(stage, _make(index, stage, factory, options)))
+    given: list[Any] = []
+    for part in (spec, *refiners):
+        given += parse(part).stages if isinstance(part, (str, Spec)) else [part]
+    first, *later = given
+    if isinstance(first, StageSpec):
+        if classes is not None or palette is not None:
+            raise SpecError(
+                f"classes and palette name those of a network; model {first.name!r} has its own: "
+                "give num_classes"
+            )
+        for option in options:
+            if option in first.options:
+                raise SpecError(f"stage {first}: option {option!r} is given twice")
+        first = StageSpec(first.name, {**first.options, **options})
+        stages = [Stage(first, _named_model(first, num_classes, weights))]
+    else:
+        unfit = [*options, *(["weights"] if weights not in (DEFAULT, None) else [])]
+        if unfit:
+            raise SpecError(
+                f"{', '.join(unfit)}: options of a model that a spec names, but "
+                f"{_kind_of(first)} is made already"
+            )
+        stages = [_as_stage(0, _given_model(first, classes, num_classes, palette))]
+    context: dict[str, Any] = {"num_classes": len(stages[0].component.classes)}
+    if weights is None:
+        context["weights"] = None
+    for part in later:
+        if isinstance(part, StageSpec):
+            made = _registry_of(len(stages), part).make(part, context)
+            stages.append(Stage(part, made))
+        else:
+            if isinstance(part, torch.nn.Module):
+                part.eval()
+            stages.append(_as_stage(len(stages), part))
     pipeline = Pipeline(stages, num_classes=num_classes)
     return pipeline if target is None else pipeline.to(target)
 
 
 def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pipeline:
-    """Reads a pipeline that `Pipeline.save` wrote; needs no network.
+    """Reads a pipeline that `Pipeline.save` wrote, in evaluation mode.
+
+    Reads files of this folder alone, whatever is written in it, and needs no network.
 
     Raises:
-        PysegError: the folder is no saved pipeline, or of a newer pyseg.
+        PysegError: the folder is no saved pipeline, damaged, or of a newer pyseg.
         WeightsError: a weight file is absent or damaged.
     """
     from . import weights
 
     folder = Path(folder)
-    try:
-        description = json.loads((folder / "pipeline.json").read_text())
-        entries = description["stages"]
-        texts = [entry["stage"] for entry in entries]
-    except FileNotFoundError:
-        raise PysegError(f"{folder} is no saved pipeline: it has no pipeline.json") from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError) as error:
-        raise PysegError(f"{folder}/pipeline.json is damaged: {error}") from error
-    if description.get("format") != FORMAT:
-        raise PysegError(
-            f"{folder} has format {description.get('format')}, this pyseg reads {FORMAT}: "
-            "upgrade pyseg-toolkit"
-        )
-    stages = []
-    for index, (entry, text) in enumerate(zip(entries, texts, strict=True)):
-        (stage,) = parse(text).stages
-        factory = _factory(index, stage)
-        options = dict(stage.options)
-        accepted = accepted_options(factory) or {}
-        if "num_classes" in accepted:
-            options.setdefault("num_classes", len(description["classes"]))
-        if entry["weights"] and "weights" in accepted:
-            options["weights"] = None  # the architecture alone; its weights lie here
-            if entry["size"] is not None and "size" in accepted:
-                options["size"] = entry["size"]
-        made = _make(index, stage, factory, options)
-        if entry["weights"]:
+    description = _read_description(folder)
+    context = {"num_classes": len(description["classes"]), "weights": None}
+    stages: list[Stage] = []
+    for index, entry in enumerate(description["stages"]):
+        stage: StageSpec = entry["stage"]
+        registry = _registry_of(index, stage)
+        # Never the weights that the text names: what there is to load lies here.
+        options = {k: v for k, v in stage.options.items() if k != "weights"} | entry["config"]
+        made = registry.make(StageSpec(stage.name, options), context)
+        if entry["weights"] is not None:
+            if not _has_state(made):
+                raise PysegError(
+                    f"{folder / DESCRIPTION} names weights of stage {stage.name!r}, which takes "
+                    "none: is this folder of another version of its package?"
+                )
             path = folder / entry["weights"]
             weights.load_into(made, weights.load_state(path), path)
         if index == 0:
-            made.classes = tuple(description["classes"])
-            if description.get("palette"):
-                made.palette = tuple(tuple(colour) for colour in description["palette"])
+            made.classes = description["classes"]
+            if description["palette"] is not None:
+                made.palette = description["palette"]
         stages.append(Stage(stage, made))
     pipeline = Pipeline(stages, num_classes=description["num_classes"])
-    return pipeline if device is None else pipeline.to(device)
+    return pipeline if device is None else pipeline.to(_checked_device(device))
 
 
-def _factory(index: int, stage: StageSpec) -> Callable[..., Any]:
+def _read_description(folder: Path) -> dict[str, Any]:
+    """pipeline.json, checked: stages parsed, classes and palette as tuples."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise PysegError(f"{folder} is no saved pipeline: it has no {DESCRIPTION}")
+
+    def damaged(reason: str) -> PysegError:
+        return PysegError(f"{path} is damaged: {reason}")
+
+    found = read_json(path, damaged)
+
+    if not isinstance(found, dict):
+        raise damaged(f"it must hold an object, got {shown(found)}")
+    if found.get("format") != FORMAT:
+        raise PysegError(
+            f"{folder} has format {shown(found.get('format'))}, this pyseg reads {FORMAT}: "
+            "upgrade pyseg-toolkit"
+        )
+    entries = found.get("stages")
+    if not isinstance(entries, list) or not entries:
+        raise damaged(f"stages must be a list of at least one, got {shown(entries)}")
+    stages = []
+    for index, entry in enumerate(entries):
+        place = f"stages[{index}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("stage"), str):
+            raise damaged(f"{place} must be an object with the text 'stage', got {shown(entry)}")
+        try:
+            (stage,) = parse(entry["stage"]).stages
+        except (SpecError, ValueError) as error:
+            raise damaged(f"{place}: {shown(entry['stage'])} is not one stage ({error})") from None
+        file = entry.get("weights")
+        if file is not None and not (
+            isinstance(file, str)
+            and file.strip(". ")
+            and Path(file).name == file
+            and file.isprintable()
+            and len(file) <= 200
+        ):
+            raise damaged(
+                f"{place}: weights must be the name of a file of the folder, got {shown(file)}"
+            )
+        config = entry.get("config", {})
+        if not isinstance(config, dict):
+            raise damaged(f"{place}: config must be an object, got {shown(config)}")
+        if file is not None and entry.get("size") is not None:
+            config = {"size": entry["size"], **config}  # as it was written before `config`
+        stages.append({"stage": stage, "config": config, "weights": file})
+    classes = found.get("classes")
+    if not isinstance(classes, list) or not classes or not _all(str, classes):
+        raise damaged(f"classes must be a list of names, got {shown(classes)}")
+    palette = found.get("palette")
+    if palette is not None:
+        colours = palette if isinstance(palette, list) else [None]
+        whole = all(
+            isinstance(c, list) and len(c) == 3 and _all(int, c) and 0 <= min(c) <= max(c) <= 255
+            for c in colours
+        )
+        if not whole or len(colours) != len(classes):
+            raise damaged(
+                f"palette must be null or {len(classes)} colours of three numbers from 0 to 255, "
+                f"got {shown(palette)}"
+            )
+        palette = tuple(map(tuple, palette))
+    count = found.get("num_classes")
+    if count is not None and (not _all(int, [count]) or count < 1):
+        raise damaged(f"num_classes must be null or a positive number, got {shown(count)}")
+    return {
+        "stages": stages,
+        "classes": tuple(classes),
+        "palette": palette,
+        "num_classes": count,
+    }
+
+
+def _all(kind: type, values: Sequence[Any]) -> bool:
+    return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
+
+
+def _registry_of(index: int, stage: StageSpec) -> Registry[Any]:
+    """Where the stage's name is looked up; an error says where it would belong."""
     wanted, other = (models, refiners) if index == 0 else (refiners, models)
-    registry: Registry = wanted._registry
-    try:
-        return registry.get(stage.name)
-    except UnknownName:
-        if stage.name not in other._registry.list():
-            raise
+    registry: Registry[Any] = wanted._registry
+    bare = stage.name.rpartition(":")[2]
+    if bare not in registry.list() and bare in other._registry.list():
         place = "first" if index == 0 else "later"
         raise SpecError(
             f"{stage.name!r} is a {other._registry.kind}, but the {place} stage of a spec is a "
             f"{registry.kind}: write model+refiner+refiner, such as 'streetnet+crf'"
-        ) from None
-
-
-def _make(index: int, stage: StageSpec, factory: Callable[..., Any], options: dict) -> Any:
-    try:
-        made = factory(**options)
-    except PysegError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise SpecError(f"stage {stage}: {error}") from error
-    kind, protocol, method = (
-        ("model", Model, "classes and predict(images)")
-        if index == 0
-        else ("refiner", Refiner, "refine(image, prediction)")
-    )
-    if not isinstance(made, protocol):
-        raise PluginError(
-            f"{kind} {stage.name!r} made a {type(made).__name__} that lacks {method}; a "
-            f"{kind} must follow pyseg.types.{kind.capitalize()}"
         )
-    return made
+    return registry
+
+
+def _named_model(stage: StageSpec, num_classes: int | None, weights: str | Path | None) -> Any:
+    context: dict[str, Any] = {}
+    if num_classes is not None:
+        context["num_classes"] = num_classes
+    if weights != DEFAULT:
+        context["weights"] = weights
+    registry = _registry_of(0, stage)
+    accepted = accepted_options(registry.get(stage.name))
+    for name, value in context.items():
+        if accepted is not None and name not in accepted and value is not None:
+            raise SpecError(f"model {stage.name!r} takes no {name}, got {name}={shown(value)}")
+    model = registry.make(stage, context)
+    wanted = stage.options.get("num_classes", num_classes)
+    if wanted is not None and len(model.classes) != wanted:
+        raise PluginError(
+            f"model {stage.name!r} was asked for {wanted} classes and has {len(model.classes)}"
+        )
+    return model
+
+
+def _given_model(
+    model: Any,
+    classes: Sequence[str] | None,
+    num_classes: int | None,
+    palette: Sequence[tuple[int, int, int]] | None,
+) -> Any:
+    """The object itself where it predicts, else a network in a `SemanticModel`."""
+    predicts = hasattr(model, "predict") and hasattr(model, "classes")
+    if predicts and not isinstance(model, type):
+        if classes is not None or palette is not None or num_classes not in (None, _count(model)):
+            raise SpecError(
+                f"{_kind_of(model)} has its own classes, {_count(model)} of them: leave out "
+                "classes, palette and num_classes"
+            )
+        if isinstance(model, torch.nn.Module):
+            model.eval()
+        return model
+    if not isinstance(model, torch.nn.Module):
+        raise PluginError(
+            f"a pipeline begins with a name, a torch.nn.Module or an object with classes and "
+            f"predict(images) (see pyseg.types.Model), got {_kind_of(model)}"
+        )
+    if classes is None and num_classes is None:
+        raise SpecError(
+            f"{_kind_of(model)} does not say what its classes are: give classes=[…], their names "
+            "in the order of its logits' channels, or num_classes="
+        )
+    if num_classes is not None and not 1 <= num_classes <= MAX_CLASSES:
+        raise SpecError(f"num_classes must be 1 to {MAX_CLASSES}, got {num_classes}")
+    names = [f"class {i}" for i in range(num_classes or 0)] if classes is None else classes
+    if isinstance(names, str) or (num_classes is not None and len(names) != num_classes):
+        raise SpecError(f"classes must be {num_classes or ''} names, got {shown(names)}")
+    try:
+        return models.SemanticModel(model, names, palette).eval()
+    except ValueError as error:
+        raise SpecError(str(error)) from error
+
+
+def _count(model: Any) -> int:
+    return len(model.classes)
+
+
+def _kind_of(given: Any) -> str:
+    """What a stage that was given as an object is, for messages."""
+    return f"the class {given.__name__}" if isinstance(given, type) else f"a {_class_of(given)}"
+
+
+def _class_of(component: Any) -> str:
+    if isinstance(component, models.SemanticModel):
+        component = component.network
+    return getattr(component, "__name__", type(component).__name__).strip("<>")
+
+
+def _as_stage(index: int, given: Any) -> Stage:
+    """A stage of a pipeline from a `Stage`, or from the object that predicts or refines."""
+    if isinstance(given, Stage):
+        return given
+    registry: Registry[Any] = models._registry if index == 0 else refiners._registry
+    if isinstance(given, (str, Spec, StageSpec)):
+        raise PluginError(
+            f"a Pipeline takes objects, got the text {shown(str(given))}; pyseg.build takes names"
+        )
+    what = f"stage {index} ({_kind_of(given)})"
+    if index == 0 and isinstance(given, torch.nn.Module) and not hasattr(given, "predict"):
+        raise PluginError(
+            f"{what} is a network without predict: pyseg.build(network, …, classes=[…]) or "
+            "pyseg.models.SemanticModel makes a model of it"
+        )
+    if index == 0 or isinstance(given, type) or not callable(given):
+        registry.check_kind(given, what)
+    spec = made_from(given)
+    if spec is None and callable(getattr(given, "config", None)):
+        name = registry.name_of(type(given))
+        spec = None if name is None else StageSpec(name, dict(given.config()))
+    if spec is None:
+        return Stage(StageSpec(_class_of(given)), given, named=False)
+    return Stage(spec, given)
+
+
+def _check_rebuildable(index: int, stage: Stage) -> None:
+    """Raises PysegError where `load` could not make the stage again."""
+    if not stage.named:
+        family = "models" if index == 0 else "refiners"
+        raise PysegError(
+            f"stage {stage.text!r} was given as an object that no registered name makes, so it "
+            f"cannot be saved: register what makes it (pyseg.{family}.register('name')(function)) "
+            "and build the pipeline by that name, or pickle the pipeline"
+        )
+    try:
+        same = parse(stage.text).stages == (stage.spec,)
+    except SpecError:
+        same = False
+    if not same:
+        raise PysegError(
+            f"stage {shown(stage.text)} cannot be saved: its options are no literals, which text "
+            "can hold"
+        )
+
+
+def _has_state(component: Any) -> bool:
+    return hasattr(component, "state_dict") and hasattr(component, "load_state_dict")
+
+
+def _state_of(component: Any) -> Mapping[str, Tensor]:
+    return component.state_dict() if _has_state(component) else {}
+
+
+def count_parameters(component: Any) -> int:
+    """Numbers that a stage has learned: those of the modules that it is or holds."""
+    held = (
+        [component]
+        if isinstance(component, torch.nn.Module)
+        else getattr(component, "__dict__", {}).values()
+    )
+    found = {
+        parameter
+        for module in held
+        if isinstance(module, torch.nn.Module)
+        for parameter in module.parameters()
+    }
+    return sum(parameter.numel() for parameter in found)
+
+
+def _name_of(source: Any, image: Tensor) -> str:
+    """What an image is called in errors: its file, or its size."""
+    if isinstance(source, (str, os.PathLike)):
+        return repr(os.fspath(source))
+    return f"of {image.shape[1]} x {image.shape[2]} pixels"
 
 
 def _checked_device(device: str | torch.device) -> torch.device:
     try:
         target = torch.device(device)
-    except RuntimeError as error:
-        raise DeviceError(f"device={device!r} is no torch device: {error}") from None
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DeviceError(f"device={device!r} is no torch device: {reason}") from None
+    if target.type == "cpu":
+        return target
     if target.type == "cuda":
         count = torch.cuda.device_count()
-        if not torch.cuda.is_available() or (target.index or 0) >= count:
+        if torch.cuda.is_available() and (target.index or 0) < count:
+            return target
+        reason = (
+            f"this torch ({torch.__version__}) is a build without CUDA"
+            if torch.version.cuda is None
+            else f"torch sees {count} CUDA devices"
+        )
+    elif target.type == "meta":
+        reason = "its tensors hold no numbers, so nothing can be predicted there"
+    else:
+        try:  # the only question that every back end answers
+            torch.zeros(1, device=target).cpu()
+            return target
+        except Exception as error:  # what is absent raises what its back end likes
+            there = torch.accelerator.current_accelerator()
             reason = (
-                f"this torch ({torch.__version__}) is a build without CUDA"
-                if torch.version.cuda is None
-                else f"torch sees {count} CUDA devices"
+                f"this torch ({torch.__version__}) cannot use it "
+                f"({str(error).partition(chr(10))[0][:200]}); it has "
+                f"{'no accelerator' if there is None else there}"
             )
-            raise DeviceError(
-                f"device={device!r} was asked for, but {reason}; use device='cpu', or see "
-                "`pyseg doctor`"
-            )
-    return target
+    raise DeviceError(
+        f"device={device!r} was asked for, but {reason}; use device='cpu', or see `pyseg doctor`"
+    )
 
 
 def _synchronize(device: torch.device) -> None:

@@ -2,24 +2,51 @@
 
 Built-ins and third parties go the same way: an entry point in the group ``pyseg.models``,
 ``pyseg.refiners``, ``pyseg.metrics`` or ``pyseg.datasets`` of an installed distribution, or a
-``register`` call at run time. Listing reads metadata only; `get` imports the one object asked for.
+``register`` call at run time. Listing reads metadata only; `Registry.get` imports the one object
+asked for, and `Registry.make` is the one place where a name with options becomes an object.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import fnmatch
+import functools
 import importlib.metadata
 import inspect
+import re
 import threading
+import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from .errors import PluginError, SpecError, UnknownName
-from .spec import StageSpec
+from .errors import PluginError, PluginFailure, PysegError, SpecError, UnknownName
+from .spec import StageSpec, parse, shown
+
+T = TypeVar("T")
+
+MAX_CLASSES = 32767  # label maps of 256 classes and more are int16
+
+# What the house calls on an object of each kind; more is optional, see `pyseg.types`.
+MEMBERS = {
+    "model": ("classes", "predict"),
+    "refiner": ("refine",),
+    "metric": ("update", "state", "load_state", "compute"),
+    "dataset": ("classes", "palette", "__len__", "__getitem__"),
+}
+# What of the context of `Registry.make` a factory with ``**options`` is told: what factories of its
+# kind take by convention, and pass on.
+FORWARDED = {
+    "model": ("num_classes", "weights"),
+    "refiner": ("weights",),
+    "metric": ("classes",),
+    "dataset": ("root", "split"),
+}
+_ORIGIN = "_pyseg_stage"  # attribute of an object that was made from a name: its StageSpec
 
 
 @dataclass(frozen=True)
@@ -32,32 +59,79 @@ class Info:
     version: str | None
 
 
-class Registry:
+@dataclass(frozen=True)
+class Option:
+    """One keyword option of a factory."""
+
+    name: str
+    type: str | None  # its annotation, as text; None where it has none
+    default: str | None  # as text; None where the option must be given
+
+
+@dataclass(frozen=True)
+class Description(Info):
+    """What is known about a name once it is imported."""
+
+    kind: str
+    signature: str  # "streetnet(*, num_classes: int | None = None, …)"
+    options: tuple[Option, ...]
+    any_option: bool  # the factory takes options beside these
+    documentation: str  # its docstring, "" where it has none
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+class Registry(Generic[T]):
     """The entries of one entry-point group; each of pyseg's family packages exposes one.
 
+    A name may be written ``distribution:name``, which tells apart what two distributions provide.
+
     Args:
-        kind: what an entry is called in messages, such as ``"model"``.
+        kind: what an entry is called in messages: one of `MEMBERS`.
         group: the entry-point group.
     """
 
     def __init__(self, kind: str, group: str) -> None:
         self.kind = kind
         self.group = group
-        self._registered: dict[str, Callable[..., Any]] = {}
+        self._registered: dict[str, Callable[..., T]] = {}
         self._lock = threading.Lock()
 
     def _found(self) -> dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]]:
         """name -> (distribution, target) -> entry point; more than one inner key is a clash."""
         found: dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]] = {}
         for point in importlib.metadata.entry_points(group=self.group):
-            owner = point.dist.name if point.dist else "an unknown distribution"
             # A source checkout can show one distribution twice, installed and as egg-info.
-            found.setdefault(point.name, {}).setdefault((owner, point.value), point)
+            found.setdefault(point.name, {}).setdefault((_owner(point), point.value), point)
         return found
 
-    def list(self) -> list[str]:
-        """All names, sorted. Imports nothing."""
-        return sorted({*self._found(), *self._registered})
+    def list(self, pattern: str | None = None) -> list[str]:
+        """The names, sorted. Imports nothing.
+
+        Args:
+            pattern: keeps the names that match, ``*`` and ``?`` stand for any characters:
+                ``"*resnet*"``. None = all.
+        """
+        names = sorted({*self._found(), *self._registered})
+        return names if pattern is None else fnmatch.filter(names, pattern)
+
+    def entries(self, pattern: str | None = None) -> Sequence[Info]:
+        """`Info` of every name; of one that several distributions claim, one per claim.
+
+        The names of such claims say which is meant, as in ``"their-package:streetnet"``.
+        """
+        found = self._found()
+        entries: Any = []
+        for name in self.list(pattern):
+            if name in self._registered:
+                entries.append(self.info(name))
+                continue
+            for point in found[name].values():
+                shown_name = f"{_owner(point)}:{name}" if len(found[name]) > 1 else name
+                entries.append(_info(shown_name, point))
+        return tuple(entries)
 
     def info(self, name: str) -> Info:
         """Where ``name`` comes from, without importing it.
@@ -68,16 +142,36 @@ class Registry:
         """
         if name in self._registered:
             entry = self._registered[name]
-            return Info(name, f"{entry.__module__}:{entry.__qualname__}", "register()", None)
-        point = self._point(name)
-        return Info(
-            name,
-            point.value,
-            point.dist.name if point.dist else "an unknown distribution",
-            point.dist.version if point.dist else None,
+            return Info(name, ":".join(_place(entry)), "register()", None)
+        return _info(name, self._point(name))
+
+    def describe(self, name: str) -> Description:
+        """`info`, and what importing it tells: signature, options and documentation.
+
+        Raises:
+            UnknownName: nothing has that name.
+            PluginError: two distributions claim the name, or the plugin fails to import.
+        """
+        factory = self.get(name)
+        hints = _annotations(factory)
+        options = tuple(
+            Option(
+                option,
+                hints.get(option),
+                None if parameter.default is parameter.empty else repr(parameter.default),
+            )
+            for option, parameter in _options(factory).items()
+        )
+        return Description(
+            **vars(self.info(name)),
+            kind=self.kind,
+            signature=f"{name}{_signature(factory)}",
+            options=options,
+            any_option=accepted_options(factory) is None,
+            documentation=inspect.getdoc(factory) or "",
         )
 
-    def get(self, name: str) -> Callable[..., Any]:
+    def get(self, name: str) -> Callable[..., T]:
         """The factory registered under ``name``: called with options, it makes the object.
 
         Raises:
@@ -89,11 +183,10 @@ class Registry:
         point = self._point(name)
         try:
             factory = point.load()
-        except Exception as error:  # a plugin may raise anything; only its users are told
-            owner = point.dist.name if point.dist else "unknown"
+        except (Exception, SystemExit) as error:  # a plugin may raise anything, or call exit()
             raise PluginError(
-                f"{self.kind} {name!r} of distribution {owner!r} ({point.value}) fails to import: "
-                f"{type(error).__name__}: {error}"
+                f"{self.kind} {name!r} of distribution {_owner(point)!r} ({point.value}) fails to "
+                f"import: {type(error).__name__}: {error}"
             ) from error
         if not callable(factory):
             raise PluginError(
@@ -102,26 +195,138 @@ class Registry:
             )
         return factory
 
+    def create(self, name: str, /, **options: Any) -> T:
+        """The object of that name, made with these options.
+
+        Models and refiners come in evaluation mode.
+
+        Args:
+            name: a registered name, which may have options in parentheses, as in a spec.
+            options: what the factory takes; see `describe`.
+
+        Raises:
+            UnknownName: nothing has that name.
+            SpecError: an option that the factory lacks or a value that it refuses.
+            PluginError: the plugin is broken or makes an object of another kind.
+        """
+        stage = self.parse(name)
+        for option in options:
+            if option in stage.options:
+                raise SpecError(f"{self.kind} {stage}: option {option!r} is given twice")
+        return self.make(StageSpec(stage.name, {**stage.options, **options}))
+
+    def make(self, stage: str | StageSpec, context: Mapping[str, Any] | None = None) -> T:
+        """The object that a name with options stands for, such as ``"crf(iterations=5)"``.
+
+        Args:
+            stage: its text, or that text parsed.
+            context: values that are passed where the factory accepts them and the text does not
+                give them.
+
+        Raises:
+            UnknownName: nothing has that name.
+            SpecError: the text does not parse, an option that the factory lacks, or a value that
+                it refuses.
+            PluginError: the plugin is broken or makes an object of another kind.
+            PysegError: what the factory itself raises, such as `WeightsError`.
+        """
+        stage = self.parse(stage)
+        factory = self.get(stage.name)
+        check_options(stage, factory)
+        wanted: set[str] = set(_options(factory))
+        if accepted_options(factory) is None:
+            wanted.update(FORWARDED.get(self.kind, ()))
+        given = {name: value for name, value in (context or {}).items() if name in wanted}
+        options = given | dict(stage.options)
+        count = options.get("num_classes")
+        if isinstance(count, int) and count > MAX_CLASSES:
+            raise SpecError(
+                f"{self.kind} {shown(stage.name)}: num_classes must be at most {MAX_CLASSES}, what "
+                f"label maps can hold, got {shown(count)}"
+            )
+        with naming_failures(f"{self.kind} {shown(stage.name)}"):
+            try:
+                made = factory(**options)
+            except PysegError:
+                raise
+            except (TypeError, ValueError, OSError) as error:
+                raise SpecError(f"{self.kind} {_brief(stage)}: {error}") from error
+        self.check_kind(made, f"{self.kind} {shown(stage.name)}")
+        if self.kind in ("model", "refiner"):
+            _evaluating(made)
+            with contextlib.suppress(AttributeError, TypeError):  # an object may refuse attributes
+                setattr(made, _ORIGIN, _without_paths(stage))
+        return made
+
+    def name_of(self, factory: Callable[..., Any]) -> str | None:
+        """The name under which a class or function is registered, if it is. Imports nothing."""
+        target = ":".join(_place(factory))
+        return next((entry.name for entry in self.entries() if entry.target == target), None)
+
+    def parse(self, stage: str | StageSpec) -> StageSpec:
+        """The one name with options that a text holds.
+
+        Raises:
+            SpecError: it does not parse, or holds several.
+        """
+        if isinstance(stage, StageSpec):
+            return stage
+        stages = parse(stage).stages
+        if len(stages) != 1:
+            raise SpecError(
+                f"{self.kind} {shown(stage)} must be one name; give several {self.kind}s one by one"
+            )
+        return stages[0]
+
+    def check_kind(self, made: Any, what: str) -> None:
+        """Holds an object against `MEMBERS`.
+
+        Raises:
+            PluginError: it lacks one of them; the message begins with ``what``.
+        """
+        members = MEMBERS.get(self.kind, ())
+        lacking = [name for name in members if not hasattr(made, name)]
+        if isinstance(made, type) or lacking:
+            raise PluginError(
+                f"{what} gave a class, {made.__name__}, where an object of it is needed"
+                if isinstance(made, type)
+                else f"{what} made a {type(made).__name__} that lacks {', '.join(lacking)}; a "
+                f"{self.kind} must follow pyseg.types.{self.kind.capitalize()}"
+            )
+
     def _point(self, name: str) -> importlib.metadata.EntryPoint:
         found = self._found()
-        if name not in found:
+        owner, _, bare = name.rpartition(":")
+        if bare not in found:
             names = self.list()
-            near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+            near = difflib.get_close_matches(bare[:100], names, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise UnknownName(
-                f"no {self.kind} is called {name!r}.{hint} "
+                f"no {self.kind} is called {shown(name)}.{hint} "
                 f"Known {self.kind}s: {', '.join(names) or 'none (is pyseg-toolkit installed?)'}."
             )
-        claims = found[name]
-        if len(claims) > 1:
-            owners = " and ".join(sorted(f"{owner} ({value})" for owner, value in claims))
-            raise PluginError(
-                f"{self.kind} {name!r} is claimed by {owners}; uninstall one of them, or rename "
-                "its entry point"
+        claims = [
+            point for point in found[bare].values() if not owner or _same(owner, _owner(point))
+        ]
+        owners = sorted({_owner(point) for point in found[bare].values()})
+        if not claims:
+            raise UnknownName(
+                f"{self.kind} {bare!r} is provided by {' and '.join(owners)}, not by {shown(owner)}"
             )
-        return next(iter(claims.values()))
+        if len(claims) > 1:
+            targets = " and ".join(sorted(f"{_owner(point)} ({point.value})" for point in claims))
+            remedy = (
+                f"write {' or '.join(repr(f'{owner}:{bare}') for owner in owners)}, "
+                if len(owners) > 1
+                else ""
+            )
+            raise PluginError(
+                f"{self.kind} {name!r} is claimed by {targets}; {remedy}uninstall one of them, or "
+                "rename its entry point"
+            )
+        return claims[0]
 
-    def register(self, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
         """Decorator that registers a class or function for this process.
 
         Packages declare an entry point instead, which needs no import to be found.
@@ -134,17 +339,15 @@ class Registry:
             ... def mine(*, num_classes=None, weights=None): ...
         """
 
-        def add(factory: Callable[..., Any]) -> Callable[..., Any]:
-            def origin(entry: Callable[..., Any]) -> tuple[str, str]:
-                return entry.__module__, entry.__qualname__
-
+        def add(factory: Callable[..., T]) -> Callable[..., T]:
             with self._lock:
                 taken = self._registered.get(name)
-                reloaded = taken is not None and origin(taken) == origin(factory)
+                reloaded = taken is not None and _place(taken) == _place(factory)
                 if name in self._found() or (taken is not None and not reloaded):
+                    target = self.entries(name)[0].target
                     raise PluginError(
-                        f"{self.kind} {name!r} is already registered by "
-                        f"{self.info(name).target}; choose another name"
+                        f"{self.kind} {name!r} is already registered by {target}; choose another "
+                        "name"
                     )
                 self._registered[name] = factory
             return factory
@@ -152,13 +355,99 @@ class Registry:
         return add
 
 
+def made_from(made: Any) -> StageSpec | None:
+    """The name and options that an object was made from by a registry; None for others."""
+    origin = getattr(made, _ORIGIN, None)
+    return origin if isinstance(origin, StageSpec) else None
+
+
+@contextlib.contextmanager
+def naming_failures(what: str, where: str = "") -> Iterator[None]:
+    """Within it an exception of a plugin becomes a `PluginFailure` that says who failed, and where.
+
+    Errors of pyseg, of imports and of memory, which have remedies of their own, stay as they are.
+
+    Args:
+        what: failed, such as ``"stage 'crf'"``.
+        where: on what, such as ``" on image 'a.png'"``.
+    """
+    try:
+        yield
+    except (PysegError, ImportError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        if _is_out_of_memory(error):
+            raise
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginFailure(
+            f"{what} failed{where}: {type(error).__name__}: {error} "
+            f"({Path(frame.filename).name}, line {frame.lineno})"
+        ) from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch's allocators raise RuntimeErrors, on the CPU a plain one.
+    return isinstance(error, RuntimeError) and (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
+
+
+def _evaluating(made: Any) -> None:
+    from torch import nn  # the object is there, so torch has been imported, unless it needs none
+
+    if isinstance(made, nn.Module):
+        made.eval()
+
+
+def _owner(point: importlib.metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "an unknown distribution"
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two names of distributions are the same one, as package indexes compare them."""
+    return re.sub("[-_.]+", "-", one).lower() == re.sub("[-_.]+", "-", other).lower()
+
+
+def _info(name: str, point: importlib.metadata.EntryPoint) -> Info:
+    return Info(name, point.value, _owner(point), point.dist.version if point.dist else None)
+
+
+def _place(factory: Callable[..., Any]) -> tuple[str, str]:
+    module = getattr(factory, "__module__", None) or type(factory).__module__
+    return module, getattr(factory, "__qualname__", type(factory).__qualname__)
+
+
+def _without_paths(stage: StageSpec) -> StageSpec:
+    """With paths as text, which a spec can hold."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in stage.options.items()}
+    return StageSpec(stage.name, options)
+
+
+def _brief(stage: StageSpec) -> str:
+    text = str(stage)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(factory)
+    except ValueError:  # some that are written in C tell nothing
+        return inspect.Signature(
+            [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)],
+        )
+
+
+def _options(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    usable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = _signature(factory).parameters
+    return {name: p for name, p in parameters.items() if p.kind in usable}
+
+
 def accepted_options(factory: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
     """The keyword options of ``factory``, or None where it takes any (``**options``)."""
-    parameters = inspect.signature(factory).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if any(p.kind is p.VAR_KEYWORD for p in _signature(factory).parameters.values()):
         return None
-    usable = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return {name: p for name, p in parameters.items() if p.kind in usable}
+    return _options(factory)
 
 
 def check_options(stage: StageSpec, factory: Callable[..., Any]) -> None:
@@ -168,55 +457,101 @@ def check_options(stage: StageSpec, factory: Callable[..., Any]) -> None:
         SpecError: an option that the factory lacks, or a value that its annotation excludes; the
             message lists the accepted options.
     """
-    accepted = accepted_options(factory)
-    if accepted is None:
-        return
+    named = _options(factory)
+    anything = accepted_options(factory) is None
     hints = _type_hints(factory)
     listing = ", ".join(
-        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in accepted.items()
+        name if p.default is p.empty else f"{name}={p.default!r}" for name, p in named.items()
     )
     for name, value in stage.options.items():
-        if name not in accepted:
-            near = difflib.get_close_matches(name, accepted, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+        if name not in named:
+            if anything:
+                continue
+            near = difflib.get_close_matches(name[:100], named, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise SpecError(
-                f"stage {stage.name!r} has no option {name!r}{hint} "
+                f"stage {shown(stage.name)} has no option {shown(name)}{hint} "
                 f"Its options: {listing or 'none'}."
             )
         if name in hints and not _fits(value, hints[name]):
-            wanted = hints[name]
-            text = wanted.__name__ if isinstance(wanted, type) else str(wanted)
             raise SpecError(
-                f"stage {stage.name!r}: option {name} must be {text.replace('typing.', '')}, got "
-                f"{value!r}. Its options: {listing}."
+                f"stage {shown(stage.name)}: option {name} must be {_text(hints[name])}, got "
+                f"{shown(value)}. Its options: {listing}."
             )
 
 
+def _text(annotation: Any) -> str:
+    if isinstance(annotation, str):
+        return annotation
+    named = isinstance(annotation, type) and not typing.get_args(annotation)
+    text = annotation.__name__ if named else str(annotation)
+    return re.sub(r"\b(typing|collections\.abc|pathlib)\.", "", text)
+
+
+def _annotations(factory: Callable[..., Any]) -> dict[str, str]:
+    """Annotations as text: resolved where they can be, else as they are written."""
+    hints = _type_hints(factory)
+    return {
+        name: _text(hints.get(name, parameter.annotation))
+        for name, parameter in _options(factory).items()
+        if parameter.annotation is not parameter.empty
+    }
+
+
 def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    function: Any = factory
+    if isinstance(factory, type):
+        function = inspect.getattr_static(factory, "__init__")  # its own or an inherited one
+    elif isinstance(factory, functools.partial):
+        return _type_hints(factory.func)
+    elif not inspect.isroutine(factory):
+        function = type(factory).__call__
     try:
-        function = vars(factory).get("__init__", factory) if isinstance(factory, type) else factory
         return typing.get_type_hints(function)
     except (NameError, TypeError, AttributeError):
         return {}  # annotations that only a type checker resolves
 
 
+_LITERALS = (bool, int, float, complex, str, bytes, tuple, list, dict, set, Path)
+
+
 def _fits(value: Any, annotation: Any) -> bool:
-    """Whether a literal can be meant for the annotation; unknown annotations fit anything."""
+    """Whether a value can be meant for the annotation; unknown annotations fit anything.
+
+    Values that no spec can hold, such as tensors, are left to the factory.
+    """
+    if value is not None and not isinstance(value, _LITERALS):
+        return True
     origin = typing.get_origin(annotation)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in typing.get_args(annotation))
     if origin is typing.Literal:
-        return value in typing.get_args(annotation)
+        # type too: 1 == True
+        options = typing.get_args(annotation)
+        return any(value == option and type(value) is type(option) for option in options)
     if annotation is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool, dict):
+    if annotation in (str, bool, dict, Path):
         return isinstance(value, annotation)
     if annotation is type(None):
         return value is None
-    if annotation is Path:
-        return False  # never a literal of a spec; the union that it stands in offers str too
-    if isinstance(origin, type) and issubclass(origin, (tuple, Sequence)):
-        return isinstance(value, (tuple, list))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if isinstance(origin, type) and issubclass(origin, (tuple, Iterable)):
+        return isinstance(value, (tuple, list, set))
     return True
+
+
+__all__ = [
+    "MAX_CLASSES",
+    "Description",
+    "Info",
+    "Option",
+    "Registry",
+    "accepted_options",
+    "check_options",
+    "made_from",
+    "naming_failures",
+]

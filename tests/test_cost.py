@@ -63,13 +63,13 @@ def test_counts_by_hand():
     assert total.milliseconds >= max(network.milliseconds, refiner.milliseconds)
     assert result.size == (20, 30) and result.rounds == 3 and result.device == "cpu"
     # one run each to warm up, for memory and for operations, and the timed ones
-    assert pipeline.stages[1].object.calls == 3 + 3
+    assert pipeline.refiners[0].calls == 3 + 3
 
 
 def test_a_real_network_against_its_layers():
     """streetnet's convolutions one by one, from the sizes that they see."""
     pipeline = pyseg.build("streetnet", weights=None, num_classes=7)
-    model = pipeline.stages[0].object
+    model = pipeline.model
     assert isinstance(model, SemanticModel)
     want = []
 

@@ -18,6 +18,8 @@ from pyseg.spec import Spec, StageSpec, parse
         ("timm.resnet18+crf", "timm.resnet18+crf"),
         ("a(x=1e-3)", "a(x=0.001)"),
         ("a(x='(')+b", "a(x='(')+b"),
+        ("their-dist:a(x='q+r:s') + b.c:d+e", "their-dist:a(x='q+r:s')+b.c:d+e"),
+        ("a(x={1: 2}, y={'b+c': 'd'})", "a(x={1: 2}, y={'b+c': 'd'})"),
     ],
 )
 def test_canonical_text(text, canonical):
@@ -31,7 +33,7 @@ def test_random_specs_survive_a_round_trip():
     for _ in range(200):
         stages = tuple(
             StageSpec(
-                rng.choice(["a", "crf", "x.y", "_z"]),
+                rng.choice(["a", "crf", "x.y", "_z", "my-dist:a", "d.e:x.y"]),
                 {f"k{i}": rng.choice(values) for i in range(rng.randint(0, 3))},
             )
             for _ in range(rng.randint(1, 4))
@@ -57,6 +59,13 @@ def test_random_specs_survive_a_round_trip():
         ("a(x=__import__('os'))", "not a literal"),
         ("a\0b", "does not parse"),
         ("(" * 500 + "a", "does not parse"),
+        ("a(x=" + "-" * 900 + "1)", "does not parse"),
+        ("a(x=0x" + "f" * 5000 + ")", "finite numbers below 2\\^63"),
+        ("a(x=(1, {'k': 1e999}))", "finite numbers"),
+        ("a(x={[1]: 2})", "is not a literal"),
+        ("a:b:c", "does not parse"),
+        ("a+b:", "does not parse"),
+        ("a" * 20_000, "20000 characters, at most 10000"),
     ],
 )
 def test_errors_name_the_place_and_the_remedy(text, message):
@@ -69,3 +78,18 @@ def test_only_text_and_specs_are_specs():
         parse(["a", "b"])
     spec = parse("a+b")
     assert parse(spec) is spec
+
+
+def test_hostile_text_gives_short_spec_errors():
+    """Whatever the text, a Spec or a SpecError of a few lines; never anything else."""
+    rng = random.Random()
+    pieces = ["a", "crf", "(", ")", "=", "+", "-", "'", '"', ":", ",", "1", "0x", "e9", "\\", "{"]
+    pieces += ["}", "[", "]", "None", "**", "x=", "\n", "#", "lambda", " ", ".", "\0", "é", ";"]
+    for _ in range(3000):
+        text = "".join(rng.choices(pieces, k=rng.randint(1, 12))) * rng.choice([1, 1, 1, 50])
+        try:
+            found = parse(text)
+        except SpecError as error:
+            assert len(str(error)) < 500, text
+        else:
+            assert parse(str(found)) == found

@@ -1,8 +1,70 @@
-"""Registry of metrics: ``register``, ``get``, ``list`` and ``info`` by name."""
+"""Registry of metrics: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
+
+``create("name", option=…)`` makes a metric. The classes stand here by name, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
-_registry = Registry("metric", "pyseg.metrics")
+if TYPE_CHECKING:
+    from ..types import Metric
+    from .binary import Binary as Binary
+    from .boundary import Boundary as Boundary
+    from .calibration import Calibration as Calibration
+    from .instances import InstanceAP as InstanceAP
+    from .panoptic import Panoptic as Panoptic
+    from .semantic import Semantic as Semantic
+
+# Public class -> where it lives. Resolved on first use: listing needs no torch.
+_CLASSES = {
+    "Binary": ".binary",
+    "Boundary": ".boundary",
+    "Calibration": ".calibration",
+    "InstanceAP": ".instances",
+    "Panoptic": ".panoptic",
+    "Semantic": ".semantic",
+}
+
+_registry: Registry[Metric] = Registry("metric", "pyseg.metrics")
+register, get, info, describe = (
+    _registry.register,
+    _registry.get,
+    _registry.info,
+    _registry.describe,
+)
+create = _registry.create
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "Binary",
+    "Boundary",
+    "Calibration",
+    "InstanceAP",
+    "Panoptic",
+    "Semantic",
+    "create",
+    "describe",
+    "get",
+    "info",
+    "list",
+    "register",
+]
+
+
+def __dir__() -> Sequence[str]:
+    return sorted({*globals(), *__all__})
+
 
 # At the end: inside this package the name `list` now means this function.
-register, get, info, list = _registry.register, _registry.get, _registry.info, _registry.list
+list = _registry.list

@@ -1,8 +1,58 @@
-"""Registry of models: ``register``, ``get``, ``list`` and ``info`` by name."""
+"""Registry of models: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
+
+``create("name", option=…)`` makes a model. The classes stand here by name, too:
+`SemanticModel` makes a model of any network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ..registry import Registry
 
-_registry = Registry("model", "pyseg.models")
+if TYPE_CHECKING:
+    from .panoptic import InstanceModel as InstanceModel
+    from .semantic import SemanticModel as SemanticModel
+
+# Public class -> where it lives. Resolved on first use: listing needs no torch.
+_CLASSES = {
+    "InstanceModel": ".panoptic",
+    "SemanticModel": ".semantic",
+}
+
+_registry: Registry[Any] = Registry("model", "pyseg.models")
+register, get, info, describe = (
+    _registry.register,
+    _registry.get,
+    _registry.info,
+    _registry.describe,
+)
+create = _registry.create
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CLASSES:
+        return getattr(importlib.import_module(_CLASSES[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+__all__ = [
+    "InstanceModel",
+    "SemanticModel",
+    "create",
+    "describe",
+    "get",
+    "info",
+    "list",
+    "register",
+]
+
+
+def __dir__() -> Sequence[str]:
+    return sorted({*globals(), *__all__})
+
 
 # At the end: inside this package the name `list` now means this function.
-register, get, info, list = _registry.register, _registry.get, _registry.info, _registry.list
+list = _registry.list

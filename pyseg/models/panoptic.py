@@ -35,6 +35,7 @@ from ..ops import (
 )
 from ..ops.panoptic_merge import PanopticMaps, paste
 from ..types import VOID, Instances, Sample, Segment, Segmentation, Segments
+from .semantic import require_evaluation_mode
 
 COCO_THINGS = 80
 PRUNE_SCORE, PRUNE_NMS, PRUNE_OVERLAP, PRUNE_MOST = 0.6, 0.5, 0.3, 100  # UPSNet, at test time
@@ -373,15 +374,12 @@ class InstanceModel(nn.Module):
         Raises:
             ValueError: an image of another shape.
             TypeError: an image of another dtype.
+            PysegError: the model is in training mode.
         """
+        require_evaluation_mode(self)
         for index, image in enumerate(images):
             require_rgb8(image, f"images[{index}]")
-        was_training = self.training
-        self.eval()
-        try:
-            return [self._predict_one(image) for image in images]
-        finally:
-            self.train(was_training)
+        return [self._predict_one(image) for image in images]
 
     def _predict_one(self, image: Tensor) -> Segmentation:
         size = (image.shape[1], image.shape[2])

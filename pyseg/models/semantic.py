@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..errors import PysegError
 from ..image import default_palette, require_rgb8
 from ..types import Segmentation
 
@@ -16,6 +17,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class SemanticModel(nn.Module):
     """A network that gives every pixel one of ``classes``; a pipeline's first stage.
+
+    It begins in evaluation mode, the network too: training calls ``train()``.
 
     Args:
         network: maps normalised RGB, float [N, 3, H, W], to logits [N, C, h, w] or to a mapping
@@ -65,6 +68,7 @@ class SemanticModel(nn.Module):
         # Constants of the architecture, not learnt: kept out of state_dict.
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.eval()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits of a batch.
@@ -93,6 +97,8 @@ class SemanticModel(nn.Module):
     def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:
         """Segments images of any sizes; those of equal size share batches.
 
+        Changes nothing of the model, so that many threads may call it.
+
         Args:
             images: each [3, H, W] uint8 RGB, on any device.
 
@@ -102,30 +108,38 @@ class SemanticModel(nn.Module):
         Raises:
             ValueError: an image of another shape, or empty.
             TypeError: an image of another dtype.
+            PysegError: the model is in training mode.
         """
+        require_evaluation_mode(self)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             require_rgb8(image, f"images[{index}]")
             groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
-        was_training = self.training
-        if was_training:
-            self.eval()
         results: dict[int, Segmentation] = {}
-        try:
-            for (height, width), members in groups.items():
-                step = max(1, self.max_batch_pixels // (height * width))
-                for start in range(0, len(members), step):
-                    chosen = members[start : start + step]
-                    batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
-                    for i, logits in zip(chosen, self(batch)["out"], strict=True):
-                        results[i] = Segmentation(
-                            (height, width),
-                            self.classes,
-                            logits=logits,
-                            image=images[i],
-                            palette=self.palette,
-                        )
-        finally:
-            if was_training:
-                self.train()
+        for (height, width), members in groups.items():
+            step = max(1, self.max_batch_pixels // (height * width))
+            for start in range(0, len(members), step):
+                chosen = members[start : start + step]
+                batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
+                for i, logits in zip(chosen, self(batch)["out"], strict=True):
+                    results[i] = Segmentation(
+                        (height, width),
+                        self.classes,
+                        logits=logits,
+                        image=images[i],
+                        palette=self.palette,
+                    )
         return [results[i] for i in range(len(images))]
+
+
+def require_evaluation_mode(model: nn.Module) -> None:
+    """Raises PysegError for a model in training mode.
+
+    There predictions depend on their batch and change its statistics; and a switch here and back
+    would be seen by other threads that predict with it.
+    """
+    if model.training:
+        raise PysegError(
+            f"this {type(model).__name__} is in training mode, in which predictions depend on "
+            "their batch and change the model; call its eval() first"
+        )

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from .. import weights as weight_files
+from ..errors import SpecError
+from ..spec import shown
 from ..types import Segmentation
 
+MAX_ITERATIONS = 1000  # mean field settles within some ten
+MAX_WEIGHT = 1e15  # of a kernel, in magnitude, as in `pyseg.ops.dense_crf`
+MAX_ENTRIES = 512  # of a pixel in all lattices
 TINY = torch.finfo(torch.float32).tiny  # has a logarithm, where a softmax underflowed to 0
 
 
@@ -71,13 +77,23 @@ class CRF(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
-        if iterations < 0:
-            raise ValueError(f"iterations must be 0 or more, got {iterations}")
+        whole = isinstance(iterations, int) and not isinstance(iterations, bool)
+        if not whole or not 0 <= iterations <= MAX_ITERATIONS:
+            raise ValueError(
+                f"iterations must be a whole number from 0 to {MAX_ITERATIONS}, got {iterations}"
+            )
         if not 0 <= protect < float("inf"):
             raise ValueError(f"protect must be 0 or more, got {protect}")
         self.iterations = iterations
         self.gaussian = _kernels("gaussian", gaussian, "(sigma_xy, weight)")
         self.bilateral = _kernels("bilateral", bilateral, "(sigma_xy, sigma_rgb, weight)")
+        # what the operator counts for each pixel: features of a kernel, and one for the kernel
+        entries = 3 * len(self.gaussian) + 6 * len(self.bilateral)
+        if entries > MAX_ENTRIES:
+            raise ValueError(
+                f"gaussian and bilateral hold {len(self.gaussian)} and {len(self.bilateral)} "
+                f"kernels, more than can be applied at once: a few of each are enough"
+            )
         self.protect = protect
         self.log_weights: Tensor | None = None
         self.compatibility: Tensor | None = None
@@ -108,6 +124,18 @@ class CRF(nn.Module):
             f"CRF(iterations={self.iterations}, gaussian={self.gaussian}, "
             f"bilateral={self.bilateral}, protect={self.protect}{trained})"
         )
+
+    def config(self) -> dict[str, Any]:
+        """The options that rebuild it without its weights."""
+        options: dict[str, Any] = {
+            "iterations": self.iterations,
+            "gaussian": self.gaussian,
+            "bilateral": self.bilateral,
+            "protect": self.protect,
+        }
+        if self.compatibility is not None:
+            options |= {"trainable": True, "num_classes": len(self.compatibility)}
+        return options
 
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
         """Refined log-probabilities, differentiable in ``logits`` and in the parameters.
@@ -171,7 +199,7 @@ class CRF(nn.Module):
         groups: dict[tuple, list[int]] = {}
         for index, prediction in enumerate(predictions):
             if prediction.logits is None:
-                raise ValueError(
+                raise SpecError(
                     "crf needs logits, but the stage before it gave labels only; put crf earlier"
                 )
             groups.setdefault((prediction.size, len(prediction.classes)), []).append(index)
@@ -206,7 +234,8 @@ def thin(prediction: Segmentation, protect: float) -> Tensor:
     labels = prediction.labels
     height, width = prediction.size
     h, w = prediction.logits.shape[1:]
-    radius = round(protect * max(height / h, width / w))
+    # a square as wide as the image sees all of it
+    radius = round(min(protect * max(height / h, width / w), max(height, width)))
     plane = labels.float()[None, None]
     # A pixel is in a square of its own class where some pixel around it sees one label only.
     alone = _maximum(plane, radius) == -_maximum(-plane, radius)
@@ -227,8 +256,23 @@ def _maximum(plane: Tensor, radius: int) -> Tensor:
 
 def _kernels(name: str, kernels: Sequence[Sequence[float]], form: str) -> tuple:
     length = form.count(",") + 1
-    checked = tuple(tuple(kernel) for kernel in kernels)
+    try:
+        checked = tuple(tuple(kernel) for kernel in kernels)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a sequence of kernels {form}, got {shown(kernels)}"
+        ) from None
     for kernel in checked:
-        if len(kernel) != length or not all(isinstance(x, (int, float)) for x in kernel):
-            raise ValueError(f"each kernel of {name} must be {form}, got {kernel!r}")
+        if len(kernel) != length or not all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) for x in kernel
+        ):
+            raise ValueError(f"each kernel of {name} must be {form}, got {shown(kernel)}")
+        *sigmas, weight = kernel
+        if not all(0 < sigma < float("inf") for sigma in sigmas):
+            raise ValueError(f"{name}: standard deviations must be positive, got {shown(kernel)}")
+        if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
+            raise ValueError(
+                f"{name}: the weight must be at most {MAX_WEIGHT:g} in magnitude, got "
+                f"{shown(kernel)}"
+            )
     return checked

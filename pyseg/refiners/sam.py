@@ -195,6 +195,10 @@ class SamRefiner(nn.Module):
         self.points = points
         self.batch = batch
 
+    def config(self) -> dict[str, str]:
+        """The option that rebuilds it without its weights, from which its size may follow."""
+        return {} if self.size is None else {"size": self.size}
+
     @torch.no_grad()
     def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
         """Refines one prediction.

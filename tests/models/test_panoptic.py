@@ -7,7 +7,7 @@ import torch
 
 import pyseg
 from pyseg.datasets.synthetic import STUFF, StreetScenes
-from pyseg.errors import WeightsError
+from pyseg.errors import PysegError, WeightsError
 from pyseg.models.panoptic import (
     FCN,
     DeformableSemanticHead,
@@ -96,7 +96,7 @@ def test_maskrcnn_equals_torchvision(tmp_path, frozen):
 
 @pytest.mark.parametrize("name", PANOPTIC)
 def test_predict(name):
-    model = make(name, stuff_area=20).train()
+    model = make(name, stuff_area=20)
     images = [sample.image for sample in StreetScenes(length=1, size=(48, 90))]
     images.append(StreetScenes(length=1, size=(131, 77))[0].image)
     for image, prediction in zip(images, model.predict(images), strict=True):
@@ -108,6 +108,8 @@ def test_predict(name):
         assert prediction.instances.masks.shape == (count, *prediction.size)
         assert all(5 <= label < 8 for label in prediction.instances.labels.tolist())
         prediction.overlay()
+    with pytest.raises(PysegError, match="training mode"):
+        model.train().predict(images)
     assert model.training
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from pyseg.errors import PysegError
 from pyseg.image import default_palette
 from pyseg.models.semantic import SemanticModel
 from pyseg.types import Model
@@ -93,18 +94,19 @@ def test_batches_hold_equal_sizes_and_few_pixels():
     assert sizes == [(2, 3, 10, 10), (1, 3, 10, 10), (1, 3, 20, 20), (1, 3, 20, 20)]
 
 
-def test_predict_evaluates_and_leaves_the_mode_as_it_was():
+def test_predict_evaluates_and_switches_no_mode():
     network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.9))
     model = SemanticModel(network, ("a", "b"))
-    assert model.training
+    assert not model.training and not network[2].training
     before = network[1].running_mean.clone()
     (first,), (second,) = model.predict(images((6, 6))), model.predict(images((6, 6)))
     assert torch.equal(first.logits, second.logits)
     assert torch.equal(network[1].running_mean, before)
+    model.train()
+    with pytest.raises(PysegError, match=r"training mode.*call its eval\(\)"):
+        model.predict(images((6, 6)))
     assert model.training and network[2].training
-    with pytest.raises(ValueError):
-        model.predict([torch.zeros(1, 3, 4, 4, dtype=torch.uint8)])
-    assert model.training
+    assert torch.equal(network[1].running_mean, before)
 
 
 @pytest.mark.parametrize(

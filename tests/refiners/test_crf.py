@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import pyseg
-from pyseg.errors import PysegError
+from pyseg.errors import PysegError, SpecError
 from pyseg.refiners import CRF
 from pyseg.refiners.crf import thin
 from pyseg.types import Segmentation
@@ -116,7 +116,7 @@ def test_errors():
     image, _, prediction = scene()
     with pytest.raises(ValueError, match="needs logits"):
         CRF().refine(image, prediction.with_labels(prediction.labels))
-    with pytest.raises(ValueError, match="iterations must be 0 or more"):
+    with pytest.raises(ValueError, match="iterations must be a whole number from 0 to 1000"):
         CRF(iterations=-1)
     with pytest.raises(ValueError, match="protect must be 0 or more"):
         CRF(protect=-1.0)
@@ -188,15 +188,64 @@ def test_trained_parameters_are_saved_and_used(tmp_path):
 def test_trained_pipeline_is_saved_and_loaded(tmp_path):
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
     pipeline = pyseg.build("streetnet+crf(trainable=True, iterations=2)", weights=None)
-    crf = pipeline.stages[1].object
+    crf = pipeline.refiners[0]
     assert crf.compatibility.shape == (11, 11)
     with torch.no_grad():
         crf.compatibility.add_(torch.rand(11, 11))
     pipeline.save(tmp_path / "saved")
     loaded = pyseg.load(tmp_path / "saved")
-    assert torch.equal(loaded.stages[1].object.compatibility, crf.compatibility)
+    assert torch.equal(loaded.refiners[0].compatibility, crf.compatibility)
     assert torch.equal(loaded(image).logits, pipeline(image).logits)
     path = tmp_path / "crf.pt"
     torch.save(crf.state_dict(), path)
     built = pyseg.build(f"streetnet+crf(trainable=True, weights={str(path)!r})")
-    assert torch.equal(built.stages[1].object.compatibility, crf.compatibility)
+    assert torch.equal(built.refiners[0].compatibility, crf.compatibility)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("iterations=2147483648", "iterations must be a whole number from 0 to 1000"),
+        ("iterations=4294967297", "iterations must be"),
+        ("iterations=-1", "iterations must be"),
+        ("gaussian=((-3, 3),)", r"gaussian: standard deviations must be positive, got \(-3, 3\)"),
+        ("gaussian=((0, 3),)", "standard deviations must be positive"),
+        ("bilateral=((40, 0.0, 3),)", "bilateral: standard deviations"),
+        ("gaussian=((3, 1e16),)", r"the weight must be at most 1e\+15 in magnitude"),
+        ("gaussian=((3, -1e16),)", "the weight must be"),
+        ("gaussian=((3, True),)", r"must be \(sigma_xy, weight\)"),
+        ("gaussian=((3, 'x'),)", r"must be \(sigma_xy, weight\)"),
+        ("gaussian=(3, 3)", r"gaussian must be a sequence of kernels \(sigma_xy, weight\)"),
+        ("bilateral=((1, 2),)", r"must be \(sigma_xy, sigma_rgb, weight\)"),
+        (f"gaussian={((3, 3),) * 600}", "600 and 1 kernels, more than can be applied"),
+        ("protect=-1.0", "protect must be 0 or more"),
+        ("iterations=True", "iterations must be int"),
+    ],
+)
+def test_values_are_checked_when_it_is_built_not_at_the_first_image(options, message):
+    with pytest.raises(SpecError, match=message):
+        pyseg.build(f"streetnet+crf({options})", weights=None)
+
+
+def test_not_a_number_is_refused_too():
+    nan = float("nan")
+    for options in (
+        {"gaussian": ((nan, 1.0),)},
+        {"gaussian": ((1.0, nan),)},
+        {"protect": nan},
+        {"iterations": 2.5},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            CRF(**options)
+
+
+def test_a_protection_beyond_the_image_is_that_of_the_whole_image():
+    _, _, prediction = poles()
+    assert torch.equal(thin(prediction, 1e300), thin(prediction, 24.0))
+
+
+def test_config_rebuilds_it():
+    crf = CRF(iterations=3, gaussian=((3.0, 1.5),), bilateral=(), protect=1.0)
+    assert repr(CRF(**crf.config())) == repr(crf)
+    crf = CRF(trainable=True, num_classes=4)
+    assert CRF(**crf.config()).state_dict().keys() == crf.state_dict().keys()
