@@ -126,7 +126,7 @@ def _error(message: str) -> ValueError:
 def _from_json(
     content: Any, where: str
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None, tuple[int, ...]]:
-    ignore = None
+    ignore: int | None = None
     if isinstance(content, dict):
         check_json(content, {"classes": list, "ignore_index?": int}, where, _error)
         ignore, content = content.get("ignore_index"), content["classes"]
@@ -135,8 +135,8 @@ def _from_json(
     check_json(entries, [{"name": str, "id?": int, "color?": [int]}], where, _error)
     entries = [{"id": i, **item} for i, item in enumerate(entries)]
     # A label file holds no other values; another void id says nothing about it.
-    known = ignore is not None and 0 <= ignore <= LARGEST
-    void = (ignore,) if known or any(e["id"] == ignore for e in entries) else ()
+    known = any(e["id"] == ignore for e in entries)
+    void = () if ignore is None or not (known or 0 <= ignore <= LARGEST) else (ignore,)
     kept = sorted((e for e in entries if e["id"] != ignore), key=lambda e: e["id"])
     ids = [e["id"] for e in kept]
     if ids != list(range(len(kept))):

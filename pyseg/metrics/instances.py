@@ -15,6 +15,7 @@ from ..files import check_json, read_json
 from ..formats import compressed_rle, encode_rle
 from ..image import check_pixels
 from ..types import Instances, Sample, Segmentation
+from .inputs import class_names
 
 KINDS = ("mask", "box", "boundary")
 _COCO_NAME = {"mask": "segm", "box": "bbox", "boundary": "boundary"}
@@ -38,7 +39,7 @@ class InstanceAP:
     scores are ranked by the images' names.
 
     Args:
-        classes: names of the C classes.
+        classes: names of the C classes, or C.
         kinds: which IoUs: any of "mask", "box", "boundary".
 
     Raises:
@@ -50,13 +51,12 @@ class InstanceAP:
         >>> metric.compute()["mask_ap"]
     """
 
-    def __init__(self, classes: Sequence[str], *, kinds: Sequence[str] = KINDS) -> None:
-        if isinstance(classes, str) or not classes:
-            raise ValueError(f"InstanceAP needs classes, a sequence of names, got {classes!r}")
+    def __init__(self, classes: Sequence[str] | int, *, kinds: Sequence[str] = KINDS) -> None:
+        names = class_names(classes, "InstanceAP")
         if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
         _faster_coco_eval()  # better now than after an hour of images
-        self.classes, self.kinds = tuple(classes), tuple(kinds)
+        self.classes, self.kinds = names, tuple(kinds)
         self.headline = tuple(f"{kind}_ap" for kind in self.kinds)
         self.reset()
 
@@ -80,8 +80,22 @@ class InstanceAP:
                 f"{name}: the prediction has no instances; use a model that detects "
                 "objects, or the metric 'semantic'"
             )
-        self._check(truth, prediction.size, f"{name}: the ground truth")
-        self._check(found, prediction.size, f"{name}: the prediction")
+        self._add(found, truth, tuple(prediction.size), sample.name)
+
+    def update_instances(self, prediction: Instances, target: Instances, name: str) -> None:
+        """Adds one image, without anything around it; ``name`` tells it from all others.
+
+        Raises:
+            ScoreError: as `update`.
+        """
+        self._add(prediction, target, tuple(target.masks.shape[1:]), name)
+
+    def _add(
+        self, found: Instances, truth: Instances, size: tuple[int, ...], sample_name: str
+    ) -> None:
+        name = f"sample {sample_name!r}"
+        self._check(truth, size, f"{name}: the ground truth")
+        self._check(found, size, f"{name}: the prediction")
         if not found.scores.isfinite().all():
             raise ScoreError(
                 f"{name}: the prediction has scores that are not finite: "
@@ -90,8 +104,8 @@ class InstanceAP:
         crowd = [False] * len(truth.labels) if truth.crowd is None else truth.crowd.tolist()
         self._records.append(
             {
-                "name": sample.name,
-                "size": tuple(prediction.size),
+                "name": sample_name,
+                "size": size,
                 "truth": [
                     {**entry, "area": int(mask.sum()), "iscrowd": int(many)}
                     for entry, mask, many in zip(_entries(truth), truth.masks, crowd, strict=True)
@@ -103,7 +117,7 @@ class InstanceAP:
             }
         )
 
-    def _check(self, instances: Instances, size: tuple[int, int], what: str) -> None:
+    def _check(self, instances: Instances, size: tuple[int, ...], what: str) -> None:
         count = len(instances.labels)
         if tuple(instances.masks.shape) != (count, *size) or instances.boxes.shape != (count, 4):
             raise ScoreError(
