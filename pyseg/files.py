@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     writer; two writers do not disturb each other. A folder that stood at ``path`` is replaced.
 
     Raises:
-        PysegError: the folder of ``path`` does not exist.
+        PysegError: the folder of ``path`` does not exist, or a file is to replace a folder.
         OSError: with the name of ``path``, where the system refuses (no space, no permission).
     """
     path = Path(path)
@@ -59,6 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.rename(retired)
             temporary.rename(path)
             _remove(retired)
+        elif path.is_dir():
+            raise PysegError(f"cannot write {str(path)!r}: it is a directory; give a file")
         else:
             temporary.replace(path)
     except OSError as error:

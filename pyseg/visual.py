@@ -107,7 +107,7 @@ def _count(
     """The number of classes that what is painted speaks of; 255 is void where nobody says more."""
     seen = [0]
     if labels is not None:
-        values = torch.as_tensor(labels)
+        values = torch.as_tensor(labels).long()  # whose bytes would hold no -1
         seen.append(1 + int(values.masked_fill(values == VOID, -1).max()))
     if segments is not None:
         seen += [1 + item.label for item in segments.items]

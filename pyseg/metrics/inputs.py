@@ -251,7 +251,7 @@ def nan_images(prediction: Segmentation, name: str) -> Tensor:
 
 
 def nan_count(values: Tensor, what: str) -> Tensor:
-    """1 where ``values`` hold NaN, else 0, [] int64; on the CPU a ScoreError begins with ``what``."""
+    """1 where ``values`` hold NaN, else 0: [] int64; on the CPU they are a ScoreError."""
     found = values.isnan().any()
     if found.device.type == "cpu" and found:
         raise ScoreError(f"{what}: {_NAN}")
