@@ -12,6 +12,7 @@ from PIL import Image
 from pyseg import image
 from pyseg.errors import ImageError, LabelError, PysegError
 from pyseg.files import IMAGE_SUFFIXES
+from pyseg.visual import overlay
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -348,6 +349,17 @@ def test_labels_that_are_not_written(tmp_path):
     with pytest.raises(PysegError, match="does not exist; create it"):
         image.write_labels(tmp_path / "no" / "a.png", torch.zeros(2, 2, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "palette", [[(0, 0)], [(0, 0, 256)], [(0, -1, 2)], [(0, 0.5, 2)], [5], "ab"]
+)
+def test_palettes_that_are_none(tmp_path, palette):
+    labels = torch.zeros(2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"palette must hold one colour \[r, g, b\]"):
+        image.write_labels(tmp_path / "a.png", labels, palette)
+    with pytest.raises(ValueError, match="palette must hold"):
+        overlay(torch.zeros(3, 2, 2).byte(), labels=labels, palette=palette)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 import io
 import pickle
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 
 from pyseg import regions, types
 from pyseg.errors import LabelError, PysegError
+from pyseg.image import read_labels
 from pyseg.types import Dataset, Instances, Sample, Segment, Segmentation, Segments
 
 
@@ -189,3 +192,23 @@ def test_data_loader():
 def test_old_addresses():
     for name in regions.__all__:
         assert getattr(types, name) is getattr(regions, name)
+
+
+def test_void_of_many_classes_is_written(tmp_path):
+    many = make(size=(1, 3), classes=tuple(map(str, range(300))), logits=None)
+    path = many.with_labels(np.array([[-1, 255, 299]])).save(tmp_path / "a.png")
+    assert read_labels(path).tolist() == [[65535, 255, 299]]
+
+
+def test_optional_attributes_are_those_that_the_house_reads():
+    """What types.py lists is looked for somewhere, by getattr, hasattr or as a member."""
+    table = types.__doc__.partition("| of | attribute |")[2].partition("And these options")[0]
+    names = re.findall(r"``(\w+)", "".join(line.split("|")[2] for line in table.split("\n")[2:-2]))
+    assert {"palette", "refine_batch", "to", "headline", "things", "category_ids"} <= set(names)
+    source = "".join(
+        path.read_text()
+        for path in Path(types.__file__).parent.rglob("*.py")
+        if path.name != "types.py"
+    )
+    for name in names:
+        assert re.search(rf"""["']{name}["']|\.{name}\b""", source), name
