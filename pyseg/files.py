@@ -15,7 +15,19 @@ from typing import Any
 
 from .errors import PysegError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+# What images are read from: Pillow's name of the format -> suffixes. Pillow knows more, some of
+# which run other programs (EPS) or are rare enough to be mostly an attack surface.
+IMAGE_FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "MPO": (),  # a camera's JPEG of several pictures
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm",),
+    "GIF": (".gif",),
+}
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 PART = ".part"  # how names of files and folders end that are being written
 ABANDONED = 24 * 3600  # seconds after which such a one has lost its writer
@@ -104,7 +116,9 @@ def read_json(path: str | os.PathLike[str], error: Callable[[str], Exception] = 
     except FileNotFoundError as cause:
         raise error(f"{os.fspath(path)!r} does not exist; check the path") from cause
     except (OSError, ValueError, RecursionError) as cause:
-        raise error(f"{os.fspath(path)!r} cannot be read as JSON ({cause})") from cause
+        raise error(
+            f"{os.fspath(path)!r} cannot be read as JSON ({cause}); it is damaged, or no JSON"
+        ) from cause
 
 
 def finite(value: Any) -> Any:

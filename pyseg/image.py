@@ -1,15 +1,17 @@
-"""Images in, results out: reads any image to uint8 RGB, writes label maps, COCO masks and maps.
+"""Images in, pictures out: reads any image to uint8 RGB, reads and writes label maps.
 
 Everything that is written gets its name only when it is complete: a reader sees the whole file or
-none, whatever happens to the writer.
+none, whatever happens to the writer. What `pyseg.formats` reads and writes is found here too, under
+its old address.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,14 +19,29 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .errors import ImageError, LabelError
-from .files import replacing, write_json, write_text
-from .types import Instances, Segments
+from .files import IMAGE_FORMATS, replacing, write_json, write_text
+
+if TYPE_CHECKING:
+    from .formats import (
+        CITYSCAPES_IDS,  # noqa: F401
+        decode_rle,
+        encode_rle,
+        read_segment_ids,
+        write_cityscapes_ids,
+        write_instances,
+        write_panoptic,
+        write_segments,
+    )
 
 ImageSource: TypeAlias = "str | os.PathLike[str] | Image.Image | np.ndarray | Tensor"
 Palette: TypeAlias = "Sequence[Sequence[int]]"
 
-CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-"""Cityscapes' label ids of its train ids 0 to 18."""
+MAX_PIXELS = 100_000_000
+"""Pixels from which an image file or an RLE mask is refused, before memory is asked for it.
+
+What is larger is more often damaged or hostile than meant; segmenting 100 megapixels takes tens of
+gigabytes. Assign a larger number where larger ones are meant: ``pyseg.image.MAX_PIXELS = 10**9``.
+"""
 
 # --- images in --------------------------------------------------------------------------------
 
@@ -112,45 +129,22 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     )
 
 
-def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
-    """The segment ids of a panoptic PNG in COCO's format: R + 256 G + 65536 B, 0 = void.
-
-    Args:
-        path: an RGB PNG.
-
-    Returns:
-        [H, W] int32.
-
-    Raises:
-        ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
-    """
-    image = open_image(path, "panoptic map")
-    name = f"panoptic map {os.fspath(path)!r}"
-    if image.format in ("JPEG", "MPO"):
-        raise ImageError(
-            f"{name} is a JPEG, whose compression changes ids; use the PNG that it was made from"
-        )
-    if image.mode != "RGB":
-        raise ImageError(
-            f"{name} has mode {image.mode}; COCO's panoptic format is RGB, with "
-            "id = R + 256 G + 65536 B"
-        )
-    # Pillow pads to four bytes a pixel much faster than NumPy adds up three.
-    padded = np.frombuffer(image.tobytes("raw", "RGBX"), dtype="<u4").reshape(image.size[::-1])
-    return torch.from_numpy((padded & 0xFFFFFF).view(np.int32))
+_OPENED = tuple(name for name, suffixes in IMAGE_FORMATS.items() if suffixes)
 
 
 def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
     """Opens and decodes a file whole, with one kind of error for all that can go wrong."""
     name = f"{what} {os.fspath(path)!r}"
     file = Path(path)
-    if not file.exists():
+    if not _exists(file):
         hint = "; download it first" if "://" in os.fspath(path) else "; check the path"
         raise ImageError(f"{name} does not exist{hint}")
     if file.is_dir():
         raise ImageError(
             f"{name} is a directory; give the files in it (pyseg.predict takes directories)"
         )
+    if not file.is_file():  # a pipe would be waited for, perhaps for ever
+        raise ImageError(f"{name} is no file but a pipe, socket or device; give a file")
     try:
         with file.open("rb") as stream:
             head = stream.read(512)
@@ -159,7 +153,8 @@ def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
             f"{name} cannot be read ({error.strerror}); check its permissions"
         ) from error
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_OPENED) as image:
+            check_pixels(image.height, image.width, name)
             if (pictures := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":
                 # MPO is a camera's JPEG with a preview or depth map behind the picture.
                 raise ImageError(f"{name} holds {pictures} pictures; extract the one to segment")
@@ -174,13 +169,33 @@ def open_image(path: str | os.PathLike[str], what: str) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
             f"{name} claims more pixels than is plausible ({error}); if you trust it, raise "
-            "PIL.Image.MAX_IMAGE_PIXELS"
+            "PIL.Image.MAX_IMAGE_PIXELS and pyseg.image.MAX_PIXELS"
         ) from error
     except Exception as error:  # Pillow's decoders raise many kinds, SyntaxError among them
         reason = str(error).split("\n")[0] or type(error).__name__
         raise ImageError(
             f"{name} is truncated or damaged ({reason}); fetch or export it again"
         ) from error
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def check_pixels(height: int, width: int, name: str) -> None:
+    """Refuses what is larger than `MAX_PIXELS`.
+
+    Raises:
+        ImageError: with the size and the remedy.
+    """
+    if height * width > MAX_PIXELS:
+        raise ImageError(
+            f"{name} has {height} x {width} pixels, more than the {MAX_PIXELS} of "
+            "pyseg.image.MAX_PIXELS; scale it down or cut it up, or raise the limit if it is meant"
+        )
 
 
 def _grey_step(image: Image.Image) -> int:
@@ -193,6 +208,9 @@ def _grey_step(image: Image.Image) -> int:
     return {"L;2": 85, "L;4": 17}.get(str(raw), 1)
 
 
+_SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"GIF8", b"BM", b"P6")
+
+
 def _what_it_is(head: bytes) -> str:
     start = head.lstrip().lower()
     if not head:
@@ -203,7 +221,10 @@ def _what_it_is(head: bytes) -> str:
         return "is a Git LFS pointer, not the image; run git lfs pull"
     if head[4:12] in (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftyphevc"):
         return "is HEIC, which Pillow cannot read; convert it to JPEG or PNG"
-    return f"is not an image that Pillow can read (it begins with {head[:8]!r}); use JPEG or PNG"
+    if head.startswith(_SIGNATURES) or (head[:4], head[8:12]) == (b"RIFF", b"WEBP"):
+        return "is truncated or damaged (its header does not make sense); fetch or export it again"
+    formats = ", ".join(name for name in IMAGE_FORMATS if name != "MPO")
+    return f"is not an image in {formats} (it begins with {head[:8]!r}); use JPEG or PNG"
 
 
 def _read_pil(image: Image.Image, name: str) -> Tensor:
@@ -323,7 +344,7 @@ def _rgb8(pixels: Tensor, white: int) -> Tensor:
     return pixels.expand(3, -1, -1).contiguous()
 
 
-# --- results out ------------------------------------------------------------------------------
+# --- pictures out ----------------------------------------------------------------------------
 
 
 def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
@@ -361,7 +382,8 @@ def write_labels(
 
     Raises:
         LabelError: labels are not [H, W] integers in 0..65535.
-        ImageError: the path is no ``.png``, or its directory does not exist.
+        ImageError: the path is no ``.png``.
+        PysegError: its directory does not exist.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -388,7 +410,7 @@ def write_labels(
         given = np.array(palette or (), dtype=np.uint8).reshape(-1, 3)
         colours[: len(given)] = given
         picture.putpalette(colours.tobytes())
-    return _save(path, picture, format="PNG")
+    return save_image(path, picture, format="PNG")
 
 
 def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
@@ -399,7 +421,8 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
         image: anything that `read_image` takes.
 
     Raises:
-        ImageError: Pillow cannot write such files, or the directory does not exist.
+        ImageError: Pillow cannot write such files.
+        PysegError: the directory does not exist.
     """
     path = Path(path)
     kind = Image.registered_extensions().get(path.suffix.lower())
@@ -410,273 +433,33 @@ def write_image(path: str | os.PathLike[str], image: ImageSource) -> Path:
         )
     picture = Image.fromarray(read_image(image).cpu().permute(1, 2, 0).contiguous().numpy())
     options = {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-    return _save(path, picture, format=kind, **options)
+    return save_image(path, picture, format=kind, **options)
 
 
-def _save(path: Path, picture: Image.Image, **options: Any) -> Path:
+def save_image(path: Path, picture: Image.Image, **options: Any) -> Path:
+    """Saves ``picture``, whole or not at all; ``options`` are Pillow's."""
     with replacing(path) as temporary:
         picture.save(temporary, **options)
     return path
 
 
-# --- COCO -------------------------------------------------------------------------------------
+_IN_FORMATS = (
+    "CITYSCAPES_IDS",
+    "decode_rle",
+    "encode_rle",
+    "read_segment_ids",
+    "write_cityscapes_ids",
+    "write_instances",
+    "write_panoptic",
+    "write_segments",
+)
 
 
-def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
-    """A binary mask as a COCO run-length dict, equal to what pycocotools writes.
-
-    Args:
-        mask: [H, W] bool, or integers where anything but 0 is inside.
-
-    Returns:
-        ``{"size": [H, W], "counts": str}``: lengths of alternating runs of 0 and 1 in column-major
-        order, from the fourth on as difference to the one two before, in base 32 with 6 bits per
-        character (cocoapi, ``maskApi.c``).
-    """
-    values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if values.ndim != 2:
-        raise ImageError(f"a mask must be [H, W], got shape {list(values.shape)}")
-    flat = (values != 0).ravel(order="F")
-    borders = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    first = [0] if flat.size and flat[0] else []  # the first run is of zeros, if need be of none
-    edges = np.concatenate([[0], first, borders, [flat.size]]).astype(np.int64)
-    runs = edges[1:] - edges[:-1]
-    numbers = runs.copy()
-    numbers[3:] -= runs[1:-2]
-    digits = numbers[:, None] >> np.arange(0, 35, 5)  # [runs, 7], lowest first
-    rest = digits >> 5
-    digits &= 31
-    # The last digit is the first whose highest bit alone says the sign of all that follows.
-    done = rest == np.where(digits & 16, -1, 0)
-    last = done.argmax(1)
-    column = np.arange(7)
-    digits |= np.where(column < last[:, None], 32, 0)
-    text = (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes().decode("ascii")
-    return {"size": [int(side) for side in values.shape], "counts": text}
-
-
-def decode_rle(rle: Mapping[str, Any]) -> Tensor:
-    """A COCO run-length dict to its mask, [H, W] bool.
-
-    Args:
-        rle: ``size`` [H, W] and ``counts``, compressed (str or bytes) or a list of run lengths.
-
-    Raises:
-        ImageError: the runs do not add up to H x W.
-    """
-    height, width = (int(side) for side in rle["size"])
-    counts = rle["counts"]
-    if isinstance(counts, (str, bytes)):
-        codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-        runs = _decode_counts(codes.astype(np.int64) - 48)
-    else:
-        runs = np.asarray(counts, dtype=np.int64)
-    if (runs < 0).any() or int(runs.sum()) != height * width:
-        raise ImageError(
-            f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
-            f"{height} x {width} needs {height * width}; it is damaged"
-        )
-    flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
-    return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
-
-
-def _decode_counts(codes: np.ndarray) -> np.ndarray:
-    """Characters of a compressed RLE, less 48, to run lengths."""
-    last = (codes & 32) == 0
-    if not codes.size:
-        return codes
-    if not last[-1] or codes.min() < 0 or codes.max() > 63:
-        raise ImageError(
-            "the counts of the RLE mask are damaged: they end within a number or hold "
-            "a character outside '0'..'o'"
-        )
-    starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
-    lengths = np.diff(np.append(starts, codes.size))
-    place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    numbers = np.add.reduceat((codes & 31) << place, starts)
-    negative = (codes[last] & 16) != 0
-    numbers -= np.where(negative, np.int64(1) << (5 * lengths), 0)
-    numbers[1::2] = numbers[1::2].cumsum()
-    numbers[2::2] = numbers[2::2].cumsum()
-    return numbers
-
-
-def write_panoptic(
-    path: str | os.PathLike[str],
-    results: Iterable[tuple[str, Segments]],
-    classes: Sequence[str],
-    *,
-    things: Collection[int],
-    category_ids: Sequence[int] | None = None,
-) -> Path:
-    """Writes panoptic results in COCO's format, as panopticapi reads it.
-
-    For ``panoptic_val.json`` the maps go to ``panoptic_val/<name>.png``, RGB with
-    id = R + 256 G + 65536 B and 0 = void; the JSON comes last, so that it exists only when every
-    map does. ``image_id`` is the name, as a number where it is one, as in COCO's own files.
-
-    Args:
-        path: target, ``.json``; its directory must exist.
-        results: (name, segments) of every image; consumed one by one.
-        classes: name of every class index that the segments use.
-        things: the class indices that are countable objects.
-        category_ids: COCO category of every class index; by default the index itself.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ImageError: a segment id is not in 1..2^24-1, is in the map and not in the list or the
-            other way round, or a name occurs twice.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".json":
-        raise ImageError(f"panoptic results are described in a .json file, got {str(path)!r}")
-    ids = list(range(len(classes))) if category_ids is None else list(category_ids)
-    if len(ids) != len(classes):
-        raise ImageError(
-            f"category_ids must name one category per class: {len(classes)}, got {len(ids)}"
-        )
-    folder = path.with_suffix("")
-    annotations: dict[str, dict[str, Any]] = {}
-    for name, segments in results:
-        if name in annotations:
-            raise ImageError(f"two panoptic results are named {name!r}; names must differ")
-        file = folder / f"{name}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        annotations[name] = {
-            "image_id": int(name) if name.isdecimal() else name,
-            "file_name": f"{name}.png",
-            "segments_info": _write_segments(file, segments, ids),
-        }
-    categories = [
-        {"id": ids[k], "name": name, "isthing": int(k in things)} for k, name in enumerate(classes)
-    ]
-    images = [
-        {"id": entry["image_id"], "file_name": entry["file_name"]} for entry in annotations.values()
-    ]
-    value = {"images": images, "annotations": [*annotations.values()], "categories": categories}
-    return write_json(path, value)
-
-
-def write_segments(path: str | os.PathLike[str], segments: Segments) -> Path:
-    """Writes one panoptic map as ``path`` and its list as a JSON of the same name beside it.
-
-    The PNG is COCO's, see `write_panoptic`; the list has COCO's fields, with the class index as
-    ``category_id``.
-
-    Raises:
-        ImageError: as `write_panoptic`.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ImageError(f"panoptic maps are written as PNG, got {str(path)!r}")
-    labels = [item.label for item in segments.items]
-    info = _write_segments(path, segments, range(max(labels, default=0) + 1))
-    write_json(path.with_suffix(".json"), info)
-    return path
-
-
-def write_instances(path: str | os.PathLike[str], instances: Instances) -> Path:
-    """Writes instances as a JSON list in the form of COCO's results.
-
-    Each has ``category_id`` (the class index), ``score``, ``bbox`` [x, y, width, height] and
-    ``segmentation``, a run-length dict.
-    """
-    boxes = instances.boxes.double()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-    columns = (instances.labels.tolist(), instances.scores.tolist(), boxes.tolist())
-    entries = [
-        {"category_id": label, "score": score, "bbox": box, "segmentation": encode_rle(mask)}
-        for label, score, box, mask in zip(*columns, instances.masks, strict=True)
-    ]
-    return write_json(path, entries)
-
-
-def write_cityscapes_ids(
-    path: str | os.PathLike[str],
-    segments: Segments,
-    *,
-    things: Collection[int],
-    label_ids: Sequence[int] | None = None,
-) -> Path:
-    """Writes a panoptic map as Cityscapes' ``instanceIds``: a PNG of 16-bit grey.
-
-    A pixel of a stuff class or of a crowd has its label id, one of the n-th segment of a thing
-    class the label id times 1000 plus n, counted from 0; void is 0, Cityscapes' "unlabeled".
-
-    Args:
-        path: target, ``.png``; its directory must exist.
-        segments: at most 1000 of a thing class.
-        things: the class indices that are countable objects.
-        label_ids: Cityscapes' label id of every class index; None = those of its 19 train ids.
-
-    Returns:
-        ``path``.
-
-    Raises:
-        ImageError: a class without a label id, a label id out of 1..64, or too many segments.
-    """
-    path = Path(path)
-    if path.suffix.lower() != ".png":
-        raise ImageError(f"Cityscapes ids are written as PNG, got {str(path)!r}")
-    ids = CITYSCAPES_IDS if label_ids is None else tuple(label_ids)
-    if not all(0 < number <= 64 for number in ids):
-        raise ImageError(f"label_ids must be 1 to 64, which 16 bits leave room for, got {ids}")
-    map = segments.map.detach().cpu().numpy()
-    table = np.zeros(map.shape, np.uint16)
-    counted: dict[int, int] = {}
-    for item in segments.items:
-        if not 0 <= item.label < len(ids):
-            raise ImageError(
-                f"segment {item.id} has class {item.label}, but there are label_ids "
-                f"for {len(ids)} classes"
-            )
-        value = ids[item.label]
-        if item.label in things and not item.crowd:
-            number = counted.get(item.label, 0)
-            counted[item.label] = number + 1
-            if number >= 1000:
-                raise ImageError(
-                    f"class {item.label} has more than 1000 segments, too many for Cityscapes ids"
-                )
-            value = 1000 * value + number
-        table[map == item.id] = value
-    return _save(path, Image.fromarray(table), format="PNG")
-
-
-def _write_segments(path: Path, segments: Segments, ids: Sequence[int]) -> list[dict[str, Any]]:
-    """Writes one map and returns its ``segments_info``."""
-    table = segments.map.detach().cpu().numpy().astype(np.int64)
-    listed = [item.id for item in segments.items]
-    found = [int(value) for value in np.unique(table) if value != 0]
-    if sorted(listed) != found:
-        raise ImageError(
-            f"the segments of {path.name} do not fit their map: listed {listed[:8]}, "
-            f"in the map {found[:8]}; every segment needs at least one pixel and "
-            "every non-zero pixel a segment"
-        )
-    if found and not 0 < found[0] <= found[-1] < 1 << 24:
-        raise ImageError(f"segment ids must be 1 to {(1 << 24) - 1}, got {found[0]} to {found[-1]}")
-    info = []
-    for item in segments.items:
-        inside = table == item.id
-        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-        left, top = int(columns[0]), int(rows[0])
-        box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-        info.append(
-            {
-                "id": item.id,
-                "category_id": ids[item.label],
-                "area": int(inside.sum()),
-                "bbox": box,  # x, y, width, height
-                "iscrowd": int(item.crowd),
-                "score": item.score,
-            }
-        )
-    rgb = np.stack([table & 255, table >> 8 & 255, table >> 16], axis=-1).astype(np.uint8)
-    _save(path, Image.fromarray(rgb), format="PNG")
-    return info
+def __getattr__(name: str) -> Any:
+    # The old address of what moved to formats.py, which builds on this file.
+    if name in _IN_FORMATS:
+        return getattr(importlib.import_module(".formats", __package__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 __all__ = [

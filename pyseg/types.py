@@ -1,60 +1,51 @@
-"""What flows through a pipeline (`Segmentation`, `Sample`) and what a stage must offer.
+"""START HERE: what flows through a pipeline, and what a stage, a metric and a data set must offer.
 
-Shapes use N images, C classes, full size H x W and a model's own size h x w. Boxes are xyxy in
-pixels of the input image, images are RGB.
+`Segmentation` is the prediction for one image, `Sample` one image with its ground truth; `Model`,
+`Refiner`, `Metric` and `Dataset` are protocols: anything with these members will do, without a base
+class. Shapes use N images, C classes, full size H x W and a model's own size h x w. Boxes are xyxy
+in pixels of the input image, images are RGB.
+
+Beyond the protocols the house reads these attributes where an object has them:
+
+| of | attribute | meaning |
+|---|---|---|
+| model | ``palette`` | one RGB colour per class; saved with the pipeline, given to predictions |
+| model | ``things`` | names of the countable classes; training scores panoptic quality with them |
+| refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
+| stage | ``to(device)`` | moves it; `Pipeline.to` calls it |
+| stage | ``state_dict()`` of an ``nn.Module`` | weights that are saved with the pipeline |
+| stage | ``size`` | its architecture, where ``weights`` would tell it; saved in pipeline.json |
+| metric | ``headline`` | names of the scores that tables show first |
+| dataset | ``things`` | names of the countable classes; given to metrics that take ``things`` |
+| dataset | ``category_ids`` | COCO's category of every class, for panoptic results |
+| dataset | ``names`` | of the samples, without reading them |
+
+And these options of a factory get a value where it takes them and the spec gives none:
+
+| of | option | value |
+|---|---|---|
+| model | ``num_classes``, ``weights`` | those of `pyseg.build` |
+| metric | ``classes``, ``num_classes``, ``things`` | those of the data set |
+| dataset | ``root``, ``split`` | those of the command line |
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import LabelError
+from .regions import CERTAIN, VOID, Instances, Segment, Segments, outline, void_label
+
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL.Image import Image
-
-VOID = 255
-"""Label of pixels without a class: ``ignore_index`` everywhere in pyseg.
-
-With more than 255 classes it is a class, and void is -1.
-"""
-CERTAIN = 0.5
-"""Score from which an instance counts where a label map is made of instances alone."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment of a panoptic map."""
-
-    id: int  # its value in Segments.map, > 0
-    label: int  # class index
-    score: float
-    area: int  # pixels
-    crowd: bool = False  # in ground truth: a region of several objects that were not told apart
-
-
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """A panoptic result: every pixel belongs to at most one segment."""
-
-    map: Tensor  # [H, W] int32, 0 = void
-    items: tuple[Segment, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Instances:
-    """Detected objects of one image; they may overlap."""
-
-    boxes: Tensor  # [K, 4] float, xyxy in pixels of the input image
-    masks: Tensor  # [K, H, W] bool
-    scores: Tensor  # [K] float
-    labels: Tensor  # [K] int64, class indices
-    crowd: Tensor | None = None  # [K] bool: regions of many objects (COCO's iscrowd); ground truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +78,9 @@ class Segmentation:
                 f"logits must be [{channels}, h, w], one plane per class, got {list(logits.shape)}"
             )
         if labels is not None and tuple(labels.shape) != tuple(self.size):
-            raise ValueError(f"labels must be {list(self.size)}, got {list(labels.shape)}")
+            raise LabelError(
+                f"labels must be {list(self.size)}, the size of the image, got {list(labels.shape)}"
+            )
         if segments is not None and tuple(segments.map.shape) != tuple(self.size):
             raise ValueError(
                 f"segments.map must be {list(self.size)}, got {list(segments.map.shape)}"
@@ -102,42 +95,28 @@ class Segmentation:
         """
         if self._labels is None:
             if self.logits is None and self.segments is None and self.instances is not None:
-                return self._labels_of_instances(self.instances)  # not kept: no map of its own
+                return self.instances.label_map(len(self.classes))  # not kept: no map of its own
             object.__setattr__(self, "_labels", self._derive_labels())
         assert self._labels is not None
         return self._labels
 
     def _derive_labels(self) -> Tensor:
         if self.logits is not None:
-            from .ops import upsample_argmax
+            from .ops import upsample_argmax  # loads the compiled library
 
             return upsample_argmax(self.logits[None], self.size)[0]
         if self.segments is not None:
-            ids = torch.tensor([0] + [item.id for item in self.segments.items])
-            void, dtype = self._void()
-            classes = torch.tensor([void] + [item.label for item in self.segments.items])
-            order = ids.argsort()
-            table = self.segments.map
-            position = torch.searchsorted(ids[order].to(table.device), table.long())
-            return classes[order].to(table.device)[position].to(dtype)
+            return self.segments.label_map(len(self.classes))
         raise ValueError(
             "this Segmentation has no semantic map: neither logits, labels, segments "
             "nor instances are set"
         )
 
-    def _void(self) -> tuple[int, torch.dtype]:
-        return (VOID, torch.uint8) if len(self.classes) <= VOID else (-1, torch.int16)
+    def full_logits(self) -> Tensor:
+        """The logits at full resolution, [C, H, W] float32: bilinear, ``align_corners=False``.
 
-    def _labels_of_instances(self, instances: Instances) -> Tensor:
-        void, dtype = self._void()
-        labels = instances.masks.new_full(self.size, void, dtype=dtype)
-        for k in instances.scores.argsort(stable=True).tolist():
-            if instances.scores[k] >= CERTAIN:
-                labels[instances.masks[k]] = int(instances.labels[k])
-        return labels
-
-    def probabilities(self) -> Tensor:
-        """Class probabilities at full resolution, [C, H, W] float32: softmax of upsampled logits.
+        Not kept: that is C numbers for every pixel. Logits that are so large already are returned
+        themselves, so do not write into the result.
 
         Raises:
             ValueError: there are no logits, as after a stage that outputs labels only.
@@ -148,19 +127,57 @@ class Segmentation:
                 "needs probabilities (crf, sam, sam2) before the one that dropped "
                 "them"
             )
-        logits = self.logits.float()[None]
-        if tuple(logits.shape[2:]) != tuple(self.size):
-            logits = torch.nn.functional.interpolate(
-                logits, self.size, mode="bilinear", align_corners=False
-            )
-        return logits[0].softmax(0)
+        logits = self.logits.float()
+        if tuple(logits.shape[1:]) == tuple(self.size):
+            return logits
+        return torch.nn.functional.interpolate(
+            logits[None], self.size, mode="bilinear", align_corners=False
+        )[0]
+
+    def probabilities(self) -> Tensor:
+        """Class probabilities at full resolution, [C, H, W] float32: softmax of `full_logits`.
+
+        Raises:
+            ValueError: there are no logits, as after a stage that outputs labels only.
+        """
+        return self.full_logits().softmax(0)
 
     def with_logits(self, logits: Tensor) -> Segmentation:
         """A copy with new ``logits`` [C, h, w]; labels and segments, which follow, are dropped."""
         return replace(self, logits=logits, segments=None, _labels=None)
 
-    def with_labels(self, labels: Tensor) -> Segmentation:
-        """A copy with new ``labels`` [H, W]; logits and segments, now untrue, are dropped."""
+    def with_labels(self, labels: Tensor | np.ndarray) -> Segmentation:
+        """A copy with new ``labels`` [H, W]; logits and segments, now untrue, are dropped.
+
+        Args:
+            labels: class indices, void as `labels` has it; a NumPy array is copied into its dtype.
+
+        Raises:
+            LabelError: not integers of the size of the image, or values that are no class. Values
+                are looked at on the CPU; elsewhere that would wait for the device, and metrics
+                count them.
+        """
+        void, dtype = void_label(len(self.classes))
+        copied = isinstance(labels, np.ndarray)
+        if copied and labels.dtype.kind in "ui":
+            # Unsigned 16 bits and more are not comparable in torch.
+            labels = torch.from_numpy(labels.astype(np.int64))
+        if not isinstance(labels, Tensor):
+            raise LabelError(
+                "labels must be a tensor or a NumPy array of integers, got "
+                f"{getattr(labels, 'dtype', type(labels).__name__)}"
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+            raise LabelError(f"labels must be integers, got {labels.dtype}; convert them")
+        if labels.device.type == "cpu" and labels.numel():
+            low, high = (int(value) for value in labels.masked_fill(labels == void, 0).aminmax())
+            if low < 0 or high >= len(self.classes):
+                raise LabelError(
+                    f"labels hold {low if low < 0 else high}, which is no class: there are "
+                    f"{len(self.classes)}, 0 to {len(self.classes) - 1}, and {void} is void"
+                )
+        if copied:
+            labels = labels.to(dtype)
         return replace(self, logits=None, segments=None, _labels=labels)
 
     def with_segments(self, segments: Segments) -> Segmentation:
@@ -168,20 +185,72 @@ class Segmentation:
         return replace(self, logits=None, segments=segments, _labels=None)
 
     def overlay(self, opacity: float = 0.5) -> Image:
-        """The image with the labels painted over it and a legend of the classes present.
+        """The image with the result painted over it and a legend: see `pyseg.visual.overlay`.
 
         Raises:
             ValueError: the Segmentation does not carry its image.
         """
-        from . import visual
+        from . import visual  # Pillow's fonts, which few need
 
-        return visual.overlay(self, opacity=opacity)
+        if self.image is None:
+            raise ValueError(
+                "overlay needs the image, and this Segmentation does not carry it; pass "
+                "dataclasses.replace(segmentation, image=image)"
+            )
+        maps = (self.logits, self.segments, self._labels)
+        return visual.overlay(
+            self.image,
+            opacity,
+            labels=self.labels if any(value is not None for value in maps) else None,
+            segments=self.segments,
+            instances=self.instances,
+            classes=self.classes,
+            palette=self.palette,
+        )
 
     def save(self, path: str | Path) -> Path:
-        """Writes the labels as an indexed PNG (mode P, the palette's colours, 255 = void)."""
+        """Writes the labels as an indexed PNG (mode P, the palette's colours, 255 = void).
+
+        Raises:
+            ImageError: the path is no ``.png``.
+            PysegError: its directory does not exist.
+        """
         from . import image
 
         return image.write_labels(path, self.labels, self.palette)
+
+    def __repr__(self) -> str:
+        held = [
+            f"{name} {value if name in ('segments', 'instances') else outline(value)}"
+            for name, value in (
+                ("logits", self.logits),
+                ("labels", self._labels),
+                ("segments", self.segments),
+                ("instances", self.instances),
+                ("image", self.image),
+            )
+            if value is not None
+        ]
+        start = f"{self.size[0]} x {self.size[1]}, {len(self.classes)} classes"
+        return f"Segmentation({', '.join([start, *held])})"
+
+    def _repr_png_(self) -> bytes | None:
+        """What a notebook shows: the overlay, or the labels in colour; None where that fails."""
+        try:
+            from . import visual
+
+            if self.image is not None:
+                picture = self.overlay()
+            else:
+                black = torch.zeros(3, *self.size, dtype=torch.uint8)
+                picture = visual.overlay(
+                    black, 1.0, labels=self.labels, classes=self.classes, palette=self.palette
+                )
+            stream = io.BytesIO()
+            picture.save(stream, format="PNG")
+            return stream.getvalue()
+        except Exception:  # a notebook then shows the repr, which says what is there
+            return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,10 +263,18 @@ class Sample:
     segments: Segments | None = None
     instances: Instances | None = None
 
+    def __repr__(self) -> str:
+        held = [
+            f"{name} {value if name in ('segments', 'instances') else outline(value)}"
+            for name, value in list(vars(self).items())[1:]
+            if value is not None
+        ]
+        return f"Sample({', '.join([repr(self.name), *held])})"
+
 
 @runtime_checkable
 class Model(Protocol):
-    """First stage of a pipeline."""
+    """First stage of a pipeline. In use it is in evaluation mode; only training changes that."""
 
     classes: tuple[str, ...]
 
@@ -236,7 +313,11 @@ class Metric(Protocol):
 
 @runtime_checkable
 class Dataset(Protocol):
-    """Images with labels, by index."""
+    """Images with labels, by index.
+
+    PyTorch's ``DataLoader`` takes one with ``collate_fn=list``: a batch is then a list of samples,
+    whose images may differ in size; its default wants to stack fields and refuses samples.
+    """
 
     classes: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
@@ -244,3 +325,18 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+__all__ = [
+    "CERTAIN",
+    "VOID",
+    "Dataset",
+    "Instances",
+    "Metric",
+    "Model",
+    "Refiner",
+    "Sample",
+    "Segment",
+    "Segmentation",
+    "Segments",
+]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .image import ImageSource, default_palette, read_image
-from .types import VOID, Instances, Segmentation
+from .regions import VOID, Instances, Segments
 
 Colour: TypeAlias = "tuple[int, int, int]"
 
@@ -20,60 +21,99 @@ _BAR, _GAP = (66, 113, 174), (226, 118, 118)
 _CORRECT, _WRONG, _MISSED, _IGNORED = (222, 226, 230), (214, 40, 57), (247, 160, 30), (64, 68, 76)
 
 
-def overlay(segmentation: Segmentation, opacity: float = 0.5) -> Image.Image:
-    """The image with the result painted over it and a legend of the classes present.
+def overlay(
+    image: ImageSource | Any,  # Any: a Segmentation, which this file does not know
+    opacity: float = 0.5,
+    *,
+    labels: Tensor | np.ndarray | None = None,
+    segments: Segments | None = None,
+    instances: Instances | None = None,
+    classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+) -> Image.Image:
+    """The image with a result painted over it and a legend of the classes present.
 
     Classes are painted in the palette's colours; void pixels keep the image. Segments get white
     borders, and the segments of one class different shades. Instances are painted on top, with
     outline, box, class and score.
 
     Args:
-        segmentation: must carry its ``image``.
+        image: anything that `pyseg.image.read_image` takes; or a `pyseg.Segmentation` that carries
+            its image, whose result is painted.
         opacity: weight of the colours, 0 (image only) to 1 (colours only).
+        labels: [H, W] class indices; what is no class (255, -1) is void. None = those of the
+            segments, if any.
+        segments: a panoptic map.
+        instances: detected objects.
+        classes: names of the classes; None = "class 0", "class 1", …
+        palette: one RGB colour per class; missing ones come from `default_palette`.
 
     Returns:
         RGB; as wide as the image, higher by the legend.
 
     Raises:
-        ValueError: there is no image, or the opacity is out of range.
+        ValueError: the opacity is out of range, or a map has not the size of the image.
+
+    Example:
+        >>> overlay("street.jpg", labels=labels, classes=("road", "sky")).save("overlay.png")
     """
-    if segmentation.image is None:
-        raise ValueError(
-            "overlay needs the image, and this Segmentation does not carry it; pass "
-            "dataclasses.replace(segmentation, image=image)"
-        )
+    if callable(paint := getattr(image, "overlay", None)):
+        return paint(opacity)
     if not 0 <= opacity <= 1:
         raise ValueError(f"opacity must be in 0..1, got {opacity}")
-    count = len(segmentation.classes)
-    palette = np.array(default_palette(count), dtype=np.uint8)
-    if segmentation.palette is not None:
-        palette[: len(segmentation.palette)] = segmentation.palette[:count]
-    pixels = _array(segmentation.image).astype(np.float32)
+    pixels = _array(read_image(image)).astype(np.float32)
+    size = pixels.shape[:2]
+    if classes is None:
+        classes = [f"class {k}" for k in range(_count(labels, segments, instances))]
+    count = len(classes)
+    colours_of = np.array(default_palette(count), dtype=np.uint8)
+    if palette is not None:
+        colours_of[: len(palette)] = np.asarray(palette, dtype=np.uint8)[:count]
+    if labels is None and segments is not None:
+        labels = segments.label_map(count)
     present: list[int] = []
-
-    maps = (segmentation.logits, segmentation.segments, segmentation._labels)
-    if any(value is not None for value in maps):
-        labels = segmentation.labels.cpu().numpy()
-        known = (labels >= 0) & (labels < count)
-        present = np.unique(labels[known]).tolist()
-        colours = palette[np.where(known, labels, 0)].astype(np.float32)
+    if labels is not None:
+        values = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+        if values.shape != size:
+            raise ValueError(f"labels must be {list(size)} as the image, got {list(values.shape)}")
+        known = (values >= 0) & (values < count)
+        present = np.unique(values[known]).tolist()
+        colours = colours_of[np.where(known, values, 0)].astype(np.float32)
         shown = (known * opacity)[..., None]
         borders = None
-        if segmentation.segments is not None:
-            table = segmentation.segments.map.cpu().numpy()
-            colours = _shaded(colours, segmentation, table)
+        if segments is not None:
+            table = segments.map.cpu().numpy()
+            if table.shape != size:
+                raise ValueError(
+                    f"segments.map must be {list(size)} as the image, got {list(table.shape)}"
+                )
+            colours = _shaded(colours, segments, table)
             borders = _borders(table)
         pixels = pixels * (1 - shown) + colours * shown
         if borders is not None:
             pixels[borders] = 255
-    if segmentation.instances is not None:
-        pixels = _paint_instances(pixels, segmentation.instances, palette, opacity)
-        present = sorted({*present, *segmentation.instances.labels.tolist()})
+    if instances is not None:
+        pixels = _paint_instances(pixels, instances, colours_of, opacity)
+        present = sorted({*present, *instances.labels.tolist()})
     picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-    if segmentation.instances is not None:
-        _annotate_instances(picture, segmentation.instances, segmentation.classes, palette)
-    entries = [(_rgb(palette[k]), segmentation.classes[k]) for k in present]
-    return _with_legend(picture, entries)
+    if instances is not None:
+        _annotate_instances(picture, instances, classes, colours_of)
+    return _with_legend(picture, [(_rgb(colours_of[k]), classes[k]) for k in present])
+
+
+def _count(
+    labels: Tensor | np.ndarray | None, segments: Segments | None, instances: Instances | None
+) -> int:
+    """The number of classes that what is painted speaks of; 255 is void where nobody says more."""
+    seen = [0]
+    if labels is not None:
+        values = torch.as_tensor(labels)
+        seen.append(1 + int(values.masked_fill(values == VOID, -1).max()))
+    if segments is not None:
+        seen += [1 + item.label for item in segments.items]
+    if instances is not None:
+        seen += [1 + label for label in instances.labels.tolist()]
+    return max(seen)
 
 
 def side_by_side(images: Sequence[ImageSource], titles: Sequence[str] | None = None) -> Image.Image:
@@ -246,12 +286,11 @@ def _borders(table: np.ndarray) -> np.ndarray:
     return borders
 
 
-def _shaded(colours: np.ndarray, segmentation: Segmentation, table: np.ndarray) -> np.ndarray:
+def _shaded(colours: np.ndarray, segments: Segments, table: np.ndarray) -> np.ndarray:
     """Class colours, lightened or darkened from one segment of a class to the next."""
-    assert segmentation.segments is not None
     seen: dict[int, int] = {}
     shades = {0: 0.0}
-    for item in segmentation.segments.items:
+    for item in segments.items:
         turn = seen.get(item.label, 0)
         seen[item.label] = turn + 1
         shades[item.id] = (0.0, 0.45, -0.4, 0.7, -0.2, 0.25)[turn % 6]

@@ -4,35 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..classes import CAMVID_CLASSES as CLASSES
+from ..classes import CAMVID_PALETTE as PALETTE
 from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, files_by_stem, some
 from .pairs import PairedFiles
-
-CLASSES = (
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-)
-PALETTE = (
-    (128, 128, 128),
-    (128, 0, 0),
-    (192, 192, 128),
-    (128, 64, 128),
-    (60, 40, 222),
-    (128, 128, 0),
-    (192, 128, 128),
-    (64, 64, 128),
-    (64, 0, 128),
-    (64, 64, 0),
-    (0, 128, 192),
-)
 
 
 class CamVid(PairedFiles):

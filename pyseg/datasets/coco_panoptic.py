@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..coco import annotations_of, categories_of, read_segments
 from ..errors import ImageError, LabelError
 from ..files import IMAGE_SUFFIXES, files_by_stem, read_json, some
+from ..formats import annotations_of, categories_of, read_segments
 from ..image import default_palette, read_image
 from ..types import Sample, Segmentation, Segments
 from .pairs import instances_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ScoreError
 from ..files import read_json
-from ..image import encode_rle
+from ..formats import encode_rle
 from ..types import Instances, Sample, Segmentation
 
 KINDS = ("mask", "box", "boundary")

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..coco import annotations_of, categories_of, read_segments
 from ..errors import LabelError
 from ..files import read_json
+from ..formats import annotations_of, categories_of, read_segments
 from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS

@@ -9,35 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..classes import CAMVID_CLASSES as CLASSES
+from ..classes import CAMVID_PALETTE as PALETTE
 from ..errors import WeightsError
 from .semantic import SemanticModel
 
-CLASSES = (
-    "Sky",
-    "Building",
-    "Pole",
-    "Road",
-    "Pavement",
-    "Tree",
-    "SignSymbol",
-    "Fence",
-    "Car",
-    "Pedestrian",
-    "Bicyclist",
-)
-PALETTE = (
-    (128, 128, 128),
-    (128, 0, 0),
-    (192, 192, 128),
-    (128, 64, 128),
-    (60, 40, 222),
-    (128, 128, 0),
-    (192, 128, 128),
-    (64, 64, 128),
-    (64, 0, 128),
-    (64, 64, 0),
-    (0, 128, 192),
-)
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from ..types import Segment, Segments
+from ..regions import Segment, Segments
 
 _native.load()
 
@@ -169,7 +169,7 @@ def panoptic_merge(
 
 
 def _decoded(rles: Sequence[Mapping[str, Any]], semantic: Tensor, boxes: Tensor | None) -> Tensor:
-    from ..image import decode_rle
+    from ..formats import decode_rle
 
     if boxes is not None:
         raise ValueError("masks are run-length dicts, which cover the image: leave boxes out")

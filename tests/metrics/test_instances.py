@@ -380,9 +380,9 @@ def test_bad_files(change, message, tmp_path):
 def test_files_that_are_none(tmp_path):
     (tmp_path / "a.json").write_text("{")
     (tmp_path / "b.json").write_text("[]")
-    with pytest.raises(ScoreError, match="not JSON"):
+    with pytest.raises(ScoreError, match="cannot be read as JSON"):
         instance_ap(tmp_path / "a.json", tmp_path / "b.json")
-    with pytest.raises(ScoreError, match="cannot be read"):
+    with pytest.raises(ScoreError, match="does not exist"):
         instance_ap(tmp_path / "c.json", tmp_path / "b.json")
     with pytest.raises(ScoreError, match="results go second"):
         instance_ap(tmp_path / "b.json", tmp_path / "b.json")
@@ -403,7 +403,7 @@ def test_command(tmp_path):
     for kind in ("mask", "box", "boundary"):
         assert re.search(rf"{kind} +{want[f'{kind}_ap']:.4f}", shown.output), shown.output
     wrong = run(str(tmp_path / "none.json"))
-    assert wrong.exit_code == 2 and "cannot be read" in wrong.output
+    assert wrong.exit_code == 2 and "does not exist" in wrong.output
 
 
 def test_box_results_alone(tmp_path):

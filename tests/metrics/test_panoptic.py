@@ -364,7 +364,7 @@ def test_bad_input():
     with pytest.raises(LabelError, match="sample 'image 0' has no segments"):
         metric.update(prediction, Sample("image 0", sample.image))
     with pytest.raises(LabelError, match="prediction for sample 'image 0' has no segments"):
-        metric.update(prediction.with_labels(sample.segments.map), sample)
+        metric.update(prediction.with_labels(torch.zeros(30, 32, dtype=torch.uint8)), sample)
     with pytest.raises(LabelError, match=r"'x'.*\[24, 32\] and \[30, 32\]"):
         short = segments(sample.segments.map[:24], {k: 0 for k in range(12)})
         metric.update_segments(short, sample.segments, "x")
