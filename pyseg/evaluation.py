@@ -7,7 +7,7 @@ states of the metrics are added, so that the scores are those of one process to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from . import metrics as metrics_registry
 from .errors import PluginError, PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
+from .registry import naming_failures
 from .types import Dataset, Metric, Sample
 
 MEMORY_IMAGES = 3  # images whose peak memory is measured, which takes longer than the time
@@ -170,14 +171,15 @@ def evaluate(
     for done, index in enumerate(track(indices[rank::processes])):
         sample = dataset[index]
         if done == 0:
-            pipeline.trace(sample.image)
-        results = pipeline.trace(sample.image, memory=done < MEMORY_IMAGES)
+            pipeline.trace(sample.image, name=sample.name)
+        results = pipeline.trace(sample.image, memory=done < MEMORY_IMAGES, name=sample.name)
         for k, result in enumerate(results):
             milliseconds[k] += result.milliseconds / count
             if result.peak_bytes is not None:
                 peaks[k] = max(peaks[k] or 0, result.peak_bytes)
-            for scorer in scorers[k].values():
-                scorer.update(result.prediction, sample)
+            for name, scorer in scorers[k].items():
+                with naming_failures(f"metric {name!r}", f" on image {sample.name!r}"):
+                    scorer.update(result.prediction, sample)
         if observe is not None:
             observe(sample, results)
     if processes > 1:
@@ -191,7 +193,7 @@ def evaluate(
 
     rows: list[StageScores] = []
     for k, stage in enumerate(pipeline.stages):
-        scores = {name: scorer.compute() for name, scorer in scorers[k].items()}
+        scores = {name: _computed(name, scorer) for name, scorer in scorers[k].items()}
         baseline = rows[0].metrics if rows else scores
         rows.append(
             StageScores(
@@ -220,6 +222,17 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
     """
     context = {"classes": tuple(classes), "num_classes": len(classes), "things": tuple(things)}
     return metrics_registry._registry.make(text, context)
+
+
+def _computed(name: str, metric: Metric) -> dict[str, Any]:
+    with naming_failures(f"metric {name!r}"):
+        scores = metric.compute()
+    if not isinstance(scores, Mapping):
+        raise PluginError(
+            f"metric {name!r} must compute a dict of names and values, got a "
+            f"{type(scores).__name__}"
+        )
+    return dict(scores)
 
 
 def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:

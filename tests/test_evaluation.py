@@ -117,7 +117,7 @@ def test_memory_is_measured_for_few_images_and_warm_up_is_not_scored(pipeline, m
     calls = []
     trace = type(pipeline).trace
 
-    def spy(self, image, *, memory=False):
+    def spy(self, image, *, memory=False, name=None):
         calls.append(memory)
         return trace(self, image, memory=memory)
 
@@ -220,6 +220,24 @@ def test_bad_input(pipeline):
     data.classes = ("dark", "light")
     with pytest.raises(PysegError, match="3 classes, the dataset 2"):
         evaluate(pipeline, data)
+
+
+def test_a_metric_that_fails_is_named_with_the_image(pipeline, monkeypatch):
+    factory = metrics._registry._registered["meanlabel"]
+
+    def fails(*_):
+        raise KeyError("depth")
+
+    monkeypatch.setattr(factory, "compute", lambda self: [1, 2])
+    with pytest.raises(PluginError, match=r"'meanlabel' must compute a dict.*got a list"):
+        evaluate(pipeline, Data(), ["meanlabel"])
+    monkeypatch.setattr(factory, "compute", fails)
+    with pytest.raises(PluginError, match="metric 'meanlabel' failed: KeyError: 'depth'"):
+        evaluate(pipeline, Data(), ["meanlabel"])
+    monkeypatch.setattr(factory, "update", fails)
+    with pytest.raises(PluginError, match="'meanlabel' failed on image 's0': KeyError") as caught:
+        evaluate(pipeline, Data(), ["meanlabel"])
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_bad_sample_stops_it(pipeline):
