@@ -565,3 +565,47 @@ def test_errors_with_a_remedy_of_their_own_pass_through(image, monkeypatch):
         with pytest.raises(type(error)) as caught:
             pipeline(image)
         assert caught.value is error
+
+
+def test_a_folder_in_place_of_a_spec_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tiny").mkdir()  # called like a model: the model is meant
+    for spec in ("empty", "./empty", str(tmp_path / "empty")):
+        with pytest.raises(
+            SpecError, match=r"empty' is no saved pipeline: it has no pipeline\.json"
+        ):
+            pyseg.build(spec)
+    with pytest.raises(SpecError, match=r"there is no folder '\./nope'"):
+        pyseg.build("./nope")
+    pyseg.build("tiny").save("saved")
+    with pytest.raises(SpecError, match=r"'saved' is a saved pipeline: pyseg\.load reads it"):
+        pyseg.build("saved")
+
+
+def test_hostile_specs_end_as_errors_of_pyseg(monkeypatch):
+    monkeypatch.setenv("PYSEG_OFFLINE", "1")
+    long, crowd = "a" * 300, "+crf" * 2000
+    for spec in (
+        "streetnet(num_classes=1000000000)",
+        "streetnet(num_classes=-5)",
+        "streetnet(weights='~nouser/x')",
+        f"streetnet(weights='{long}')",
+        "streetnet(weights='http://[::1')",
+        "streetnet(weights='\\0')",
+        "streetnet+crf(iterations=2147483648)",
+        f"streetnet{crowd}",
+        f"streetnet{crowd * 9}",
+        f"streetnet+crf(gaussian='{long * 30}')",
+        f"tiny({'x' * 9000}=1)",
+        "tiny+shift(by=-" + "-" * 900 + "1)",
+        "tiny(bias=0x" + "f" * 5000 + ")",
+        "nobody:tiny",
+        "tiny\0",
+        "\0",
+        "/" * 900,
+        "~",
+    ):
+        with pytest.raises(PysegError) as caught:
+            pyseg.build(spec)
+        assert len(str(caught.value)) < 1000, spec[:40]
