@@ -136,7 +136,7 @@ def test_bad_files_are_reported_and_the_others_go_on(pipeline, tmp_path):
 def test_other_errors_are_not_taken_for_bad_files(pipeline, tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     monkeypatch.setattr(ByColour, "predict", lambda self, images: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(PysegError, match=r"'bycolour' failed on image '.*a\.png': ZeroDivision"):
         predict(pipeline, tmp_path / "a.png", tmp_path / "out")
 
 
