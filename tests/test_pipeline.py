@@ -338,6 +338,9 @@ def test_models_leave_build_load_and_create_in_evaluation_mode(tmp_path, monkeyp
         for part in (pipeline.model, *pipeline.refiners):
             assert not any(module.training for module in part.modules())
     assert not models.create("normalised").training and not own.training
+    # and so those that are made without a name
+    assert not CRF(trainable=True, num_classes=2).training
+    assert not refiners.SamRefiner(torch.nn.Identity()).training
     assert not any(m.training for m in pyseg.build("streetnet", weights=None).model.modules())
     before = copy.deepcopy(built.model.state_dict())
     x = torch.rand(2, 3, 9, 9)
@@ -428,7 +431,7 @@ def test_build_and_pipeline_take_objects(image):
         def forward(self, image, prediction):
             return prediction.with_logits(self.factor.detach() * prediction.logits)
 
-    model, crf = Constant(), CRF(iterations=1).eval()
+    model, crf = Constant(), CRF(iterations=1)
     pipeline = Pipeline([model, Scale().eval(), crf, lambda i, p: p])
     assert pipeline.model is model and pipeline.refiners[1] is crf
     assert str(pipeline).startswith("<Constant>+<Scale>+crf(iterations=1, ")

@@ -78,6 +78,7 @@ class CRF(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.eval()  # a pipeline takes stages in evaluation mode; here it makes no difference
         whole = isinstance(iterations, int) and not isinstance(iterations, bool)
         if not whole or not 0 <= iterations <= MAX_ITERATIONS:
             raise ValueError(

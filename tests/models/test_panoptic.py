@@ -350,6 +350,6 @@ def test_bad_samples():
     with pytest.raises(ValueError, match=r"instances of classes \[0\]; things are 5 to 7"):
         model([Sample("a", sample.image, sample.labels, instances=wrong)])
     with pytest.raises(TypeError, match=r"images\[0\] must be uint8, got torch.float32"):
-        model.predict([torch.zeros(3, 8, 8)])
+        model.eval().predict([torch.zeros(3, 8, 8)])
     with pytest.raises(ValueError, match="num_stuff must leave at least one thing"):
         InstanceModel(None, ("a", "b"), 2)
