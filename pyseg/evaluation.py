@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch.distributed as distributed
+import torch
 from torch import Tensor
 
 from . import metrics as metrics_registry
+from .classes import check_classes
 from .errors import PluginError, PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
+from .processes import gather_objects, merge_states, rank_and_count
 from .registry import naming_failures
 from .types import Dataset, Metric, Sample
 
@@ -34,6 +36,8 @@ class StageScores:
     delta: dict[str, dict[str, float]]  # metric -> each of its numbers less the baseline's
     milliseconds: float  # of this stage alone, mean over the images
     peak_bytes: int | None  # of this stage alone, largest of some images; None = not measurable
+    # Pixels [C, C], rows = ground truth: of the first metric whose state has such a matrix.
+    confusion: Tensor | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; nan becomes None."""
@@ -56,6 +60,10 @@ class Evaluation:
     stages: tuple[StageScores, ...]
     headline: dict[str, tuple[str, ...]]  # metric -> its numbers that the table shows
     is_main_process: bool = True  # of several, the one that prints and writes
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    device: str = "cpu"
+    threads: int = 1  # torch's, on the CPU
 
     def to_list(self) -> list[dict[str, Any]]:
         """JSON-ready: one dict per stage, with every number of every metric."""
@@ -132,7 +140,10 @@ def evaluate(
 
     Where torch.distributed is initialised, process r of n scores images r, r + n, …, each once, and
     all processes return the same result: additive states give the same scores bit for bit, times
-    are means over all images, memory is the largest of any process.
+    are means over all images, memory is the largest of any process. What a *model*
+    returns depends on torch's threads in its last bits, as convolutions round differently, and
+    ``torchrun`` sets ``OMP_NUM_THREADS=1``: set it for one process, too, where scores of
+    probabilities, such as calibration, are to be equal to the last digit.
 
     Args:
         pipeline: its classes must be the dataset's, in the same order.
@@ -141,16 +152,17 @@ def evaluate(
         limit: score this many images, spread evenly over the dataset; None = all.
         track: wraps the sequence of indices, for a progress bar such as ``rich.progress.track``.
         observe: called with every sample and the results of its stages, such as
-            `pyseg.report.Recorder.add`.
+            `pyseg.report.WorstImages.add`.
 
     Raises:
-        PysegError: the dataset is empty or its classes are not the pipeline's; errors of its
-            samples pass through, so that no image is left out silently.
+        PysegError: the dataset is empty or its classes are not the pipeline's; a sample, a stage or
+            a metric fails, so that no image is left out silently. The message says which, and on
+            which image.
 
     Example:
         >>> print(evaluate(pyseg.build("streetnet+crf"), CamVid("camvid", "val")))
     """
-    _check_classes(pipeline.classes, dataset.classes)
+    check_classes(pipeline.classes, dataset.classes)
     if limit is not None and limit < 1:
         raise PysegError(f"limit must be at least 1, got {limit}")
     total = len(dataset)
@@ -167,18 +179,20 @@ def evaluate(
     ]
     milliseconds = [0.0] * len(pipeline.stages)
     peaks: list[int | None] = [None] * len(pipeline.stages)
-    rank, processes = _place()
+    rank, processes = rank_and_count()
     for done, index in enumerate(track(indices[rank::processes])):
-        sample = dataset[index]
+        sample = _sample(dataset, index)
         if done == 0:
-            pipeline.trace(sample.image, name=sample.name)
-        results = pipeline.trace(sample.image, memory=done < MEMORY_IMAGES, name=sample.name)
+            pipeline.trace(sample.image, name=repr(sample.name))
+        memory = done < MEMORY_IMAGES
+        results = pipeline.trace(sample.image, memory=memory, name=repr(sample.name))
         for k, result in enumerate(results):
             milliseconds[k] += result.milliseconds / count
             if result.peak_bytes is not None:
                 peaks[k] = max(peaks[k] or 0, result.peak_bytes)
+            where = f" on image {sample.name!r} after stage {pipeline.stages[k].text!r}"
             for name, scorer in scorers[k].items():
-                with naming_failures(f"metric {name!r}", f" on image {sample.name!r}"):
+                with naming_failures(f"metric {name!r}", where):
                     scorer.update(result.prediction, sample)
         if observe is not None:
             observe(sample, results)
@@ -193,7 +207,7 @@ def evaluate(
 
     rows: list[StageScores] = []
     for k, stage in enumerate(pipeline.stages):
-        scores = {name: _computed(name, scorer) for name, scorer in scorers[k].items()}
+        scores = {name: _compute(name, scorer) for name, scorer in scorers[k].items()}
         baseline = rows[0].metrics if rows else scores
         rows.append(
             StageScores(
@@ -206,13 +220,58 @@ def evaluate(
                 },
                 milliseconds=milliseconds[k],
                 peak_bytes=peaks[k],
+                confusion=_confusion(scorers[k].values(), len(dataset.classes)),
             )
         )
     headline = {
         name: tuple(getattr(scorer, "headline", _numbers(rows[0].metrics[name])[:1]))
         for name, scorer in scorers[0].items()
     }
-    return Evaluation(str(pipeline), count, tuple(rows), headline, rank == 0)
+    return Evaluation(
+        str(pipeline),
+        count,
+        tuple(rows),
+        headline,
+        rank == 0,
+        classes=tuple(dataset.classes),
+        palette=tuple(dataset.palette),
+        device=str(pipeline.device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _sample(dataset: Dataset, index: int) -> Sample:
+    with naming_failures("the data set", f" at sample {index}"):
+        sample = dataset[index]
+    if not isinstance(sample, Sample):
+        raise PluginError(
+            f"sample {index} of the data set must be a pyseg.Sample, got {type(sample).__name__}"
+        )
+    if sample.labels is not None and not isinstance(sample.labels, Tensor):
+        raise PluginError(
+            f"the labels of sample {sample.name!r} must be a tensor [H, W], got "
+            f"{type(sample.labels).__name__}; torch.from_numpy makes one of an array"
+        )
+    return sample
+
+
+def _compute(name: str, metric: Metric) -> dict[str, Any]:
+    with naming_failures(f"metric {name!r}", " in compute()"):
+        scores = metric.compute()
+    if not isinstance(scores, Mapping):
+        raise PluginError(
+            f"compute() of metric {name!r} must return a dict of scores, got "
+            f"{type(scores).__name__}"
+        )
+    return dict(scores)
+
+
+def _confusion(metrics: Iterable[Metric], classes: int) -> Tensor | None:
+    for metric in metrics:
+        counts = metric.state().get("matrix")
+        if isinstance(counts, Tensor) and tuple(counts.shape) == (classes, classes):
+            return counts.cpu()
+    return None
 
 
 def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str]) -> Metric:
@@ -224,80 +283,5 @@ def _make_metric(text: str, classes: Sequence[str], things: Sequence[int | str])
     return metrics_registry._registry.make(text, context)
 
 
-def _computed(name: str, metric: Metric) -> dict[str, Any]:
-    with naming_failures(f"metric {name!r}"):
-        scores = metric.compute()
-    if not isinstance(scores, Mapping):
-        raise PluginError(
-            f"metric {name!r} must compute a dict of names and values, got a "
-            f"{type(scores).__name__}"
-        )
-    return dict(scores)
-
-
-def _check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
-    if len(predicted) != len(target):
-        raise PysegError(
-            f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
-            "use a model that was trained for this dataset (its num_classes and "
-            "weights)"
-        )
-    pairs = list(zip(predicted, target, strict=True))
-    # A model with a new head does not know what its classes are called.
-    different = [
-        f"{index} is {ours!r}, in the dataset {theirs!r}"
-        for index, (ours, theirs) in enumerate(pairs)
-        if ours.lower() != theirs.lower() and ours != f"class {index}"
-    ]
-    if different:
-        raise PysegError(
-            f"the pipeline's classes are not the dataset's: class {different[0]}"
-            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
-            + "; use a model that was trained for this dataset"
-        )
-
-
 def _numbers(values: dict[str, Any]) -> list[str]:
     return [key for key, value in values.items() if isinstance(value, float)]
-
-
-def gather_objects(value: Any) -> list[Any]:
-    """``value`` of every process, in the order of ranks; one process gives itself."""
-    _, processes = _place()
-    if processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * processes
-    distributed.all_gather_object(gathered, value)
-    return gathered
-
-
-def _place() -> tuple[int, int]:
-    """Rank of this process and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def merge_states(name: str, metric: Metric) -> None:
-    """Gives ``metric`` in every process the sum of the states of all."""
-    _, processes = _place()
-    if processes == 1:
-        return
-    # NCCL reduces on the GPU only.
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    state = metric.state()
-    total: dict[str, Any] = {}
-    for key in sorted(state):
-        value = state[key]
-        if isinstance(value, Tensor):
-            total[key] = value.detach().to(device, copy=True).contiguous()
-            distributed.all_reduce(total[key])
-        elif isinstance(value, list):
-            total[key] = [record for part in gather_objects(value) for record in part]
-        else:
-            raise PluginError(
-                f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
-                "states are tensors and lists, whose sum over processes is the state "
-                "of the whole"
-            )
-    metric.load_state(total)

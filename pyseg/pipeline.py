@@ -220,14 +220,14 @@ class Pipeline:
             flops: count floating-point operations too, by ``torch.utils.flop_counter``: 2 for every
                 multiply-add of torch's matrix products, convolutions and attention, nothing for
                 other operations and for pyseg's kernels. The times then include the counting.
-            name: what the image is called in errors.
+            name: what errors call the image; None = its path or size.
 
         Returns:
             One `StageResult` per stage. The time includes the stage's label map, computed here,
             so that lazily and eagerly labelled stages compare.
         """
         tensor = images_module.read_image(image).to(self.device)
-        names = [_name_of(image, tensor) if name is None else repr(name)]
+        names = [_name_of(image, tensor) if name is None else name]
         predictions: list[Segmentation] = []
         results = []
         for index, stage in enumerate(self.stages):

@@ -119,7 +119,7 @@ def test_memory_is_measured_for_few_images_and_warm_up_is_not_scored(pipeline, m
 
     def spy(self, image, *, memory=False, name=None):
         calls.append(memory)
-        return trace(self, image, memory=memory)
+        return trace(self, image, memory=memory, name=name)
 
     monkeypatch.setattr(type(pipeline), "trace", spy)
     result = evaluate(pipeline, Data())
@@ -222,24 +222,6 @@ def test_bad_input(pipeline):
         evaluate(pipeline, data)
 
 
-def test_a_metric_that_fails_is_named_with_the_image(pipeline, monkeypatch):
-    factory = metrics._registry._registered["meanlabel"]
-
-    def fails(*_):
-        raise KeyError("depth")
-
-    monkeypatch.setattr(factory, "compute", lambda self: [1, 2])
-    with pytest.raises(PluginError, match=r"'meanlabel' must compute a dict.*got a list"):
-        evaluate(pipeline, Data(), ["meanlabel"])
-    monkeypatch.setattr(factory, "compute", fails)
-    with pytest.raises(PluginError, match="metric 'meanlabel' failed: KeyError: 'depth'"):
-        evaluate(pipeline, Data(), ["meanlabel"])
-    monkeypatch.setattr(factory, "update", fails)
-    with pytest.raises(PluginError, match="'meanlabel' failed on image 's0': KeyError") as caught:
-        evaluate(pipeline, Data(), ["meanlabel"])
-    assert isinstance(caught.value.__cause__, KeyError)
-
-
 def test_a_bad_sample_stops_it(pipeline):
     class Wrong(Data):
         def __getitem__(self, index):
@@ -248,3 +230,59 @@ def test_a_bad_sample_stops_it(pipeline):
 
     with pytest.raises(LabelError, match=r"'s0'.*7"):
         evaluate(pipeline, Wrong())
+
+
+def test_a_failing_metric_or_sample_says_where(pipeline, monkeypatch):
+    def fails(self, prediction, sample):
+        if sample.name == "s1" and int(prediction.labels[0, 0]) == int(sample.image[0, 0, 0]):
+            raise KeyError("what")  # after the second stage only, which mends the first column
+
+    monkeypatch.setattr(MeanLabel, "update", fails)
+    with pytest.raises(
+        PluginError, match=r"'meanlabel' failed on image 's1' after stage 'mend'.*what"
+    ):
+        evaluate(pipeline, Data(), ["meanlabel"])
+    monkeypatch.undo()
+
+    class Broken(Data):
+        def __getitem__(self, index):
+            return super().__getitem__(index) if index < 2 else 1 / 0
+
+    class Arrays(Data):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            return Sample(sample.name, sample.image, sample.labels.numpy())
+
+    class Pairs(Data):
+        def __getitem__(self, index):
+            return super().__getitem__(index).image, None
+
+    for registry, name, thing in (
+        (models, "bybrightness", ByBrightness),
+        (refiners, "mend", Mend),
+        (metrics, "semantic", Semantic),
+    ):
+        monkeypatch.setitem(registry._registry._registered, name, thing)
+    with pytest.raises(PluginError, match="data set failed at sample 2: ZeroDivisionError"):
+        evaluate(pipeline, Broken())
+    with pytest.raises(PluginError, match=r"labels of sample 's0' must be a tensor.*ndarray"):
+        evaluate(pipeline, Arrays())
+    with pytest.raises(PluginError, match=r"sample 0 .* must be a pyseg\.Sample, got tuple"):
+        evaluate(pipeline, Pairs())
+
+
+def test_scores_that_are_no_dict(pipeline, monkeypatch):
+    monkeypatch.setattr(MeanLabel, "compute", lambda self: [1.0])
+    with pytest.raises(PluginError, match=r"compute\(\) of metric 'meanlabel' .* got list"):
+        evaluate(pipeline, Data(), ["meanlabel"])
+
+
+def test_the_confusion_matrix_and_the_circumstances_are_kept(pipeline):
+    data = Data()
+    result = evaluate(pipeline, data, ["meanlabel", "semantic"])
+    valid = sum(5 * m.shape[1] for m in data.maps)
+    assert int(result.stages[0].confusion.sum()) == int(result.stages[1].confusion.sum()) == valid
+    assert int(result.stages[1].confusion.diagonal().sum()) == valid
+    assert evaluate(pipeline, data, ["meanlabel"]).stages[0].confusion is None
+    assert (result.classes, result.palette) == (data.classes, data.palette)
+    assert (result.device, result.threads) == ("cpu", torch.get_num_threads())

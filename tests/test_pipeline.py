@@ -550,7 +550,7 @@ def test_a_stage_that_fails_is_named_with_the_image(image, tmp_path, monkeypatch
         ) as caught:
             pipeline(source)
         assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(PluginFailure, match="on image 'frame 7': KeyError"):
+    with pytest.raises(PluginFailure, match="on image frame 7: KeyError"):
         pipeline.trace(image, name="frame 7")
     monkeypatch.setattr(SemanticModel, "predict", fails)
     with pytest.raises(PluginFailure, match=r"stage 'tiny' failed on images '.*street.png', of 7"):
