@@ -8,13 +8,21 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
-.PHONY: demo test bench lint format wheel gpu-check clean
+# Processes that share out the tests; OpenMP would start as many threads in each of them.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
+
+.PHONY: demo test test-slow bench lint format wheel gpu-check clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
 
-test: $(STAMP)  ## all tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the tests, less the slow ones
+	$(BIN)/python tests/emulation/emulation.py
+	$(PYTEST)
+
+test-slow: $(STAMP)  ## the slow ones only: sanitizers, many seeds, every compiler
+	$(PYTEST) -m slow
 
 bench: $(STAMP)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark
@@ -23,7 +31,7 @@ bench: $(STAMP)  ## ratios against the peers
 # (--no-build-isolation) instead of downloading another.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(TORCH) setuptools wheel ninja numpy packaging
+	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel ninja numpy packaging
 	touch $@
 
 $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)

@@ -43,6 +43,7 @@ def build(name, size, stuff_area):
         min_size=size[0],
         max_size=size[1],
         stuff_area=stuff_area,
+        weights=None,
     )
 
 

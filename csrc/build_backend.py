@@ -9,8 +9,17 @@ there is none.
 import subprocess
 import sys
 
+import setuptools
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
+
+# Without build isolation nobody else compares it with [build-system].requires, and an older one
+# fails on pyproject.toml's license without saying that it is old.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    raise SystemExit(
+        f"pyseg needs setuptools 77 or newer to build, got {setuptools.__version__}: "
+        'python -m pip install -U "setuptools>=77"'
+    )
 
 FIND_TORCH = (
     "import importlib.util, os; spec = importlib.util.find_spec('torch'); "

@@ -18,7 +18,7 @@ _LAZY = {
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "train": ".training",
-    "train_instances": ".instance_training",
+    "train_instances": ".training",
     "tune_crf": ".tuning",
     "check_labels": ".label_check",
     "Instances": ".types",
@@ -85,13 +85,13 @@ if TYPE_CHECKING:
     from .cost import cost as cost
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate
-    from .instance_training import train_instances as train_instances
     from .label_check import check_labels as check_labels
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
     from .pipeline import load as load
     from .prediction import predict as predict
     from .training import train as train
+    from .training import train_instances as train_instances
     from .tuning import tune_crf as tune_crf
     from .types import Instances as Instances
     from .types import Sample as Sample

@@ -102,6 +102,28 @@ def require(op: str, *tensors: torch.Tensor) -> None:
         )
 
 
+def check_tensors(**named: Any) -> None:
+    """Raises where an argument of an op, or an element of one that is a list, is no tensor.
+
+    Raises:
+        TypeError: with the argument's name, what came and the remedy.
+    """
+    for name, value in named.items():
+        several = isinstance(value, (list, tuple))
+        for i, part in enumerate(value if several else [value]):
+            if not isinstance(part, torch.Tensor):
+                one, kind = f"{name}[{i}]" if several else name, type(part)
+                remedy = (
+                    f"torch.from_numpy({one})"
+                    if kind.__module__ == "numpy" and kind.__name__ == "ndarray"
+                    else f"torch.as_tensor({one})"
+                )
+                raise TypeError(
+                    f"{one} must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}; "
+                    f"pass tensors: {remedy}"
+                )
+
+
 def simd_level() -> str:
     """The instruction set that the CPU kernels use here."""
     load()

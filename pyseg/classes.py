@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from .errors import PysegError
+
 CAMVID_CLASSES = (
     "Sky",
     "Building",
@@ -36,3 +40,32 @@ CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 
 """Cityscapes' label ids of its train ids 0 to 18."""
 
 __all__ = ["CAMVID_CLASSES", "CAMVID_PALETTE", "CITYSCAPES_IDS"]
+
+
+def check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:
+    """Refuses classes of a pipeline that are not those of a dataset, with the reason.
+
+    Case does not matter, and ``"class 3"``, a name that a new head has, stands for any.
+
+    Raises:
+        PysegError: there are more or fewer, or one has another name.
+    """
+    if len(predicted) != len(target):
+        raise PysegError(
+            f"the pipeline has {len(predicted)} classes, the dataset {len(target)}: "
+            "use a model that was trained for this dataset (its num_classes and "
+            "weights)"
+        )
+    pairs = list(zip(predicted, target, strict=True))
+    # A model with a new head does not know what its classes are called.
+    different = [
+        f"{index} is {ours!r}, in the dataset {theirs!r}"
+        for index, (ours, theirs) in enumerate(pairs)
+        if ours.lower() != theirs.lower() and ours != f"class {index}"
+    ]
+    if different:
+        raise PysegError(
+            f"the pipeline's classes are not the dataset's: class {different[0]}"
+            + (f", and {len(different) - 1} more" if len(different) > 1 else "")
+            + "; use a model that was trained for this dataset"
+        )

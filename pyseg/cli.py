@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
-import inspect
+import difflib
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import traceback
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .errors import PluginFailure, PysegError
 
@@ -26,7 +29,8 @@ if TYPE_CHECKING:
     from .types import Dataset
 
 BUNDLED = "streetnet+crf"  # what the demo shows
-FAILED, MISUSED = 1, 2  # exit codes: some inputs failed; nothing could be done
+FAILED, MISUSED, STOPPED = 1, 2, 130  # exit codes: some inputs failed; nothing done; Ctrl-C
+PACKAGE = Path(__file__).parent
 
 
 class _Commands(TyperGroup):
@@ -41,14 +45,100 @@ class _Commands(TyperGroup):
             if isinstance(error, PluginFailure) and not isinstance(cause, ValueError):
                 traceback.print_exception(cause)
             message = str(error)
+        except ValueError as error:  # a setting out of range, or a bug
+            if not _raised_by_pyseg(error):
+                raise
+            message = str(error)
         except ImportError as error:
             if error.name is not None:  # raised by Python's import, not by our loader
                 raise
             message = str(error)
         except OSError as error:  # no permission, no space: Python's text names the file
             message = str(error)
-        typer.secho(f"error: {message}", err=True, fg="red")
+        command = self.get_command(ctx, ctx.invoked_subcommand or "")
+        names = [parameter.name or "" for parameter in command.params] if command else []
+        _say(f"error: {_as_options(message, names)}", "red", err=True)
         raise typer.Exit(MISUSED)
+
+
+def _raised_by_pyseg(error: Exception) -> bool:
+    """Whether a ``raise`` of ours made it: what Python raises itself is a bug."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return PACKAGE in Path(frame.filename).parents and (frame.line or "").startswith("raise")
+
+
+def _as_options(message: str, names: Sequence[str]) -> str:
+    """A message that speaks of a function's arguments, in terms of a command's options."""
+    message, separator, rest = message.partition("Its options")  # of a stage: those stay
+    for name in names:
+        option = _option(name)
+        message = re.sub(rf"\b(?:with )?{name}=False\b", f"without {option}", message)
+        message = re.sub(rf"\b{name}=True\b", option, message)
+        message = re.sub(rf"\b{name}=None\b", f"{option} none", message)
+        message = re.sub(rf"\b{name}=(?=[\w<'\".])", f"{option} ", message)
+        if "_" in name:  # a single word may be just a word
+            message = re.sub(rf"(?<![\w-]){name}\b", option, message)
+    if "output" in names:
+        message = re.sub(r"\boutput_dir\b", "--output", message)
+    return message + separator + rest
+
+
+def _documented_by(*functions: str) -> type[TyperCommand]:
+    """A command whose help shows the defaults of the functions that it passes its options to.
+
+    Args:
+        functions: such as ``"training/semantic.py:train"``; the second, if any, is for models of
+            instances.
+    """
+
+    class Documented(TyperCommand):
+        def format_help(self, ctx: Any, formatter: Any) -> None:
+            for option in self.params:
+                text = _default(option.name or "", functions)
+                help_text = getattr(option, "help", None) or ""
+                if text and "[default" not in help_text:
+                    option.help = f"{help_text} [default: {text}]"  # type: ignore[attr-defined]
+            super().format_help(ctx, formatter)
+
+    return Documented
+
+
+def _default(name: str, functions: Sequence[str]) -> str:
+    """The default of an option as help shows it; empty where there is none to tell."""
+    known = [_defaults(function) for function in functions]
+    texts = [_shown(defaults[name]) if name in defaults else "" for defaults in known]
+    if len(texts) == 1 or texts[0] == texts[1]:
+        return texts[0]
+    parts = [texts[0], texts[1] and f"{texts[1]} with instances"]
+    return "; ".join(part for part in parts if part)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    if isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value):
+        return ("x" if isinstance(value[0], int) else "-").join(map(str, value))
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+@functools.cache
+def _defaults(function: str) -> dict[str, Any]:
+    """Defaults of a function's keywords, read off its source: importing it would import torch."""
+    file, _, name = function.partition(":")
+    tree = ast.parse((PACKAGE / file).read_text(encoding="utf-8"))
+    (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+    arguments = found.args
+    defaults: dict[str, Any] = {}
+    for argument, value in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        with contextlib.suppress(ValueError):  # no literal
+            defaults[argument.arg] = None if value is None else ast.literal_eval(value)
+    positional = arguments.args[len(arguments.args) - len(arguments.defaults) :]
+    for argument, value in zip(positional, arguments.defaults, strict=True):
+        with contextlib.suppress(ValueError):
+            defaults[argument.arg] = ast.literal_eval(value)
+    return defaults
 
 
 app = typer.Typer(
@@ -58,7 +148,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"pyseg {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_all(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Image segmentation: models, refiners and metrics composed in one line."""
+
 
 SpecOption = Annotated[
     str,
@@ -91,24 +203,61 @@ RootOption = Annotated[
 
 
 @app.command("list")
-def list_command(as_json: JsonOption = False) -> None:
+def list_command(
+    patterns: Annotated[
+        list[str] | None, typer.Argument(help='Names or patterns such as "*resnet*".')
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
     from .doctor import registries
 
     rows = []
     for registry in registries().values():
-        for name in registry.list():
-            try:
-                info = registry.info(name)
-                target, owner = info.target, info.distribution
-            except PysegError as error:  # two distributions claim it; the others are still listed
-                target, owner = "", str(error)
+        entries = {
+            info.name: info for pattern in patterns or ["*"] for info in registry.entries(pattern)
+        }
+        for name, info in sorted(entries.items()):
+            owner = info.distribution
             rows.append(
-                {"kind": registry.kind, "name": name, "target": target, "distribution": owner}
+                {"kind": registry.kind, "name": name, "target": info.target, "distribution": owner}
             )
+    if not rows:
+        raise PysegError(f"nothing is called {' or '.join(patterns or [])}; see `pyseg list`")
     if as_json:
         return _print_json(rows)
     _print_table(["kind", "name", "target", "distribution"], [[*row.values()] for row in rows])
+
+
+@app.command()
+def describe(
+    name: Annotated[str, typer.Argument(help="Model, refiner, metric or data set.")],
+    as_json: JsonOption = False,
+) -> None:
+    """What a name does and takes: its documentation and the options that a spec may give it."""
+    from .doctor import registries
+
+    bare = name.rpartition(":")[2]
+    known = [registry for registry in registries().values() if bare in registry.list()]
+    if not known:
+        names = [known for registry in registries().values() for known in registry.list()]
+        near = difflib.get_close_matches(bare, names, n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; see `pyseg list`"
+        raise PysegError(f"nothing is called {name!r}{hint}")
+    found = [registry.describe(name) for registry in known]
+    if as_json:
+        return _print_json([description.to_dict() for description in found])
+    for description in found:
+        typer.echo(f"{description.kind} {description.name}, {description.distribution}\n")
+        if description.documentation:
+            typer.echo(f"{description.documentation}\n")
+        _print_table(
+            ["option", "type", "default"],
+            [
+                [option.name, option.type or "", option.default or "(to be given)"]
+                for option in description.options
+            ],
+        )
 
 
 @app.command()
@@ -125,17 +274,24 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(cls=_documented_by("prediction.py:predict"))
 def predict(
     paths: Annotated[list[str], typer.Argument(help="Image files, folders and glob patterns.")],
     spec: SpecOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the label maps.")],
     overlay: Annotated[
-        bool, typer.Option("--overlay", help="Also write overlays with a legend.")
-    ] = False,
+        bool | None, typer.Option("--overlay", help="Also write overlays with a legend.")
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Compute results again that exist.")
-    ] = False,
+        bool | None, typer.Option("--overwrite", help="Compute results again that exist.")
+    ] = None,
+    keep_suffix: Annotated[
+        bool | None, typer.Option("--keep-suffix", help="a.jpg becomes a.jpg.png, not a.png.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Images that are segmented at a time.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -146,16 +302,45 @@ def predict(
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
+    from .files import some
 
     pipeline = _pipeline(spec, weights, num_classes, device)
-    summary = prediction.predict(
-        pipeline, paths, output, overlay=overlay, overwrite=overwrite, track=_track("predicting")
-    )
+    progress = [0, 0]
+
+    def track(items: Sequence[Any]) -> Iterator[Any]:
+        progress[1] = len(items)
+        for progress[0], item in enumerate(_track("predicting")(items)):
+            yield item
+
+    try:
+        summary = prediction.predict(
+            pipeline,
+            paths,
+            output,
+            track=track,
+            **_given(
+                overlay=overlay,
+                overwrite=overwrite,
+                keep_suffix=keep_suffix,
+                workers=workers,
+                batch_size=batch_size,
+            ),
+        )
+    except KeyboardInterrupt:
+        if not progress[1]:
+            raise _stop("before the first image") from None
+        how = "without --overwrite, the same command" if overwrite else "the same command"
+        raise _stop(
+            f"{progress[0]} of {progress[1]} images are done; {how} goes on with the others"
+        ) from None
     if as_json:
         _print_json(summary.to_dict())
     else:
         for reason in summary.failed.values():
-            typer.secho(f"failed: {reason}", err=True, fg="red")
+            _say(f"failed: {reason}", "red", err=True)
+        if summary.ignored:
+            names = some(path.name for path in summary.ignored)
+            _say(f"ignored, as no image: {names}", "yellow", err=True)
         typer.echo(
             f"{len(summary.written)} written to {output}, {len(summary.skipped)} were "
             f"there already, {len(summary.failed)} failed"
@@ -164,15 +349,14 @@ def predict(
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@app.command(cls=_documented_by("evaluation.py:evaluate"))
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
     root: RootOption = None,
     split: Annotated[str | None, typer.Option(help="Split, such as val.")] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="Registered metric; may be repeated. [default: semantic]"),
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metric", help="Registered metric; may be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
     weights: WeightsOption = None,
@@ -187,26 +371,28 @@ def evaluate(
 
     Under torchrun or accelerate launch the images are shared out; the scores stay the same.
     """
-    from . import evaluation
+    from . import evaluation, processes
 
-    with _processes(device) as device:
+    with processes.joined(device) as device:
         data = _dataset(dataset, root, split)
         pipeline = _pipeline(spec, weights, num_classes, device)
-        recorder = None
+        worst = None
         if report is not None:
-            from .report import Recorder
+            from .files import make_folder
+            from .report import WorstImages, write_page
 
-            recorder = Recorder(report, data.classes, data.palette, len(pipeline.stages))
+            make_folder(report, "--report")  # a mistake shows before the work
+            worst = WorstImages(data)
         result = evaluation.evaluate(
             pipeline,
             data,
-            metric or ["semantic"],
-            limit=limit,
             track=_track("evaluating"),
-            observe=recorder.add if recorder else None,
+            observe=worst.add if worst else None,
+            **_given(metrics=metrics or None, limit=limit),
         )
-        if recorder is not None:
-            recorder.write(result, f"{dataset}, {split}" if split else dataset)
+        if report is not None:
+            title = f"{dataset}, {split}" if split else dataset
+            write_page(report, result, worst, title=title)
     if not result.is_main_process:
         return
     if as_json:
@@ -216,7 +402,7 @@ def evaluate(
         typer.echo(f"wrote {report / 'index.html'} and {report / 'report.json'}")
 
 
-@app.command("cost")
+@app.command("cost", cls=_documented_by("cost.py:cost"))
 def cost_command(
     spec: SpecOption,
     image: Annotated[
@@ -225,7 +411,7 @@ def cost_command(
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Resize the image first, such as 1024x2048.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Timed runs; the median counts.")] = 5,
+    rounds: Annotated[int | None, typer.Option(help="Timed runs; the median counts.")] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -235,7 +421,7 @@ def cost_command(
     from .cost import cost, read_sized
 
     picture = read_sized(image, size)
-    result = cost(_pipeline(spec, weights, num_classes, device), picture, rounds=rounds)
+    result = cost(_pipeline(spec, weights, num_classes, device), picture, **_given(rounds=rounds))
     if as_json:
         return _print_json(result.to_dict())
     head, rows = result.table()
@@ -248,7 +434,7 @@ def cost_command(
     )
 
 
-@app.command("panoptic-quality")
+@app.command("panoptic-quality", cls=_documented_by("metrics/panoptic.py:score_files"))
 def panoptic_quality(
     ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
     predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
@@ -262,37 +448,33 @@ def panoptic_quality(
         Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
     ] = None,
     boundary_ratio: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Boundary PQ: width of the boundary as a share of the diagonal, "
             "usually 0.02; 0 for plain PQ."
         ),
-    ] = 0.0,
+    ] = None,
     all_crowds: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--all-crowds",
             help="Every crowd of a class counts, not only the last one, as in panopticapi.",
         ),
-    ] = False,
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
     from .metrics.panoptic import score_files
 
-    try:
-        result = score_files(
-            ground_truth,
-            predictions,
-            target_folder=gt_dir,
-            prediction_folder=pred_dir,
-            categories=categories,
-            boundary_ratio=boundary_ratio,
-            all_crowds=all_crowds,
-            track=_track("scoring"),
-        )
-    except ValueError as error:  # an option out of range
-        raise error if isinstance(error, PysegError) else PysegError(str(error)) from error
+    result = score_files(
+        ground_truth,
+        predictions,
+        target_folder=gt_dir,
+        prediction_folder=pred_dir,
+        categories=categories,
+        track=_track("scoring"),
+        **_given(boundary_ratio=boundary_ratio, all_crowds=all_crowds),
+    )
     groups = ("All", "Things", "Stuff")
     if as_json:
         for group in groups:  # JSON has no nan
@@ -309,14 +491,18 @@ def panoptic_quality(
     _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
 
 
-@app.command()
+@app.command(
+    cls=_documented_by("training/semantic.py:train", "training/instances.py:train_instances")
+)
 def train(
     model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
     dataset: DatasetOption,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
     ],
-    epochs: Annotated[int, typer.Option(help="Passes over the data.")],
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the data in all; with --resume it may be another.")
+    ],
     root: RootOption = None,
     split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
     validation_split: Annotated[
@@ -325,124 +511,119 @@ def train(
     weights: Annotated[
         str, typer.Option(help="Weights to start from; none for random ones.")
     ] = "none",
-    batch_size: Annotated[
-        int | None,
-        typer.Option(help="Images per step and process. [default: 12; 2 with instances]"),
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
     crop_size: Annotated[
-        tuple[int, int], typer.Option(help="Height and width of the crops, pixels.")
-    ] = (240, 320),
+        str | None, typer.Option(metavar="HxW", help="Height and width of the crops, pixels.")
+    ] = None,
     scale: Annotated[
-        tuple[float, float], typer.Option(help="Smallest and largest zoom before the crop.")
-    ] = (0.6, 1.6),
+        str | None,
+        typer.Option(metavar="LOW-HIGH", help="Smallest and largest zoom before the crop."),
+    ] = None,
     full_size: Annotated[
-        float, typer.Option(help="Share of the epochs, at the end, on whole images.")
-    ] = 0.15,
+        float | None, typer.Option(help="Share of the epochs, at the end, on whole images.")
+    ] = None,
     class_crops: Annotated[
-        float, typer.Option(help="Share of crops placed on a class drawn evenly.")
-    ] = 0.5,
+        float | None, typer.Option(help="Share of crops placed on a class drawn evenly.")
+    ] = None,
     photometric: Annotated[
-        float, typer.Option(help="Strength of random light, colour, blur and noise.")
-    ] = 1.0,
-    flip: Annotated[
-        float, typer.Option(help="Share of images that are mirrored, with instances.")
-    ] = 0.5,
+        float | None, typer.Option(help="Strength of random light, colour, blur and noise.")
+    ] = None,
+    flip: Annotated[float | None, typer.Option(help="Share of images that are mirrored.")] = None,
     learning_rate: Annotated[
-        float | None,
-        typer.Option(help="Of AdamW, after the warm-up. [default: 2.5e-3; 5e-4 with instances]"),
+        float | None, typer.Option(help="Of AdamW, after the warm-up.")
     ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(help="Of AdamW. [default: 0.02; 1e-4 with instances]")
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of the steps spent warming up.")
     ] = None,
-    warmup: Annotated[float, typer.Option(help="Share of the steps spent warming up.")] = 0.03,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
     class_power: Annotated[
-        float, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
-    ] = 0.35,
-    jaccard: Annotated[float, typer.Option(help="Weight of the soft Jaccard loss.")] = 1.0,
-    auxiliary: Annotated[float, typer.Option(help="Weight of each auxiliary head.")] = 0.4,
-    ema: Annotated[float, typer.Option(help="Decay of the averaged weights.")] = 0.997,
-    precision: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    cache: Annotated[bool, typer.Option(help="Keep decoded images in memory.")] = True,
-    workers: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 1,
-    validate_every: Annotated[int, typer.Option(help="Epochs between validations.")] = 10,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+        float | None, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
+    ] = None,
+    jaccard: Annotated[float | None, typer.Option(help="Weight of the soft Jaccard loss.")] = None,
+    auxiliary: Annotated[float | None, typer.Option(help="Weight of each auxiliary head.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or fp32; chosen by the hardware where not given.")
+    ] = None,
+    cache: Annotated[
+        bool | None, typer.Option("--cache/--no-cache", help="Keep decoded images in memory.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Epochs between checkpoints.")] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --output.")
-    ] = False,
+        bool | None, typer.Option("--resume", help="Go on from the checkpoint in --output.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline.
 
-    For models of instances (maskrcnn…, panoptic_fpn…, upsnet…) the options about crops, class
-    weights, auxiliary heads and workers have no meaning and must be left alone.
+    Models of instances (maskrcnn…, panoptic_fpn…, upsnet…) are trained otherwise: options that have
+    no meaning for a model are refused.
     """
-    both: dict[str, Any] = {
-        "photometric": photometric,
-        "warmup": warmup,
-        "ema": ema,
-        "precision": precision,
-        "cache": cache,
-        "save_every": save_every,
-        "validate_every": validate_every,
-        "seed": seed,
-        "resume": resume,
-    }
-    chosen = {
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "weight_decay": weight_decay,
-    }
-    both |= {key: value for key, value in chosen.items() if value is not None}
-    semantic: dict[str, Any] = {
-        "crop_size": crop_size,
-        "scale": scale,
-        "full_size": full_size,
-        "class_crops": class_crops,
-        "class_power": class_power,
-        "jaccard": jaccard,
-        "auxiliary": auxiliary,
-        "workers": workers,
-    }
-    import torch
-    from accelerate import PartialState
+    given = _given(
+        batch_size=batch_size,
+        crop_size=_size(crop_size, "--crop-size"),
+        scale=_range(scale, "--scale"),
+        full_size=full_size,
+        class_crops=class_crops,
+        photometric=photometric,
+        flip=flip,
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        clip=clip,
+        class_power=class_power,
+        jaccard=jaccard,
+        auxiliary=auxiliary,
+        ema=ema,
+        precision=precision,
+        cache=cache,
+        workers=workers,
+        save_every=save_every,
+        validate_every=validate_every,
+        seed=seed,
+        resume=resume,
+    )
+    import inspect
 
-    from . import instance_training, training
-    from .models.panoptic import InstanceModel
+    import torch
+
+    from . import processes, training
+    from .files import read_json
+    from .models import InstanceModel
 
     data = _dataset(dataset, root, split)
     validation = _dataset(dataset, root, validation_split) if validation_split else None
-    torch.manual_seed(seed)  # for weights that start out random
+    # For weights that start out random.
+    torch.manual_seed(_defaults("training/semantic.py:train")["seed"] if seed is None else seed)
     pipeline = _pipeline(model, weights, len(data.classes), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
     network = pipeline.model
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
     fit: Any = training.train
-    options = both | semantic
     if isinstance(network, InstanceModel):
-        defaults = inspect.signature(training.train).parameters
-        changed = [key for key, value in semantic.items() if value != defaults[key].default]
-        if changed:
-            raise PysegError(f"{', '.join(changed)} have no meaning for {model}: leave them out")
-        fit, options = instance_training.train_instances, both | {"flip": flip}
-    elif flip != 0.5:
-        raise PysegError(f"flip has a meaning for models of instances only, {model} is none")
+        fit = training.train_instances
+    accepted = inspect.signature(fit).parameters
+    if strange := [_option(name) for name in given if name not in accepted]:
+        raise PysegError(f"{', '.join(strange)} has no meaning for {model}: leave it out")
     try:
-        log = fit(
-            network,
-            data,
-            output_dir=output,
-            epochs=epochs,
-            validation=validation,
-            progress=_console().is_terminal,
-            **options,
-        )
-    except ValueError as error:  # a setting out of range
-        raise PysegError(str(error)) from error
-    state = PartialState()
-    state.destroy_process_group()  # a peer that ended first would abort this process
-    if not state.is_main_process:
+        log = fit(network, data, output_dir=output, epochs=epochs, validation=validation, **given)
+    except KeyboardInterrupt:
+        done = 0
+        if (output / "checkpoint.pt").is_file():
+            done = len(read_json(output / "log.json"))
+        raise _stop(
+            f"{output} holds {done} of {epochs} epochs; the same command with --resume goes on"
+            if done
+            else "before the first checkpoint; nothing was saved"
+        ) from None
+    rank, _ = processes.rank_and_count()
+    processes.leave()
+    if rank:
         return None
     folder = pipeline.to("cpu").save(output / "pipeline")
     if as_json:
@@ -452,17 +633,24 @@ def train(
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
 
 
-@app.command("instance-ap")
+@app.command("instance-ap", cls=_documented_by("metrics/instances.py:instance_ap"))
 def instance_ap_command(
     truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
     predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
+    kinds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND,KIND", help="Which of mask, box and boundary. [default: all there are]"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
     from .files import finite
     from .metrics.instances import KINDS, instance_ap
 
-    scores = instance_ap(truth, predictions)
+    given = _given(kinds=tuple(kinds.split(",")) if kinds is not None else None)
+    scores = instance_ap(truth, predictions, **given)
     if as_json:
         return _print_json(finite(scores))
     names = [
@@ -490,7 +678,7 @@ def instance_ap_command(
     )
 
 
-@app.command("check-labels")
+@app.command("check-labels", cls=_documented_by("label_check.py:check_labels"))
 def check_labels_command(
     folder: Annotated[
         Path, typer.Argument(metavar="DIR", help="Label maps, or a folder with labels/.")
@@ -502,7 +690,9 @@ def check_labels_command(
         Path | None, typer.Option(help="Class names, .txt or .json. [default: DIR/classes.*]")
     ] = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
-    ignore_index: Annotated[int, typer.Option(help="Label of void pixels.")] = 255,
+    ignore_index: Annotated[
+        int | None, typer.Option(help="Label of void pixels. [default: 255]")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find what is wrong with label maps before training; exit code 1 if anything is."""
@@ -513,8 +703,8 @@ def check_labels_command(
         images=images,
         classes=classes,
         num_classes=num_classes,
-        ignore_index=ignore_index,
         track=_track("checking"),
+        **_given(ignore_index=ignore_index),
     )
     if as_json:
         _print_json(report.to_dict())
@@ -529,7 +719,7 @@ def check_labels_command(
         )
         for problem in report.problems:
             kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
-            typer.secho(f"{kind} [{problem.kind}]: {problem.message}", fg=colour)
+            _say(f"{kind} [{problem.kind}]: {problem.message}", colour)
         verdict = "no errors" if report.ok else "not fit for training"
         maps = "1 label map" if report.files == 1 else f"{report.files} label maps"
         typer.echo(f"{maps}: {verdict}")
@@ -537,37 +727,32 @@ def check_labels_command(
         raise typer.Exit(FAILED)
 
 
-@app.command()
+RefinerArgument = Annotated[str, typer.Argument(help="Refiner: crf.")]
+RefinedOption = Annotated[
+    str,
+    typer.Option(
+        "--spec",
+        "-s",
+        help="Pipeline whose result is to be refined, or the folder of a saved one.",
+    ),
+]
+LimitOption = Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")]
+
+
+@app.command(cls=_documented_by("tuning.py:tune_crf"))
 def tune(
-    refiner: Annotated[str, typer.Argument(help="Refiner to tune: crf.")],
+    refiner: RefinerArgument,
     dataset: DatasetOption,
     root: RootOption = None,
-    spec: Annotated[
-        str,
-        typer.Option(
-            "--spec",
-            "-s",
-            help="Pipeline whose result is to be refined, or the folder of a saved one.",
-        ),
-    ] = "streetnet",
+    spec: RefinedOption = "streetnet",
     split: Annotated[str, typer.Option(help="Split to fit and to check on.")] = "val",
-    limit: Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")] = None,
-    trials: Annotated[int, typer.Option(help="Parameters to try.")] = 40,
-    seed: Annotated[int, typer.Option(help="Of the parameters drawn.")] = 0,
+    limit: LimitOption = None,
+    trials: Annotated[int | None, typer.Option(help="Parameters to try.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the parameters drawn.")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
     ] = None,
-    train: Annotated[
-        Path | None,
-        typer.Option(
-            help="Instead of a search, train kernel weights and label compatibility on "
-            "--split and save the pipeline to this folder."
-        ),
-    ] = None,
-    check_split: Annotated[str, typer.Option(help="Split that --train is checked on.")] = "val",
-    epochs: Annotated[int, typer.Option(help="Of --train.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Of --train.")] = 0.03,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -579,38 +764,14 @@ def tune(
     """
     from . import tuning
 
-    if refiner != "crf":
-        raise PysegError(f"tune knows the refiner crf, got {refiner!r}")
+    _check_refiner(refiner)
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
-    if train is not None:
-        if check_split == split:
-            raise PysegError(
-                f"--train and its check need different splits, got {split!r} for both"
-                "; use --split train"
-            )
-        check = _dataset(dataset, root, check_split)
-        training = tuning.train_crf(
-            pipeline,
-            data,
-            check,
-            limit=limit,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            seed=seed,
-            track=_track("training"),
-        )
-        training.pipeline.save(train)
-        if as_json:
-            return _print_json(training.to_dict())
-        _print_table(*training.table(), numbers=True)
-        typer.echo(
-            f"loss of each epoch: {', '.join(f'{x:.4f}' for x in training.losses)}; use "
-            f"--spec {train}"
-        )
-        return
     result = tuning.tune_crf(
-        pipeline, data, limit=limit, trials=trials, seed=seed, log=output, track=_track("tuning")
+        pipeline,
+        data,
+        track=_track("tuning"),
+        **_given(limit=limit, trials=trials, seed=seed, log=output),
     )
     if as_json:
         return _print_json(result.to_dict())
@@ -628,49 +789,69 @@ def tune(
         )
 
 
+@app.command("train-refiner", cls=_documented_by("training/crf.py:train_crf"))
+def train_refiner(
+    refiner: RefinerArgument,
+    dataset: DatasetOption,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the pipeline with the refiner.")
+    ],
+    root: RootOption = None,
+    spec: RefinedOption = "streetnet",
+    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    check_split: Annotated[str, typer.Option(help="Split to score on, another one.")] = "val",
+    limit: LimitOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of images.")] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a refiner's kernel weights and label compatibility behind a pipeline that stays."""
+    from . import training
+
+    _check_refiner(refiner)
+    if check_split == split:
+        raise PysegError(
+            f"--split and --check-split must be different, got {split!r} for both: scores on "
+            "images that were trained on tell nothing"
+        )
+    data, check = _dataset(dataset, root, split), _dataset(dataset, root, check_split)
+    result = training.train_crf(
+        _pipeline(spec, weights, num_classes, device),
+        data,
+        check,
+        track=_track("training"),
+        **_given(limit=limit, epochs=epochs, learning_rate=learning_rate, seed=seed),
+    )
+    result.pipeline.save(output)
+    if as_json:
+        return _print_json(result.to_dict())
+    _print_table(*result.table(), numbers=True)
+    losses = ", ".join(f"{loss:.4f}" for loss in result.losses)
+    typer.echo(f"loss of each epoch: {losses}; use --spec {output}")
+
+
+def _check_refiner(refiner: str) -> None:
+    if refiner != "crf":
+        raise PysegError(f"only the refiner crf can be fitted, got {refiner!r}")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
         "demo"
     ),
     spec: SpecOption = BUNDLED,
-    panoptic: Annotated[
-        bool,
-        typer.Option(
-            "--panoptic",
-            help="Instead, pictures and panoptic quality of the images of --dataset, by the "
-            "trained model in the folder --spec.",
-        ),
-    ] = False,
-    dataset: Annotated[str, typer.Option(help="With --panoptic.")] = "coco_panoptic",
-    root: RootOption = None,
-    split: Annotated[str | None, typer.Option(help="With --panoptic, such as val2017.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="With --panoptic: so many images, spread evenly.")
-    ] = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment the street image that comes with pyseg, stage by stage, and score it.
+    """Segment the street image that comes with pyseg, stage by stage, and score it."""
+    from .demo import run
 
-    No panoptic weights come with pyseg, so --panoptic needs a model that `pyseg train` made.
-    """
-    from . import demonstration
-
-    if panoptic:
-        if spec == BUNDLED:
-            raise PysegError(
-                "--panoptic needs --spec, the pipeline of a trained model: `pyseg "
-                'train "upsnet_resnet50(num_stuff=…)" --dataset … --output run` '
-                "makes it, in run/pipeline"
-            )
-        data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, None, None, device)
-        result, files = demonstration.run_panoptic(pipeline, data, output, limit)
-    elif root is not None or split is not None or limit is not None:
-        raise PysegError("--root, --split and --limit go with --panoptic")
-    else:
-        result, files = demonstration.run(_pipeline(spec, None, None, device), output)
+    result, files = run(_pipeline(spec, None, None, device), output)
     if as_json:
         return _print_json({"stages": result.to_list(), "files": [str(file) for file in files]})
     _print_evaluation(result)
@@ -723,19 +904,46 @@ def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     return datasets._registry.make(StageSpec(stage.name, {**given, **stage.options}))
 
 
-@contextlib.contextmanager
-def _processes(device: str | None) -> Iterator[str | None]:
-    """Joins the processes of torchrun or accelerate launch; yields this one's device."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    from accelerate import PartialState
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given; the functions that take them know their defaults."""
+    return {name: value for name, value in options.items() if value is not None}
 
-    state = PartialState(cpu=not (device or "cpu").startswith("cuda"))
-    try:
-        yield str(state.device) if device == "cuda" else device
-    finally:
-        state.destroy_process_group()
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _size(text: str | None, option: str) -> tuple[int, int] | None:
+    """Height and width from a text such as ``240x320``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise PysegError(f"{option} must be height x width, such as 240x320, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _range(text: str | None, option: str) -> tuple[float, float] | None:
+    """Two numbers from a text such as ``0.6-1.6``."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", text)
+    if found is None:
+        raise PysegError(f"{option} must be smallest-largest, such as 0.6-1.6, got {text!r}")
+    return float(found[1]), float(found[2])
+
+
+def _stop(message: str) -> typer.Exit:
+    """Says, once among several processes, what Ctrl-C leaves; raise what it returns."""
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"\nstopped: {message}", err=True)
+    return typer.Exit(STOPPED)
+
+
+def _say(text: str, colour: str, *, err: bool = False) -> None:
+    if not os.environ.get("NO_COLOR"):  # https://no-color.org
+        text = typer.style(text, fg=colour)
+    typer.echo(text, err=err)
 
 
 def _console() -> Any:
@@ -830,7 +1038,7 @@ def _print_report(report: dict[str, Any]) -> None:
         ],
     )
     for problem in report["problems"]:
-        typer.secho(f"problem: {problem}", fg="red")
+        _say(f"problem: {problem}", "red")
     if not report["problems"]:
         typer.echo("no problems found")
 

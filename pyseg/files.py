@@ -88,6 +88,25 @@ def remove_abandoned(folder: str | os.PathLike[str], older_than: float = ABANDON
                 _remove(path)
 
 
+def make_folder(path: str | os.PathLike[str], argument: str) -> Path:
+    """Makes a folder, with those above it, unless it is there.
+
+    Args:
+        path: the folder.
+        argument: what errors call it.
+
+    Raises:
+        PysegError: ``path`` is a file or lies below one.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise PysegError(
+            f"{argument} {os.fspath(path)!r} is a file or lies below one; give a folder"
+        ) from error
+    return Path(path)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Writes ``text`` in UTF-8, whole or not at all."""
     path = Path(path)

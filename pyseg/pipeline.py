@@ -134,15 +134,18 @@ class Pipeline:
         )
 
     @overload
-    def __call__(self, images: list | tuple) -> list[Segmentation]: ...
+    def __call__(
+        self, images: list | tuple, *, names: Sequence[str] | None = None
+    ) -> list[Segmentation]: ...
     @overload
     def __call__(self, images: Any) -> Segmentation: ...
-    def __call__(self, images):
+    def __call__(self, images, *, names=None):
         """Segments one image or a list of images.
 
         Args:
             images: a path, PIL image, array [H, W, 3] RGB or tensor [3, H, W] RGB, or a list of
                 such, of any sizes (see `pyseg.image.read_image`).
+            names: what errors call the images of a list; None = their paths or sizes.
 
         Returns:
             One `Segmentation`, or a list of them for a list.
@@ -153,10 +156,10 @@ class Pipeline:
         several = isinstance(images, (list, tuple))
         sources = images if several else [images]
         tensors = [images_module.read_image(source).to(self.device) for source in sources]
-        names = [_name_of(source, tensor) for source, tensor in zip(sources, tensors, strict=True)]
+        called = names or [_name_of(s, tensor) for s, tensor in zip(sources, tensors, strict=True)]
         predictions: list[Segmentation] = []
         for index, _ in enumerate(self.stages):
-            predictions = self._apply(index, tensors, predictions, names)
+            predictions = self._apply(index, tensors, predictions, called)
         return predictions if several else predictions[0]
 
     def _apply(

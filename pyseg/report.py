@@ -1,31 +1,37 @@
-"""An evaluation as one HTML page that needs nothing else, with its numbers as JSON beside it."""
+"""Evaluations as one HTML page that needs nothing else, with their numbers as JSON beside it."""
 
 from __future__ import annotations
 
 import base64
-import copy
+import datetime
 import html
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from PIL import Image
 
+from . import __version__
 from .errors import PysegError
-from .evaluation import Evaluation, gather_objects, merge_states, title_of
-from .files import finite, write_json, write_text
+from .evaluation import Evaluation, StageScores, title_of
+from .files import finite, make_folder, write_json, write_text
 from .image import read_image
+from .metrics.panoptic import Panoptic
 from .metrics.semantic import Semantic
 from .pipeline import StageResult
-from .types import VOID, Sample, Segmentation
+from .processes import gather_objects
+from .types import VOID, Dataset, Sample, Segmentation
 from .visual import error_map, overlay, reliability_diagram
 
 WORST = 6  # images that are shown
 PICTURE_WIDTH = 960  # pixels, at most
-PICTURES = ("image", "ground truth", "prediction", "errors")
 
 
 @dataclass(frozen=True)
@@ -33,34 +39,110 @@ class WorstImage:
     """An image that the last stage segments badly."""
 
     name: str
-    miou: float  # over the classes of this image
-    pixel_accuracy: float
-    pictures: tuple[bytes, ...] = field(repr=False)  # JPEG, in the order of PICTURES
+    scores: dict[str, float]  # of this image alone; the first one ranks it
+    captions: tuple[str, ...]
+    pictures: tuple[bytes, ...] = field(repr=False)  # JPEG, one per caption
 
     @property
     def rank(self) -> tuple[float, str]:
-        return self.miou, self.name
+        """Order from the worst."""
+        return next(iter(self.scores.values())), self.name
 
 
-class Recorder:
-    """Keeps, image by image, what the page shows beyond the metrics' numbers.
+class WorstImages:
+    """Keeps pictures of the images that the last stage segments worst; the memory of a few JPEGs.
 
-    Pass `add` as ``observe`` to `pyseg.evaluation.evaluate`, then call `write`. Memory is that of
-    the few worst images, as JPEG. Datasets without label maps give a page of tables only.
+    Pass `add` as ``observe`` to `pyseg.evaluation.evaluate`, and then all to `write_page`. Images
+    with panoptic segments, both predicted and true, are ranked by their panoptic quality and shown
+    beside the ground truth; others by the mean IoU of their classes, with a map of the errors.
+    Images without ground truth of either kind are not kept.
 
     Args:
-        folder: where the page will be; made now if absent, so that a mistake shows at once.
+        dataset: has the ``classes``, the ``palette`` and, if panoptic, the ``things``.
+        count: how many images are kept.
+
+    Example:
+        >>> worst = WorstImages(data)
+        >>> result = evaluate(pipeline, data, observe=worst.add)
+        >>> write_page("out", result, worst)
+    """
+
+    def __init__(self, dataset: Dataset, count: int = WORST) -> None:
+        self.classes, self.palette = tuple(dataset.classes), tuple(dataset.palette)
+        self.things = tuple(getattr(dataset, "things", ()))
+        self.count = count
+        self._void = VOID if len(self.classes) <= VOID else -1
+        self._kept: list[WorstImage] = []
+
+    def add(self, sample: Sample, results: Sequence[StageResult]) -> None:
+        """Looks at one image and what the stages of a pipeline made of it."""
+        final = results[-1].prediction
+        panoptic = final.segments is not None and sample.segments is not None
+        if panoptic:
+            keys: tuple[str, ...] = ("pq", "sq", "rq")
+            metric: Any = Panoptic(self.classes, things=self.things)
+        elif sample.labels is not None:
+            keys = ("miou", "pixel_accuracy")
+            metric = Semantic(self.classes, ignore_index=self._void)
+        else:
+            return
+        metric.update(final, sample)
+        computed = metric.compute()
+        scores = {key: computed[key] for key in keys}
+        rank = scores[keys[0]], sample.name
+        if math.isnan(rank[0]):  # no ground truth at all
+            return
+        if len(self._kept) == self.count and rank >= self._kept[-1].rank:
+            return
+        image = read_image(sample.image)
+        draw = self._panoptic_pictures if panoptic else self._label_pictures
+        pictures = {"image": Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())}
+        pictures |= draw(image, final, sample, scores)
+        encoded = tuple(_jpeg(picture) for picture in pictures.values())
+        self._kept.append(WorstImage(sample.name, scores, tuple(pictures), encoded))
+        self._kept = sorted(self._kept, key=lambda entry: entry.rank)[: self.count]
+
+    def _panoptic_pictures(
+        self, image: torch.Tensor, final: Segmentation, sample: Sample, scores: dict[str, float]
+    ) -> dict[str, Image.Image]:
+        return {
+            "ground truth": self._painted(image, segments=sample.segments),
+            f"prediction, PQ {100 * scores['pq']:.1f}": self._painted(
+                image, segments=final.segments
+            ),
+        }
+
+    def _label_pictures(
+        self, image: torch.Tensor, final: Segmentation, sample: Sample, scores: dict[str, float]
+    ) -> dict[str, Image.Image]:
+        assert sample.labels is not None
+        shown = {"labels": final.labels} if final.segments is None else {"segments": final.segments}
+        return {
+            "ground truth": self._painted(image, labels=sample.labels),
+            "prediction": self._painted(image, **shown),
+            "errors": error_map(final.labels, sample.labels, image, self._void),
+        }
+
+    def _painted(self, image: torch.Tensor, **result: Any) -> Image.Image:
+        return overlay(image, 0.65, classes=self.classes, palette=self.palette, **result)
+
+    def gather(self) -> list[WorstImage]:
+        """The worst images of all processes, the worst first; each process must call it."""
+        found = (entry for part in gather_objects(self._kept) for entry in part)
+        return sorted(found, key=lambda entry: entry.rank)[: self.count]
+
+
+class Recorder(WorstImages):
+    """`WorstImages` and `write_page` in one, for code written before there were these.
+
+    Args:
+        folder: where the page will be; made now if absent.
         classes: of the dataset.
         palette: one RGB colour per class.
-        stages: number of stages of the pipeline.
+        stages: of no meaning any more.
 
     Raises:
         PysegError: ``folder`` is a file or lies below one.
-
-    Example:
-        >>> recorder = Recorder("out", data.classes, data.palette, len(pipeline.stages))
-        >>> result = evaluate(pipeline, data, observe=recorder.add)
-        >>> recorder.write(result)
     """
 
     def __init__(
@@ -68,101 +150,135 @@ class Recorder:
         folder: str | Path,
         classes: Sequence[str],
         palette: Sequence[tuple[int, int, int]],
-        stages: int,
+        stages: int = 0,
     ) -> None:
-        self.folder = Path(folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise PysegError(
-                f"--report {str(folder)!r} is a file or lies below one; give a folder"
-            ) from error
-        self.classes, self.palette = tuple(classes), tuple(palette)
-        self._void = VOID if len(self.classes) <= VOID else -1
-        self._scores = [self._semantic() for _ in range(stages)]
-        self._worst: list[WorstImage] = []
-
-    def _semantic(self) -> Semantic:
-        return Semantic(self.classes, ignore_index=self._void)
-
-    def add(self, sample: Sample, results: Sequence[StageResult]) -> None:
-        """Scores one image after each stage."""
-        if sample.labels is None:
-            return
-        for stage, result in zip(self._scores, results, strict=True):
-            stage.update(result.prediction, sample)
-        final = results[-1].prediction
-        single = self._semantic()
-        single.update(final, sample)
-        values = single.compute()
-        if math.isnan(values["miou"]):  # no ground truth at all
-            return
-        if len(self._worst) == WORST and (values["miou"], sample.name) >= self._worst[-1].rank:
-            return
-        self._worst.append(
-            WorstImage(
-                sample.name,
-                values["miou"],
-                values["pixel_accuracy"],
-                self._pictures(final, sample),
-            )
-        )
-        self._worst = sorted(self._worst, key=lambda image: image.rank)[:WORST]
-
-    def _pictures(self, prediction: Segmentation, sample: Sample) -> tuple[bytes, ...]:
-        assert sample.labels is not None
-        image = read_image(sample.image)
-        shown = replace(prediction, image=image, palette=self.palette, instances=None)
-        truth = Segmentation(shown.size, self.classes, image=image, palette=self.palette)
-        if prediction.logits is None and prediction.segments is None:
-            shown = truth.with_labels(prediction.labels)  # of instances alone, too
-        pictures = (
-            Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy()),
-            overlay(truth.with_labels(sample.labels), 0.65),
-            overlay(shown, 0.65),
-            error_map(prediction.labels, sample.labels, image, self._void),
-        )
-        return tuple(_jpeg(picture) for picture in pictures)
+        self.folder = make_folder(folder, "folder")
+        names: Any = SimpleNamespace(classes=tuple(classes), palette=tuple(palette))
+        super().__init__(names)
 
     def write(self, result: Evaluation, title: str = "") -> list[Path]:
-        """Writes ``index.html`` and ``report.json``, each whole or not at all.
+        """As `write_page`."""
+        return write_page(self.folder, result, self, title=title)
 
-        Of several processes all must call it, and the first one writes.
 
-        Args:
-            result: what `pyseg.evaluation.evaluate` returned.
-            title: what was evaluated, for the page's head.
-        """
-        scores = copy.deepcopy(self._scores)
-        for stage in scores:
-            merge_states("report", stage)
-        found = [image for part in gather_objects(self._worst) for image in part]
-        worst = sorted(found, key=lambda image: image.rank)[:WORST]
-        files = [self.folder / "report.json", self.folder / "index.html"]
-        if not result.is_main_process:
-            return files
-        computed = [stage.compute() for stage in scores]
-        labelled = computed[-1]["classes_counted"] > 0
-        matrix = scores[-1].state()["matrix"].tolist() if labelled else None
-        content = {
-            "spec": result.spec,
-            "title": title,
-            "images": result.images,
-            "classes": list(self.classes),
-            "stages": result.to_list(),
-            "confusion": matrix,  # of the last stage: rows = ground truth, columns = prediction
-            "worst_images": [
-                {"name": i.name, "miou": i.miou, "pixel_accuracy": i.pixel_accuracy} for i in worst
-            ],
-        }
-        write_json(files[0], finite(content))
-        parts = [_tables(result)]
-        if matrix is not None:
-            parts.append(_bars(computed, [stage.stage for stage in result.stages], self.palette))
-            parts.append(_confusion(matrix, self.classes))
-        parts += [_reliability(result), _curves(result), _per_class(result), _worst(worst)]
-        write_text(files[1], _page(result, title, "".join(parts)))
+@dataclass(frozen=True)
+class _Column:
+    """What the page puts side by side: stages of one pipeline, or last stages of several."""
+
+    label: str
+    scores: StageScores
+
+
+def write_page(
+    folder: str | Path,
+    results: Evaluation | Sequence[Evaluation],
+    worst: WorstImages | None = None,
+    *,
+    title: str = "",
+) -> list[Path]:
+    """Writes ``index.html`` and ``report.json``, each whole or not at all.
+
+    One evaluation is shown stage by stage, several are compared by their last stages, against the
+    first one. The page has what was measured: confusion matrix and IoU by class of ``semantic``, PQ
+    by class of ``panoptic``, reliability diagrams of ``calibration``, curves of ``binary``.
+    Of several processes all must call this, and the first one writes.
+
+    Args:
+        folder: made if absent.
+        results: of `pyseg.evaluation.evaluate`, on the same data.
+        worst: what observed the evaluation whose worst images are to be shown.
+        title: what was evaluated, for the page's head.
+
+    Returns:
+        The two files.
+
+    Raises:
+        PysegError: ``folder`` is a file or lies below one, there is no evaluation, or they are of
+            different classes.
+    """
+    evaluations = (results,) if isinstance(results, Evaluation) else tuple(results)
+    if not evaluations:
+        raise PysegError("results must hold at least one evaluation, got none")
+    classes, palette = evaluations[0].classes, evaluations[0].palette
+    for other in evaluations[1:]:
+        if len(other.classes) != len(classes):
+            raise PysegError(
+                f"evaluations of different classes cannot be compared: {evaluations[0].spec} has "
+                f"{len(classes)}, {other.spec} {len(other.classes)}; evaluate on the same data"
+            )
+    images = [] if worst is None else worst.gather()
+    files = [Path(folder) / "report.json", Path(folder) / "index.html"]
+    if not evaluations[0].is_main_process:
         return files
+    make_folder(folder, "folder")
+    made = _made(evaluations)
+    matrices = [_counts(evaluation.stages[-1]) for evaluation in evaluations]
+    content: dict[str, Any] = {"title": title, "classes": list(classes), "made": made}
+    described = [
+        {
+            "spec": evaluation.spec,
+            "images": evaluation.images,
+            "stages": evaluation.to_list(),
+            "confusion": matrix,  # of the last stage: rows = ground truth, columns = prediction
+        }
+        for evaluation, matrix in zip(evaluations, matrices, strict=True)
+    ]
+    content |= described[0] if len(described) == 1 else {"evaluations": described}
+    content["worst_images"] = [{"name": image.name, **image.scores} for image in images]
+    write_json(files[0], finite(content))
+    columns = _columns(evaluations)
+    ends = columns[:: max(1, len(columns) - 1)] if len(evaluations) == 1 else columns
+    parts = [_overview(evaluations), _tables(columns), _bars(ends, palette)]
+    parts += [
+        _confusion(matrix, classes, label)
+        for matrix, label in zip(matrices, _last_labels(evaluations), strict=True)
+        if matrix is not None
+    ]
+    parts += [_reliability(columns), _curves(evaluations), _per_class(evaluations)]
+    parts += [_worst(images), _origin(made)]
+    write_text(files[1], _page(evaluations, title, "".join(parts)))
+    return files
+
+
+def _columns(evaluations: Sequence[Evaluation]) -> list[_Column]:
+    if len(evaluations) == 1:
+        return [_Column(stage.stage, stage) for stage in evaluations[0].stages]
+    pairs = zip(_last_labels(evaluations), evaluations, strict=True)
+    return [_Column(label, evaluation.stages[-1]) for label, evaluation in pairs]
+
+
+def _last_labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What the last stage of each is called: by its pipeline, numbered where two are alike."""
+    if len(evaluations) == 1:
+        return ["the last stage"]
+    specs = [evaluation.spec for evaluation in evaluations]
+    return [
+        spec if specs.count(spec) == 1 else f"{spec} ({specs[: k + 1].count(spec)})"
+        for k, spec in enumerate(specs)
+    ]
+
+
+def _counts(stage: StageScores) -> list[list[int]] | None:
+    if stage.confusion is None or not bool(stage.confusion.any()):
+        return None
+    return stage.confusion.tolist()
+
+
+def _made(evaluations: Sequence[Evaluation]) -> dict[str, str]:
+    """Where the numbers come from, by what it is called on the page."""
+    devices = []
+    for evaluation in evaluations:
+        threads = f", {evaluation.threads} thread{'s'[: evaluation.threads - 1]}"
+        devices.append(evaluation.device + (threads if evaluation.device == "cpu" else ""))
+    program = Path(sys.argv[0])
+    called = program.stem == "pyseg" or program.parts[-2:] == ("pyseg", "__main__.py")
+    return {
+        **({"command": shlex.join(["pyseg", *sys.argv[1:]])} if called else {}),
+        "pyseg": __version__,
+        "torch": torch.__version__,
+        "device": "; ".join(dict.fromkeys(devices)),
+        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
+    }
 
 
 def _jpeg(picture: Image.Image) -> bytes:
@@ -177,8 +293,14 @@ def _jpeg(picture: Image.Image) -> bytes:
 # --- the page ---------------------------------------------------------------------------------
 
 _STYLE = """
-:root { color-scheme: light; --ink: #1f2430; --soft: #667085; --line: #dfe3ea; --blue: #2f6db3;
-  --pale: #b9cde4; --back: #f5f6f8; }
+:root { color-scheme: light dark; --ink: #1f2430; --soft: #5c667a; --line: #dfe3ea;
+  --blue: #2f6db3; --pale: #b9cde4; --back: #f5f6f8; --paper: #fff; --clear: #fff0;
+  --track: #eef1f5; --shade: #0003; --frame: #98a2b3; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ef; --soft: #a3adbd; --line: #343b48; --blue: #6aa5e8; --pale: #3d5a7d;
+    --back: #14171d; --paper: #1d2129; --clear: #1d212900; --track: #2a303b; --shade: #fff3;
+    --frame: #667085; }
+}
 * { box-sizing: border-box; }
 body { margin: 0; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans",
   sans-serif; color: var(--ink); background: var(--back); }
@@ -187,29 +309,37 @@ header { padding-top: 28px; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
 h2 { font-size: 1.1rem; margin: 0 0 12px; }
 p { margin: 0 0 12px; color: var(--soft); }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
-  margin: 18px 0; }
+section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
+  padding: 18px 20px; margin: 18px 0; }
 /* A shadow at an edge says that there is more to scroll to. */
-.scroll { overflow-x: auto; background: linear-gradient(to right, #fff 40%, #fff0),
-  linear-gradient(to left, #fff 40%, #fff0) 100% 0, linear-gradient(to right, #0003, #0000),
-  linear-gradient(to left, #0003, #0000) 100% 0; background-repeat: no-repeat;
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--paper) 40%, var(--clear)),
+  linear-gradient(to left, var(--paper) 40%, var(--clear)) 100% 0,
+  linear-gradient(to right, var(--shade), transparent),
+  linear-gradient(to left, var(--shade), transparent) 100% 0; background-repeat: no-repeat;
   background-size: 40px 100%, 40px 100%, 12px 100%, 12px 100%;
   background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: #fff; }
+  background: var(--paper); }
+tbody th { font-weight: 400; }
 th:last-child, td:last-child { padding-right: 4px; }
 thead th { color: var(--soft); font-weight: 600; }
-.bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr 4.6em; gap: 8px 12px;
+.bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr; gap: 8px 12px;
   align-items: center; }
+.line { display: grid; grid-template-columns: 1fr 4.6em; gap: 12px; align-items: center;
+  font-size: .85rem; line-height: 1.3; }
 .bars .name { overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: 6px;
   border: 1px solid #0003; }
 .bar { height: 9px; border-radius: 2px; background: var(--blue); min-width: 1px; }
-.bar.first { background: var(--pale); margin-bottom: 2px; }
-.track { background: #eef1f5; border-radius: 2px; }
+.bar.other { background: var(--pale); }
+.track { background: var(--track); border-radius: 2px; }
+.said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
 .value { text-align: right; font-variant-numeric: tabular-nums; }
 .key { display: inline-block; width: 1.6em; height: 9px; border-radius: 2px; margin: 0 6px 0 12px; }
 svg { display: block; max-width: none; }
@@ -238,9 +368,11 @@ footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--s
 """
 
 
-def _page(result: Evaluation, title: str, body: str) -> str:
-    heading = html.escape(result.spec)
-    counted = f"{result.images} image{'' if result.images == 1 else 's'}"
+def _page(evaluations: Sequence[Evaluation], title: str, body: str) -> str:
+    specs = [html.escape(evaluation.spec) for evaluation in evaluations]
+    heading = specs[0] if len(specs) == 1 else f"{len(specs)} pipelines compared"
+    images = max(evaluation.images for evaluation in evaluations)
+    counted = f"{images} image{'' if images == 1 else 's'}"
     about = html.escape(f"{title}, {counted}" if title else counted)
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -257,13 +389,16 @@ def _section(title: str, text: str, content: str) -> str:
     return f"<section><h2>{html.escape(title)}</h2>{note}{content}</section>\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    body = "".join(line(row, "td") for row in rows)
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    columns = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{html.escape(row[0])}</th>'
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in rows
+    )
     return (
-        f'<div class="scroll"><table><thead>{line(head, "th")}</thead>'
+        f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -274,60 +409,84 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _tables(result: Evaluation) -> str:
-    head, rows = result.table()
-    parts = _section(
-        "Stages",
-        "Δ against the baseline; time and peak memory of each stage alone",
-        _table(head, rows),
-    )
+def _overview(evaluations: Sequence[Evaluation]) -> str:
+    """The table that `Evaluation` prints; of several, one with a row for each."""
+    if len(evaluations) == 1:
+        text = "Δ against the baseline; time and peak memory of each stage alone"
+        return _section("Stages", text, _table(*evaluations[0].table()))
+    shown = [(name, key) for name, keys in evaluations[0].headline.items() for key in keys]
+    head = ["pipeline"]
+    for _, key in shown:
+        head += [title_of(key), "Δ"]
+    rows = []
+    first = evaluations[0].stages[-1].metrics
+    for label, evaluation in zip(_last_labels(evaluations), evaluations, strict=True):
+        row = [label]
+        for name, key in shown:
+            value = evaluation.stages[-1].metrics.get(name, {}).get(key, math.nan)
+            change = "" if evaluation is evaluations[0] else f"{value - first[name][key]:+.4f}"
+            row += [_number(value), "-" if change.endswith("nan") else change]
+        peaks = [stage.peak_bytes for stage in evaluation.stages]
+        known = [peak for peak in peaks if peak is not None]
+        row.append(f"{sum(stage.milliseconds for stage in evaluation.stages):.1f}")
+        rows.append([*row, f"{max(known) / 1e6:.0f}" if len(known) == len(peaks) else "?"])
+    text = "Δ against the first; time of all stages, peak memory of the largest"
+    return _section("Pipelines", text, _table([*head, "ms/image", "peak MB"], rows))
+
+
+def _tables(columns: Sequence[_Column]) -> str:
     sections = ""
-    for name in result.stages[0].metrics:
-        values = [stage.metrics[name] for stage in result.stages]
+    for name in columns[0].scores.metrics:
+        values = [column.scores.metrics.get(name, {}) for column in columns]
         keys = [k for k, v in values[0].items() if isinstance(v, (int, float))]
-        rows = [[title_of(key), *(_number(v[key]) for v in values)] for key in keys]
+        rows = [[title_of(k), *(_number(v.get(k, math.nan)) for v in values)] for k in keys]
         absent = values[-1].get("classes_absent")
         note = f"Without ground truth and never predicted: {', '.join(absent)}" if absent else ""
-        sections += _section(name, note, _table(["", *(s.stage for s in result.stages)], rows))
-    return f'{parts}<div class="side">{sections}</div>'
+        sections += _section(name, note, _table(["", *(c.label for c in columns)], rows))
+    return f'<div class="side">{sections}</div>'
 
 
-def _bars(
-    computed: Sequence[dict[str, Any]],
-    stages: Sequence[str],
-    palette: Sequence[tuple[int, int, int]],
-) -> str:
-    """IoU of every class, first and last stage."""
-    shown = [(stages[0], computed[0], "first"), (stages[-1], computed[-1], "")]
-    if len(stages) == 1:
-        shown = [(stages[0], computed[0], "")]
+def _by_class(scores: StageScores) -> tuple[str, dict[str, float]]:
+    """The score that bars show, and its value by class: IoU, or panoptic quality."""
+    for key in ("iou", "pq"):
+        for computed in scores.metrics.values():
+            table = computed.get("per_class") or {}
+            if table and all(key in entry for entry in table.values()):
+                return key, {name: entry[key] for name, entry in table.items()}
+    return "", {}
+
+
+def _bars(columns: Sequence[_Column], palette: Sequence[tuple[int, int, int]]) -> str:
+    """A score of every class, the last column in the strong colour."""
+    key, first = _by_class(columns[0].scores)
+    if all(math.isnan(value) for value in first.values()):
+        return ""
+    found = [_by_class(column.scores)[1] for column in columns]
     cells = []
-    for index, name in enumerate(computed[0]["per_class"]):
+    for index, name in enumerate(first):
         red, green, blue = palette[index] if index < len(palette) else (255, 255, 255)
-        bars, value = "", math.nan
-        for _, scores, kind in shown:
-            value = scores["per_class"][name]["iou"]
+        bars = ""
+        for column, values in zip(columns, found, strict=True):
+            value = values.get(name, math.nan)
             width = 0.0 if math.isnan(value) else 100 * value
+            kind = "bar" if column is columns[-1] else "bar other"
+            said = f'<span class="said">{html.escape(column.label)}: </span>'
             bars += (
-                f'<div class="track"><div class="bar {kind}" style="width:{width:.2f}%">'
-                "</div></div>"
+                f'<div class="line"><div class="track" aria-hidden="true"><div class="{kind}" '
+                f'style="width:{width:.2f}%"></div></div>'
+                f'<div class="value">{said}{_number(value)}</div></div>'
             )
         cells.append(
             f'<div class="name"><span class="swatch" style="background:rgb({red},{green},{blue})">'
             f"</span>{html.escape(name)}</div><div>{bars}</div>"
-            f'<div class="value">{_number(value)}</div>'
         )
-    legend = ""
-    if len(shown) == 2:
-        legend = (
-            f'<p><span class="key" style="background:var(--pale);margin-left:0"></span>'
-            f'{html.escape(stages[0])}<span class="key" style="background:var(--blue)">'
-            f"</span>{html.escape(stages[-1])} (the number)</p>"
-        )
-    return _section("IoU by class", "", f'{legend}<div class="bars">{"".join(cells)}</div>')
+    note = ""
+    if len(columns) > 1:
+        note = f"Bars from the top: {', '.join(column.label for column in columns)}"
+    return _section(f"{title_of(key)} by class", note, f'<div class="bars">{"".join(cells)}</div>')
 
 
-def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label_of: str) -> str:
     """Share of each ground-truth class by prediction, as a picture."""
     count = len(classes)
     cell = 34 if count <= 25 else 20 if count <= 60 else 10
@@ -364,17 +523,18 @@ def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
                 f"{short}</text>"
             )
     size = label + side + 1
+    name = html.escape(f"Confusion matrix of {label_of}")
     frame = (
         f'<rect x="{label}" y="{label}" width="{side}" height="{side}" fill="none" '
-        'stroke="#98a2b3"/>'
+        'style="stroke:var(--frame)"/>'
     )
     picture = (
-        f'<div class="scroll"><svg role="img" aria-label="confusion matrix" width="{size}" '
+        f'<div class="scroll"><svg role="img" aria-label="{name}" width="{size}" '
         f'height="{size}" viewBox="0 0 {size} {size}">{"".join(parts)}{frame}</svg>'
         "</div>"
     )
     return _section(
-        "Confusion matrix of the last stage",
+        f"Confusion matrix of {label_of}",
         "Rows are ground truth, columns prediction; percent of the row. Void pixels are left out.",
         picture,
     )
@@ -384,16 +544,17 @@ def _data_uri(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _reliability(result: Evaluation) -> str:
+def _reliability(columns: Sequence[_Column]) -> str:
     plots = []
-    for stage in result.stages:
-        for scores in stage.metrics.values():
+    for column in columns:
+        label = html.escape(column.label)
+        for scores in column.scores.metrics.values():
             if "reliability" in scores:
                 stream = io.BytesIO()
                 reliability_diagram(scores["reliability"]).save(stream, "PNG")
                 plots.append(
-                    f"<div><p>{html.escape(stage.stage)}: ECE {_number(scores['ece'])}"
-                    f'</p><img alt="reliability diagram" '
+                    f"<div><p>{label}: ECE {_number(scores['ece'])}</p>"
+                    f'<img alt="reliability diagram of {label}" '
                     f'src="{_data_uri(stream.getvalue(), "png")}"></div>'
                 )
     if not plots:
@@ -406,28 +567,20 @@ def _reliability(result: Evaluation) -> str:
     )
 
 
-def _curves(result: Evaluation) -> str:
-    """ROC and precision-recall curves of the last stage."""
+def _curves(evaluations: Sequence[Evaluation]) -> str:
+    """ROC and precision-recall curves of the last stage of each."""
     plots = []
-    for scores in result.stages[-1].metrics.values():
-        curves = scores.get("curves")
-        if curves is not None:
-            roc = zip(curves["false_positive_rate"], curves["recall"], strict=True)
-            pr = zip(curves["recall"], curves["precision"], strict=True)
-            plots += [
-                _plot(
-                    f"ROC, area {_number(scores['roc_auc'])}",
-                    [*roc],
-                    "false positive rate",
-                    "recall",
-                ),
-                _plot(
-                    f"Precision-recall, AP {_number(scores['average_precision'])}",
-                    [*pr],
-                    "recall",
-                    "precision",
-                ),
-            ]
+    for label, evaluation in zip(_last_labels(evaluations), evaluations, strict=True):
+        of = "" if len(evaluations) == 1 else f"{label}: "
+        for scores in evaluation.stages[-1].metrics.values():
+            curves = scores.get("curves")
+            if curves is None:
+                continue
+            rates, recall = curves["false_positive_rate"], curves["recall"]
+            roc, pr = zip(rates, recall, strict=True), zip(recall, curves["precision"], strict=True)
+            area, average = _number(scores["roc_auc"]), _number(scores["average_precision"])
+            plots.append(_plot(f"{of}ROC, area {area}", [*roc], "false positive rate", "recall"))
+            plots.append(_plot(f"{of}Precision-recall, AP {average}", [*pr], "recall", "precision"))
     if not plots:
         return ""
     return _section("Curves of the last stage", "", f'<div class="plots">{"".join(plots)}</div>')
@@ -440,26 +593,27 @@ def _plot(title: str, points: Sequence[tuple[float, float]], x: str, y: str) -> 
         if not (math.isnan(a) or math.isnan(b))
     )
     return (
-        f'<div><p>{html.escape(title)}</p><svg viewBox="0 0 280 285" style="width:100%">'
-        '<rect x="30" y="10" width="240" height="240" fill="none" stroke="#98a2b3"/>'
-        f'<polyline points="{path}" fill="none" stroke="#2f6db3" stroke-width="2"/>'
+        f'<div><p>{html.escape(title)}</p><svg role="img" aria-label="{html.escape(title)}" '
+        'viewBox="0 0 280 285" style="width:100%">'
+        '<rect x="30" y="10" width="240" height="240" fill="none" style="stroke:var(--frame)"/>'
+        f'<polyline points="{path}" fill="none" style="stroke:var(--blue)" stroke-width="2"/>'
         f'<text x="150" y="275" text-anchor="middle">{x}</text>'
         f'<text transform="translate(20,130) rotate(-90)" text-anchor="middle">{y}</text>'
         "</svg></div>"
     )
 
 
-def _per_class(result: Evaluation) -> str:
-    """What the metrics give by class, for the last stage."""
+def _per_class(evaluations: Sequence[Evaluation]) -> str:
+    """What the metrics give by class, for the last stage of each."""
     parts = ""
-    for name, scores in result.stages[-1].metrics.items():
-        table = scores.get("per_class")
-        if not table:
-            continue
-        keys = [*next(iter(table.values()))]
-        rows = [[label, *(_number(entry[key]) for key in keys)] for label, entry in table.items()]
-        head = ["class", *map(title_of, keys)]
-        parts += _section(f"{name} by class, last stage", "", _table(head, rows))
+    for label, evaluation in zip(_last_labels(evaluations), evaluations, strict=True):
+        for name, scores in evaluation.stages[-1].metrics.items():
+            table = scores.get("per_class")
+            if table:
+                keys = [*next(iter(table.values()))]
+                rows = [[k, *(_number(entry[key]) for key in keys)] for k, entry in table.items()]
+                head = ["class", *map(title_of, keys)]
+                parts += _section(f"{name} by class, {label}", "", _table(head, rows))
     return parts
 
 
@@ -468,19 +622,28 @@ def _worst(images: Sequence[WorstImage]) -> str:
         return ""
     figures = []
     for image in images:
+        name = html.escape(image.name)
         pictures = "".join(
-            f'<div>{caption}<img alt="{caption}" loading="lazy" src="{_data_uri(data, "jpeg")}">'
-            "</div>"
-            for caption, data in zip(PICTURES, image.pictures, strict=True)
+            f'<div>{caption}<img alt="{caption} of {name}" loading="lazy" '
+            f'src="{_data_uri(data, "jpeg")}"></div>'
+            for caption, data in zip(image.captions, image.pictures, strict=True)
         )
+        scores = ", ".join(f"{title_of(k)} {_number(value)}" for k, value in image.scores.items())
         figures.append(
-            f"<figure><figcaption><b>{html.escape(image.name)}</b>: mIoU of its classes "
-            f"{image.miou:.4f}, pixel accuracy {image.pixel_accuracy:.4f}</figcaption>"
+            f"<figure><figcaption><b>{name}</b>: {scores}</figcaption>"
             f'<div class="pictures">{pictures}</div></figure>'
         )
+    first = title_of(next(iter(images[0].scores)))
     return _section(
-        "Worst images", "By the last stage's mIoU over the classes of each image.", "".join(figures)
+        "Worst images", f"By the last stage's {first} of each image alone.", "".join(figures)
     )
 
 
-__all__ = ["Recorder", "WorstImage"]
+def _origin(made: dict[str, str]) -> str:
+    entries = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in made.items()
+    )
+    return _section("How this was measured", "", f"<dl>{entries}</dl>")
+
+
+__all__ = ["Recorder", "WorstImage", "WorstImages", "write_page"]

@@ -7,6 +7,7 @@ says where to put it.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import difflib
 import errno
@@ -14,6 +15,7 @@ import hashlib
 import http.client
 import os
 import pickle
+import re
 import time
 import urllib.error
 import urllib.request
@@ -31,6 +33,10 @@ from .files import replacing
 
 _CHUNK = 1 << 20  # bytes read at a time
 _TIMEOUT = 30  # seconds without an answer
+_LARGEST = 64 << 30  # bytes; more is no checkpoint but a server that does not end
+_SLOWEST = 1 << 10  # bytes a second, on average, after the first minute
+_PATIENCE = 60  # seconds before that is asked
+_UNPACKED = 4  # times its own size that a file may hold; torch.save packs nothing
 _PROGRESS_AFTER = 2  # seconds before a progress bar appears
 
 
@@ -55,17 +61,38 @@ def cache_directory() -> Path:
 
 def cached_path(remote: Remote) -> Path:
     """Where the file of ``remote`` is, or would be, kept: host and path of its URL in the cache."""
-    url = urlsplit(remote.url)
+    try:
+        url = urlsplit(remote.url)
+        _ = url.port  # lazily checked
+    except ValueError as error:
+        raise WeightsError(
+            f"weights: {_without_login(remote.url)!r} is no URL ({error}); check it"
+        ) from error
     if url.scheme == "file":
+        if url.netloc not in ("", "localhost"):
+            raise WeightsError(
+                f"weights: {remote.url} names a file of another computer, {url.netloc!r}; a local "
+                "one has three slashes: file:///folder/net.pth"
+            )
         return Path(urllib.request.url2pathname(url.path))
     parts = [part for part in unquote(url.path).split("/") if part not in ("", ".")]
     if not parts or ".." in parts:
         raise WeightsError(
-            f"weights: {remote.url} names no file; give the URL of the checkpoint itself"
+            f"weights: {_without_login(remote.url)} names no file; give the URL of the "
+            "checkpoint itself"
         )
     if url.query:  # two queries are two files
         parts.insert(-1, hashlib.sha256(url.query.encode()).hexdigest()[:12])
     return cache_directory().joinpath(url.netloc.rpartition("@")[2].replace(":", "_"), *parts)
+
+
+def _without_login(url: str) -> str:
+    """A URL for messages: no user, no password."""
+    return re.sub(r"//[^/?#]*@", "//", url)
+
+
+def _brief(text: str) -> str:
+    return repr(text if len(text) <= 200 else text[:200] + "…")
 
 
 def resolve(weights: str | Path, *, known: Mapping[str, Remote] | None = None) -> Path:
@@ -88,24 +115,29 @@ def resolve(weights: str | Path, *, known: Mapping[str, Remote] | None = None) -
     text = os.fspath(weights)
     if isinstance(weights, str) and text in known:
         return _fetch(known[text], text)
-    scheme, separator, _ = text.partition("://")
+    scheme, separator, rest = text.partition("://")
     if isinstance(weights, str) and separator:
-        if scheme not in ("http", "https", "file"):
+        if scheme.lower() not in ("http", "https", "file"):
             raise WeightsError(
-                f"weights={text!r}: cannot fetch {scheme}:// URLs; use http, https, "
-                "file or a local path"
+                f"weights={_brief(_without_login(text))}: cannot fetch {scheme[:20]}:// URLs; use "
+                "http, https, file or a local path"
             )
-        return _fetch(Remote(text), text)
-    path = Path(text).expanduser()
-    if path.is_file():
+        url = f"{scheme.lower()}://{rest}"
+        return _fetch(Remote(url), _without_login(url))
+    try:
+        path = Path(text).expanduser()
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a null in it, no such ~user
+        raise WeightsError(f"weights={_brief(text)} cannot be a file ({_plain(error)})") from error
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         raise WeightsError(f"weights={text!r} is a directory; give the checkpoint file in it")
     names = ", ".join(known) or "none here"
     near = difflib.get_close_matches(text, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise WeightsError(
-        f"weights={text!r} is neither a file nor a known name{hint} "
+        f"weights={_brief(text)} is neither a file nor a known name{hint} "
         f"(known names: {names}; otherwise give a path or a URL)"
     )
 
@@ -126,7 +158,8 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         head = file.read(512)
     if cause := _not_weights(head):
-        raise WeightsError(f"weights: {path} {cause}")
+        remedy = f"; {_again(path)}" if _is_cached(path) else ""
+        raise WeightsError(f"weights: {path} {cause}{remedy}")
     loaded = _read_safetensors(path) if head[8:9] == b"{" else _read_torch(path, head)
     if isinstance(loaded, dict):
         for key in ("model", "state_dict"):
@@ -212,6 +245,10 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path
     module.load_state_dict(dict(state))
 
 
+def _plain(error: Exception) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 # --- fetching ---------------------------------------------------------------------------------
 
 
@@ -222,8 +259,8 @@ def _fetch(remote: Remote, asked: str) -> Path:
         if local:
             raise WeightsError(f"weights={asked!r}: there is no file {target}")
         advice = (
-            f"fetch {remote.url} elsewhere and put it at {target}, or pass weights=<path>, "
-            "or weights=None for random weights"
+            f"fetch {_without_login(remote.url)} elsewhere and put it at {target}, or pass "
+            "weights=<path>, or weights=None for random weights"
         )
         if os.environ.get("PYSEG_OFFLINE", "").lower() not in ("", "0", "false", "no"):
             raise WeightsError(
@@ -237,49 +274,93 @@ def _fetch(remote: Remote, asked: str) -> Path:
     return target
 
 
+class _CacheError(Exception):
+    """The cache cannot be written: nothing that a network could mend."""
+
+
+@contextlib.contextmanager
+def _of_the_cache() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _CacheError(f"{error.filename or 'a file in it'}: {_plain(error)}") from error
+
+
 def _download(remote: Remote, target: Path, asked: str, advice: str) -> None:
     """Fills ``target`` by an atomic rename of ``<target>.part``, complete and verified."""
     from filelock import FileLock
 
     part = target.with_name(target.name + ".part")
+    lock = FileLock(target.with_name(target.name + ".lock"))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.with_name(target.name + ".lock")):
-            if target.is_file():  # another process was faster
-                return
-            # Without a digest nobody would notice that a left-over belongs to an older file.
-            if remote.sha256 is None:
-                part.unlink(missing_ok=True)
-            resumed = _transfer(remote.url, part)
-            cause = _wrong_digest(part, remote.sha256) if remote.sha256 else None
-            if cause and resumed:
-                part.unlink()
-                _transfer(remote.url, part)
-                cause = _wrong_digest(part, remote.sha256 or "")
-            if cause is None:
-                with part.open("rb") as file:
-                    cause = _not_weights(file.read(512))
-            if cause:
-                part.unlink()
-                raise WeightsError(
-                    f"weights={asked!r}: what {remote.url} sent {cause}; nothing "
-                    f"was kept. Check the URL, or {advice}"
-                )
-            part.replace(target)
-    except (OSError, http.client.HTTPException) as error:
+        with _of_the_cache():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        try:
+            _download_alone(remote, target, part, asked, advice)
+        finally:
+            lock.release()
+    except _CacheError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)  # a full disk gets its space back
         raise WeightsError(
-            f"weights={asked!r} could not be downloaded ({error}): {advice}"
+            f"weights={asked!r}: the cache {cache_directory()} cannot be written ({error}); make "
+            f"room or set PYSEG_CACHE to a folder that can be written, or {advice}"
         ) from error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise WeightsError(
+            f"weights={asked!r} could not be downloaded ({_without_login(str(error))}): {advice}"
+        ) from error
+
+
+def _download_alone(remote: Remote, target: Path, part: Path, asked: str, advice: str) -> None:
+    with _of_the_cache():
+        if target.is_file():  # another process was faster
+            return
+        # Without a digest nobody would notice that a left-over belongs to an older file.
+        if remote.sha256 is None:
+            part.unlink(missing_ok=True)
+    resumed = _transfer(remote.url, part)
+    with _of_the_cache():
+        cause = _wrong_digest(part, remote.sha256) if remote.sha256 else None
+        if cause and resumed:
+            part.unlink()
+    if cause and resumed:
+        _transfer(remote.url, part)
+        cause = _wrong_digest(part, remote.sha256 or "")
+    with _of_the_cache():
+        cause = cause or _not_whole(part)
+        if cause is None:
+            part.replace(target)
+            return
+        part.unlink()
+    raise WeightsError(
+        f"weights={asked!r}: what {_without_login(remote.url)} sent {cause}; nothing "
+        f"was kept. Check the URL, or {advice}"
+    )
+
+
+def _request(url: str, have: int) -> urllib.request.Request:
+    parts = urlsplit(url)
+    login, separator, place = parts.netloc.rpartition("@")
+    request = urllib.request.Request(
+        parts._replace(netloc=place).geturl(),
+        headers={"User-Agent": "pyseg", "Accept-Encoding": "identity"},
+    )
+    if separator:
+        # Unredirected: another host, to which a server sends us on, is not told the password.
+        token = base64.b64encode(unquote(login).encode()).decode("ascii")
+        request.add_unredirected_header("Authorization", f"Basic {token}")
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    return request
 
 
 def _transfer(url: str, part: Path) -> bool:
     """Appends to ``part`` what is missing of ``url``; True where a left-over was continued."""
     have = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "pyseg"})
-    if have:
-        request.add_header("Range", f"bytes={have}-")
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        response = urllib.request.urlopen(_request(url, have), timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not have:
             raise
@@ -287,6 +368,9 @@ def _transfer(url: str, part: Path) -> bool:
         part.unlink()  # as long as the whole file or longer: start afresh
         return _transfer(url, part)
     with response:
+        packed = response.headers.get("Content-Encoding", "identity").lower()
+        if packed not in ("", "identity"):
+            raise OSError(f"the server sent it packed by {packed}, which was not asked for")
         # A server without ranges answers 200 and sends everything.
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(
             f"bytes {have}-"
@@ -295,12 +379,32 @@ def _transfer(url: str, part: Path) -> bool:
             raise OSError(f"the server sent another range than bytes {have}-")
         have = have if resumed else 0
         length = response.headers.get("Content-Length")
+        if length is not None and not length.isdecimal():
+            raise OSError(f"the server named {length!r} as the length")
         total = have + int(length) if length else None
-        with part.open("ab" if resumed else "wb") as file, _progress(part.stem, total) as report:
-            while block := response.read(_CHUNK):
-                file.write(block)
+        if max(have, total or 0) > _LARGEST:
+            raise OSError(f"{total} bytes are more than the {_LARGEST} that weights may have")
+        begin, first = time.monotonic(), have
+        with _of_the_cache():
+            file = part.open("ab" if resumed else "wb", buffering=0)
+        with file, _progress(part.stem, total) as report:
+            # read1 returns what is there: read would wait for ever on a server that drips
+            while block := response.read1(_CHUNK):
+                with _of_the_cache():
+                    if file.write(block) != len(block):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part))
                 have += len(block)
                 report(have)
+                if have > _LARGEST:
+                    file.close()
+                    part.unlink()
+                    raise OSError(f"it had not ended after {_LARGEST} bytes")
+                elapsed = time.monotonic() - begin
+                if elapsed > _PATIENCE and have - first < _SLOWEST * elapsed:
+                    raise OSError(
+                        f"{have - first} bytes in {elapsed:.0f} seconds are too slow; run again "
+                        "to resume"
+                    )
     if total is not None and have != total:
         raise OSError(f"the connection ended after {have} of {total} bytes; run again to resume")
     return resumed
@@ -366,6 +470,37 @@ def _not_weights(head: bytes) -> str | None:
     return None
 
 
+def _not_whole(path: Path) -> str | None:
+    """Why a file of which no digest is known is no complete checkpoint, judged by its directory."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if cause := _not_weights(head):
+        return cause
+    if head[8:9] == b"{":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt"):  # reads the header, which says how long the file is
+                return None
+        except SafetensorError as error:
+            return f"is truncated or damaged ({error})"
+    if head.startswith(b"PK"):
+        whole = zipfile.is_zipfile(path)  # the directory of a zip file is at its end
+        return None if whole else f"is truncated ({path.stat().st_size} bytes)"
+    if head[:1] == b"\x80":  # torch.save before 1.6, which has no directory: its last byte is free
+        return None
+    return f"is neither a torch.save file nor safetensors; it begins with {head[:16]!r}"
+
+
+def _is_cached(path: Path) -> bool:
+    return cache_directory().absolute() in path.absolute().parents
+
+
+def _again(path: Path) -> str:
+    """How to get a file once more."""
+    return "delete it, and it is fetched again" if _is_cached(path) else "fetch it again"
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -374,7 +509,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path, device="cpu")
     except SafetensorError as error:
         raise WeightsError(
-            f"weights: {path} is truncated or damaged ({error}); fetch it again"
+            f"weights: {path} is truncated or damaged ({error}); {_again(path)}"
         ) from error
 
 
@@ -382,7 +517,7 @@ def _read_torch(path: Path, head: bytes) -> object:
     zipped = head.startswith(b"PK")
     if zipped and not zipfile.is_zipfile(path):  # the directory of a zip file is at its end
         raise WeightsError(
-            f"weights: {path} is truncated ({path.stat().st_size} bytes); fetch it again"
+            f"weights: {path} is truncated ({path.stat().st_size} bytes); {_again(path)}"
         )
     if not zipped and head[:1] != b"\x80":
         raise WeightsError(
@@ -390,18 +525,34 @@ def _read_torch(path: Path, head: bytes) -> object:
             f"begins with {head[:16]!r}"
         )
     try:
+        if zipped:
+            _refuse_bombs(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
-            raise WeightsError(f"weights: {path} is truncated; fetch it again") from error
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+            raise WeightsError(f"weights: {path} is truncated; {_again(path)}") from error
+        # Not torch's text, which advises to load it all the same.
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        asks = f" ({named[1]})" if named else ""
         raise WeightsError(
-            f"weights: {path} is a pickle that needs more than tensors, and loading it would run "
-            f"code from the file, so it was not loaded ({reason}). If you trust it, load it "
-            "yourself and save its state_dict()"
+            f"weights: {path} is a pickle that needs more than tensors{asks}, and loading it would "
+            "run code from the file, so it was not loaded. Ask its author for safetensors or a "
+            "state_dict() alone"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, OSError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"weights: {path} is truncated or damaged ({reason}); fetch it again"
+            f"weights: {path} is truncated or damaged ({reason}); {_again(path)}"
         ) from error
+
+
+def _refuse_bombs(path: Path) -> None:
+    """A zip file whose entries are far larger than itself would fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        inside = sum(entry.file_size for entry in archive.infolist())
+    size = path.stat().st_size
+    if inside > _UNPACKED * size:
+        raise WeightsError(
+            f"weights: {path} has {size} bytes and would unpack to {inside}, though torch.save "
+            "packs nothing, so it was not loaded; fetch it from its author"
+        )

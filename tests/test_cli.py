@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pyseg
-from pyseg import _native, cli, datasets, metrics, models, refiners
+from pyseg import _native, cli, datasets, metrics, models, refiners, training
 from pyseg.datasets.synthetic import StreetScenes
 from pyseg.doctor import diagnose, stale_installs
 from pyseg.image import read_image, read_labels, write_image, write_labels, write_panoptic
@@ -132,8 +132,10 @@ def test_help_and_list_import_no_torch():
 import sys
 from typer.testing import CliRunner
 from pyseg.cli import app
-commands = "list doctor predict evaluate train tune demo bench".split()
-for arguments in [["--help"], *([name, "--help"] for name in commands), ["list", "--json"]]:
+commands = [command.name or command.callback.__name__ for command in app.registered_commands]
+assert len(commands) >= 12
+several = [["--help"], ["--version"], *([name, "-h"] for name in commands), ["list", "--json"]]
+for arguments in several:
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, (arguments, result.output)
 loaded = {"torch", "torchvision", "numpy", "sam2"} & set(sys.modules)
@@ -159,6 +161,24 @@ def test_list():
     assert ("refiner", "invert") in found and ("dataset", "halves") in found
     text = run("list").stdout
     assert "threshold" in text and "register()" in text
+    rows = json.loads(run("list", "*resnet*", "crf", "--json").stdout)
+    names = {row["name"] for row in rows}
+    assert {"crf", "fcn_resnet50"} < names and "streetnet" not in names
+    assert "nothing is called streetnt" in error_line(run("list", "streetnt"))
+
+
+def test_describe():
+    text = run("describe", "crf").stdout
+    assert text.startswith("refiner crf, pyseg-toolkit") and "mean-field" in text
+    (line,) = [line.split() for line in text.splitlines() if line.startswith(" iterations ")]
+    assert line == ["iterations", "int", "5"]
+    (entry,) = json.loads(run("describe", "threshold", "--json").stdout)
+    assert [option["name"] for option in entry["options"]] == ["num_classes", "weights"]
+    assert "did you mean streetnet" in error_line(run("describe", "streetnt"))
+
+
+def test_version():
+    assert run("--version").stdout == f"pyseg {pyseg.__version__}\n"
 
 
 def test_broken_plugins_break_nobody_else(tmp_path, monkeypatch):
@@ -168,7 +188,8 @@ def test_broken_plugins_break_nobody_else(tmp_path, monkeypatch):
     distribution(tmp_path, "second-plugin", "[pyseg.refiners]\ntwice = c:d\n")
     monkeypatch.syspath_prepend(tmp_path)
     listed = run("list").stdout
-    assert "broken_net" in listed and "threshold" in listed and "claimed by" in listed
+    assert "broken_net" in listed and "threshold" in listed
+    assert "first-plugin:twice" in listed and "second-plugin:twice" in listed
     result = run("doctor", "--json")
     assert result.exit_code == 1
     report = json.loads(result.stdout)
@@ -294,6 +315,86 @@ def test_an_output_folder_without_permission_is_one_line(tmp_path, monkeypatch):
     assert "Permission denied" in error_line(result) and str(tmp_path / "o") in result.stderr
 
 
+def test_errors_are_red_unless_colours_are_not_wanted(tmp_path, monkeypatch):
+    def shown(*arguments):
+        return CliRunner().invoke(cli.app, [str(a) for a in arguments], color=True).stderr
+
+    bad = tmp_path / "b.png"
+    bad.write_text("<html>")
+    for arguments in (["predict", bad, "-s", "treshold"], ["predict", bad, "-s", "threshold"]):
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        assert shown(*arguments, "-o", tmp_path / "o").startswith("\x1b[31m")
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert "\x1b" not in shown(*arguments, "-o", tmp_path / "o")
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ("holds results; give overwrite=True to replace them", "give --overwrite to replace them"),
+        (
+            "pass weights=<path>, or weights=None for random",
+            "pass --weights <path>, or --weights none for",
+        ),
+        ("build it with num_classes=11", "build it with --num-classes 11"),
+        ("weights='x' is a directory", "--weights 'x' is a directory"),
+        ("start with overwrite=False", "start without --overwrite"),
+        ("num_classes must be 3, in my_num_classes", "--num-classes must be 3, in my_num_classes"),
+        ("output_dir 'o' is a file", "--output 'o' is a file"),
+        ("no option 'x'. Its options: weights=None.", "no option 'x'. Its options: weights=None."),
+        ("the weights are lost", "the weights are lost"),
+    ],
+)
+def test_errors_speak_of_options(monkeypatch, message, words):
+    def fails(*arguments, **options):
+        raise pyseg.PysegError(message)
+
+    monkeypatch.setattr(cli, "_pipeline", fails)
+    assert words in error_line(run("predict", "a.png", "-s", "threshold", "-o", "out"))
+
+
+def test_values_that_we_refuse_are_one_line_and_other_value_errors_bugs(tmp_path, monkeypatch):
+    common = ["train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", tmp_path / "r"]
+    line = error_line(run(*common, "--epochs", 1, "--warmup", 2))
+    assert "warmup is a share and must be in 0..1, got 2.0" in line
+    line = error_line(run(*common, "--epochs", 1, "--scale", "2-1"))  # raised over several lines
+    assert "smallest <= largest" in line
+    monkeypatch.setattr(cli, "_pipeline", lambda *arguments: int("a bug"))
+    result = run(*common, "--epochs", 1)
+    assert isinstance(result.exception, ValueError)
+
+
+def test_a_missing_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    common = ["train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", tmp_path / "r"]
+    line = error_line(run(*common, "--epochs", 1))
+    assert "accelerate" in line and "pip install" in line
+
+
+def test_ctrl_c_in_predict_says_how_far_it_came(tmp_path, monkeypatch):
+    photos = [picture(tmp_path / "in" / f"{name}.png") for name in "abc"]
+    predict = Threshold.predict
+
+    def interrupted(self, images):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return predict(self, images)
+
+    done = []
+    monkeypatch.setattr(Threshold, "predict", interrupted)
+    common = "predict", *photos, "-s", "threshold", "-o", tmp_path / "out"
+    result = run(*common)
+    assert result.exit_code == 130
+    assert "stopped: 1 of 3 images are done; the same command goes on with the others" in (
+        result.stderr
+    )
+    again = run(*common, "--overwrite")
+    assert "0 of 3 images are done; without --overwrite, the same command goes on" in again.stderr
+    monkeypatch.setattr(Threshold, "predict", predict)
+    assert run(*common).stdout.startswith("2 written")
+
+
 def test_weights_none_means_random(tmp_path):
     built = cli._pipeline("threshold", "none", None, None)
     assert built.stages[0].object.weights is None
@@ -342,100 +443,100 @@ def test_evaluate_misuse(tmp_path):
 # --- train ------------------------------------------------------------------------------------
 
 
-def test_train_offers_the_options_of_the_function_with_its_defaults():
-    from pyseg.training import train
-
-    theirs = inspect.signature(train).parameters
-    ours = inspect.signature(cli.train).parameters
-    for name, parameter in theirs.items():
-        if name in ("model", "dataset", "output_dir", "validation", "progress", "epochs"):
-            continue
-        assert name in ours, f"pyseg train lacks --{name.replace('_', '-')}"
-        if name in ("batch_size", "learning_rate", "weight_decay"):  # depend on the model
-            assert ours[name].default is None
-        else:
-            assert ours[name].default == parameter.default, name
+def test_train_offers_every_option_of_the_functions():
+    ours = set(inspect.signature(cli.train).parameters)
+    not_options = {"output_dir", "validation", "progress"}
+    for function in (training.train, training.train_instances):
+        assert set(inspect.signature(function).parameters) - not_options <= ours
 
 
-def test_train_passes_everything_on_and_leaves_a_pipeline(tmp_path, monkeypatch):
-    import pyseg.training
+def test_help_shows_the_defaults_of_the_functions():
+    shown = " ".join(run("train", "--help").stdout.split())
+    one = inspect.signature(training.train).parameters
+    other = inspect.signature(training.train_instances).parameters
+    for name in ("batch_size", "learning_rate", "weight_decay", "photometric", "warmup"):
+        text = f"[default: {one[name].default}; {other[name].default} with instances]"
+        option = shown[shown.index(f"--{name.replace('_', '-')} ") :]
+        assert option[option.index("[") :].startswith(text), name
+    height, width = one["crop_size"].default
+    assert f"crops, pixels. [default: {height}x{width}]" in shown
+    assert (
+        f"--flip <float> Share of images that are mirrored. [default: {other['flip'].default} with"
+        in shown
+    )
+    for command, text in (
+        ("evaluate", "may be repeated. [default: semantic]"),
+        ("cost", "the median counts. [default: 5]"),
+        ("tune", "Parameters to try. [default: 40]"),
+        ("train-refiner", "Passes over the images. [default: 4]"),
+    ):
+        assert text in " ".join(run(command, "-h").stdout.split())
 
-    seen = {}
+
+def noted(function, result):
+    """Stands in for a training function: keeps what it is called with."""
 
     def fake(model, dataset, **options):
-        seen.update(options, model=model, dataset=dataset)
-        model.network.weight.data.fill_(0.25)
-        return [{"epoch": 3, "loss": 0.5, "miou": 0.75}]
+        fake.seen = {**options, "model": model, "dataset": dataset}
+        if isinstance(model, SemanticModel):
+            model.network.weight.data.fill_(0.25)
+        return [result]
 
-    monkeypatch.setattr(pyseg.training, "train", fake)
+    fake.__signature__ = inspect.signature(function)
+    return fake
+
+
+def test_train_passes_on_what_is_given_and_leaves_a_pipeline(tmp_path, monkeypatch):
+    fake = noted(training.train, {"epoch": 3, "loss": 0.5, "miou": 0.75})
+    monkeypatch.setattr(training, "train", fake)
     out = tmp_path / "run"
-    result = run(
-        "train",
-        "tiny",
-        "--dataset",
-        "halves",
-        "--root",
-        tmp_path,
-        "-o",
-        out,
-        "--epochs",
-        3,
-        "--crop-size",
-        4,
-        6,
-        "--validation-split",
-        "val",
-        "--seed",
-        5,
-        "--precision",
-        "fp32",
-        "--resume",
-        "--no-cache",
-    )
+    common = ["train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", out]
+    common += ["--epochs", 3]
+    assert run(*common).exit_code == 0
+    expected = {"output_dir": out, "epochs": 3, "validation": None}
+    assert expected == {k: v for k, v in fake.seen.items() if k not in ("model", "dataset")}
+    options = "--crop-size 4x6 --scale 0.5-2 --validation-split val --seed 5 --precision fp32"
+    result = run(*common, *options.split(), "--resume", "--no-cache")
     assert result.exit_code == 0, result.output
     assert "3 epochs, loss 0.5000, miou 0.7500" in result.stdout
-    assert seen["crop_size"] == (4, 6) and seen["epochs"] == 3 and seen["seed"] == 5
+    seen = fake.seen
+    assert seen["crop_size"] == (4, 6) and seen["scale"] == (0.5, 2.0) and seen["seed"] == 5
     assert seen["precision"] == "fp32" and seen["resume"] is True and seen["cache"] is False
     assert seen["dataset"].split == "train" and seen["validation"].split == "val"
     assert seen["model"].classes == ("dark", "light")
     loaded = cli._pipeline(str(out / "pipeline"), None, None, None)
     assert loaded.classes == ("dark", "light")
-    assert (loaded.stages[0].object.network.weight == 0.25).all()
+    assert (loaded.model.network.weight == 0.25).all()
     line = error_line(
         run("predict", "a.png", "--spec", out / "pipeline", "--weights", "x", "-o", tmp_path / "o")
     )
     assert "saved pipeline" in line
+    for options, words in (
+        (("--crop-size", "64,96"), "--crop-size must be height x width, such as 240x320, got"),
+        (("--scale", "2"), "--scale must be smallest-largest, such as 0.6-1.6, got '2'"),
+        (("--flip", "0.5"), "--flip has no meaning for tiny: leave it out"),
+        (("--clip", "1"), "--clip has no meaning for tiny"),
+    ):
+        assert words in error_line(run(*common, *options))
 
 
 def test_train_instances_from_the_command_line(tmp_path, monkeypatch):
-    import pyseg.instance_training
-
-    seen = {}
-
-    def fake(model, dataset, **options):
-        seen.update(options, model=model, dataset=dataset)
-        return [{"epoch": 2, "loss": 0.5, "pq": 0.25}]
-
-    monkeypatch.setattr(pyseg.instance_training, "train_instances", fake)
-    common = [
-        "train",
-        "upsnet_resnet50(num_stuff=5,backbone='resnet18')",
-        "--dataset",
-        "synthetic(length=3,size=(64,96))",
-        "-o",
-        tmp_path / "r",
-        "--epochs",
-        2,
-    ]
+    fake = noted(training.train_instances, {"epoch": 2, "loss": 0.5, "pq": 0.25})
+    monkeypatch.setattr(training, "train_instances", fake)
+    model = "upsnet_resnet50(num_stuff=5,backbone='resnet18',channels=8)"
+    common = ["train", model, "--dataset", "synthetic(length=3,size=(64,96))"]
+    common += ["-o", tmp_path / "r", "--epochs", 2]
     result = run(*common, "--validation-split", "val", "--batch-size", 1)
     assert result.exit_code == 0, result.output
     assert "2 epochs, loss 0.5000, pq 0.2500" in result.stdout
-    assert seen["batch_size"] == 1 and "learning_rate" not in seen and "crop_size" not in seen
+    seen = fake.seen
+    given = seen.keys() - {"model", "dataset", "output_dir", "epochs", "validation"}
+    assert given == {"batch_size"} and seen["batch_size"] == 1
     assert seen["model"].things == ("car", "person", "bicycle")
     one, other = seen["dataset"][0].image, seen["validation"][0].image
     assert len(seen["validation"]) == 3 and not torch.equal(one, other)
-    line = error_line(run(*common, "--crop-size", 4, 6))
-    assert "crop_size have no meaning for upsnet_resnet50" in line
+    line = error_line(run(*common, "--crop-size", "4x6"))
+    assert "--crop-size has no meaning for upsnet_resnet50" in line
 
 
 def test_train_settings_out_of_range_are_one_line(tmp_path):
@@ -444,6 +545,82 @@ def test_train_settings_out_of_range_are_one_line(tmp_path):
     line = error_line(run(*common, "--epochs", 1, "--precision", "fp8"))
     assert "fp8" in line
     assert "one model" in error_line(run("train", "tiny+invert", *common[2:], "--epochs", 1))
+
+
+def test_ctrl_c_in_train_says_what_is_there_and_resume_goes_on(tmp_path, monkeypatch):
+    """And a run that goes on may be of another length."""
+    save, saved = training.loop._save, []
+
+    def interrupted(*arguments):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(save(*arguments))
+
+    common = ["train", "tiny", "--dataset", "halves", "--root", tmp_path, "-o", tmp_path / "run"]
+    common += ["--crop-size", "8x8", "--batch-size", 2]
+    with monkeypatch.context() as patch:
+        patch.setattr(training.loop, "_save", interrupted)
+        result = run(*common, "--epochs", 9)
+        assert result.exit_code == 130 and result.stderr.count("\n") == 2
+        text = f"stopped: {tmp_path / 'run'} holds 2 of 9 epochs; the same command with --resume"
+        assert text in result.stderr
+        early = run(*common[:-5], tmp_path / "other", *common[-4:], "--epochs", 9)
+        assert "stopped: before the first checkpoint; nothing was saved" in early.stderr
+    line = error_line(run(*common, "--epochs", 3))
+    assert "pass --resume to go on with it, or another --output" in line
+    result = run(*common, "--epochs", 3, "--resume")
+    assert result.exit_code == 0 and "3 epochs, loss" in result.stdout
+    line = error_line(run(*common[:-5], tmp_path / "none", *common[-4:], "--epochs", 3, "--resume"))
+    assert "--resume, but there is no" in line and line.endswith("start without --resume\n")
+
+
+def test_training_on_files_ends_in_a_pipeline_that_is_scored(tmp_path):
+    """Data in COCO's format and a panoptic model."""
+    scenes = StreetScenes(length=2, size=(64, 64), objects=(2, 4))
+    data = tmp_path / "data"
+    for name in ("train", "annotations"):
+        (data / name).mkdir(parents=True)
+    samples = [scenes[k] for k in range(2)]
+    for sample in samples:
+        write_image(data / "train" / f"{sample.name}.png", sample.image)
+    write_panoptic(
+        data / "annotations" / "panoptic_train.json",
+        [(s.name, s.segments) for s in samples],
+        scenes.classes,
+        things=range(5, 8),
+    )
+    model = (
+        "upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
+        "max_size=64, stuff_area=1)"
+    )
+    common = "--dataset", "coco_panoptic", "--root", data, "--split", "train"
+    trained = run("train", model, *common, "--epochs", 1, "--flip", 0, "-o", tmp_path / "run")
+    assert trained.exit_code == 0, trained.output
+    spec = "--spec", tmp_path / "run" / "pipeline"
+    (row,) = json.loads(run("evaluate", *spec, *common, "--metric", "panoptic", "--json").stdout)
+    assert 0 <= row["metrics"]["panoptic"]["pq"] <= 1 and row["images"] == 2
+
+
+# --- instance-ap ------------------------------------------------------------------------------
+
+
+def test_instance_ap_of_some_kinds(tmp_path, monkeypatch):
+    from pyseg.metrics import instances
+
+    seen = []
+
+    def fake(truth, predictions, **options):
+        seen.append(options)
+        counts = {"images": 1, "objects": 2, "detections": 3}
+        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
+        names += ("ar_small", "ar_medium", "ar_large")
+        return {**counts, **{f"box_{name}": 0.25 for name in names}}
+
+    monkeypatch.setattr(instances, "instance_ap", fake)
+    shown = run("instance-ap", "gt.json", "pred.json", "--kinds", "box,boundary")
+    assert "box" in shown.stdout and "0.2500" in shown.stdout and "mask" not in shown.stdout
+    assert run("instance-ap", "gt.json", "pred.json").exit_code == 0
+    assert seen == [{"kinds": ("box", "boundary")}, {}]
 
 
 # --- demo, bench ------------------------------------------------------------------------------
@@ -491,41 +668,6 @@ def test_demo_misuse(tmp_path):
     assert "classes" in error_line(run("demo", "--spec", "threshold", "-o", tmp_path / "d"))
     file = write_labels(tmp_path / "a.png", torch.zeros(2, 2, dtype=torch.uint8))
     assert "is a file" in error_line(run("demo", "--spec", "nearly", "-o", file))
-
-
-def test_panoptic_demo(tmp_path):
-    """On data in COCO's format, by a model that `pyseg train` has just begun to train."""
-    scenes = StreetScenes(length=2, size=(64, 64), objects=(2, 4))
-    data = tmp_path / "data"
-    for name in ("train", "annotations"):
-        (data / name).mkdir(parents=True)
-    samples = [scenes[k] for k in range(2)]
-    for sample in samples:
-        write_image(data / "train" / f"{sample.name}.png", sample.image)
-    write_panoptic(
-        data / "annotations" / "panoptic_train.json",
-        [(s.name, s.segments) for s in samples],
-        scenes.classes,
-        things=range(5, 8),
-    )
-    model = (
-        "upsnet_resnet50(num_stuff=5, backbone='resnet18', channels=8, min_size=64, "
-        "max_size=64, stuff_area=1)"
-    )
-    common = "--dataset", "coco_panoptic", "--root", data, "--split", "train"
-    trained = run("train", model, *common, "--epochs", 1, "--flip", 0, "-o", tmp_path / "run")
-    assert trained.exit_code == 0, trained.output
-    out = tmp_path / "demo"
-    result = run("demo", "--panoptic", "-s", tmp_path / "run/pipeline", *common, "-o", out)
-    assert result.exit_code == 0, result.output
-    names = ["panoptic", "panoptic.json", "scores.json", *(f"{s.name}.png" for s in samples)]
-    assert sorted(file.name for file in out.iterdir()) == sorted(names)
-    truth = data / "annotations" / "panoptic_train.json"
-    scored = json.loads(run("panoptic-quality", truth, out / "panoptic.json", "--json").stdout)
-    (row,) = json.loads((out / "scores.json").read_text())
-    assert scored["All"]["pq"] == row["metrics"]["panoptic"]["pq"]
-    assert "--panoptic needs --spec" in error_line(run("demo", "--panoptic", *common))
-    assert "go with --panoptic" in error_line(run("demo", "--root", data))
 
 
 def test_bench(tmp_path, monkeypatch):

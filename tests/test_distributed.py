@@ -2,14 +2,17 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pyseg
+from pyseg import cli, models
 from pyseg.image import read_image, read_labels, write_image, write_labels
 from pyseg.models.streetnet import CLASSES
 
@@ -33,6 +36,18 @@ def run(*command):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def alone(*arguments):
+    """What a command prints, run in this process, with one thread as torchrun gives to each."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = CliRunner().invoke(cli.app, list(map(str, arguments)), catch_exceptions=False)
+    finally:
+        torch.set_num_threads(before)
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def scores(rows):
@@ -67,7 +82,7 @@ def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
         "--json",
         "--report",
     )
-    one = json.loads(run(*command, tmp_path / "one"))
+    one = json.loads(alone(*command[2:], tmp_path / "one"))
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     two = json.loads(run(*launcher, *command, tmp_path / "two"))  # printed once, or it is no JSON
     assert scores(one) == scores(two) and one[0]["images"] == 5
@@ -83,10 +98,10 @@ def test_torchrun_gives_the_numbers_of_one_process(tmp_path):
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 from accelerate import PartialState
-from pyseg import evaluation, metrics, models, pipeline
+from pyseg import evaluation, models, pipeline, processes
 from pyseg.types import Instances, Sample, Segmentation
 
 CLASSES = ("ground", "thing")
@@ -131,16 +146,18 @@ class Data:
                       instances=truth)
 
 names = json.loads(sys.argv[1])
-state = PartialState(cpu=True)
+if "WORLD_SIZE" in os.environ:
+    PartialState(cpu=True)
+rank, count = processes.rank_and_count()
 result = evaluation.evaluate(pipeline.build("drawn", weights=None), Data(), names)
-assert result.is_main_process == (state.process_index == 0)
-with open(f"{sys.argv[2]}-{state.process_index}-of-{state.num_processes}.json", "w") as file:
+assert result.is_main_process == (rank == 0)
+with open(f"{sys.argv[2]}-{rank}-of-{count}.json", "w") as file:
     json.dump(result.to_list(), file)
-state.destroy_process_group()
+processes.leave()
 """
 
 
-def test_accelerate_launch_gathers_sums_and_records(tmp_path):
+def test_accelerate_launch_gathers_sums_and_records(tmp_path, monkeypatch):
     names = ["semantic", "binary", "calibration"]
     try:
         import faster_coco_eval  # noqa: F401
@@ -150,7 +167,9 @@ def test_accelerate_launch_gathers_sums_and_records(tmp_path):
         pass
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    run(script, json.dumps(names), tmp_path / "scores")
+    monkeypatch.setattr(sys, "argv", [str(script), json.dumps(names), str(tmp_path / "scores")])
+    monkeypatch.setattr(models._registry, "_registered", dict(models._registry._registered))
+    runpy.run_path(str(script))
     # --multi_gpu is its way to several processes; --cpu starts them by MPI only.
     run(
         "-m",

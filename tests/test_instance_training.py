@@ -6,19 +6,20 @@ import pytest
 import torch
 
 import pyseg
-from pyseg import training
 from pyseg.datasets.synthetic import StreetScenes
 from pyseg.errors import PysegError
-from pyseg.instance_training import _augmented, train_instances
+from pyseg.training import loop, random_view, train_instances
 
 SCENES = StreetScenes(length=3, size=(64, 64))
+SMALL = {"num_stuff": 5, "backbone": "resnet18", "channels": 16, "min_size": 64, "max_size": 64}
 
 
-def make(name="upsnet_resnet50"):
+def make():
     torch.manual_seed(0)
-    return pyseg.models.get(name)(
-        num_classes=8, num_stuff=5, backbone="resnet18", min_size=64, max_size=64
-    )
+    return pyseg.models.get("upsnet_resnet50")(num_classes=8, weights=None, **SMALL)
+
+
+SMALL_MODEL = make()  # for what does not train
 
 
 def fit(model, output, epochs, **options):
@@ -34,18 +35,18 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
     assert {"loss", "loss_panoptic", "loss_mask", "seconds"} <= set(log[0])
     assert 0 <= log[1]["pq"] <= 1 and "pq" not in log[0]
 
-    save = training._save
+    save = loop._save
 
     def save_and_die(*arguments):
         save(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_save", save_and_die)
+    monkeypatch.setattr(loop, "_save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         fit(parts, tmp_path / "parts", 2)
-    monkeypatch.setattr(training, "_save", save)
+    monkeypatch.setattr(loop, "_save", save)
     with pytest.raises(PysegError, match="earlier run; pass resume=True"):
-        fit(make(), tmp_path / "parts", 2)
+        fit(parts, tmp_path / "parts", 2)
     with pytest.raises(PysegError, match="other settings: learning_rate"):
         fit(make(), tmp_path / "parts", 2, learning_rate=0.1, resume=True)
     again = make()
@@ -53,7 +54,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_was_not(tmp_path, monkeypatch):
     for key, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
     built = pyseg.build(
-        "upsnet_resnet50(num_stuff=5,backbone='resnet18',min_size=64,max_size=64)",
+        f"upsnet_resnet50({', '.join(f'{key}={value!r}' for key, value in SMALL.items())})",
         num_classes=8,
         weights=tmp_path / "parts" / "model.safetensors",
     )
@@ -66,7 +67,7 @@ def test_mirroring_keeps_image_labels_and_instances_together():
     sample = SCENES[0]
     crowd = torch.arange(len(sample.instances.labels)) == 1
     sample = replace(sample, instances=replace(sample.instances, crowd=crowd))
-    mirrored = _augmented(sample, 0.0, 1.0, torch.Generator().manual_seed(0))
+    mirrored = random_view(sample, 0.0, 1.0, torch.Generator().manual_seed(0))
     assert torch.equal(mirrored.image, sample.image.flip(2))
     assert torch.equal(mirrored.labels, sample.labels.flip(1))
     assert torch.equal(mirrored.instances.crowd, crowd)
@@ -76,7 +77,7 @@ def test_mirroring_keeps_image_labels_and_instances_together():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"epochs": 0}, "epochs must be positive, got 0"),
         ({"flip": 2.0}, "flip is a share"),
@@ -86,5 +87,5 @@ def test_mirroring_keeps_image_labels_and_instances_together():
 )
 def test_bad_settings(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        fit(make(), tmp_path, **{"epochs": 1, **options})
+        fit(SMALL_MODEL, tmp_path, **{"epochs": 1, **options})
     assert not list(tmp_path.iterdir())

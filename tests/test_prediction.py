@@ -1,4 +1,10 @@
+import errno
 import json
+import os
+import re
+import threading
+import time
+import warnings
 
 import numpy as np
 import pytest
@@ -6,7 +12,7 @@ import torch
 from PIL import Image
 
 import pyseg
-from pyseg import models, refiners
+from pyseg import models, prediction, refiners
 from pyseg.errors import PysegError
 from pyseg.image import decode_rle, read_image, read_labels, read_segment_ids
 from pyseg.prediction import predict
@@ -151,11 +157,13 @@ def test_a_second_run_does_only_what_is_missing(pipeline, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         predict(pipeline, tmp_path / "in", out, track=interrupted)
-    assert tree(out) == ["0.png", "1.png", "pyseg.json"]
+    assert {"0.png", "1.png", "pyseg.json"} <= set(tree(out))
+    (out / "2.png").unlink(missing_ok=True)  # the workers may have been ahead
+    pipeline.model.calls = 2
     summary = predict(pipeline, tmp_path / "in", out)
     assert [p.name for p in summary.skipped] == ["0.png", "1.png"]
     assert [p.name for p in summary.written] == ["2.png"]
-    assert pipeline.stages[0].object.calls == 3
+    assert pipeline.model.calls == 3
     assert len(predict(pipeline, tmp_path / "in", out, overlay=True).written) == 3
     assert len(predict(pipeline, tmp_path / "in", out, overlay=True).skipped) == 3
     assert len(predict(pipeline, tmp_path / "in", out, overwrite=True).written) == 3
@@ -172,7 +180,7 @@ def test_results_of_two_pipelines_do_not_mix(pipeline, tmp_path):
     predict(other, tmp_path / "a.png", out, overwrite=True)
     assert np.array_equal(read_labels(out / "a.png").numpy(), 2 - labels)
     (out / "pyseg.json").write_text("{")
-    with pytest.raises(PysegError, match="damaged"):
+    with pytest.raises(PysegError, match="cannot be read as JSON"):
         predict(other, tmp_path / "a.png", out)
 
 
@@ -191,14 +199,28 @@ def test_nothing_of_the_users_is_replaced(pipeline, tmp_path):
     assert tree(tmp_path / "out") == ["a.png"]
 
 
-def test_same_stems_are_refused_before_anything_is_written(pipeline, tmp_path):
-    picture(tmp_path / "in" / "a.png")
-    picture(tmp_path / "in" / "a.bmp")
-    with pytest.raises(PysegError, match=r"a\.bmp and .*a\.png would both"):
-        predict(pipeline, tmp_path / "in", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    twice = predict(pipeline, [tmp_path / "in" / "a.png"] * 2, tmp_path / "out")
+def test_collisions_are_refused_together_before_anything_is_written(pipeline, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "a.bmp", "b.png", "b.tif", "c.bmp", "c.png/x.png", "overlays/d.png"):
+        picture(folder / name)
+    picture(folder / "d.png")
+    with pytest.raises(PysegError) as caught:
+        predict(pipeline, folder, out)
+    text = str(caught.value)
+    for sources in ("a.bmp and .*a.png", "b.png and .*b.tif"):
+        assert re.search(rf"{sources} would both be written", text), text
+    assert re.search(r"c\.png, the label map of .*c\.bmp, is a folder of other results", text)
+    assert re.search(r"label map of .*overlays/d\.png and belong to .*in/d\.png", text)
+    assert "keep_suffix=True" in text and not out.exists()
+    (folder / "overlays" / "d.png").unlink()
+    kept = predict(pipeline, folder, out, keep_suffix=True)
+    names = {"a.bmp.png", "a.png.png", "b.png.png", "b.tif.png", "c.bmp.png", "c.png/x.png.png"}
+    assert set(tree(out)) == names | {"d.png.png", "pyseg.json"} and len(kept.written) == 7
+    twice = predict(pipeline, [folder / "a.png"] * 2, tmp_path / "other")
     assert len(twice.written) == 1
+    (tmp_path / "third" / "a.png").mkdir(parents=True)
+    with pytest.raises(PysegError, match=r"a\.png, the label map of .* is a folder"):
+        predict(pipeline, folder / "a.png", tmp_path / "third")
 
 
 def test_an_output_folder_among_the_images_is_left_out(pipeline, tmp_path):
@@ -233,3 +255,213 @@ def test_instances_and_segments_are_written(tmp_path):
     assert read_labels(tmp_path / "other/sub/a.png")[0].tolist() == [2] * 4 + [255] * 4
     assert not (tmp_path / "other/segments").exists()
     assert [result.name for result in alone.profile(tmp_path / "photos/sub/a.png")] == ["finds"]
+
+
+def test_a_run_that_wrote_nothing_claims_nothing(pipeline, tmp_path):
+    out, other = tmp_path / "out", pyseg.build("bycolour+swap")
+    assert predict(pipeline, tmp_path / "gone.png", out).failed
+    assert tree(out) == []
+    picture(tmp_path / "a.png")
+    (out / "pyseg.json").write_text(json.dumps({"spec": "streetnet"}))  # as of a killed run
+    assert len(predict(other, tmp_path / "a.png", out).written) == 1
+    assert json.loads((out / "pyseg.json").read_text())["spec"] == "bycolour+swap"
+
+
+def test_files_that_are_no_images_are_named(pipeline, tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    for name in ("b.heic", "sub/notes.txt", ".hidden"):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    summary = predict(pipeline, tmp_path / "in", tmp_path / "out")
+    assert [p.name for p in summary.ignored] == ["b.heic", "notes.txt"] and not summary.failed
+    assert summary.to_dict()["ignored"] == [str(path) for path in summary.ignored]
+
+
+def test_a_glob_keeps_the_folders_that_it_leaves_open(pipeline, tmp_path, monkeypatch):
+    for name in ("a/x.png", "a/b/x.png", "a/c/d/x.png"):
+        picture(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    absolute = predict(pipeline, str(tmp_path / "a" / "**" / "*.png"), "one")
+    assert [str(p.relative_to("one")) for p in absolute.written] == [
+        "b/x.png",
+        "c/d/x.png",
+        "x.png",
+    ]
+    assert len(predict(pipeline, "a/**/*.png", "two").written) == 3
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    predict(pipeline, "?/[bc]/x.png", "three")
+    assert tree(tmp_path / "three") == ["a/b/x.png", "pyseg.json"]
+    predict(pipeline, "a/*/../x.png", "four")  # never out of the output directory
+    assert tree(tmp_path / "four") == ["pyseg.json", "x.png"]
+
+
+def test_a_full_disk_names_the_file(pipeline, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+
+    def full(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*out/a\.png'"):
+        predict(pipeline, tmp_path / "a.png", tmp_path / "out")
+    assert tree(tmp_path / "out") == ["pyseg.json"]
+
+
+def test_what_a_killed_run_left_is_removed(pipeline, tmp_path):
+    picture(tmp_path / "in" / "sub" / "a.png")
+    old = tmp_path / "out" / "sub" / ".a.png.0123456789ab.part"
+    young = tmp_path / "out" / ".a.png.ba9876543210.part"
+    for path in (old, young):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    os.utime(old, (1, 1))
+    predict(pipeline, tmp_path / "in", tmp_path / "out")
+    assert not old.exists() and young.exists()  # which another process may be writing
+
+
+# --- several at a time ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("workers", "batch_size"), [(1, 1), (1, 3), (3, 1), (2, 4), (20, 1)])
+def test_workers_and_batches_change_nothing(pipeline, tmp_path, workers, batch_size):
+    threads = torch.get_num_threads()
+    folder, out = tmp_path / "in", tmp_path / "out"
+    sizes = [(6, 8), (6, 8), (6, 13), (5, 3), (6, 8), (1, 1), (6, 8), (6, 8)]  # 13: no memory
+    labels = [picture(folder / f"{k}.png", k, size) for k, size in enumerate(sizes)]
+    (folder / "4.png").write_bytes(b"")
+    tracked = []
+
+    def track(jobs):
+        for source, target in jobs:
+            yield source, target
+            tracked.append(source.stem)
+
+    summary = predict(
+        pipeline, folder, out, overlay=True, workers=workers, batch_size=batch_size, track=track
+    )
+    assert tracked == [str(k) for k in range(8)]
+    assert [path.stem for path in summary.written] == ["0", "1", "3", "5", "6", "7"]
+    assert "too large" in summary.failed[str(folder / "2.png")]
+    assert "is empty" in summary.failed[str(folder / "4.png")]
+    for path in summary.written:
+        assert np.array_equal(read_labels(path).numpy(), labels[int(path.stem)])
+    assert len(tree(out)) == 2 * 6 + 1 and torch.get_num_threads() == threads
+    again = predict(pipeline, folder, out, workers=workers, batch_size=batch_size)
+    assert [path.stem for path in again.skipped] == ["0", "1", "3", "5", "6", "7"]
+    assert not again.written and again.failed.keys() == summary.failed.keys()
+
+
+def test_two_images_at_a_time(pipeline, tmp_path, monkeypatch):
+    for k in range(4):
+        picture(tmp_path / "in" / f"{k}.png", k)
+    both, real = threading.Barrier(2, timeout=30), ByColour.predict
+    monkeypatch.setattr(ByColour, "predict", lambda *a: (both.wait(), real(*a))[1])
+    assert len(predict(pipeline, tmp_path / "in", tmp_path / "out", workers=2).written) == 4
+    # Too large to share the memory, they come in one by one, with all of torch's threads.
+    monkeypatch.setattr(prediction, "_SHARED_PIXELS", 50)
+    inside = []
+
+    def alone(*arguments):
+        inside.append(1)
+        assert len(inside) == 1 and torch.get_num_threads() == 2
+        time.sleep(0.01)
+        inside.clear()
+        return real(*arguments)
+
+    monkeypatch.setattr(ByColour, "predict", alone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert len(predict(pipeline, tmp_path / "in", tmp_path / "large").written) == 4
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupt_ends_what_runs_and_leaves_whole_files(
+    pipeline, tmp_path, monkeypatch, workers
+):
+    for k in range(6):
+        picture(tmp_path / "in" / f"{k}.png", k, (6, 8) if k < 3 else (5, 8))
+    real, endless = ByColour.predict, threading.Event()
+
+    def slow(self, images):
+        if images[0].shape[1] == 5:
+            endless.set()
+            while True:
+                time.sleep(0.001)
+        return real(self, images)
+
+    def interrupted(jobs):
+        yield from jobs[:3]
+        assert endless.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ByColour, "predict", slow)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        predict(pipeline, tmp_path / "in", out, workers=workers, track=interrupted)
+    assert tree(out) == ["0.png", "1.png", "2.png", "pyseg.json"]
+    assert not any(thread.name == "pyseg-predict" for thread in threading.enumerate())
+
+
+def test_an_error_comes_after_the_results_before_it(pipeline, tmp_path, monkeypatch):
+    for k in range(5):
+        picture(tmp_path / "in" / f"{k}.png", k, (5, 8) if k == 1 else (6, 8))
+    real, failing = ByColour.predict, threading.Event()
+
+    def one_fails(self, images):
+        if images[0].shape[1] == 5:
+            failing.set()
+            raise ZeroDivisionError
+        assert failing.wait(30)  # the first image is later than the error of the second
+        return real(self, images)
+
+    monkeypatch.setattr(ByColour, "predict", one_fails)
+    with pytest.raises(PysegError, match=r"failed on image '.*1\.png': ZeroDivisionError"):
+        predict(pipeline, tmp_path / "in", tmp_path / "out", workers=2)
+    assert "0.png" in tree(tmp_path / "out") and "4.png" not in tree(tmp_path / "out")
+
+
+def test_threads_have_their_callers_modes(pipeline, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+    modes, real = [], ByColour.predict
+
+    def spy(self, images):
+        modes.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return real(self, images)
+
+    monkeypatch.setattr(ByColour, "predict", spy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        predict(pipeline, tmp_path / "a.png", tmp_path / "one")
+    predict(pipeline, tmp_path / "a.png", tmp_path / "two")
+    assert modes == [(False, True), (True, False)]
+
+
+def test_too_little_memory_is_announced(pipeline, tmp_path, monkeypatch):
+    picture(tmp_path / "a.png", size=(60, 80))
+    monkeypatch.setattr(prediction, "_LARGE_PIXELS", 1000)
+    monkeypatch.setattr(prediction, "_bytes_per_pixel", lambda *a: 1e6)
+    monkeypatch.setattr(prediction, "_free_memory", lambda device: 2e9)
+    with pytest.warns(
+        UserWarning, match=r"a\.png' of 80 x 60 pixels needs about 4\.8 GB .* 2\.0 GB"
+    ):
+        assert predict(pipeline, tmp_path / "a.png", tmp_path / "out").written
+    monkeypatch.setattr(prediction, "_free_memory", lambda device: 6e9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        predict(pipeline, tmp_path / "a.png", tmp_path / "more")
+
+
+def test_the_need_of_memory_is_measured_on_a_reduced_image(monkeypatch):
+    pipeline = pyseg.build("streetnet", weights=None)
+    measured = prediction._bytes_per_pixel(pipeline, torch.zeros(3, 3000, 4000, dtype=torch.uint8))
+    assert 50 < measured < 1000  # float activations at stride 2 and less; 12 megapixels never were
+    free = prediction._free_memory(torch.device("cpu"))
+    assert free is None or free > 1 << 20
+
+
+@pytest.mark.parametrize("option", ["workers", "batch_size"])
+def test_options_out_of_range(pipeline, tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        predict(pipeline, tmp_path, tmp_path / "out", **{option: 0})

@@ -1,17 +1,27 @@
+import contextlib
+import functools
 import json
 import math
+import multiprocessing
+import os
+import resource
 import subprocess
 import sys
+import tempfile
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pyseg import training
+import pyseg
+import pyseg.tuning
+from pyseg import instance_training, training
 from pyseg.errors import LabelError, PysegError, WeightsError
 from pyseg.models.semantic import SemanticModel
-from pyseg.training import random_crop, random_light, train
+from pyseg.training import fit, loop, parameter_groups, random_crop, random_light, semantic, train
 from pyseg.types import Sample
 from pyseg.weights import load_into, load_state
 
@@ -138,13 +148,23 @@ def test_overfits_two_images(tmp_path, precision):
         assert (labels == sample.labels)[valid].float().mean() > 0.95
 
 
+@functools.cache
+def whole_run(count=3):
+    """Weights and log after `SHORT` on so many samples."""
+    model = tiny()
+    with tempfile.TemporaryDirectory() as folder:
+        log = train(model, Shapes(count), output_dir=folder, **SHORT)
+    return {key: value.clone() for key, value in model.state_dict().items()}, log
+
+
 def test_same_seed_same_weights(tmp_path):
     runs = []
-    for number, options in enumerate(({}, {}, {"seed": 1}, {"workers": 1}, {"cache": False})):
-        model = tiny()
+    for number, options in enumerate(({}, {"seed": 1}, {"workers": 1}, {"cache": False})):
+        model = tiny().eval()  # `train` sees to the mode itself
         train(model, Shapes(3), output_dir=tmp_path / str(number), **{**SHORT, **options})
+        assert not model.training
         runs.append(model.state_dict())
-    first, again, other_seed, worker, uncached = runs
+    first, (again, other_seed, worker, uncached) = whole_run()[0], runs
     assert same(first, again)
     assert not same(first, other_seed)
     assert same(first, worker)
@@ -152,8 +172,7 @@ def test_same_seed_same_weights(tmp_path):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
-    whole = tiny()
-    log = train(whole, Shapes(3), output_dir=tmp_path / "whole", **SHORT)
+    whole, log = whole_run()
 
     class Dies(Shapes):
         """Raises in the third epoch; uncached, each epoch reads all samples."""
@@ -167,44 +186,130 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
             return super().__getitem__(index)
 
     options = {**SHORT, "cache": False, "output_dir": tmp_path / "parts"}
+    victim = tiny()
     with pytest.raises(KeyboardInterrupt):
-        train(tiny(), Dies(3), **options)
+        train(victim, Dies(3), **options)
+    assert not victim.training
     done = json.loads((tmp_path / "parts" / "log.json").read_text())
     assert 0 < len(done) < 4
     resumed = tiny(seed=5)  # its own weights do not matter
     log_parts = train(resumed, Shapes(3), resume=True, **options)
-    assert same(whole.state_dict(), resumed.state_dict())
+    assert same(whole, resumed.state_dict())
     for a, b in zip(log, log_parts, strict=True):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "log.json", "checkpoint.pt"])
 def test_a_kill_while_writing_leaves_the_previous_files(tmp_path, monkeypatch, victim):
-    whole = tiny()
-    train(whole, Shapes(), output_dir=tmp_path / "whole", **SHORT)
-    replace = training._replace
+    replace = Path.replace
+    left = tmp_path / f".{victim}.0123456789ab.part"
     writes = 0
 
-    def dies_half_way(path, write):
+    def dies_half_way(self, target):
         nonlocal writes
-        writes += path.name == victim
-        if path.name == victim and writes == 3:
-            write(path.with_name("full"))
-            data = path.with_name("full").read_bytes()
-            path.with_name(path.name + ".part").write_bytes(data[: len(data) // 2])
+        writes += target.name == victim
+        if target.name == victim and writes == 3:
+            left.write_bytes(self.read_bytes()[: self.stat().st_size // 2])
             raise KeyboardInterrupt
-        replace(path, write)
+        return replace(self, target)
 
-    output = tmp_path / "parts"
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_replace", dies_half_way)
+        patch.setattr(Path, "replace", dies_half_way)
         with pytest.raises(KeyboardInterrupt):
-            train(tiny(), Shapes(), output_dir=output, **SHORT)
-    load_into(tiny(), load_state(output / "model.safetensors"), "model.safetensors")
-    assert len(json.loads((output / "log.json").read_text())) >= 2
+            train(tiny(), Shapes(3), output_dir=tmp_path, **SHORT)
+    load_into(tiny(), load_state(tmp_path / "model.safetensors"), "model.safetensors")
+    assert len(json.loads((tmp_path / "log.json").read_text())) >= 2
+    yesterday = time.time() - 25 * 3600
+    os.utime(left, (yesterday, yesterday))
     resumed = tiny(seed=5)
-    train(resumed, Shapes(), output_dir=output, resume=True, **SHORT)
-    assert same(whole.state_dict(), resumed.state_dict())
+    train(resumed, Shapes(3), output_dir=tmp_path, resume=True, **SHORT)
+    assert same(whole_run()[0], resumed.state_dict())
+    assert not left.exists()  # the next run clears up
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within it writing fails beyond so many bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("size", "victim"), [(9_000, "model.safetensors"), (30_000, "checkpoint.pt")]
+)
+def test_a_full_disk_is_one_error_that_names_the_file(tmp_path, size, victim):
+    with pytest.raises(OSError, match=victim) as raised, largest_file(size):
+        train(tiny(), Shapes(), output_dir=tmp_path, **SHORT)
+    assert raised.value.filename == str(tmp_path / victim)
+    assert not [file.name for file in tmp_path.iterdir() if ".part" in file.name]
+    assert not (tmp_path / victim).exists()
+
+
+def test_one_training_at_a_time_writes_to_a_folder(tmp_path):
+    class Waits(Shapes):
+        """Stops in its first batch, after the pass over the labels."""
+
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > len(self):
+                training_now.set()
+                time.sleep(600)
+            return super().__getitem__(index)
+
+    fork = multiprocessing.get_context("fork")
+    training_now = fork.Event()
+    options = {**SHORT, "output_dir": tmp_path, "cache": False}
+    other = fork.Process(target=train, args=(tiny(), Waits()), kwargs=options, daemon=True)
+    other.start()
+    try:
+        assert training_now.wait(120)
+        with pytest.raises(PysegError, match=r"is being written by another training"):
+            train(tiny(), Shapes(), **options)
+    finally:
+        other.kill()
+        other.join()
+    train(tiny(), Shapes(), **options)  # the lock of one that was killed is free
+
+
+def test_a_run_may_be_lengthened_and_shortened(tmp_path):
+    def rates(log):
+        return [entry["learning_rate"] for entry in log]
+
+    model = tiny()
+    log = train(model, Shapes(3), output_dir=tmp_path, **{**SHORT, "epochs": 2})
+    longer = train(model, Shapes(3), output_dir=tmp_path, resume=True, **SHORT)
+    assert longer[:2] == log and rates(longer)[2:] == rates(whole_run()[1])[2:]
+    with pytest.raises(PysegError, match="has 4 epochs behind it; give at least as many"):
+        train(model, Shapes(3), output_dir=tmp_path, resume=True, **{**SHORT, "epochs": 3})
+    again = tiny(seed=5)  # of a run that is over nothing is left to do
+    assert train(again, Shapes(3), output_dir=tmp_path, resume=True, **SHORT) == longer
+    assert same(again.state_dict(), model.state_dict()) and not again.training
+
+
+def test_precision_is_by_hardware_unless_it_is_given(tmp_path, monkeypatch):
+    def precisions(output, **options):
+        settings = {**SHORT, "epochs": 1, "precision": None, **options}
+        return [e["precision"] for e in train(tiny(), Shapes(), output_dir=output, **settings)]
+
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    assert training.usual_precision(torch.device("cpu")) == "fp32"
+    assert precisions(tmp_path / "a") == ["fp32"]
+    assert precisions(tmp_path / "b", precision="bf16") == ["bf16"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert training.usual_precision(torch.device("cpu")) == "bf16"
+    # A run that goes on keeps what it has.
+    assert precisions(tmp_path / "a", resume=True, epochs=2) == ["fp32", "fp32"]
+    with pytest.raises(PysegError, match=r"precision \(was 'fp32', now 'bf16'\)"):
+        precisions(tmp_path / "a", resume=True, precision="bf16")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert training.usual_precision(torch.device("cuda")) == "fp32"
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):
@@ -213,16 +318,72 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
     train(tiny(), Shapes(), output_dir=tmp_path, **{**SHORT, "epochs": 1})
     with pytest.raises(PysegError, match=r"earlier run; pass resume=True"):
         train(tiny(), Shapes(), output_dir=tmp_path, **SHORT)
-    with pytest.raises(PysegError, match=r"epochs \(was 1, now 4\)"):
-        train(tiny(), Shapes(), output_dir=tmp_path, resume=True, **SHORT)
+    with pytest.raises(PysegError, match=r"batch_size \(was 2, now 1\)"):
+        options = {**SHORT, "epochs": 1, "batch_size": 1}
+        train(tiny(), Shapes(), output_dir=tmp_path, resume=True, **options)
     with pytest.raises(PysegError, match=r"samples \(was 2, now 3\)"):
         train(tiny(), Shapes(3), output_dir=tmp_path, resume=True, **{**SHORT, "epochs": 1})
     other = SemanticModel(nn.Conv2d(3, 3, 1), CLASSES)
     with pytest.raises(WeightsError, match=r"another architecture"):
         train(other, Shapes(), output_dir=tmp_path, resume=True, **{**SHORT, "epochs": 1})
-    (tmp_path / "checkpoint.pt").write_bytes(b"half a file")
-    with pytest.raises(PysegError, match=r"not a readable training checkpoint"):
-        train(tiny(), Shapes(), output_dir=tmp_path, resume=True, **SHORT)
+
+
+def change(**entries):
+    return lambda state: {**state, **entries}
+
+
+def without(*keys):
+    return lambda state: {key: value for key, value in state.items() if key not in keys}
+
+
+def change_part(part, edit):
+    return lambda state: {**state, part: edit(state[part])}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda state: [1, 2],
+        lambda state: {},
+        without("optimizer"),
+        without("epoch"),
+        change(settings="[]"),
+        change(settings="no JSON"),
+        change(settings="[" * 100_000),
+        change(log="{}"),
+        change(log="[1]"),
+        change(epoch=-1),
+        change(epoch=99),
+        change(epoch="1"),
+        change(model=[]),
+        change(average=None),
+        change_part("average", without("network.head.bias")),
+        change_part("average", change(**{"network.head.bias": torch.zeros(7)})),
+        change(optimizer={}),
+        change_part("optimizer", change(param_groups=[])),
+        change_part("optimizer", change(state=3)),
+        lambda state: Path("needs more than tensors"),
+    ],
+)
+def test_a_checkpoint_of_a_wrong_form_is_refused(checkpoint, tmp_path, edit):
+    torch.save(edit(torch.load(checkpoint)), tmp_path / "checkpoint.pt")
+    with pytest.raises(PysegError, match=r"not a readable training checkpoint") as raised:
+        train(tiny(), Shapes(), output_dir=tmp_path, resume=True, **{**SHORT, "epochs": 1})
+    assert "weights_only" not in str(raised.value)  # torch's advice, which is to run its code
+
+
+def test_a_truncated_checkpoint_is_refused(checkpoint, tmp_path):
+    for content in (b"", b"half a file", checkpoint.read_bytes()[:5000]):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        with pytest.raises(PysegError, match=r"not a readable training checkpoint"):
+            train(tiny(), Shapes(), output_dir=tmp_path, resume=True, **SHORT)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    train(tiny(), Shapes(), output_dir=folder, **{**SHORT, "epochs": 1})
+    return folder / "checkpoint.pt"
 
 
 @pytest.mark.parametrize(
@@ -283,6 +444,105 @@ def test_images_of_different_sizes_and_a_single_sample(tmp_path):
     assert math.isfinite(log[-1]["loss"]) and not torch.equal(model.network.head.weight, before)
 
 
+def three_passes(network, batch):
+    """As a method of adaptation has it: labelled, unlabelled and mixed images in one step."""
+    images, labels = batch
+    loss = nn.functional.cross_entropy(network(images)["out"], labels)
+    flat = network(images.flip(3))["out"].softmax(1).var()
+    mixed = network(images // 2 + images.flip(0) // 2)["out"].square().mean()
+    return {"loss": loss - 0.01 * flat + 0.01 * mixed, "flat": flat, "mixed": mixed}
+
+
+def batches(epoch, count=3):
+    generator = torch.Generator().manual_seed(epoch)
+    for _ in range(count):
+        images = torch.randint(0, 256, (2, 3, 12, 16), generator=generator, dtype=torch.uint8)
+        yield images, (images[:, 0, ::2, ::2] > 127).long()
+
+
+def fit_tiny(output, model=None, step=three_passes, **options):
+    model = model or tiny()
+    head, body = list(model.network.head.parameters()), list(model.network.body.parameters())
+    optimizer = torch.optim.SGD([{"params": body, "lr": 0.01}, {"params": head, "lr": 0.1}])
+    settings = {"steps": 3, "epochs": 3, "precision": "fp32", **options}
+    log = fit(model, batches, step=step, optimizer=optimizer, output_dir=output, **settings)
+    return model, log, [group["lr"] for group in optimizer.param_groups]
+
+
+def test_fit_trains_by_any_step(tmp_path):
+    modes = []
+
+    def validate(model):
+        modes.append(model.training)
+        return {"level": model.network.head.bias.mean().item()}
+
+    model, log, rates = fit_tiny(tmp_path / "a", validate=validate, validate_every=2, clip=1.0)
+    assert modes == [False, False] and [("level" in entry) for entry in log] == [False, True, True]
+    assert log[0].keys() == {
+        *("epoch", "loss", "flat", "mixed", "learning_rate", "precision", "seconds")
+    }
+    assert log[-1]["loss"] < log[0]["loss"] and not model.training
+    assert rates[1] == pytest.approx(10 * rates[0]) and rates[0] == log[-1]["learning_rate"]
+
+
+def test_fit_goes_on_from_its_checkpoint(tmp_path):
+    whole, log, _ = fit_tiny(tmp_path / "whole")
+    calls = []
+
+    def interrupted(network, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return three_passes(network, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_tiny(tmp_path / "parts", step=interrupted)
+    with pytest.raises(PysegError, match=r"weight \(was None, now 2\)"):
+        fit_tiny(tmp_path / "parts", resume=True, settings={"weight": 2})
+    with pytest.raises(PysegError, match=r"steps \(was 3, now 4\)"):
+        fit_tiny(tmp_path / "parts", resume=True, steps=4)
+    resumed, log_parts, _ = fit_tiny(tmp_path / "parts", tiny(seed=5), resume=True)
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in log_parts]
+
+
+def test_fit_says_what_is_wrong_with_a_step_or_batches(tmp_path):
+    with pytest.raises(ValueError, match=r"with 'loss' among them, got \['cost'\]"):
+        fit_tiny(tmp_path / "a", step=lambda network, batch: {"cost": network(batch[0])["out"]})
+    with pytest.raises(ValueError, match=r"batches\(0\) gave 3 batches where steps=5"):
+        fit_tiny(tmp_path / "b", steps=5)
+    with pytest.raises(ValueError, match=r"batches\(0\) gave more batches where steps=2"):
+        fit_tiny(tmp_path / "c", steps=2)
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        fit_tiny(tmp_path / "d", steps=0)
+    assert not (tmp_path / "d").exists()
+
+
+class Names:
+    """A metric whose state is a list, as that of `instances`, and a sum."""
+
+    def __init__(self):
+        self.names, self.count = [], torch.zeros((), dtype=torch.int64)
+
+    def update(self, prediction, sample):
+        self.names.append(sample.name)
+        self.count += 1
+
+    def state(self):
+        return {"names": list(self.names), "count": self.count}
+
+    def load_state(self, state):
+        self.names, self.count = list(state["names"]), state["count"]
+
+    def compute(self):
+        return {"names": sorted(self.names), "count": int(self.count)}
+
+
+def test_metrics_may_hold_lists():
+    expected = {"names": ["shape0", "shape1"], "count": 2}
+    assert loop.score("names", Names(), tiny().eval(), Shapes()) == expected
+
+
 TWO = """
 import importlib.util
 import os
@@ -294,16 +554,42 @@ spec = importlib.util.spec_from_file_location("this", {file!r})
 this = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(this)
 torch.set_num_threads(1)
-model = this.tiny()
-this.train(model, this.Shapes(4), validation=this.Shapes(3), output_dir={output!r},
-           **{{**this.SHORT, "batch_size": 1}})
-weights = torch.cat([p.detach().flatten() for p in model.parameters()])
-both = [torch.empty_like(weights) for _ in range(2)]
-torch.distributed.all_gather(both, weights)
-assert PartialState().num_processes == 2 and torch.equal(*both)
-PartialState().destroy_process_group()  # a peer that ends first would abort the other
+state = PartialState(cpu=True)
+for name in ("train", "fit"):
+    if name == "train":
+        model = this.tiny()
+        this.train(model, this.Shapes(4), validation=this.Shapes(3), output_dir={output!r},
+                   **{{**this.SHORT, "batch_size": 1}})
+    else:
+        model, log, _ = this.fit_tiny({output!r} + "-fit", model=this.without_auxiliary())
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    both = [torch.empty_like(weights) for _ in range(2)]
+    torch.distributed.all_gather(both, weights)
+    assert state.num_processes == 2 and torch.equal(*both)
+scores = this.loop.score("names", this.Names(), model, this.Shapes(3))
+assert scores == {{"names": ["shape0", "shape1", "shape2"], "count": 3}}, scores
+# Only the main process takes the lock; the others must hear of it.
+from filelock import FileLock
+lock = FileLock({output!r} + "-fit/.lock")
+if state.is_main_process:
+    lock.acquire()
+try:
+    this.fit_tiny({output!r} + "-fit", model=this.without_auxiliary(), resume=True)
+except this.PysegError as error:
+    assert "another training" in str(error)
+else:
+    raise AssertionError("the lock was overlooked")
+state.destroy_process_group()  # a peer that ends first would abort the other
 os._exit(0)  # without interpreter shutdown, in which Gloo's threads now and then abort
 """
+
+
+def without_auxiliary():
+    """DistributedDataParallel wants every parameter to have a share in the loss."""
+    model = tiny()
+    del model.network.auxiliary
+    model.network.auxiliary = lambda x: x
+    return model
 
 
 def test_two_processes(tmp_path):
@@ -315,6 +601,13 @@ def test_two_processes(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     log = json.loads((output / "log.json").read_text())
     assert len(log) == 4 and 0 <= log[-1]["miou"] <= 1
+
+
+def test_public_names_stay_where_they_were():
+    assert pyseg.train is training.train is train
+    assert instance_training.train_instances is training.train_instances
+    assert pyseg.tuning.train_crf is training.train_crf and callable(pyseg.tuning.tune_crf)
+    assert parameter_groups is loop.parameter_groups
 
 
 def test_soft_jaccard_of_certain_predictions_is_one_minus_miou():
@@ -329,9 +622,9 @@ def test_soft_jaccard_of_certain_predictions_is_one_minus_miou():
         a = ((prediction == label) & (target != 255)).numpy()
         b = (target == label).numpy()
         ious.append((a & b).sum() / (a | b).sum())
-    loss = training._soft_jaccard(p, target)
+    loss = semantic._soft_jaccard(p, target)
     assert loss.item() == pytest.approx(1 - np.mean(ious), abs=1e-6)
-    assert training._soft_jaccard(p, torch.full_like(target, 255)).item() == 0
+    assert semantic._soft_jaccard(p, torch.full_like(target, 255)).item() == 0
 
 
 def test_loss_equals_torch_cross_entropy():
@@ -343,7 +636,7 @@ def test_loss_equals_torch_cross_entropy():
     labels = torch.randint(0, 3, (2, 12, 16), generator=generator).to(torch.uint8)
     labels[:, 0] = 255
     ones = torch.ones(3)
-    loss = training._loss(outputs, labels, ones, jaccard=0, auxiliary=0.4)
+    loss = semantic._loss(outputs, labels, ones, jaccard=0, auxiliary=0.4)
     upsample = nn.Upsample((12, 16), mode="bilinear")
     expected = nn.functional.cross_entropy(
         upsample(outputs["out"]), labels.long(), ignore_index=255
@@ -354,11 +647,11 @@ def test_loss_equals_torch_cross_entropy():
 
 
 def test_class_weights():
-    weights = training._class_weights(torch.tensor([100, 10000, 0]), 0.5)
+    weights = semantic._class_weights(torch.tensor([100, 10000, 0]), 0.5)
     assert weights[0] / weights[1] == pytest.approx(10)
     assert (100 * weights[0] + 10000 * weights[1]) / 10100 == pytest.approx(1)
     assert weights[2] == 1
-    assert training._class_weights(torch.tensor([5, 50]), 0).tolist() == [1, 1]
+    assert semantic._class_weights(torch.tensor([5, 50]), 0).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("size", [(40, 40), (120, 140)])
@@ -414,7 +707,7 @@ def test_light_changes_brightness_and_keeps_grey_grey_at_strength_zero():
 
 
 def test_schedule_rises_then_falls():
-    rates = [training._schedule(step, 100, 0.1) for step in range(100)]
+    rates = [loop._schedule(step, 100, 0.1) for step in range(100)]
     assert rates.index(max(rates)) in (9, 10) and max(rates) == 1
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02

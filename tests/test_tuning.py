@@ -10,7 +10,8 @@ import pyseg
 from pyseg import cli, datasets, models
 from pyseg.errors import PysegError
 from pyseg.refiners.crf import CRF
-from pyseg.tuning import ITERATIONS, PROTECT, RANGES, train_crf, tune_crf
+from pyseg.training import train_crf
+from pyseg.tuning import ITERATIONS, PROTECT, RANGES, tune_crf
 from pyseg.types import Sample, Segmentation
 
 CLASSES = ("left", "right", "disc")
@@ -184,12 +185,23 @@ def test_errors():
         tune_crf(pipeline, Scenes(labelled=False), trials=3)
     other = Scenes()
     other.classes = ("left", "right", "ball")
-    with pytest.raises(PysegError, match="classes are not the dataset's"):
+    with pytest.raises(PysegError, match="classes are not the dataset's: class 2 is 'disc'"):
         tune_crf(pipeline, other)
 
 
-def run(*arguments):
-    return CliRunner().invoke(cli.app, ["tune", *map(str, arguments)])
+def test_class_names_are_forgiven_as_by_evaluate():
+    """Case does not matter, and a new head does not know its classes' names."""
+    data = Scenes()
+    data.classes = ("Left", "RIGHT", "disc")
+    assert tune_crf(pyseg.build("coarse"), data, trials=3).classes == data.classes
+    pipeline = pyseg.build("coarse")
+    pipeline.stages[0].object.classes = ("class 0", "class 1", "class 2")
+    training = train_crf(pipeline, data, Scenes(), epochs=1, limit=1, iterations=1)
+    assert training.table()[0][3:] == list(CLASSES)
+
+
+def run(*arguments, command="tune"):
+    return CliRunner().invoke(cli.app, [command, *map(str, arguments)])
 
 
 def test_command(tmp_path):
@@ -228,7 +240,8 @@ def test_command_says_that_no_crf_is_best(tmp_path):
 
 def test_command_knows_one_refiner(tmp_path):
     result = run("sam", "--dataset", "scenes", "--root", tmp_path)
-    assert result.exit_code == 2 and "tune knows the refiner crf, got 'sam'" in result.stderr
+    assert result.exit_code == 2
+    assert "only the refiner crf can be fitted, got 'sam'" in result.stderr
 
 
 def test_training_lowers_the_loss_and_raises_miou():
@@ -259,14 +272,14 @@ def test_training_refuses():
         train_crf(pyseg.build("labels_only"), data, data)
     other = Scenes()
     other.classes = ("left", "right", "ball")
-    with pytest.raises(PysegError, match="not those of check"):
+    with pytest.raises(PysegError, match="check: the pipeline's classes are not the dataset's"):
         train_crf(pipeline, data, other)
 
 
 def test_command_trains_and_saves_a_pipeline(tmp_path):
     arguments = ("crf", "--dataset", "scenes", "--root", tmp_path, "--spec", "coarse")
-    arguments += ("--limit", 2, "--epochs", 2, "--train", tmp_path / "refined")
-    shown = run(*arguments, "--split", "train")
+    arguments += ("--limit", 2, "--epochs", 2, "--output", tmp_path / "refined")
+    shown = run(*arguments, command="train-refiner")
     assert shown.exit_code == 0, shown.output
     for word in ("off", "default", "trained", "loss of each epoch", "refined"):
         assert word in shown.output
@@ -275,7 +288,7 @@ def test_command_trains_and_saves_a_pipeline(tmp_path):
     assert str(loaded) == "coarse+crf(trainable=True)"
     plain = pyseg.build("coarse+crf")(image)
     assert not torch.equal(loaded(image).logits, plain.logits)
-    result = json.loads(run(*arguments, "--split", "train", "--json").output)
+    result = json.loads(run(*arguments, "--json", command="train-refiner").output)
     assert len(result["losses"]) == 2 and result["trained"]["miou"] > 0
-    same = run(*arguments)
-    assert same.exit_code == 2 and "need different splits" in same.stderr
+    same = run(*arguments, "--split", "val", command="train-refiner")
+    assert same.exit_code == 2 and "--split and --check-split must be different" in same.stderr

@@ -1,11 +1,13 @@
 """pyseg.weights against real files and a real HTTP server on this machine."""
 
+import base64
 import hashlib
 import http.server
 import os
 import pickle
 import sys
 import threading
+import zipfile
 from types import SimpleNamespace
 
 import pytest
@@ -38,13 +40,25 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server():
-    """Serves ``state.body`` and logs Range headers; ``ranges`` and ``cut`` (bytes) set its ways."""
-    state = SimpleNamespace(body=b"", ranges=True, cut=None, log=[])
+    """Serves ``state.body`` and logs Range headers; the other fields of ``state`` set its ways.
+
+    ``ranges``, ``cut`` (bytes), ``headers`` (of the answer, None = left out), ``target`` (of a
+    redirection of /moved/…); ``logins`` has the Authorization of every request.
+    """
+    state = SimpleNamespace(
+        body=b"", ranges=True, cut=None, log=[], headers={}, target="", logins=[]
+    )
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             wanted = self.headers.get("Range")
             state.log.append(wanted)
+            state.logins.append(self.headers.get("Authorization"))
+            if self.path.startswith("/moved/"):
+                self.send_response(302)
+                self.send_header("Location", state.target)
+                self.end_headers()
+                return
             if self.path.endswith("absent.pth"):
                 self.send_error(404)
                 return
@@ -61,7 +75,9 @@ def server():
                 begin = 0
                 self.send_response(200)
             rest = state.body[begin:]
-            self.send_header("Content-Length", str(len(rest)))
+            for key, value in {"Content-Length": str(len(rest)), **state.headers}.items():
+                if value is not None:
+                    self.send_header(key, value)
             self.end_headers()
             if state.cut is not None:
                 rest, state.cut = rest[: state.cut], None
@@ -253,6 +269,117 @@ def test_a_progress_bar_for_slow_downloads_only(server, checkpoint, monkeypatch,
     assert ("net.pth" in capsys.readouterr().err) == slow
 
 
+@pytest.mark.parametrize("kind", ["zip", "safetensors"])
+def test_half_a_file_of_unknown_length_is_not_kept(server, checkpoint, cache, tmp_path, kind):
+    """A connection that ends early cannot be told from one that ends, but for what came."""
+    if kind == "safetensors":
+        checkpoint = weights.save_state(tmp_path / "net.safetensors", network().state_dict())
+    server.body, server.headers = checkpoint.read_bytes(), {"Content-Length": None}
+    url = f"{server.url}/net.bin"
+    server.cut = len(server.body) - 30
+    with pytest.raises(WeightsError, match=r"truncated.*nothing was kept"):
+        weights.resolve(url)
+    assert not weights.cached_path(Remote(url)).exists() and left_overs(cache) == []
+    assert weights.resolve(url).read_bytes() == server.body
+    server.body = b"GIF89a is no checkpoint"
+    with pytest.raises(WeightsError, match=r"neither a torch\.save file nor safetensors"):
+        weights.resolve(f"{server.url}/picture.gif")
+
+
+@pytest.mark.parametrize(
+    ("headers", "words"),
+    [
+        ({"Content-Encoding": "gzip"}, "packed by gzip"),
+        ({"Content-Length": "abc"}, "'abc' as the length"),
+        ({"Content-Length": "5000"}, "5000 bytes are more than the 1000"),
+        ({"Content-Length": None}, "not ended after 1000 bytes"),
+    ],
+)
+def test_odd_answers(server, checkpoint, cache, monkeypatch, headers, words):
+    monkeypatch.setattr(weights, "_LARGEST", 1000)
+    server.body, server.headers = checkpoint.read_bytes(), headers
+    with pytest.raises(WeightsError, match=words):
+        weights.resolve(f"{server.url}/net.pth")
+    assert not weights.cached_path(Remote(f"{server.url}/net.pth")).exists()
+    assert left_overs(cache) == []
+
+
+def test_a_server_that_drips_is_left(server, checkpoint, monkeypatch):
+    monkeypatch.setattr(weights, "_PATIENCE", 0)
+    monkeypatch.setattr(weights, "_SLOWEST", 1 << 50)
+    server.body = checkpoint.read_bytes()
+    with pytest.raises(WeightsError, match="are too slow"):
+        weights.resolve(f"{server.url}/net.pth")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/net.pth",
+        "http://127.0.0.1:port/net.pth",
+        "http://127.0.0.1:9/n\u00e9t.pth",
+        "http://127.0.0.1:9/net%00.pth",
+        "http://\u00e9\u2100/net.pth",
+        "http://127.0.0.1:9/a b.pth",
+    ],
+)
+def test_odd_urls(url):
+    with pytest.raises(WeightsError):
+        weights.resolve(url)
+
+
+def test_a_redirection_to_nonsense(server):
+    server.target = "http://[::1"
+    with pytest.raises(WeightsError, match="could not be downloaded"):
+        weights.resolve(f"{server.url}/moved/net.pth")
+
+
+def test_a_login_is_sent_to_its_server_and_never_shown(server, checkpoint):
+    server.body = checkpoint.read_bytes()
+    host = server.url.removeprefix("http://")
+    assert weights.resolve(f"HTTP://me:se%40cret@{host}/net.pth").is_file()
+    server.target = f"{server.url}/other.pth"
+    weights.resolve(f"http://me:se%40cret@{host}/moved/net.pth")
+    login = "Basic " + base64.b64encode(b"me:se@cret").decode()
+    assert server.logins == [login, login, None]
+    for name in ("absent.pth", ""):
+        with pytest.raises(WeightsError) as caught:
+            weights.resolve(f"http://me:se%40cret@{host}/{name}")
+        assert "cret" not in str(caught.value) and host in str(caught.value)
+    with pytest.raises(WeightsError) as caught:
+        weights.resolve("ftp://me:secret@host/net.pth")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_written_is_no_fault_of_the_network(
+    server, checkpoint, tmp_path, monkeypatch
+):
+    server.body = checkpoint.read_bytes()
+    known = {"net": Remote(f"{server.url}/net.pth", hashlib.sha256(server.body).hexdigest())}
+    part = weights.cached_path(known["net"]).with_name("net.pth.part")
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(WeightsError, match=r"cache .* cannot be written .*No space left") as caught:
+        weights.resolve("net", known=known)
+    assert "PYSEG_CACHE" in str(caught.value) and not part.is_symlink()
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("PYSEG_CACHE", str(tmp_path / "file"))
+    with pytest.raises(WeightsError, match=r"cache .*file cannot be written .*Not a directory"):
+        weights.resolve("net", known=known)
+    assert server.log == [None]  # the network was not even asked
+
+
+def test_names_that_cannot_be_files(tmp_path):
+    for name in ("x" * 300, "~nosuchuser/net.pth", "a\0b"):
+        with pytest.raises(WeightsError, match=r"cannot be a file|neither a file"):
+            weights.resolve(name)
+    with pytest.raises(WeightsError) as caught:
+        weights.resolve("y/" * 50_000)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(WeightsError, match=r"another computer, 'host'.*three slashes"):
+        weights.resolve("file://host/net.pth")
+
+
 # --- loading ----------------------------------------------------------------------------------
 
 
@@ -293,6 +420,30 @@ def test_a_truncated_file(tmp_path, zipped, share):
         weights.load_state(path)
 
 
+@pytest.mark.parametrize("content", [b"PK and then nothing", b"", b"<html>Sign in</html>"])
+def test_a_damaged_file_of_the_cache_is_to_be_deleted(cache, content):
+    path = cache / "host" / "net.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match="delete it, and it is fetched again"):
+        weights.load_state(path)
+
+
+def test_a_file_that_unpacks_to_a_thousand_times_its_size(tmp_path, monkeypatch):
+    path, packed = tmp_path / "net.pth", tmp_path / "packed.pth"
+    torch.save({"weight": torch.zeros(1 << 20)}, path)
+    with (
+        zipfile.ZipFile(path) as plain,
+        zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for entry in plain.infolist():
+            small.writestr(entry.filename, plain.read(entry))
+    assert packed.stat().st_size < path.stat().st_size / 100
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("it is not unpacked"))
+    with pytest.raises(WeightsError, match=r"packed\.pth has \d+ bytes and would unpack to \d{7}"):
+        weights.load_state(packed)
+
+
 class Explosive:
     def __reduce__(self):
         return os.mkdir, (self.path,)
@@ -307,8 +458,10 @@ def test_a_pickle_with_code_does_not_run(tmp_path, plain):
         path.write_bytes(pickle.dumps({"model": bomb}))
     else:
         torch.save({"model": bomb}, path)
-    with pytest.raises(WeightsError, match=r"net\.pth .*would run code"):
+    with pytest.raises(WeightsError, match=r"net\.pth .*would run code") as caught:
         weights.load_state(path)
+    assert plain or "(posix.mkdir)" in str(caught.value)
+    assert "weights_only" not in str(caught.value)  # torch's advice is to run it all the same
     assert not (tmp_path / "exploded").exists()
 
 

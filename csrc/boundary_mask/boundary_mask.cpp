@@ -1,5 +1,10 @@
 // Pixels near another label, on the CPU: row by row, with the length of the run of equal rows kept
 // per column.
+//
+// The template of a CPU kernel, from the inside out: hot loops under PYSEG_MULTIVERSION; the work
+// of one thread; the op for one dtype, which shares it out to threads; the op, which checks,
+// allocates and chooses the dtype; at the end the schema and the registration. All of it is in an
+// anonymous namespace, because all ops are linked into one library.
 #include "boundary_mask.h"
 
 #include <algorithm>
@@ -13,6 +18,10 @@ namespace {
 using namespace pyseg;
 
 constexpr int64_t kBlock = 64;  // pixels that are compared together
+
+// PYSEG_MULTIVERSION (common/common.h) compiles a function once per SIMD level. It belongs on leaf
+// functions with plain loops, which the compiler turns into vectors; what they call has to be
+// inlined, hence the attribute of `close`.
 
 // Sets the pixels whose window along the row has one label; returns nothing else.
 template <class T>
@@ -80,6 +89,8 @@ void mark_rows(const T* labels, const Window& window, int64_t begin, int64_t end
   }
 }
 
+// Threads share out the rows of all images, not the images: a batch may be one image. A result must
+// not depend on their number, so a range recomputes what it needs from rows around it.
 template <class T>
 void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& window) {
   const T* in = static_cast<const T*>(labels.const_data_ptr());
@@ -102,6 +113,8 @@ void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& windo
       });
 }
 
+// pyseg/ops/boundary_mask.py has checked the arguments and named what is wrong; what is checked
+// here guards memory against calls of torch.ops.pyseg itself. Empty input returns first.
 Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer
                          int64_t distance, bool border) {
   Tensor mask = torch::stable::new_empty(labels, labels.sizes(), ScalarType::Bool);
@@ -110,7 +123,7 @@ Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer
   const int64_t height = in.size(1), width = in.size(2);
   const Window window{height, width, std::min(distance, std::max(height, width)), border};
   switch (in.scalar_type()) {
-    case ScalarType::Byte:
+    case ScalarType::Byte:  // labels are only compared, so a sign makes no difference
     case ScalarType::Char: boundary_mask_typed<uint8_t>(in, mask, window); break;
     case ScalarType::Short: boundary_mask_typed<int16_t>(in, mask, window); break;
     case ScalarType::Int: boundary_mask_typed<int32_t>(in, mask, window); break;
@@ -122,6 +135,8 @@ Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer
 
 }  // namespace
 
+// The schema stands once, beside the CPU kernel. torch sends each call to the kernel of its
+// tensors' device; the fake kernel, for torch.compile, is in Python.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def("boundary_mask(Tensor labels, int distance, bool border) -> Tensor");
 }

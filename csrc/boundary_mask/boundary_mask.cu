@@ -1,6 +1,11 @@
 // Pixels near another label, on CUDA. The first kernel finds the pixels whose window along the row
 // has one label, from bits that say where labels change; the second walks down the columns and
 // counts how long that has been so. Nothing synchronises.
+//
+// The template of a CUDA kernel: kernels, whose grid a comment explains; their launch for a dtype;
+// the op, with a DeviceScope before anything is allocated; the registration. g++ compiles this
+// file too, for the tests (tests/emulation): PYSEG_DYNAMIC_SHARED and PYSEG_LAUNCH stand for what
+// only nvcc can parse, and the latter also checks whether the launch failed.
 #include "boundary_mask.h"
 
 #include <algorithm>
@@ -24,6 +29,7 @@ template <class T>
 __global__ void find_uniform_kernel(const T* labels,  // [N, H, W]
                                     Window window,
                                     uint8_t* uniform) {  // [N, H, W]
+  // Every thread of the block reaches the ballot and the barrier: no early return above them.
   PYSEG_DYNAMIC_SHARED(uint32_t, changes);  // bit i: column base + i is not like the one before
   const int64_t width = window.width, distance = window.distance;
   const int64_t row = (int64_t(blockIdx.z) * window.height + blockIdx.y) * width;
@@ -107,7 +113,7 @@ void launch(const Tensor& labels, Tensor& uniform, Tensor& mask, const Window& w
 }
 
 Tensor boundary_mask_cuda(const Tensor& labels, int64_t distance, bool border) {
-  const pyseg::DeviceScope device(labels);
+  const pyseg::DeviceScope device(labels);  // the tensor's device and its current stream
   Tensor mask = torch::stable::new_empty(labels, labels.sizes(), ScalarType::Bool);
   if (labels.numel() == 0) return mask;
   const Tensor in = torch::stable::contiguous(labels);

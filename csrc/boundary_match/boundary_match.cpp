@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstring>
+#include <limits>
 
 #include "../confusion_matrix/count_cells.h"
 
@@ -58,23 +59,54 @@ PYSEG_MULTIVERSION void keep_contour(const Code* __restrict above, const Code* _
 
 constexpr int kBytes = 16;
 
+// As far as it can matter in an image of this size.
 struct Disc {
-  int64_t radius;
+  int64_t radius;                    // in rows
+  int64_t frame;                     // what has to be around an image
   std::vector<int64_t> half_widths;  // [radius + 1], by the distance of the row
   // 1 bits in the lanes that belong to the row of the disc, from its left end on.
   std::vector<std::vector<std::array<uint8_t, kBytes>>> masks;
 
-  Disc(int64_t squared_radius, int64_t code_bytes) {
-    radius = half_width(squared_radius, 0);
+  Disc(int64_t squared_radius, int64_t height, int64_t width, int64_t code_bytes) {
+    radius = half_width(squared_radius, 0, height - 1);
     for (int64_t dy = 0; dy <= radius; ++dy) {
-      half_widths.push_back(half_width(squared_radius, dy));
+      half_widths.push_back(half_width(squared_radius, dy, width - 1));
       const int64_t bytes = (2 * half_widths.back() + 1) * code_bytes;
       masks.emplace_back((bytes + kBytes - 1) / kBytes);
       for (int64_t i = 0; i < int64_t(masks.back().size()) * kBytes; ++i)
         masks.back()[i / kBytes][i % kBytes] = i < bytes ? 0xff : 0;
     }
+    frame = std::max(radius, half_widths[0]);
   }
 };
+
+// The rows of a map that hold a class's contour; none at first.
+struct Rows {
+  int64_t first = std::numeric_limits<int64_t>::max();
+  int64_t last = std::numeric_limits<int64_t>::min();
+
+  void add(const Rows& other) {
+    first = std::min(first, other.first), last = std::max(last, other.last);
+  }
+};
+
+// Discs of more rows than this are worth knowing the rows of each class before.
+constexpr int64_t kFewRows = 16;
+
+// Calls visit(x, code) for the contour's pixels of a row.
+template <class Code, class Visit>
+PYSEG_INLINE void each_contour_pixel(const Code* row, int64_t width, Code other, Visit visit) {
+  constexpr int64_t kGroup = 8 / sizeof(Code);
+  uint64_t empty;
+  std::memset(&empty, 0xff, sizeof empty);  // `other` in all places
+  for (int64_t x = 0; x < width; x += kGroup) {
+    uint64_t group;  // may reach into the frame, which holds no contour
+    std::memcpy(&group, row + x, sizeof group);
+    if (group == empty) continue;
+    for (int64_t k = x; k < x + kGroup; ++k)
+      if (row[k] != other) visit(k, row[k]);
+  }
+}
 
 template <class Code>
 PYSEG_INLINE bool row_has(const Code* row, Code code,
@@ -94,35 +126,28 @@ PYSEG_INLINE bool row_has(const Code* row, Code code,
 // Rows from the nearest on, so that most searches end early.
 template <class Code>
 PYSEG_INLINE bool is_near(const Framed<Code>& contour, int64_t y, int64_t x, Code code,
-                          const Disc& disc) {
+                          const Disc& disc, const Rows& rows) {
   if (contour.row(y)[x] == code) return true;
-  for (int64_t dy = 0; dy <= disc.radius; ++dy) {
+  const int64_t nearest = std::max<int64_t>({0, rows.first - y, y - rows.last});
+  const int64_t farthest = std::min(disc.radius, std::max(y - rows.first, rows.last - y));
+  for (int64_t dy = nearest; dy <= farthest; ++dy) {
     const int64_t left = x - disc.half_widths[dy];
-    if (row_has(contour.row(y - dy) + left, code, disc.masks[dy]) ||
-        row_has(contour.row(y + dy) + left, code, disc.masks[dy]))
+    if ((y - dy >= rows.first && row_has(contour.row(y - dy) + left, code, disc.masks[dy])) ||
+        (y + dy <= rows.last && row_has(contour.row(y + dy) + left, code, disc.masks[dy])))
       return true;
   }
   return false;
 }
 
-// counts: [C, 4], of which `first` and the one after it are added to.
+// counts: [C, 4], of which `first` and the one after it are added to. rows: [C] of `to`.
 template <class Code>
 PYSEG_MULTIVERSION void match_row(const Framed<Code>& from, const Framed<Code>& to, int64_t y,
-                                  Code other, const Disc& disc, int first, int64_t* counts) {
-  constexpr int64_t kGroup = 8 / sizeof(Code);
-  const Code* row = from.row(y);
-  uint64_t empty;
-  std::memset(&empty, 0xff, sizeof empty);  // `other` in all places
-  for (int64_t x = 0; x < from.width; x += kGroup) {
-    uint64_t group;  // may reach into the frame, which holds no contour
-    std::memcpy(&group, row + x, sizeof group);
-    if (group == empty) continue;
-    for (int64_t k = x; k < x + kGroup; ++k) {
-      if (row[k] == other) continue;
-      ++counts[int64_t(row[k]) * kMatchCounts + first];
-      counts[int64_t(row[k]) * kMatchCounts + first + 1] += is_near(to, y, k, row[k], disc);
-    }
-  }
+                                  Code other, const Disc& disc, const Rows* rows, int first,
+                                  int64_t* counts) {
+  each_contour_pixel(from.row(y), from.width, other, [&](int64_t x, Code code) __attribute__((always_inline)) {
+    ++counts[int64_t(code) * kMatchCounts + first];
+    counts[int64_t(code) * kMatchCounts + first + 1] += is_near(to, y, x, code, disc, rows[code]);
+  });
 }
 
 // One image. Returns whether a label is out of range.
@@ -144,22 +169,37 @@ bool match_image(const P* prediction, const T* target, int64_t height, int64_t w
     wrong |= wrong_here;
   });
   if (wrong) return true;
-  Framed<Code> predicted_contour(height, width, disc.radius, other);
-  Framed<Code> true_contour(height, width, disc.radius, other);
+  Framed<Code> predicted_contour(height, width, disc.frame, other);
+  Framed<Code> true_contour(height, width, disc.frame, other);
+  std::vector<Rows> predicted_rows(classes, Rows{0, height - 1}), true_rows(predicted_rows);
+  const bool asks_rows = disc.radius > kFewRows;
+  if (asks_rows) predicted_rows.assign(classes, Rows()), true_rows.assign(classes, Rows());
   torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Rows> local[2] = {std::vector<Rows>(asks_rows ? classes : 0),
+                                  std::vector<Rows>(asks_rows ? classes : 0)};
+    const auto note = [&](const Framed<Code>& contour, int64_t y, std::vector<Rows>& rows) {
+      each_contour_pixel(contour.row(y), width, other,
+                         [&](int64_t, Code code) { rows[code].add({y, y}); });
+    };
     for (int64_t y = begin; y < end; ++y) {
       const int64_t above = std::max<int64_t>(y - 1, 0), below = std::min(y + 1, height - 1);
       keep_contour(predicted.row(above), predicted.row(y), predicted.row(below), width,
                    Code(classes), other, predicted_contour.row(y));
       keep_contour(truth.row(above), truth.row(y), truth.row(below), width, Code(classes), other,
                    true_contour.row(y));
+      if (asks_rows) note(predicted_contour, y, local[0]), note(true_contour, y, local[1]);
     }
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (size_t i = 0; i < local[0].size(); ++i)
+      predicted_rows[i].add(local[0][i]), true_rows[i].add(local[1][i]);
   });
   torch::stable::parallel_for(0, height, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> local(classes * kMatchCounts);
     for (int64_t y = begin; y < end; ++y) {
-      match_row(predicted_contour, true_contour, y, other, disc, kPredicted, local.data());
-      match_row(true_contour, predicted_contour, y, other, disc, kTarget, local.data());
+      match_row(predicted_contour, true_contour, y, other, disc, true_rows.data(), kPredicted,
+                local.data());
+      match_row(true_contour, predicted_contour, y, other, disc, predicted_rows.data(), kTarget,
+                local.data());
     }
     const std::lock_guard<std::mutex> lock(mutex);  // sums of integers: any order, same bits
     for (size_t i = 0; i < local.size(); ++i) counts[i] += local[i];
@@ -174,13 +214,13 @@ void boundary_match_typed(const Tensor& prediction, const Tensor& target, int64_
   const L* t = static_cast<const L*>(target.const_data_ptr());
   const int64_t height = target.size(1), width = target.size(2), pixels = height * width;
   const LabelCoder<L> coder(classes, ignore);
-  const bool narrow = classes <= 253;  // codes of void and of errors, and of no contour
-  const Disc disc(squared_radius, narrow ? 1 : 2);
+  const bool few = classes <= 253;  // codes of void and of errors, and of no contour
+  const Disc disc(squared_radius, height, width, few ? 1 : 2);
   for (int64_t image = 0; image < target.size(0); ++image) {
     const L *ip = p + image * pixels, *it = t + image * pixels;
     int64_t* to = counts + image * classes * kMatchCounts;
     const bool wrong =
-        narrow ? match_image<L, L, uint8_t>(ip, it, height, width, coder, coder, disc, to)
+        few ? match_image<L, L, uint8_t>(ip, it, height, width, coder, coder, disc, to)
                : match_image<L, L, uint16_t>(ip, it, height, width, coder, coder, disc, to);
     if (!wrong) continue;
     const int64_t n = target.numel();
@@ -195,6 +235,7 @@ std::tuple<Tensor, Tensor> boundary_match_cpu(const Tensor& prediction_labels,  
                                               const Tensor& target_labels,  // [N, H, W], same dtype
                                               int64_t num_classes, int64_t squared_radius,
                                               int64_t ignore_index) {
+  check_labels(prediction_labels, target_labels, num_classes, squared_radius);
   const int64_t images = target_labels.size(0);
   Tensor counts = torch::stable::new_zeros(
       target_labels, {images, num_classes, int64_t(kMatchCounts)}, ScalarType::Long);

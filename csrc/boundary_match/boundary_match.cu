@@ -6,14 +6,10 @@
 #include <algorithm>
 
 #include "../common/launch.h"
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace {
 
 using namespace pyseg;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sum = unsigned long long;
 
 constexpr int kThreads = 256;
@@ -77,7 +73,7 @@ __global__ void match_kernel(const uint16_t* contours, Size size, int64_t total,
   }
   const int64_t image = first_image + blockIdx.y;
   Sum* image_counts = counts + image * cells;
-  const int64_t radius = half_width(squared_radius, 0);
+  const int64_t radius = half_width(squared_radius, 0, size.height - 1);
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < size.pixels; i += step) {
     const int64_t y = i / size.width, x = i % size.width;
@@ -89,7 +85,7 @@ __global__ void match_kernel(const uint16_t* contours, Size size, int64_t total,
       for (int64_t k = 0; k <= 2 * radius && !found; ++k) {  // rows 0, 1, -1, 2, -2, ...
         const int64_t dy = k % 2 ? (k + 1) / 2 : -k / 2;
         if (y + dy < 0 || y + dy >= size.height) continue;
-        const int64_t reach = half_width(squared_radius, dy);
+        const int64_t reach = half_width(squared_radius, dy, size.width - 1);
         const int64_t left = x - reach > 0 ? x - reach : 0;
         const int64_t right = x + reach < size.width ? x + reach : size.width - 1;
         for (int64_t column = left; column <= right && !found; ++column)
@@ -141,6 +137,7 @@ std::tuple<Tensor, Tensor> boundary_match_cuda(const Tensor& prediction_labels,
                                                const Tensor& target_labels, int64_t num_classes,
                                                int64_t squared_radius, int64_t ignore_index) {
   const DeviceScope device(target_labels);
+  check_labels(prediction_labels, target_labels, num_classes, squared_radius);
   const int64_t images = target_labels.size(0);
   Tensor counts = torch::stable::new_zeros(
       target_labels, {images, num_classes, int64_t(kMatchCounts)}, ScalarType::Long);

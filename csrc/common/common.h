@@ -100,12 +100,27 @@ PYSEG_INLINE uint64_t bits_of(const uint8_t* flags) {
   return word;
 }
 
+// An integer argument as int, where a larger one would silently become another number.
+inline int narrow(const char* name, int64_t value) {
+  PYSEG_CHECK(value == int64_t(int(value)), name, " must be an integer of 32 bits, got ", value);
+  return int(value);
+}
+
+// Below this, in additions of numbers, waking threads takes longer than the work: much longer where
+// other processes keep the cores busy, as then each region waits for the scheduler.
+constexpr int64_t kWorthThreads = int64_t(1) << 18;
+
 // Calls work(item, worker) for every item; which worker takes which is left to chance, so that
-// threads that are held up take fewer.
+// threads that are held up take fewer. `cost`: of an item, in additions, roughly.
 template <class Work>
-void for_each(int64_t items, Work work) {
+void for_each(int64_t items, int64_t cost, Work work) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || items <= 1 || cost < (kWorthThreads + items - 1) / items) {
+    for (int64_t item = 0; item < items; ++item) work(item, int64_t(0));
+    return;
+  }
   std::atomic<int64_t> next{0};
-  const int64_t workers = std::min<int64_t>(items, torch::stable::get_num_threads());
+  const int64_t workers = std::min<int64_t>(items, threads);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
       for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);

@@ -1,6 +1,5 @@
-// Confusion matrix on the CPU. The smallest op of the project, commented as a template for others:
-// schema and registration at the end, argument checks and allocation before them, then threads; the
-// hot loops, under PYSEG_MULTIVERSION, are in count_cells.h, because another op counts as well.
+// Confusion matrix on the CPU. The hot loops, under PYSEG_MULTIVERSION, are in count_cells.h,
+// because another op counts as well.
 #include "count_cells.h"
 
 namespace {

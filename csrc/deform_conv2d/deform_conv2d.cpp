@@ -18,6 +18,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../common/buffer.h"
@@ -160,6 +161,12 @@ std::vector<Block> cut(const Problem& p) {
   return blocks;
 }
 
+// Of a tile of output pixels, forward, in additions: sampling, and the product, whose vectors do
+// several at once.
+int64_t tile_cost(const Problem& p) {
+  return kTile * p.channels * p.tap_count() * (4 + p.group_outputs() / 4);
+}
+
 // Where the taps' positions count from, at the pixels of a tile.
 template <class Real>
 void base_positions(const Problem& p, int64_t first, int count, Real* y, Real* x) {
@@ -219,7 +226,8 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
 
   // [depth / kStep, columns, kStep] of each block
   const Buffer<Column> weights(weights_size);
-  for_each(int64_t(blocks.size()), [&](int64_t b, int64_t) {
+  const int64_t count_of_blocks = int64_t(blocks.size());
+  for_each(count_of_blocks, 2 * weights_size / count_of_blocks, [&](int64_t b, int64_t) {
     const Block& block = blocks[b];
     Column* to = weights.get() + weights_at[b];
     std::fill_n(to, round_up(block.depth, kStep) * columns, Column(0));
@@ -256,8 +264,8 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
     biases.get()[o / per_group * columns + o % per_group] = Real(bias[o]);
   for (int64_t start = 0; start < p.images; start += together) {
     const int64_t images = std::min(together, p.images - start);
-    for_each(images * int64_t(blocks.size()), [&](int64_t job, int64_t) {
-      const int64_t image = job / int64_t(blocks.size()), b = job % int64_t(blocks.size());
+    for_each(images * count_of_blocks, block_size / count_of_blocks, [&](int64_t job, int64_t) {
+      const int64_t image = job / count_of_blocks, b = job % count_of_blocks;
       const T* from = input + ((start + image) * p.channels + blocks[b].first) * plane;
       Column* to = laid_out.get() + image * block_size + block_at[b];
       if constexpr (kStep == 1)
@@ -266,7 +274,7 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
         lay_out(f.transpose_bits, reinterpret_cast<const uint16_t*>(from), blocks[b].width, plane,
                 to);
     });
-    for_each(images * tiles, [&](int64_t job, int64_t worker) {
+    for_each(images * tiles, tile_cost(p), [&](int64_t job, int64_t worker) {
       if (!workspaces[worker])
         workspaces[worker].reset(new Workspace{SampleBuffer<Real>(p.offset_groups * taps),
                                                Buffer<Column>(kTile * stride),
@@ -335,7 +343,7 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   // out_plane, padded], and as many rows more as a group of rows may read.
   const int64_t image_size = out_plane * padded;
   const Buffer<Real> gradient(p.groups * p.images * image_size + kRowGroup * padded);
-  for_each(p.groups * p.images * tiles, [&](int64_t job, int64_t) {
+  for_each(p.groups * p.images * tiles, kTile * padded, [&](int64_t job, int64_t) {
     const int64_t image = job / tiles, first = job % tiles * kTile;  // group, image
     const int64_t end = std::min(out_plane, first + kTile);
     const T* from =
@@ -347,7 +355,7 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   });
   std::fill_n(gradient.get() + p.groups * p.images * image_size, kRowGroup * padded, Real(0));
 
-  for_each(p.outputs, [&](int64_t o, int64_t) {
+  for_each(p.outputs, p.images * out_plane, [&](int64_t o, int64_t) {
     Real sums[16] = {};
     for (int64_t n = 0; n < p.images; ++n) {
       const T* from = grad + (n * p.outputs + o) * out_plane;
@@ -366,7 +374,9 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   // Of offsets and mask, per block: [images, taps, 3, out_plane]
   const int64_t offset_size = taps * 3 * out_plane;
   const Buffer<Real> offset_gradients(count_of_blocks * p.images * offset_size);
-  for_each(parts * count_of_blocks, [&](int64_t job, int64_t) {
+  const int64_t part_cost =
+      3 * p.images * tiles * tile_cost(p) / std::max<int64_t>(1, parts * count_of_blocks);
+  for_each(parts * count_of_blocks, part_cost, [&](int64_t job, int64_t) {
     const int64_t b = job % count_of_blocks, part = job / count_of_blocks;
     const Block& block = blocks[b];
     const int64_t columns = round_up(block.depth, kPadding), stride = columns + kPadding;
@@ -418,7 +428,7 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
     }
   });
 
-  for_each(p.outputs, [&](int64_t output, int64_t) {
+  for_each(p.outputs, parts * p.group_channels() * taps, [&](int64_t output, int64_t) {
     const int64_t group = output / per_group;
     for (int64_t b = 0; b < count_of_blocks; ++b) {
       const Block& block = blocks[b];
@@ -436,7 +446,8 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
         }
     }
   });
-  for_each(p.images * p.offset_groups * taps, [&](int64_t job, int64_t) {
+  const int64_t sum_cost = 3 * out_plane * std::max<int64_t>(1, count_of_blocks / p.offset_groups);
+  for_each(p.images * p.offset_groups * taps, sum_cost, [&](int64_t job, int64_t) {
     const int64_t t = job % taps, g = job / taps % p.offset_groups;
     const int64_t n = job / taps / p.offset_groups;
     for (int j = 0; j < (mask ? 3 : 2); ++j) {

@@ -36,10 +36,10 @@ PYSEG_HOST_DEVICE Corners<T> corners(T y, T x, int height, int width, int outsid
   const bool has_left = left >= 0, has_right = left + 1 < width;
   const int first = top * width + left;
   Corners<T> c;
-  c.index[0] = has_top & has_left ? first : outside;
-  c.index[1] = has_top & has_right ? first + 1 : outside;
-  c.index[2] = has_bottom & has_left ? first + width : outside;
-  c.index[3] = has_bottom & has_right ? first + width + 1 : outside;
+  c.index[0] = (has_top & has_left) ? first : outside;
+  c.index[1] = (has_top & has_right) ? first + 1 : outside;
+  c.index[2] = (has_bottom & has_left) ? first + width : outside;
+  c.index[3] = (has_bottom & has_right) ? first + width + 1 : outside;
   c.ty = y == y ? safe_y - low_y : y;
   c.tx = x == x ? safe_x - low_x : x;
   return c;
@@ -78,6 +78,16 @@ inline Problem describe(const Tensor& input, const Tensor& offset, const Tensor&
   p.stride_y = stride[0], p.stride_x = stride[1];
   p.padding_y = padding[0], p.padding_x = padding[1];
   p.dilation_y = dilation[0], p.dilation_x = dilation[1];
+  for (int axis = 0; axis < 2; ++axis) {
+    PYSEG_CHECK(stride[axis] >= 1 && padding[axis] >= 0 && dilation[axis] >= 1,
+                "stride and dilation must be at least 1, padding at least 0");
+    // Positions are counted in 32 bits.
+    const int64_t reach[] = {stride[axis], padding[axis], dilation[axis], weight.size(2 + axis),
+                             offset.size(2 + axis)};
+    for (const int64_t size : reach) narrow("stride, padding, dilation or a size", size);
+    PYSEG_CHECK(reach[0] * reach[4] + reach[1] + reach[2] * reach[3] < int64_t(1) << 31,
+                "stride, padding or dilation is too large: taps lie 2^31 pixels away");
+  }
   PYSEG_CHECK(
       p.channels > 0 && p.plane() > 0 && p.outputs > 0 && p.tap_count() > 0 && weight.size(1) > 0,
       "input and weight must not be empty, got ", shape(input), " and ", shape(weight));

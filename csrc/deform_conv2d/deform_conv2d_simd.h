@@ -119,22 +119,21 @@ template <>
 constexpr bool kTransposesInVectors<float, BFloat16> = true;
 #endif
 
+// Of two vectors the halves that begin at lane `First`, their lanes in turn.
+template <int First, class V, int... Lanes>
+PYSEG_INLINE V interleave(V a, V b, std::integer_sequence<int, Lanes...>) {
+  constexpr int n = sizeof...(Lanes);
+  return __builtin_shufflevector(a, b, First + Lanes / 2 + Lanes % 2 * n...);
+}
+
 // out[c * out_stride + r] = in[r * in_stride + c]
 template <class From, class To>
 void transpose(const From* in, int64_t in_stride, int64_t rows, int64_t columns, To* out,
                int64_t out_stride) {
   int64_t whole_rows = 0, whole_columns = 0;
   if constexpr (kTransposesInVectors<From, To>) {
-    typedef std::conditional_t<sizeof(From) == 8, int64_t,
-                               std::conditional_t<sizeof(From) == 4, int32_t, int16_t>>
-        Integer;
     constexpr int kSide = kLanes<From>;
     whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
-    Vector<Integer> low, high;  // the first, and the second halves of two vectors, alternating
-    for (int i = 0; i < kSide; ++i) {
-      low[i] = Integer(i / 2 + i % 2 * kSide);
-      high[i] = Integer(low[i] + kSide / 2);
-    }
     for (int64_t c = 0; c < whole_columns; c += kSide)
       for (int64_t r = 0; r < whole_rows; r += kSide) {
         Vector<From> v[kSide], w[kSide];
@@ -145,8 +144,9 @@ void transpose(const From* in, int64_t in_stride, int64_t rows, int64_t columns,
         for (int pass = 1; pass < kSide; pass *= 2) {
 #pragma GCC unroll 16
           for (int i = 0; i < kSide / 2; ++i) {
-            w[2 * i] = __builtin_shuffle(v[i], v[i + kSide / 2], low);
-            w[2 * i + 1] = __builtin_shuffle(v[i], v[i + kSide / 2], high);
+            constexpr auto lanes = std::make_integer_sequence<int, kSide>();
+            w[2 * i] = interleave<0>(v[i], v[i + kSide / 2], lanes);
+            w[2 * i + 1] = interleave<kSide / 2>(v[i], v[i + kSide / 2], lanes);
           }
 #pragma GCC unroll 32
           for (int i = 0; i < kSide; ++i) v[i] = w[i];

@@ -83,7 +83,8 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
   PYSEG_CHECK(height * width < (int64_t(1) << 31) / std::max<int64_t>(entries, 1), "an image of ",
               height, " x ", width, " pixels with ", entries,
               " lattice entries each exceeds 2^31 entries: split the image");
-  settings.iterations = int(iterations);
+  settings.iterations = narrow("iterations", iterations);
+  if (iterations == 0) settings.kernels.clear();  // nothing would use their lattices
   settings.normalization = Normalization(normalization);
   settings.self_term = self_term;
   settings.classic_scale = rings == 0 && passes == 1;

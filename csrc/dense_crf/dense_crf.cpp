@@ -17,9 +17,12 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <optional>
 #include <type_traits>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
 #ifdef __x86_64__
@@ -175,13 +178,13 @@ int row_width(int classes) {
   if (sizeof(Real) == 4)
     for (const int width : {4, 8, 16, 20, 24, 32})
       if (classes <= width) return width;
-  return (classes + 15) / 16 * 16;
+  return classes <= 4 ? 4 : (classes + 15) / 16 * 16;
 }
 
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
-void for_ranges(int64_t items, int64_t piece, Work work) {
-  for_each((items + piece - 1) / piece,
+void for_ranges(int64_t items, int64_t piece, int64_t cost, Work work) {
+  for_each((items + piece - 1) / piece, std::min(items, piece) * cost,
            [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
@@ -338,6 +341,30 @@ PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, const Real* f
   }
 }
 
+// Pixels' rows of classes into the rows of their vertices, with their weights; and back.
+template <class Real>
+PYSEG_MULTIVERSION void splat_pixels(const Real* pixels, const uint16_t* rows, const Real* weights,
+                                     int64_t count, int entries, int width, Real* to) {
+  for (int64_t i = 0; i < count; ++i, pixels += width)
+    for (int k = 0; k < entries; ++k) {
+      Real* const row = to + int64_t(*rows++) * width;
+      const Real weight = *weights++;
+#pragma omp simd
+      for (int c = 0; c < width; ++c) row[c] += weight * pixels[c];
+    }
+}
+template <class Real>
+PYSEG_MULTIVERSION void slice_pixels(const Real* from, const uint16_t* rows, const Real* weights,
+                                     int64_t count, int entries, int width, Real* pixels) {
+  for (int64_t i = 0; i < count; ++i, pixels += width)
+    for (int k = 0; k < entries; ++k) {
+      const Real* const row = from + int64_t(*rows++) * width;
+      const Real weight = *weights++;
+#pragma omp simd
+      for (int c = 0; c < width; ++c) pixels[c] += weight * row[c];
+    }
+}
+
 // The lattices of one image, and mean-field inference on them.
 template <class Real>
 class Crf {
@@ -364,6 +391,9 @@ class Crf {
   void backward(const Real* unary, const Real* weights, const Real* compatibility, int classes,
                 const Real* gradient, Real* unary_gradient, double* weight_gradients,
                 double* compatibility_gradient) const;
+  void messages(const Real* q, const Real* weights, int classes, Real* out) const;
+  int64_t height() const { return height_; }
+  int64_t width() const { return width_; }
 
  private:
   struct Part {  // of one tile in one kernel's lattice, while it is built
@@ -398,6 +428,13 @@ class Crf {
   std::unique_ptr<Real[]> self_shares(const Real* weights) const;
   std::vector<Scratch<Real>> scratch(int row_sets, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
+  // The largest number of a worker that gets a tile, and one more.
+  int64_t workers() const {
+    return std::min<int64_t>(tiles_.size(), torch::stable::get_num_threads());
+  }
+  int64_t tile_pixels() const { return height_ * width_ / int64_t(tiles_.size()); }
+  // Of a tile: two additions per entry, and the softmax.
+  int64_t pass_cost(int width) const { return tile_pixels() * width * (2 * entries_ + 8); }
   Real kernel_scale(const Kernel& kernel) const {
     return Real(pyseg::kernel_scale(kernel, settings_.classic_scale));
   }
@@ -632,7 +669,7 @@ void Crf<Real>::link(int l, VertexTable& table) {
   }
   const int64_t count = names.size(), known = added.size() / (2 * axes);
   std::vector<int32_t> neighbours(axes * count * 2, -1);
-  for_each(axes, [&](int64_t axis, int64_t) {
+  for_each(axes, 2 * count, [&](int64_t axis, int64_t) {
     int32_t* const along = neighbours.data() + axis * count * 2;
     for (int64_t v = 0; v < known; ++v) {
       const int32_t* const beside = added.data() + 2 * (v * axes + axis);
@@ -683,7 +720,7 @@ void Crf<Real>::chain(int l, const std::vector<int32_t>& neighbours) {
   for (int64_t v = occupied; v < count; ++v)
     if (time[v].from > time[v].to) time[v] = time[-1];
   chains_[l].resize(axes * std::min(3, kernel.blur.passes));
-  for_each(chains_[l].size(), [&](int64_t number, int64_t) {
+  for_each(chains_[l].size(), 2 * count, [&](int64_t number, int64_t) {
     // The first, the last and any other time along an axis.
     const int blur = number < 2 * axes ? int(number) : blurs - 3 * axes + int(number);
     const int32_t* const beside = along(blur);
@@ -723,8 +760,8 @@ void Crf<Real>::build(const Real* features) {
     grids_[l] = {lay(kernel, x, width_), lay(kernel, 1 - x, height_)};
   }
   std::vector<std::vector<VertexTable>> tables(
-      torch::stable::get_num_threads(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
-  for_each(tiles_.size(),
+      workers(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
+  for_each(tiles_.size(), 32 * tile_pixels() * entries_,
            [&](int64_t tile, int64_t worker) { locate_tile(features, tile, tables[worker]); });
   int64_t rows = 0;
   for (Tile& tile : tiles_) {
@@ -742,7 +779,7 @@ void Crf<Real>::build(const Real* features) {
   PYSEG_CHECK(vertices < kMaxVertices, "more than 2^30 lattice vertices: split the image");
   starts_.assign(vertices + 1, 0);
   vertex_rows_.resize(rows);
-  for_each(kernels_, [&](int64_t l, int64_t) {
+  for_each(kernels_, 8 * std::max(rows, vertices), [&](int64_t l, int64_t) {
     const int32_t base = int32_t(first_vertex_[l]);
     for (Chains& chains : chains_[l]) {
       chains.pieces.assign(1, 0);
@@ -788,7 +825,7 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int64_t base = first_vertex_[l];
-    for_ranges(occupied_[l], kPiece, [&](int64_t begin, int64_t end) {
+    for_ranges(occupied_[l], kPiece, 2 * width, [&](int64_t begin, int64_t end) {
       functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
                         values, n, width);
     });
@@ -803,7 +840,9 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
                                               : axes + axis;
       const Chains& chains = chains_[l][list];
       const Link* const links = chains.links.data();
-      for_each(chains.pieces.size() - 1, [&](int64_t i, int64_t) {
+      const int64_t pieces = int64_t(chains.pieces.size()) - 1;
+      const int64_t cost = 3 * width * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
+      for_each(pieces, cost, [&](int64_t i, int64_t) {
         // A piece ends with the end of a chain.
         functions.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
                        transposed, Real(kernel.side(axis)), n, width);
@@ -822,7 +861,8 @@ void Crf<Real>::normalize() {
   const int width = row_width<Real>(1);
   const int64_t vertices = first_vertex_[kernels_];
   std::vector<Real> partial(vertex_rows_.size() * width), values(vertices * width);
-  for_each(tiles_.size(), [&](int64_t t, int64_t) {
+  const int64_t tile_rows = int64_t(vertex_rows_.size()) / int64_t(tiles_.size());
+  for_each(tiles_.size(), width * tile_rows, [&](int64_t t, int64_t) {
     Real* row = partial.data() + tiles_[t].first_row * width;
     for (int l = 0; l < kernels_; ++l)
       for (const Real one : parts_[l][t].ones) *row = one, row += width;
@@ -831,7 +871,7 @@ void Crf<Real>::normalize() {
   if (how == Normalization::before || how == Normalization::after)
     splat_ = uninitialised<Real>(height_ * width_ * entries_);
   if (!self_term) self_ = uninitialised<Real>(height_ * width_ * kernels_);
-  for_each(tiles_.size(), [&](int64_t t, int64_t) {
+  for_each(tiles_.size(), 4 * tile_pixels() * entries_, [&](int64_t t, int64_t) {
     const Tile& tile = tiles_[t];
     std::vector<Real> sums(tile.rows);
     for (int64_t i = 0; i < tile.rows; ++i)
@@ -873,7 +913,8 @@ void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
                     const std::vector<Real>& matrix, Real weight, int classes, int width,
                     Real* values) const {
   const Real factor = weight * kernel_scale(settings_.kernels[l]);
-  for_ranges(count, kPiece, [&](int64_t begin, int64_t end) {
+  const int64_t cost = width * (matrix.empty() ? 1 : classes);
+  for_ranges(count, kPiece, cost, [&](int64_t begin, int64_t end) {
     functions.mix(values, matrix.empty() ? nullptr : matrix.data(), factor, begin, end, width / 16,
                   width, classes);
   });
@@ -887,8 +928,7 @@ std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int stride) const {
   std::vector<int64_t> sizes(row_sets, rows);
   sizes.push_back(2 * kTileWidth);
   std::vector<Scratch<Real>> scratches;
-  for (int i = 0; i < int(torch::stable::get_num_threads()); ++i)
-    scratches.emplace_back(sizes, stride);
+  for (int64_t i = 0; i < workers(); ++i) scratches.emplace_back(sizes, stride);
   return scratches;
 }
 
@@ -897,7 +937,7 @@ template <class Real>
 std::unique_ptr<Real[]> Crf<Real>::self_shares(const Real* weights) const {
   if (!self_) return nullptr;
   auto shares = uninitialised<Real>(height_ * width_);
-  for_ranges(height_ * width_, 1 << 14, [&](int64_t begin, int64_t end) {
+  for_ranges(height_ * width_, 1 << 14, 2 * kernels_, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       shares[i] = 0;
       for (int l = 0; l < kernels_; ++l) shares[i] += weights[l] * self_[i * kernels_ + l];
@@ -949,7 +989,7 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
     if (last && !q) break;
     if (history && self) history->q.push_back(uninitialised<Real>(row_elements));
     Real* const after = history && self ? history->q.back().get() : before;
-    for_each(tiles_.size(), [&](int64_t t, int64_t worker) {
+    for_each(tiles_.size(), pass_cost(width), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
       if (!first)
@@ -993,6 +1033,54 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
   }
 }
 
+// Of any Q [C, H, W], what a step adds to the logits in the Potts model: its sum, over the kernels,
+// of their weight times the filtered Q. Not of grids, and with the self terms.
+template <class Real>
+void Crf<Real>::messages(const Real* q, const Real* weights, int classes, Real* out) const {
+  const int width = row_width<Real>(classes);
+  const RowFunctions<Real> functions = row_functions<Real>(width);
+  const int64_t plane = height_ * width_, vertices = first_vertex_[kernels_];
+  const int64_t cost = tile_pixels() * width * (entries_ + 4);
+  const auto partial = uninitialised<Real>(int64_t(vertex_rows_.size()) * width);
+  const auto values = uninitialised<Real>(vertices * width);
+  std::fill_n(values.get(), width, Real(0));
+  const Real* const splat = (splat_ ? splat_ : slice_).get();
+  for_each(tiles_.size(), cost, [&](int64_t t, int64_t) {
+    const Tile& tile = tiles_[t];
+    std::vector<Real> line(int64_t(tile.width) * width);
+    Real* const rows = partial.get() + tile.first_row * width;
+    std::fill_n(rows, tile.rows * width, Real(0));
+    for (int y = 0; y < tile.height; ++y) {
+      const Real* const from = q + (tile.y + y) * width_ + tile.x;
+      for (int c = 0; c < classes; ++c)
+        for (int x = 0; x < tile.width; ++x) line[x * width + c] = from[c * plane + x];
+      const int64_t entry = (tile.first_pixel + int64_t(y) * tile.width) * entries_;
+      splat_pixels(line.data(), pixel_rows_.get() + entry, splat + entry, tile.width, entries_,
+                   width, rows);
+    }
+  });
+  filter(partial.get(), functions, width, false, [](int) {}, values.get());
+  for (int l = 0; l < kernels_; ++l)
+    mix(functions, l, occupied_[l], {}, weights[l], classes, width,
+        values.get() + first_vertex_[l] * width);
+  for_each(tiles_.size(), cost, [&](int64_t t, int64_t) {
+    const Tile& tile = tiles_[t];
+    std::vector<Real> line(int64_t(tile.width) * width), rows(tile.rows * width);
+    for (int64_t i = 0; i < tile.rows; ++i)
+      std::copy_n(values.get() + int64_t(row_vertex_[tile.first_row + i]) * width, width,
+                  rows.data() + i * width);
+    for (int y = 0; y < tile.height; ++y) {
+      std::fill(line.begin(), line.end(), Real(0));
+      const int64_t entry = (tile.first_pixel + int64_t(y) * tile.width) * entries_;
+      slice_pixels(rows.data(), pixel_rows_.get() + entry, slice_.get() + entry, tile.width,
+                   entries_, width, line.data());
+      Real* const to = out + (tile.y + y) * width_ + tile.x;
+      for (int c = 0; c < classes; ++c)
+        for (int x = 0; x < tile.width; ++x) to[c * plane + x] = line[x * width + c];
+    }
+  });
+}
+
 // Runs `infer` once more, keeping the blurred sums of each iteration, then goes through the
 // iterations backwards and recomputes each Q from them.
 template <class Real>
@@ -1024,7 +1112,7 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
       std::copy_n(kept, occupied_[l] * width, own);
       mix(functions, l, occupied_[l], matrix, weights[l], classes, width, own);
     }
-    for_each(tiles_.size(), [&](int64_t t, int64_t worker) {
+    for_each(tiles_.size(), 2 * pass_cost(width), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
       const int32_t* const vertex = row_vertex_.get() + tile.first_row;
@@ -1081,7 +1169,7 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums, con
   constexpr int64_t kParts = 16, kExact = 1024;  // so many products are summed in Real
   const int64_t size = compatibility ? classes * classes : 1;
   std::vector<double> products(kParts * size, 0.0);
-  for_each(kParts, [&](int64_t part, int64_t) {
+  for_each(kParts, count / kParts * (compatibility ? size : classes), [&](int64_t part, int64_t) {
     std::vector<Real> few(size);
     for (int64_t begin = count * part / kParts, end = count * (part + 1) / kParts; begin < end;
          begin += kExact) {
@@ -1189,9 +1277,83 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
   return {of_unary, of_weights, of_compatibility};
 }
 
+// Lattices that are kept between calls, for callers who take single steps. Python owns the numbers.
+struct KeptLattice {
+  Crf<float> crf;
+  std::vector<float> weights;
+};
+
+class KeptLattices {
+ public:
+  int64_t add(std::shared_ptr<const KeptLattice> lattice) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lattices_.emplace(++last_, std::move(lattice));
+    return last_;
+  }
+  std::shared_ptr<const KeptLattice> find(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = lattices_.find(number);
+    PYSEG_CHECK(found != lattices_.end(), "there is no lattice ", number, ", or not any more");
+    return found->second;
+  }
+  void remove(int64_t number) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    lattices_.erase(number);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<int64_t, std::shared_ptr<const KeptLattice>> lattices_;
+  int64_t last_ = 0;
+};
+
+KeptLattices& kept_lattices() {
+  static KeptLattices lattices;
+  return lattices;
+}
+
+int64_t dense_crf_lattice_cpu(const Tensor& features,  // [1, F, H, W] float
+                              const Tensor& weights, std::vector<int64_t> sizes,
+                              std::vector<int64_t> channels, std::vector<double> sigmas,
+                              int64_t normalization, int64_t passes, double spread) {
+  const Arguments a = check(features, features, weights, std::nullopt, sizes, channels, sigmas, 1,
+                            normalization, true, passes, spread, 0);
+  PYSEG_CHECK(features.size(0) == 1 && features.scalar_type() == ScalarType::Float,
+              "features must be [1, F, H, W] float32, got ", shape(features));
+  check_values(a);
+  const float* const from = a.weights.const_data_ptr<float>();
+  auto lattice = std::make_shared<KeptLattice>(
+      KeptLattice{Crf<float>(a.settings, features.size(2), features.size(3)),
+                  std::vector<float>(from, from + a.weights.numel())});
+  lattice->crf.build(a.features.const_data_ptr<float>());
+  return kept_lattices().add(std::move(lattice));
+}
+
+Tensor dense_crf_messages_cpu(const Tensor& q, int64_t number) {  // [1, C, H, W]
+  const auto lattice = kept_lattices().find(number);
+  const int64_t height = lattice->crf.height(), width = lattice->crf.width();
+  PYSEG_CHECK(q.scalar_type() == ScalarType::Float && q.dim() == 4 && q.size(0) == 1 &&
+                  q.size(1) >= 1 && q.size(1) <= kMaxClasses && q.size(2) == height &&
+                  q.size(3) == width,
+              "q must be [1, C, ", height, ", ", width, "] float32, got ", shape(q));
+  const Tensor from = torch::stable::contiguous(q);
+  Tensor out = torch::stable::new_empty(from, from.sizes());
+  lattice->crf.messages(from.const_data_ptr<float>(), lattice->weights.data(), int(q.size(1)),
+                        out.mutable_data_ptr<float>());
+  return out;
+}
+
+void dense_crf_release(int64_t number) { kept_lattices().remove(number); }
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
+  // Builds lattices of one image and keeps them under a number until they are released.
+  m.def(
+      "_dense_crf_lattice(Tensor features, Tensor weights, int[] sizes, int[] channels, float[] "
+      "sigmas, int normalization, int passes, float spread) -> int");
+  m.def("_dense_crf_messages(Tensor q, int lattice) -> Tensor");
+  m.def("_dense_crf_release(int lattice) -> ()");
   m.def(
       "dense_crf(Tensor unary, Tensor features, Tensor weights, Tensor? compatibility, int[] sizes,"
       " int[] channels, float[] sigmas, int iterations, int normalization, bool self_term, int "
@@ -1207,4 +1369,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
   m.impl("dense_crf", TORCH_BOX(&dense_crf_cpu));
   m.impl("dense_crf_backward", TORCH_BOX(&dense_crf_backward_cpu));
+  m.impl("_dense_crf_lattice", TORCH_BOX(&dense_crf_lattice_cpu));
+  m.impl("_dense_crf_messages", TORCH_BOX(&dense_crf_messages_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CompositeExplicitAutograd, m) {
+  m.impl("_dense_crf_release", TORCH_BOX(&dense_crf_release));
 }

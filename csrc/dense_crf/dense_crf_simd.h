@@ -531,18 +531,18 @@ struct Loops {
     pack(rows, a.width, to + int64_t(y) * a.width * width, n, width);
   }
 
-  // Energies of one row of a tile as rows of classes, without gaps. The last may be read beyond its
-  // classes.
+  // Energies of one row of a tile as rows of classes, without gaps. The last may be read up to a
+  // lattice's row beyond its classes.
   static PYSEG_INLINE const Real* unary_row(const TilePass<Real>& a, int y, int n, int stride) {
     const int classes = a.classes, size = a.width * classes;
     const int64_t at = int64_t(y) * size;
-    if (a.copied && y + 1 < a.height) return a.copied + at;
+    const int width = Blocks < 0 ? 16 * n : 16 * Blocks + Tail;
+    if (a.copied && int64_t(a.height - 1 - y) * size >= width - classes) return a.copied + at;
     Real* const lines = a.buffer + kTileWidth * stride;
     if (a.copied) {  // what follows is not ours
       std::copy_n(a.copied + at, size, lines);
       return lines;
     }
-    const int width = Blocks < 0 ? 16 * n : 16 * Blocks + Tail;
     Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
     Block bad{};
     for (int x = 0; x < a.width; x += 16) {
@@ -785,6 +785,8 @@ RowFunctions<Real> functions_for(int width) {
       case 24: return Loops<Real, 1, 8>::functions();
       case 32: return Loops<Real, 2, 0>::functions();
     }
+  } else if (width == 4) {
+    return Loops<Real, 0, 4>::functions();
   }
   return Loops<Real, -1, 0>::functions();
 }

@@ -23,6 +23,7 @@ constexpr int64_t kBlock = 256;   // pixels that are compared before their chang
 constexpr int64_t kAhead = 1024;  // pixels from what is counted to what is fetched meanwhile
 constexpr int64_t kDirect = int64_t(1) << 16;  // ids below are looked up in an array
 constexpr int64_t kMaxCells = int64_t(1) << 26;
+constexpr int64_t kMaxArea = int64_t(1) << 42;  // what `fraction` can take of two
 
 // Position of an id in a list, from 1 on, times a stride; void is 0, and anything else is last.
 class Positions {
@@ -244,14 +245,22 @@ struct Segment {
   int64_t id, label, area, crowd;
 };
 
-std::vector<Segment> read_segments(const Tensor& tensor) {
+std::vector<Segment> read_segments(const Tensor& tensor, int64_t num_classes) {
   const Tensor table = torch::stable::contiguous(tensor);
   const int64_t* values = table.const_data_ptr<int64_t>();
   const int64_t columns = table.size(1);
   std::vector<Segment> segments(table.size(0));
+  int64_t previous = 0;
   for (Segment& segment : segments) {
     segment = {values[0], values[1], columns > 2 ? values[2] : 0, columns > 2 ? values[3] : 0};
     values += columns;
+    PYSEG_CHECK(segment.id > previous && segment.id < int64_t(1) << 31,
+                "ids of segments must rise, from 1 to 2^31 - 1, got ", segment.id);
+    PYSEG_CHECK(segment.label >= 0 && segment.label < num_classes, "segment ", segment.id,
+                " has class ", segment.label, "; there are ", num_classes, " classes, from 0 on");
+    PYSEG_CHECK(segment.area >= 0 && segment.area < kMaxArea, "segment ", segment.id,
+                " has an area of ", segment.area);
+    previous = segment.id;
   }
   return segments;
 }
@@ -334,11 +343,13 @@ std::tuple<Tensor, Tensor> panoptic_quality_cpu(
     int64_t num_classes,
     const std::optional<Tensor>& prediction_boundary,  // [H, W] bool: then boundary PQ
     const std::optional<Tensor>& target_boundary) {
+  check_maps(prediction, target, prediction_segments, target_segments, num_classes,
+             prediction_boundary, target_boundary);
   Tensor counts =
       torch::stable::new_zeros(target, {num_classes, int64_t(kCounts)}, ScalarType::Long);
   Tensor problems = torch::stable::new_zeros(target, {int64_t(kProblems)}, ScalarType::Long);
-  const std::vector<Segment> targets = read_segments(target_segments);
-  const std::vector<Segment> predictions = read_segments(prediction_segments);
+  const std::vector<Segment> targets = read_segments(target_segments, num_classes);
+  const std::vector<Segment> predictions = read_segments(prediction_segments, num_classes);
   const int64_t height = int64_t(targets.size()) + 2, width = int64_t(predictions.size()) + 2;
   const bool direct = (targets.empty() || targets.back().id < kDirect) &&
                       (predictions.empty() || predictions.back().id < kDirect);  // ids rise

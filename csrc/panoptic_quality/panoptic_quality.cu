@@ -7,14 +7,10 @@
 #include <optional>
 
 #include "../common/launch.h"
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace {
 
 using namespace pyseg;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sum = unsigned long long;
 
 constexpr int kThreads = 256;
@@ -25,9 +21,15 @@ constexpr int kSharedBytes = 48 << 10;  // what a kernel may have without asking
 struct Segments {
   const int64_t* rows;
   int count, columns;
+  int64_t classes;
 
   __device__ int64_t id(int i) const { return rows[int64_t(i) * columns]; }
-  __device__ int64_t label(int i) const { return rows[int64_t(i) * columns + 1]; }
+  // A class that there is none of, which Python refuses and only a direct call can bring here, counts
+  // as the last: nobody waits to report it.
+  __device__ int64_t label(int i) const {
+    const int64_t label = rows[int64_t(i) * columns + 1];
+    return label >= 0 && label < classes ? label : classes - 1;
+  }
   __device__ int64_t area(int i) const { return rows[int64_t(i) * columns + 2]; }
   __device__ int64_t crowd(int i) const { return rows[int64_t(i) * columns + 3]; }
 
@@ -206,6 +208,10 @@ std::tuple<Tensor, Tensor> panoptic_quality_cuda(const Tensor& prediction, const
                                                  const std::optional<Tensor>& prediction_boundary,
                                                  const std::optional<Tensor>& target_boundary) {
   const DeviceScope device(target);
+  check_maps(prediction, target, prediction_segments, target_segments, num_classes,
+             prediction_boundary, target_boundary);
+  PYSEG_CHECK(num_classes > 0 || (prediction_segments.size(0) == 0 && target_segments.size(0) == 0),
+              "there are segments, but no classes");
   Tensor counts =
       torch::stable::new_zeros(target, {num_classes, int64_t(kCounts)}, ScalarType::Long);
   Tensor problems = torch::stable::new_zeros(target, {int64_t(kProblems)}, ScalarType::Long);
@@ -220,10 +226,10 @@ std::tuple<Tensor, Tensor> panoptic_quality_cuda(const Tensor& prediction, const
   const Maps maps{static_cast<const int32_t*>(t.const_data_ptr()),
                   static_cast<const int32_t*>(p.const_data_ptr()), bytes(tb), bytes(pb)};
   const Segments predictions{static_cast<const int64_t*>(p_segments.const_data_ptr()),
-                             int(p_segments.size(0)), 2};
+                             narrow("the number of segments", p_segments.size(0)), 2, num_classes};
   const Segments targets{static_cast<const int64_t*>(t_segments.const_data_ptr()),
-                         int(t_segments.size(0)), 4};
-  const int64_t height = targets.count + 2, width = predictions.count + 2;
+                         narrow("the number of segments", t_segments.size(0)), 4, num_classes};
+  const int64_t height = int64_t(targets.count) + 2, width = int64_t(predictions.count) + 2;
   if (height * width > int64_t(1) << 26)
     throw std::invalid_argument("an image may have at most 67108864 pairs of segments");
   const int64_t cells = (pb ? 2 : 1) * height * width;

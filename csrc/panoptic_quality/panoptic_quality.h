@@ -7,7 +7,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
+#include "../common/common.h"
 #include "../common/host_device.h"
 
 namespace pyseg {
@@ -31,6 +33,31 @@ enum Problem {
   kImpossibleArea,  // pairs whose IoU the listed area would make larger than 1
   kProblems
 };
+
+// Checks what the memory accesses rely on; Python has checked it in more words.
+inline void check_maps(const Tensor& prediction, const Tensor& target,
+                       const Tensor& prediction_segments, const Tensor& target_segments,
+                       int64_t num_classes, const std::optional<Tensor>& prediction_boundary,
+                       const std::optional<Tensor>& target_boundary) {
+  PYSEG_CHECK(prediction.dim() == 2 && shape(prediction) == shape(target) &&
+                  prediction.scalar_type() == ScalarType::Int &&
+                  target.scalar_type() == ScalarType::Int,
+              "prediction and target must both be [H, W] int32, got ", shape(prediction), " and ",
+              shape(target));
+  PYSEG_CHECK(prediction_segments.dim() == 2 && prediction_segments.size(1) == 2 &&
+                  prediction_segments.scalar_type() == ScalarType::Long,
+              "prediction_segments must be [P, 2] int64, got ", shape(prediction_segments));
+  PYSEG_CHECK(target_segments.dim() == 2 && target_segments.size(1) == 4 &&
+                  target_segments.scalar_type() == ScalarType::Long,
+              "target_segments must be [T, 4] int64, got ", shape(target_segments));
+  PYSEG_CHECK(num_classes >= 0, "num_classes must not be negative, got ", num_classes);
+  PYSEG_CHECK(prediction_boundary.has_value() == target_boundary.has_value(),
+              "give both prediction_boundary and target_boundary, or neither");
+  for (const auto* boundary : {&prediction_boundary, &target_boundary})
+    PYSEG_CHECK(!*boundary || (shape(**boundary) == shape(target) &&
+                               (*boundary)->scalar_type() == ScalarType::Bool),
+                "boundaries must be bool and of the size ", shape(target));
+}
 
 // round(2^40 part / whole) for part <= whole < 2^43
 PYSEG_HOST_DEVICE int64_t fraction(int64_t part, int64_t whole) {

@@ -328,6 +328,19 @@ int64_t block_width(const Problem& p, int64_t block) {
   return std::min(kBlock, p.channels - block * kBlock);
 }
 
+// Of a region in additions, roughly: where the number of samples follows from the box, it is taken
+// to be small.
+int64_t region_cost(const Problem& p, int64_t block) {
+  const int64_t samples = std::clamp<int64_t>(p.sampling_ratio, 2, 64);
+  return p.bins() * (4 * samples * samples + 8) * block_width(p, block) / 2;
+}
+
+// Backward, of a block of channels of a map: all its regions, and its pixels.
+int64_t map_cost(const Problem& p, int64_t pixels) {
+  const int64_t maps = std::max<int64_t>(1, int64_t(p.maps.size()));
+  return int64_t(p.order.size()) / maps * region_cost(p, 0) + pixels * block_width(p, 0);
+}
+
 // The maps' tiles that are needed, of one block of channels at a time: that stays in the cache.
 template <class T, class Real>
 class Fields {
@@ -348,7 +361,8 @@ class Fields {
   void lay_out(int64_t block) const {
     constexpr int64_t kTiles = 8;
     const int64_t count = int64_t(tiles_.size());
-    for_each((count + kTiles - 1) / kTiles, [&](int64_t piece, int64_t) {
+    const int64_t cost = kTiles * kTile * block_width(problem_, block);
+    for_each((count + kTiles - 1) / kTiles, cost, [&](int64_t piece, int64_t) {
       const int64_t end = std::min(count, (piece + 1) * kTiles);
       for (int64_t i = piece * kTiles; i < end; ++i) lay_out(block, tiles_[i]);
     });
@@ -411,7 +425,7 @@ void forward(const Problem& p, const Real* boxes, T* out) {
   for (int64_t block = 0; block < p.blocks(); ++block) {
     const int64_t channels = block_width(p, block);
     fields.lay_out(block);
-    for_each(int64_t(p.order.size()), [&](int64_t i, int64_t worker) {
+    for_each(int64_t(p.order.size()), region_cost(p, block), [&](int64_t i, int64_t worker) {
       const int64_t k = p.order[i], m = p.map_of[k];
       Axis<Real>&ys = axes[2 * worker], &xs = axes[2 * worker + 1];
       find_bins(p, p.maps[m], boxes + 5 * k + 1, ys, xs);
@@ -488,13 +502,13 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
   };
   const int64_t maps = int64_t(p.maps.size()), blocks = p.blocks();
   if (!fields) {
-    for_each(maps * blocks,
+    for_each(maps * blocks, map_cost(p, largest),
              [&](int64_t item, int64_t worker) { work(item / blocks, item % blocks, worker); });
     return;
   }
   for (int64_t block = 0; block < blocks; ++block) {  // of which there is one at a time in `fields`
     fields->lay_out(block);
-    for_each(maps, [&](int64_t m, int64_t worker) { work(m, block, worker); });
+    for_each(maps, map_cost(p, largest), [&](int64_t m, int64_t worker) { work(m, block, worker); });
   }
 }
 
@@ -526,11 +540,15 @@ Tensor roi_align_cpu(const std::vector<Tensor>& levels,  // [N, C, H, W] each
                      const std::vector<double>& scales, const std::vector<int64_t>& output_size,
                      int64_t sampling_ratio, bool aligned, int64_t mode, double canonical_size,
                      int64_t canonical_level) {
-  Tensor out = torch::stable::new_empty(
-      levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
-  const std::vector<Tensor> maps = arranged(levels);
-  const Tensor regions = torch::stable::contiguous(boxes);
+  check_levels(levels);
+  Tensor out;
   dispatch(levels[0].scalar_type(), [&]<class T, class Real>(T, Real) {
+    check_regions<Real>(levels, boxes, scales, output_size, sampling_ratio, mode, canonical_size,
+                        canonical_level);
+    out = torch::stable::new_empty(
+        levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
+    const std::vector<Tensor> maps = arranged(levels);
+    const Tensor regions = torch::stable::contiguous(boxes);
     const Problem p = make_problem<Real>(maps, regions, scales, output_size, sampling_ratio,
                                          aligned, mode, canonical_size, canonical_level);
     prefer_huge_pages(out.mutable_data_ptr(), out.numel() * sizeof(T));
@@ -546,13 +564,17 @@ std::vector<Tensor> roi_align_backward_cpu(const Tensor& gradient,  // [K, C, bi
                                            const std::vector<int64_t>& output_size,
                                            int64_t sampling_ratio, bool aligned, int64_t mode,
                                            double canonical_size, int64_t canonical_level) {
-  const std::vector<Tensor> maps = arranged(levels);
-  const Tensor regions = torch::stable::contiguous(boxes);
-  const Tensor g = torch::stable::contiguous(gradient);
+  check_levels(levels);
   std::vector<Tensor> results;
-  for (const Tensor& level : levels)
-    results.push_back(torch::stable::new_empty(level, level.sizes()));
   dispatch(levels[0].scalar_type(), [&]<class T, class Real>(T, Real) {
+    check_regions<Real>(levels, boxes, scales, output_size, sampling_ratio, mode, canonical_size,
+                        canonical_level);
+    check_region_gradient(gradient, levels, boxes, output_size);
+    const std::vector<Tensor> maps = arranged(levels);
+    const Tensor regions = torch::stable::contiguous(boxes);
+    const Tensor g = torch::stable::contiguous(gradient);
+    for (const Tensor& level : levels)
+      results.push_back(torch::stable::new_empty(level, level.sizes()));
     const Problem p = make_problem<Real>(maps, regions, scales, output_size, sampling_ratio,
                                          aligned, mode, canonical_size, canonical_level);
     std::vector<T*> outputs;

@@ -13,14 +13,10 @@
 
 #include "../common/launch.h"
 #include "../common/primitives.cuh"
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 namespace {
 
 using namespace pyseg;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int kThreads = 256;
 constexpr int kChannels = 32;  // of a block
@@ -29,7 +25,7 @@ constexpr int kBins = 64;  // of a block, forward
 constexpr int kSide = 8;   // of a backward block's tile of pixels, which with kThreads makes:
 constexpr int kOwn = kChannels * kSide * kSide / kThreads;  // channels of a thread
 constexpr int kBinSide = 16;                                // bins looked at together, backward
-constexpr int kMaxLevels = 8;
+constexpr int kMaxLevels = int(kMaxRoiLevels);
 static_assert(2 * kSide * kBinSide == kThreads);
 
 template <class Real>
@@ -357,10 +353,14 @@ Tensor roi_align_cuda(const std::vector<Tensor>& levels, const Tensor& boxes,
                       int64_t sampling_ratio, bool aligned, int64_t mode, double canonical_size,
                       int64_t canonical_level) {
   const pyseg::DeviceScope device(boxes);
-  Tensor out = torch::stable::new_empty(
-      levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
-  const Tensor regions = torch::stable::contiguous(boxes);
+  check_levels(levels);
+  Tensor out;
   dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
+    check_regions<Real>(levels, boxes, scales, output_size, sampling_ratio, mode, canonical_size,
+                        canonical_level);
+    out = torch::stable::new_empty(
+        levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
+    const Tensor regions = torch::stable::contiguous(boxes);
     const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
                                       canonical_size, canonical_level);
     launch_pool<T, Real, Mode, false>(p, regions, out.mutable_data_ptr(), device.stream);
@@ -375,10 +375,14 @@ std::vector<Tensor> roi_align_backward_cuda(const Tensor& gradient,
                                             int64_t sampling_ratio, bool aligned, int64_t mode,
                                             double canonical_size, int64_t canonical_level) {
   const pyseg::DeviceScope device(boxes);
-  const Tensor regions = torch::stable::contiguous(boxes);
-  const Tensor g = torch::stable::contiguous(gradient);
+  check_levels(levels);
   std::vector<Tensor> results;
   dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
+    check_regions<Real>(levels, boxes, scales, output_size, sampling_ratio, mode, canonical_size,
+                        canonical_level);
+    check_region_gradient(gradient, levels, boxes, output_size);
+    const Tensor regions = torch::stable::contiguous(boxes);
+    const Tensor g = torch::stable::contiguous(gradient);
     const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
                                       canonical_size, canonical_level);
     Tensor largest =

@@ -6,7 +6,9 @@
 
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
+#include "../common/common.h"
 #include "../common/host_device.h"
 
 namespace pyseg {
@@ -17,6 +19,66 @@ enum RoiMode { kAverageOfSamples = 0, kMaximumOfSamples = 1, kMaximumOfPixels = 
 // Larger coordinates, in pixels of the feature map, are cut to this: integers then do not overflow.
 constexpr int64_t kFarthest = int64_t(1) << 30;
 
+constexpr int64_t kMaxRoiLevels = 8;
+// Along each side of a bin. Of a bin of ten pixels these are a hundredth of a pixel apart; more only
+// take time, which grows with them, and on CUDA with their square.
+constexpr int64_t kMaxSamplingRatio = 1024;
+
+// Checks what the memory accesses rely on; Python has checked it in more words. Positions are
+// `Real`: float, or double for levels of double.
+template <class Real>
+void check_regions(const std::vector<Tensor>& levels, const Tensor& boxes,
+                   const std::vector<double>& scales, const std::vector<int64_t>& output_size,
+                   int64_t sampling_ratio, int64_t mode, double canonical_size,
+                   int64_t canonical_level) {
+  for (const Tensor& level : levels) {
+    PYSEG_CHECK(level.dim() == 4 && level.size(1) > 0 && level.size(2) > 0 && level.size(3) > 0,
+                "levels must be [N, C, H, W] with channels and pixels, got ", shape(level));
+    PYSEG_CHECK(level.size(0) == levels[0].size(0) && level.size(1) == levels[0].size(1) &&
+                    level.scalar_type() == levels[0].scalar_type(),
+                "levels must have the same images, channels and dtype, got ", shape(levels[0]),
+                " and ", shape(level));
+    narrow("the height of a level", level.size(2)), narrow("the width of a level", level.size(3));
+    narrow("the number of images", level.size(0)), narrow("the number of channels", level.size(1));
+  }
+  PYSEG_CHECK(scales.size() == levels.size(), "scales must be one per level, got ", scales.size());
+  for (const double scale : scales)
+    PYSEG_CHECK(Real(scale) > Real(0) && std::isfinite(Real(scale)),
+                "scales must be positive and finite, got ", scale);
+  PYSEG_CHECK(output_size.size() == 2 && output_size[0] >= 1 && output_size[1] >= 1,
+              "output_size must be two integers of at least 1");
+  PYSEG_CHECK(output_size[0] < (int64_t(1) << 31) / output_size[1],
+              "output_size must be fewer than 2^31 bins, got ", output_size[0], " x ",
+              output_size[1]);
+  PYSEG_CHECK(sampling_ratio <= kMaxSamplingRatio, "sampling_ratio must be at most ",
+              kMaxSamplingRatio, ", got ", sampling_ratio);
+  PYSEG_CHECK(mode >= kAverageOfSamples && mode <= kMaximumOfPixels, "mode must be 0, 1 or 2, got ",
+              mode);
+  PYSEG_CHECK(canonical_size > 0, "canonical_size must be positive, got ", canonical_size);
+  narrow("canonical_level", canonical_level);
+  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 &&
+                  boxes.scalar_type() ==
+                      (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
+              "boxes must be [K, 5] ", sizeof(Real) == 8 ? "float64" : "float32", ", got ",
+              shape(boxes));
+}
+
+// What can be checked before it is known what `Real` is.
+inline void check_levels(const std::vector<Tensor>& levels) {
+  PYSEG_CHECK(!levels.empty() && int64_t(levels.size()) <= kMaxRoiLevels, "levels must be 1 to ",
+              kMaxRoiLevels, " feature maps, got ", levels.size());
+  PYSEG_CHECK(levels[0].dim() == 4, "levels must be [N, C, H, W], got ", shape(levels[0]));
+}
+
+inline void check_region_gradient(const Tensor& gradient, const std::vector<Tensor>& levels,
+                                  const Tensor& boxes, const std::vector<int64_t>& output_size) {
+  PYSEG_CHECK(gradient.dim() == 4 && gradient.size(0) == boxes.size(0) &&
+                  gradient.size(1) == levels[0].size(1) && gradient.size(2) == output_size[0] &&
+                  gradient.size(3) == output_size[1] &&
+                  gradient.scalar_type() == levels[0].scalar_type(),
+              "grad ", shape(gradient), " is not that of the output");
+}
+
 // The bins of RoIAlign along one axis.
 template <class T>
 struct Bins {
@@ -26,7 +88,8 @@ struct Bins {
 
 template <class T>
 PYSEG_HOST_DEVICE T cut(T x) {
-  return x < T(-kFarthest) ? T(-kFarthest) : x > T(kFarthest) ? T(kFarthest) : x;
+  // NaN, as of infinity times a scale that is tiny, becomes a number too.
+  return !(x >= T(-kFarthest)) ? T(-kFarthest) : x > T(kFarthest) ? T(kFarthest) : x;
 }
 
 template <class T>

@@ -12,8 +12,8 @@ template <class T, int... Lanes>
 PYSEG_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b, bool second,
                                   std::integer_sequence<int, Lanes...>) {
   constexpr int n = sizeof...(Lanes);
-  return second ? __builtin_shuffle(a, b, Index<T>{(n + Lanes) / 2 + Lanes % 2 * n...})
-                : __builtin_shuffle(a, b, Index<T>{Lanes / 2 + Lanes % 2 * n...});
+  return second ? __builtin_shufflevector(a, b, (n + Lanes) / 2 + Lanes % 2 * n...)
+                : __builtin_shufflevector(a, b, Lanes / 2 + Lanes % 2 * n...);
 }
 
 // The transpose of kLanes x kLanes numbers.

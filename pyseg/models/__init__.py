@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Registry
 
 if TYPE_CHECKING:
-    from .panoptic import InstanceModel as InstanceModel
+    from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
 
 # Public class -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
-    "InstanceModel": ".panoptic",
+    "InstanceModel": ".maskrcnn",
     "SemanticModel": ".semantic",
 }
 

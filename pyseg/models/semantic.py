@@ -1,13 +1,21 @@
-"""`SemanticModel`: normalisation, batching and `predict` around any segmentation network."""
+"""Semantic models: `SemanticModel` around any network, `semantic_model` to build one by options.
+
+A family of networks is a file with its network and, for every name, a function of documented
+options that ends in `semantic_model`; `segnet` is the example.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import PysegError
+from .. import weights as weight_files
+from ..errors import PysegError, WeightsError
 from ..image import default_palette, require_rgb8
 from ..types import Segmentation
 
@@ -143,3 +151,155 @@ def require_evaluation_mode(model: nn.Module) -> None:
             f"this {type(model).__name__} is in training mode, in which predictions depend on "
             "their batch and change the model; call its eval() first"
         )
+
+
+def semantic_model(
+    name: str,
+    network: Callable[[int], nn.Module],
+    *,
+    classes: Sequence[str],
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    num_classes: int | None,
+    weights: str | Path | None,
+    heads: Sequence[str],
+    known: Mapping[str, weight_files.Remote] | None = None,
+    default: str | None = None,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    trunk: str | None = None,
+    training_only: Sequence[str] = (),
+    **options: Any,
+) -> SemanticModel:
+    """A `SemanticModel` with its weights: what every factory of a semantic network ends in.
+
+    Checkpoints are told apart by their keys: those of pyseg begin with ``network.``; all others
+    go through ``convert``.
+
+    Args:
+        name: of the model, for messages.
+        network: makes the network for a number of classes.
+        classes: names for as many classes as ``default`` has; other numbers get ``class 0``, ….
+        palette: one RGB colour per name in ``classes``; None = `pyseg.image.default_palette`.
+        num_classes: None = as many as ``classes``.
+        weights: ``"default"``, a name in ``known``, a path or a URL; None = random, which needs no
+            network.
+        heads: modules of the network, such as ``("classifier.4",)``, whose shapes depend on the
+            number of classes: where a known checkpoint has another number they stay random, with a
+            warning; where a file or a URL has another number that is an error.
+        known: where checkpoints with names are published.
+        default: which of them ``"default"`` means; None = none, which ``"default"`` says.
+        convert: foreign keys to those of the network; keys that belong to neither are left for the
+            message, keys without a meaning here (a classifier of images) are dropped.
+        trunk: the module that a checkpoint may have alone, such as the backbone of a classifier of
+            images: all others then stay random.
+        training_only: modules that a checkpoint may lack, such as auxiliary heads.
+        options: of `SemanticModel`, such as ``mean`` and ``std``.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+        WeightsError: ``weights`` cannot be found or read, or belong to another network or to
+            another number of classes, or ``"default"`` where nothing is published.
+    """
+    known = known or {}
+    names = class_names(num_classes, classes)
+    count = len(names)
+    found = None if weights is None else read_weights(name, weights, known, default)
+    colours = palette if names == tuple(classes) else None
+    model = SemanticModel(network(count), names, colours, **options)
+    if found is None:
+        return model
+
+    state, path = found
+    if all(key.startswith("network.") for key in state):
+        state = {key.removeprefix("network."): value for key, value in state.items()}
+    elif convert is not None:
+        state = convert(state)
+    own = model.network.state_dict()
+    alone = bool(state) and trunk is not None and all(_under(key, [trunk]) for key in state)
+    for key, value in own.items():
+        random = alone and trunk is not None and not _under(key, [trunk])
+        # batch normalisation of old checkpoints lacks its count of batches, which nothing reads
+        if random or _under(key, training_only) or key.endswith("num_batches_tracked"):
+            state.setdefault(key, value)
+    other = {
+        key: stored
+        for key, value in own.items()
+        if key in state
+        and _under(key, heads)
+        and (stored := _other_count(state[key], value, count)) is not None
+    }
+    if other:
+        stored = next(iter(other.values()))
+        if weights not in {"default", "DEFAULT", *known}:
+            raise WeightsError(
+                f"weights: {path} is for {stored} classes, {name} has {count}; pass "
+                f"num_classes={stored}"
+            )
+        warnings.warn(
+            f"{name}: weights={weights!r} are for {stored} classes, so the last layer for {count} "
+            "classes is random: train it, or give weights that were",
+            stacklevel=3,
+        )
+        state.update((key, own[key]) for key in other)
+    weight_files.load_into(model.network, state, path)
+    return model
+
+
+def class_names(num_classes: int | None, published: Sequence[str]) -> tuple[str, ...]:
+    """Names of a model's classes: the ``published`` ones, or ``class 0``, … for another number.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if num_classes is None or num_classes == len(published):
+        return tuple(published)
+    return tuple(f"class {i}" for i in range(num_classes))
+
+
+def read_weights(
+    name: str,
+    weights: str | Path,
+    known: Mapping[str, weight_files.Remote],
+    default: str | None,
+) -> tuple[dict[str, Tensor], Path]:
+    """The state dict that ``weights`` stands for, and the file that it is from.
+
+    Args:
+        name: of the model, for messages.
+        weights: ``"default"`` or ``"DEFAULT"``, a name in ``known``, a path or a URL.
+        known: where checkpoints with names are published.
+        default: which of them ``"default"`` means; None = none.
+
+    Raises:
+        WeightsError: nothing is published and ``"default"`` asked for, or the file is absent,
+            unreachable or damaged.
+    """
+    if default is not None:
+        known = {**known, "default": known[default], "DEFAULT": known[default]}
+    elif weights in ("default", "DEFAULT"):
+        starts = [repr(key) for key in known if "." not in key]
+        raise WeightsError(
+            f"{name} has no published weights of its own: pass weights=None for random ones, "
+            "weights=<path or URL> for those of a checkpoint"
+            + (f", or weights={' or '.join(starts)} to start training from" if starts else "")
+        )
+    path = weight_files.resolve(weights, known=known)
+    return weight_files.load_state(path), path
+
+
+def _under(key: str, modules: Sequence[str]) -> bool:
+    return key.startswith(tuple(f"{module}." for module in modules))
+
+
+def _other_count(stored: Tensor, own: Tensor, count: int) -> int | None:
+    """The classes that ``stored`` is for, where it differs from ``own`` in their number alone."""
+    if stored.ndim != own.ndim:
+        return None
+    differing = {pair for pair in zip(stored.shape, own.shape, strict=True) if pair[0] != pair[1]}
+    if len(differing) == 1 and (pair := differing.pop())[1] == count:
+        return pair[0]
+    return None

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ..classes import CAMVID_CLASSES as CLASSES
 from ..classes import CAMVID_PALETTE as PALETTE
-from ..errors import WeightsError
-from .semantic import SemanticModel
+from ..weights import Remote
+from .semantic import SemanticModel, semantic_model
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
@@ -23,11 +23,11 @@ def streetnet(
     """A 2.7 M-parameter encoder-decoder for street scenes that runs well on a CPU.
 
     Args:
-        num_classes: None = CamVid's 11. A number other than that of ``weights`` keeps their trunk
-            and gives it new, randomly initialised heads.
+        num_classes: None = CamVid's 11. Another number keeps the trunk of the bundled weights and
+            gives it new, randomly initialised heads, with a warning.
         weights: ``"default"`` or ``"bundled"`` = those that ship with pyseg, trained on CamVid (for
-            research and demonstration only, see ``pyseg/assets/streetnet_camvid.md``); a path = a
-            checkpoint of `pyseg train`; None = random.
+            research and demonstration only, see ``pyseg/assets/streetnet_camvid.md``); a path or a
+            URL = a checkpoint of `pyseg train`; None = random.
 
     Returns:
         `SemanticModel`; ``"out"`` logits have stride 2, ``"aux8"`` and ``"aux16"`` (training mode
@@ -41,31 +41,17 @@ def streetnet(
         >>> model.predict([torch.zeros(3, 90, 120, dtype=torch.uint8)])[0].logits.shape
         torch.Size([11, 45, 60])
     """
-    count = len(CLASSES) if num_classes is None else num_classes
-    if count < 1:
-        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-    if count == len(CLASSES):
-        model = SemanticModel(StreetNet(count), CLASSES, PALETTE)
-    else:
-        model = SemanticModel(StreetNet(count), [f"class {i}" for i in range(count)])
-    if weights is None:
-        return model
-    from .. import weights as files
-
-    path = BUNDLED if weights in ("default", "bundled") else files.resolve(weights)
-    state = files.load_state(path)
-    own = model.state_dict()
-    heads = [key for key in own if ".head" in key and key in state]
-    if any(state[key].shape != own[key].shape for key in heads):
-        if num_classes is None:
-            found = len(state[heads[-1]])
-            raise WeightsError(
-                f"weights: {path} is for {found} classes, streetnet has {count}; "
-                f"pass num_classes={found}"
-            )
-        state.update({key: own[key] for key in heads})
-    files.load_into(model, state, path)
-    return model
+    return semantic_model(
+        "streetnet",
+        StreetNet,
+        classes=CLASSES,
+        palette=PALETTE,
+        num_classes=num_classes,
+        weights=weights,
+        heads=("head.1", "head8", "head16"),
+        known={"bundled": Remote(BUNDLED.as_uri())},
+        default="bundled",
+    )
 
 
 class StreetNet(nn.Module):

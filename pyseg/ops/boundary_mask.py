@@ -1,4 +1,9 @@
-"""Pixels of a label map that are near another label."""
+"""Pixels of a label map that are near another label: the smallest op, and the template of others.
+
+An op's module holds, in this order: the public function with its checks, the fake kernel (shapes
+for torch.compile and torch.export), autograd where there is a gradient, and the same thing in a few
+lines of torch, which tests and benchmarks use and the public function never does.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from torch import Tensor
 from .. import _native
 from .confusion_matrix import INTEGERS
 
-_native.load()
+_native.load()  # defines torch.ops.pyseg.*, without which register_fake below would fail
 
 
 def boundary_mask(labels: Tensor, distance: int, border: bool = True) -> Tensor:
@@ -37,13 +42,14 @@ def boundary_mask(labels: Tensor, distance: int, border: bool = True) -> Tensor:
         >>> boundary_mask(labels, 1, border=False)[0, 0].tolist()
         [False, False, False, True, True, False]
     """
+    _native.check_tensors(labels=labels)
     if labels.dtype not in INTEGERS or labels.ndim != 3:
         raise ValueError(
             f"labels must be [N, H, W] integers, got {labels.dtype} {list(labels.shape)}"
         )
     if distance < 1:
         raise ValueError(f"distance must be at least 1 pixel, got {distance}")
-    _native.require("boundary_mask", labels)
+    _native.require("boundary_mask", labels)  # a CUDA tensor without CUDA kernels: says what to do
     return torch.ops.pyseg.boundary_mask(labels, distance, border)
 
 
@@ -57,6 +63,7 @@ def boundary_distance(size: Sequence[int], ratio: float) -> int:
     return max(1, round(ratio * math.hypot(size[0], size[1])))
 
 
+# Only shapes, dtypes and devices: it sees tensors without data, whose sizes may be symbols.
 @torch.library.register_fake("pyseg::boundary_mask")
 def _(labels, distance, border):
     return labels.new_empty(labels.shape, dtype=torch.bool)

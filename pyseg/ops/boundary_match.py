@@ -48,6 +48,7 @@ def boundary_match(
         ValueError: shapes, dtypes or devices differ; labels out of range (CPU), with their values,
             the first place and the likely cause.
     """
+    _native.check_tensors(prediction=prediction, target=target)
     for name, labels in (("prediction", prediction), ("target", target)):
         if labels.dtype not in INTEGERS:
             raise ValueError(

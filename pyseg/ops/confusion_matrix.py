@@ -1,9 +1,4 @@
-"""Confusion matrix of label maps: the smallest op, and the template of the others.
-
-An op's module holds, in this order: the public function with its checks, the fake kernel (shapes
-for torch.compile and torch.export), autograd where there is a gradient, and the same thing in a few
-lines of torch, which tests and benchmarks use and the public function never does.
-"""
+"""Confusion matrix of label maps."""
 
 from __future__ import annotations
 
@@ -49,6 +44,7 @@ def confusion_counts(
         ValueError: shapes, dtypes or devices differ; labels out of range (CPU), with their values,
             the first place and the likely cause.
     """
+    _native.check_tensors(prediction=prediction, target=target)
     for name, labels in (("prediction", prediction), ("target", target)):
         if labels.dtype not in INTEGERS:
             raise ValueError(

@@ -72,6 +72,7 @@ def deform_conv2d(
     """
     named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    _native.check_tensors(**tensors)
     device = input.device
     for name, tensor in tensors.items():
         if tensor.device != device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ NORMALIZATION = {"none": 0, "symmetric": 1, "before": 2, "after": 3}
 X, Y = -2, -1  # channels of a kernel that are no planes of the features
 MAX_CLASSES = 256
 MAX_FEATURES = 8
+MAX_ITERATIONS = 10_000  # mean field settles within tens of steps
 
 
 class Kernels(NamedTuple):
@@ -68,7 +71,8 @@ def dense_crf(
             (sigma_x, sigma_y).
         bilateral: kernels over position and image: (sigma_xy, sigma_rgb, weight), sigma_rgb in the
             image's unit, one number or one per channel.
-        iterations: mean-field steps; 0 returns softmax(-unary).
+        iterations: mean-field steps, at most 10,000; 0 returns softmax(-unary), whatever the
+            image and features hold.
         features: kernels over anything else: (tensor, sigma, weight) with a floating point tensor
             [N, F, H, W], F from 1 to 8, and one sigma or F of them. For a kernel over position and
             depth the tensor holds x, y and depth.
@@ -114,6 +118,9 @@ def dense_crf(
         >>> dense_crf(unary, image, iterations=5).argmax(1).shape
         torch.Size([1, 48, 64])
     """
+    _native.check_tensors(unary=unary, image=image)
+    if compatibility is not None:
+        _native.check_tensors(compatibility=compatibility)
     if unary.ndim != 4 or not unary.is_floating_point():
         raise ValueError(
             f"unary must be [N, C, H, W] floating point, got {list(unary.shape)} {unary.dtype}"
@@ -123,8 +130,13 @@ def dense_crf(
         raise ValueError(f"unary has no pixels: {list(unary.shape)}")
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"unary must have 1 to {MAX_CLASSES} classes, got {list(unary.shape)}")
-    if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}")
+    if not isinstance(iterations, int):  # a NumPy integer, perhaps
+        try:
+            iterations = operator.index(iterations)
+        except TypeError:
+            raise ValueError(f"iterations must be an integer, got {iterations!r}") from None
+    if not 0 <= iterations <= MAX_ITERATIONS:
+        raise ValueError(f"iterations must be 0 to {MAX_ITERATIONS}, got {iterations}")
     if quality not in QUALITY:
         raise ValueError(f"quality must be one of {', '.join(QUALITY)}, got {quality!r}")
     if normalization not in NORMALIZATION:
@@ -232,6 +244,7 @@ def _kernels(unary, image, gaussian, bilateral, features, dtype) -> Kernels:
         name, first = f"features[{i}]", sum(p.shape[1] for p in planes)
         if len(kernel) != 3:
             raise ValueError(f"{name} must be (tensor, sigma, weight), got {len(kernel)} values")
+        _native.check_tensors(**{f"{name}: tensor": kernel[0]})
         _check_planes(name, kernel[0], unary)
         size = kernel[0].shape[1]
         if size == 0:
@@ -270,6 +283,49 @@ def _stack(weights: list, device, dtype) -> Tensor:
         for weight in weights
     ]
     return torch.stack(scalars) if scalars else torch.empty(0, device=device, dtype=dtype)
+
+
+class Lattices:
+    """The lattices of one image, kept for callers who take single steps with any Q.
+
+    float32 on the CPU, quality "compatible", self terms included. `pyseg.compat.pydensecrf` builds
+    on this.
+
+    Args:
+        features: (tensor [1, F, H, W] divided by its standard deviations, weight) of each kernel,
+            at least one.
+        normalization: as for `dense_crf`.
+    """
+
+    def __init__(self, features: Sequence[tuple[Tensor, float]], normalization: str) -> None:
+        self._arguments = (features, normalization)
+        kernels = _kernels(
+            features[0][0],
+            features[0][0],
+            (),
+            (),
+            [(planes, 1.0, weight) for planes, weight in features],
+            torch.float32,
+        )
+        passes, spread, _ = QUALITY["compatible"]
+        self._number: int = torch.ops.pyseg._dense_crf_lattice(
+            kernels.features,
+            kernels.weights,
+            kernels.sizes,
+            kernels.channels,
+            kernels.sigmas,
+            NORMALIZATION[normalization],
+            passes,
+            spread,
+        )
+        weakref.finalize(self, torch.ops.pyseg._dense_crf_release, self._number).atexit = False
+
+    def __reduce__(self):
+        return type(self), self._arguments  # a copy builds its own
+
+    def messages(self, q: Tensor) -> Tensor:
+        """sum_k w_k K_k q, of any numbers ``q`` [1, C, H, W] float32."""
+        return torch.ops.pyseg._dense_crf_messages(q, self._number)
 
 
 @torch.library.register_fake("pyseg::dense_crf")

@@ -64,6 +64,7 @@ def panoptic_head(
         >>> panoptic_head(logits, mask, box, torch.tensor([1]), num_stuff=1, size=(4, 4))[0]
         tensor([1, 1, 2, 2], dtype=torch.int32)
     """
+    _native.check_tensors(logits=logits, masks=masks, boxes=boxes, labels=labels)
     if logits.ndim not in (3, 4) or 0 in logits.shape[-3:]:
         raise ValueError(
             f"logits must be [C, h, w] or [N, C, h, w] with classes and pixels, got "

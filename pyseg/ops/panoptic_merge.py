@@ -106,6 +106,11 @@ def panoptic_merge(
         >>> merged.map[:, 0].tolist(), merged.table[0].tolist(), merged.table[1].tolist()
         ([1, 1, 2, 2], [1, 2, 8, 0], [2, 0, 8, -1])
     """
+    _native.check_tensors(scores=scores, labels=labels, semantic=semantic)
+    if not isinstance(masks, Sequence):
+        _native.check_tensors(masks=masks)
+    if boxes is not None:
+        _native.check_tensors(boxes=boxes)
     if not isinstance(masks, Tensor):
         masks = _decoded(masks, semantic, boxes)
     batched = masks.ndim == 4

@@ -69,6 +69,12 @@ def panoptic_quality(
             twice; classes outside [0, C); an id in a map and not in its list, or the other way
             round (CPU); an area that is impossible (CPU).
     """
+    _native.check_tensors(
+        prediction=prediction,
+        target=target,
+        prediction_segments=prediction_segments,
+        target_segments=target_segments,
+    )
     for name, ids in (("prediction", prediction), ("target", target)):
         if ids.dtype != torch.int32:
             raise ValueError(

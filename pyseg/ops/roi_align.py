@@ -17,6 +17,7 @@ _native.load()
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MODES = {"avg": 0, "max": 1}  # as csrc/roi_align/roi_align.h has them
 PIXELS = 2
+MAX_SAMPLING_RATIO = 1024  # more samples only take time
 
 Boxes = Tensor | Sequence[Tensor]
 
@@ -40,7 +41,8 @@ def roi_align(
     weight zero is left out, even if it is infinite. Coordinates are cut at 2^30 pixels.
 
     Differentiable once, in ``input``; the gradient has the same bits whatever the number of threads
-    and the order in which the device works.
+    and the order in which the device works. Works in ``torch.compile`` and ``torch.export``, but
+    not in ``torch.jit.script`` and ``torch.fx.symbolic_trace``, and takes no quantized input.
 
     Args:
         input: [N, C, H, W], float16, bfloat16, float32 or float64, of any strides (best: contiguous
@@ -49,8 +51,8 @@ def roi_align(
             pixels of the image, in the dtype of ``input`` or float32 where that is a half.
         output_size: bins, one integer or (vertical, horizontal).
         spatial_scale: of the map relative to the image, for example 1 / 16.
-        sampling_ratio: samples along each side of a bin; not positive: one per pixel of the bin's
-            extent, rounded up.
+        sampling_ratio: samples along each side of a bin, at most 1024 (more only take time); not
+            positive: one per pixel of the bin's extent, rounded up.
         aligned: whether the centre of pixel 0 lies at 0.5 of the box's coordinates, as it should.
             Without it, as in the first implementations, all is half a pixel to the lower right, and
             boxes are at least one pixel large.
@@ -62,7 +64,9 @@ def roi_align(
     Raises:
         ValueError: a tensor has the wrong rank, size, dtype or device; a box is NaN or has the
             index of no image (on CUDA, where finding out would mean to wait, its result is NaN and
-            its gradient is left out); output_size, spatial_scale or mode are out of range.
+            its gradient is left out); output_size, spatial_scale, sampling_ratio or mode are out of
+            range.
+        TypeError: input or boxes are no tensors.
         RuntimeError: in a second derivative.
 
     Example:
@@ -170,6 +174,10 @@ def _pool(
     canonical_size: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
+    if len(levels) == 1:
+        _native.check_tensors(input=levels[0])
+    else:
+        _native.check_tensors(levels=levels)
     name = "input" if len(levels) == 1 else "levels"
     if not 1 <= len(levels) <= 8:
         raise ValueError(f"levels must be 1 to 8 feature maps, got {len(levels)}")
@@ -201,8 +209,15 @@ def _pool(
         )
     if mode not in MODES and mode != "pixels":
         raise ValueError(f'mode must be "avg" or "max", got {mode!r}')
-    if canonical_size <= 0:
+    if sampling_ratio > MAX_SAMPLING_RATIO:
+        raise ValueError(
+            f"sampling_ratio must be at most {MAX_SAMPLING_RATIO}, got {sampling_ratio}; "
+            "-1 takes one sample per pixel"
+        )
+    if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}")
+    if not -(2**31) <= canonical_level < 2**31:
+        raise ValueError(f"canonical_level must be an integer of 32 bits, got {canonical_level}")
     regions = _regions(first, boxes)
     _native.require("roi_align", first)
     return torch.ops.pyseg.roi_align(
@@ -219,18 +234,24 @@ def _pool(
 
 
 def _check_scales(scales: Sequence[float]) -> None:
-    if not all(0 < scale < math.inf for scale in scales) or any(
+    # Positions are float32 but for float64: a scale that is 0 or infinite there is no scale.
+    smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    if not all(smallest <= scale <= largest for scale in scales) or any(
         finer <= coarser for finer, coarser in itertools.pairwise(scales)
     ):
         what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
         order = "" if len(scales) == 1 else " and fall from level to level"
         got = scales[0] if len(scales) == 1 else list(scales)
-        raise ValueError(f"{what} must be positive{order}, got {got}")
+        raise ValueError(f"{what} must be positive{order}, got {got}, as float32")
 
 
 def _regions(input: Tensor, boxes: Boxes) -> Tensor:
     """Boxes as [K, 5], in float32, or float64 for float64."""
+    if not isinstance(boxes, (list, tuple)):
+        _native.check_tensors(boxes=boxes)
     parts = [boxes] if isinstance(boxes, Tensor) else list(boxes)
+    if not isinstance(boxes, Tensor):
+        _native.check_tensors(boxes=parts)
     columns = 5 if isinstance(boxes, Tensor) else 4
     if not isinstance(boxes, Tensor) and len(parts) != input.shape[0]:
         raise ValueError(
@@ -413,7 +434,9 @@ def replace_roi_pooling(model: nn.Module) -> nn.Module:
 
     All modules that are ``torchvision.ops.MultiScaleRoIAlign``, ``RoIAlign`` or ``RoIPool`` are
     replaced in place; results stay the same but for rounding. (torchvision's mask loss calls
-    ``torchvision.ops.roi_align`` as a function on one channel, which stays.)
+    ``torchvision.ops.roi_align`` as a function on one channel, which stays.) The detector can then
+    be exported by ``torch.export``, but not scripted by ``torch.jit.script`` nor traced by
+    ``torch.fx``, and its pooling takes no quantized input: keep torchvision's layers for these.
 
     Raises:
         ValueError: the model has none.

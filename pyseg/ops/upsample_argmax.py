@@ -40,6 +40,7 @@ def upsample_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
         >>> upsample_argmax(logits, (1, 4))[0].tolist()
         [[1, 0, 0, 0]]
     """
+    _native.check_tensors(logits=logits)
     if logits.ndim != 4 or 0 in logits.shape[1:]:
         raise ValueError(
             f"logits must be [N, C, h, w] with classes and pixels, got {list(logits.shape)}"

@@ -43,6 +43,7 @@ def upsample_confusion(
         >>> upsample_confusion(logits, target).matrix[0].tolist()
         [[2, 0], [0, 1]]
     """
+    _native.check_tensors(logits=logits, target=target)
     if logits.ndim != 4 or 0 in logits.shape[1:]:
         raise ValueError(
             f"logits must be [N, C, h, w] with classes and pixels, got {list(logits.shape)}"

@@ -1,8 +1,9 @@
 """The shim against pydensecrf's stored results, and against pydensecrf where it is installed."""
 
+import copy
+import gc
 import json
-import os
-from pathlib import Path
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 import pyseg.compat.pydensecrf as package
 import pyseg.compat.pydensecrf.densecrf as dcrf
-from pyseg.compat.pydensecrf import utils
+from pyseg.compat.pydensecrf import eigen, utils
 from pyseg.compat.pydensecrf.utils import (
     create_pairwise_bilateral,
     create_pairwise_gaussian,
@@ -19,16 +20,7 @@ from pyseg.compat.pydensecrf.utils import (
     unary_from_softmax,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT.parent / "shared" / "data")) / "crf"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -58,12 +50,12 @@ def assert_same(ours, expected):
 # -- a script as people write it, on the pictures that its author published
 
 
-def read_example(name):
-    if not DATA.is_dir():
-        pytest.skip(f"no test data at {DATA}: set PYSEG_TEST_DATA")
-    result = json.loads((DATA / "reference.json").read_text())["results"][name]
-    picture = np.array(Image.open(DATA / result["image"]).convert("RGB"))
-    annotation = np.array(Image.open(DATA / result["annotation"]).convert("RGB")).astype(np.uint32)
+def read_example(folder, name):
+    result = json.loads((folder / "reference.json").read_text())["results"][name]
+    picture = np.array(Image.open(folder / result["image"]).convert("RGB"))
+    annotation = np.array(Image.open(folder / result["annotation"]).convert("RGB")).astype(
+        np.uint32
+    )
     colour = annotation[..., 0] | annotation[..., 1] << 8 | annotation[..., 2] << 16
     colours, labels = np.unique(colour, return_inverse=True)
     unknown = 0 in colours
@@ -73,9 +65,10 @@ def read_example(name):
 
 
 @pytest.mark.parametrize("name", ["1", "1-b", "2", "3"])
-def test_a_script_gives_the_published_picture(name):
-    result, picture, labels, unknown, palette = read_example(name)
-    stored = np.load(DATA / f"reference_{name}.npz")
+def test_a_script_gives_the_published_picture(data_folder, name):
+    folder = data_folder("crf")
+    result, picture, labels, unknown, palette = read_example(folder, name)
+    stored = np.load(folder / f"reference_{name}.npz")
     height, width = labels.shape
     crf = dcrf.DenseCRF(width * height, len(palette))
     crf.setUnaryEnergy(unary_from_labels(labels, len(palette), gt_prob=0.7, zero_unsure=unknown))
@@ -88,7 +81,7 @@ def test_a_script_gives_the_published_picture(name):
     q = crf.inference(5)
     best = np.argmax(q, axis=0)
     painted = palette[best].reshape(picture.shape)
-    published = np.array(Image.open(DATA / f"out{name}.png").convert("RGB"))
+    published = np.array(Image.open(folder / f"out{name}.png").convert("RGB"))
     assert (painted == published).all(-1).mean() >= (0.9998 if name == "1-b" else 0.99999)
     assert (best == stored["map5"].ravel()).mean() >= 0.9999
     for steps, marginals in ((1, crf.inference(1)), (5, q)):
@@ -321,6 +314,164 @@ def test_terms_and_marginals_may_change_between_steps(random):
     ours, expected = run(dcrf), run(peer("densecrf"))
     assert_same(ours[0], expected[0])
     np.testing.assert_allclose(ours[1], expected[1], rtol=1e-5)
+
+
+def stepped(crf, steps=3):
+    q, tmp1, tmp2 = crf.startInference()
+    for _ in range(steps):
+        crf.stepInference(q, tmp1, tmp2)
+    return q
+
+
+def test_steps_keep_their_lattices(random, monkeypatch):
+    built = []
+    original = dcrf.Lattices
+
+    class Counted(original):
+        def __init__(self, *arguments):
+            built.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(dcrf, "Lattices", Counted)
+    image, unary = scene(random)
+    crf = dcrf.DenseCRF2D(50, 37, 5)
+    crf.setUnaryEnergy(unary)
+    crf.addPairwiseGaussian(3, 3)
+    crf.addPairwiseBilateral(20, 13, image, 5)
+    q = stepped(crf, 5)
+    assert len(built) == 1
+    np.testing.assert_allclose(q, crf.inference(5), atol=1e-5)
+    crf.addPairwiseGaussian(5, 1)  # other lattices from here on
+    np.testing.assert_allclose(stepped(crf, 2), crf.inference(2), atol=1e-5)
+    assert len(built) == 2
+
+
+def test_lattices_go_with_their_crf(random):
+    _, unary = scene(random)
+    crf = dcrf.DenseCRF2D(50, 37, 5)
+    crf.setUnaryEnergy(unary)
+    crf.addPairwiseGaussian(3, 3)
+    q = stepped(crf)
+    copies = [copy.copy(crf), copy.deepcopy(crf), pickle.loads(pickle.dumps(crf))]
+    number = crf._lattices[0]._number
+    energies = torch.from_numpy(q).reshape(1, 5, 37, 50)
+    assert torch.ops.pyseg._dense_crf_messages(energies, number).shape == energies.shape
+    del crf
+    for other in copies:
+        np.testing.assert_array_equal(stepped(other), q)
+    del copies, other
+    gc.collect()
+    with pytest.raises(ValueError, match="there is no lattice"):
+        torch.ops.pyseg._dense_crf_messages(energies, number)
+
+
+def test_infinite_energies_forbid_labels(random):
+    image, unary = scene(random)
+    allowed = np.isfinite(np.where(random.random(unary.shape) < 0.3, np.inf, unary))
+    allowed[0] = True
+    unary = np.where(allowed, unary, np.inf).astype(np.float32)
+
+    def run(module):
+        crf = module.DenseCRF2D(50, 37, 5)
+        crf.setUnaryEnergy(unary)
+        crf.addPairwiseGaussian(3, 3.0)
+        crf.addPairwiseBilateral(20, 13, image, 5.0)
+        return np.array(crf.inference(3)), np.array(stepped(crf))
+
+    whole, steps = run(dcrf)
+    for q in (whole, steps):
+        assert (q[~allowed] == 0).all()
+        np.testing.assert_allclose(q.sum(0), 1, rtol=1e-5)
+    np.testing.assert_allclose(whole, steps, atol=1e-5)
+    expected = run(peer("densecrf"))
+    assert_same(whole, expected[0])
+    assert_same(steps, expected[1])
+
+
+def test_one_forbidden_label():
+    crf = dcrf.DenseCRF2D(3, 1, 2)
+    crf.setUnaryEnergy(np.array([[0, np.inf, np.inf], [np.inf, 0, 0]], np.float32))
+    crf.addPairwiseGaussian(3, 100)
+    np.testing.assert_array_equal(crf.inference(5), [[1, 0, 0], [0, 1, 1]])
+    assert np.isfinite(crf.klDivergence(crf.inference(5)))
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ([np.nan, 1], "unary energies hold NaN at point 1"),
+        ([-np.inf, 1], "unary energies hold -inf at point 1"),
+        ([np.inf, np.inf], "unary energies forbid all labels at point 1"),
+    ],
+)
+def test_energies_without_marginals(column, message):
+    energies = np.zeros((2, 3), np.float32)
+    energies[:, 1] = column
+    with pytest.raises(ValueError, match=message):
+        dcrf.DenseCRF2D(3, 1, 2).setUnaryEnergy(energies)
+
+
+def test_messages_show_no_numpy_scalars():
+    crf = dcrf.DenseCRF(np.int64(12), np.int64(3))
+    with pytest.raises(ValueError, match=r"must be \(3, 12\), got \(3, 7\)"):
+        crf.setUnaryEnergy(np.zeros((3, 7)))
+    crf = dcrf.DenseCRF2D(np.int64(4), np.int64(3), 3)
+    with pytest.raises(ValueError, match=r"rgbim must be \(3, 4, 3\)"):
+        crf.addPairwiseBilateral(3, 3, np.zeros((4, 3, 3)), 3)
+
+
+def test_private_names_of_utils(random):
+    image = random.integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(
+        utils._create_pairwise_gaussian_2d(3, 2, (7, 9)), create_pairwise_gaussian((3, 2), (7, 9))
+    )
+    result = utils._create_pairwise_bilateral_2d(3, 2, 13, 14, 15, image)
+    expected = create_pairwise_bilateral((3, 2), (13, 14, 15), image, 2)
+    np.testing.assert_array_equal(result, expected)
+    theirs = peer("utils")._create_pairwise_bilateral_2d(3, 2, 13, 14, 15, image)
+    np.testing.assert_allclose(result, theirs, rtol=1e-6)
+
+
+# -- pydensecrf.eigen
+
+
+def test_eigen_copies_arrays(random):
+    vector = random.standard_normal(3).astype(np.float32)
+    matrix = random.standard_normal((3, 5)).astype(np.float32)
+    made = eigen.vectorXf(vector), eigen.matrixXf(matrix)
+    assert isinstance(made[0], eigen.VectorXf) and isinstance(made[1], eigen.MatrixXf)
+    for copied, given in zip(made, (vector, matrix), strict=True):
+        np.testing.assert_array_equal(np.array(copied), given)
+        assert np.asarray(copied).dtype == np.float32
+        before = given.copy()
+        given[:] = 0
+        np.testing.assert_array_equal(np.asarray(copied), before)
+        np.array(copied)[:] = 7  # a copy too
+        np.testing.assert_array_equal(np.asarray(copied), before)
+    assert np.asarray(made[1], dtype=np.float64).dtype == np.float64
+    assert np.asarray(eigen.VectorXf()).shape == (0,)
+    assert np.asarray(eigen.MatrixXf()).shape == (0, 0)
+
+
+@pytest.mark.parametrize("values", [np.zeros((3, 3, 3), np.float32), np.zeros((3, 3)), np.zeros(3)])
+def test_eigen_takes_float32_matrices_only(values):
+    with pytest.raises(ValueError, match="must be float32 of 2 dimensions"):
+        eigen.matrixXf(values)
+
+
+def test_eigen_takes_contiguous_arrays_only():
+    with pytest.raises(ValueError, match="C-contiguous"):
+        eigen.matrixXf(np.zeros((3, 4), np.float32).T)
+    with pytest.raises(ValueError, match="C-contiguous"):
+        eigen.vectorXf(np.zeros(8, np.float32)[::2])
+
+
+@pytest.mark.parametrize("make", [eigen.vectorXf, eigen.matrixXf])
+def test_eigen_takes_no_none(make):
+    with pytest.raises(TypeError):
+        make(None)
+    with pytest.raises(TypeError):
+        make([[1.0, 2.0]])
 
 
 @pytest.mark.parametrize(

@@ -149,9 +149,9 @@ def test_every_kernel_has_a_case():
     assert set(OPS) == set(CASES), "add a case to CASES for a new .cu file"
 
 
-def results(op):
+def results(op, operators):
     """Every tensor that the op's cases return."""
-    scope = {"ops": torch.ops.pyseg_emulated, "torch": torch}
+    scope = {"ops": operators, "torch": torch}
     body = "".join(f"    {line}\n" for line in CASES[op].splitlines())
     exec(f"def cases():\n{body}", scope)
     outputs = []
@@ -160,13 +160,14 @@ def results(op):
     return outputs
 
 
+@pytest.mark.parametrize("seeds", [[0], pytest.param([1, 2, 3], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("op", OPS)
-def test_order_of_blocks_and_threads_does_not_matter(op):
-    emulation.load()
-    expected = results(op)
-    for seed in range(3):
+def test_order_of_blocks_and_threads_does_not_matter(op, seeds):
+    operators = emulation.operators()
+    expected = results(op, operators)
+    for seed in seeds:
         with emulation.settings(seed=seed):
-            for got, want in zip(results(op), expected, strict=True):
+            for got, want in zip(results(op, operators), expected, strict=True):
                 assert torch.equal(got, want), f"seed {seed}"
 
 
@@ -180,7 +181,7 @@ torch.set_num_threads(1)
 emulation.load({sources!r}, sanitizer={which!r})
 import test_emulation
 for op in {ops!r}:
-    test_emulation.results(op)
+    test_emulation.results(op, torch.ops.pyseg_emulated)
 print("finished")
 """
 
@@ -197,6 +198,7 @@ def run_sanitized(which, sources, ops):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["address", "thread"])
 def test_sanitizers_accept_our_kernels(which):
     result = run_sanitized(which, None, OPS)
@@ -216,6 +218,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", MISTAKES)
 def test_sanitizers_find_a_mistake(which, tmp_path):
     op, right, wrong, message = MISTAKES[which]

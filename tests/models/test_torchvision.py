@@ -88,3 +88,18 @@ def test_checkpoints_of_other_class_counts_say_which(tmp_path):
     torch.save(original(SMALL, num_classes=7).state_dict(), tmp_path / "seven.pth")
     with pytest.raises(WeightsError, match="pass num_classes=7"):
         pyseg.build(SMALL, num_classes=9, weights=tmp_path / "seven.pth")
+
+
+@pytest.mark.parametrize("name, backbone", [(NAMES[0], "resnet50"), (SMALL, "mobilenet_v3_large")])
+def test_starts_from_a_backbone_that_classifies_images(name, backbone, tmp_path):
+    from torchvision import models
+
+    torch.manual_seed(1)
+    source = models.get_model(backbone, weights=None, num_classes=2)
+    torch.save(source.state_dict(), tmp_path / "classifier.pth")
+    model = pyseg.models.get(name)(num_classes=4, weights=tmp_path / "classifier.pth")
+    own = model.network.model.backbone.state_dict()
+    trunk = source.features if name == SMALL else source
+    expected = {k: v for k, v in trunk.state_dict().items() if not k.startswith("fc.")}
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[key], value) for key, value in expected.items())

@@ -1,5 +1,7 @@
 """Fixtures of the op tests. A test that asks for ``device`` runs on the GPU and emulated."""
 
+import functools
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,14 +17,13 @@ EMULATION = Path(__file__).resolve().parents[1] / "emulation"
 
 @pytest.fixture(scope="session")
 def emulated():
-    """``torch.ops.pyseg_emulated``: the .cu files compiled for the CPU; small inputs only."""
+    """The operators of the .cu files compiled for the CPU; small inputs only."""
     if not EMULATION.is_dir():
         pytest.skip("outside the source tree: no csrc/ to compile for the CPU")
     sys.path.insert(0, str(EMULATION))
     import emulation
 
-    emulation.load()
-    return torch.ops.pyseg_emulated
+    return emulation.operators()
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])
@@ -45,3 +46,17 @@ def poisoned_tensors():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def generator():
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")  # shown where the test fails
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(params=["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def compiler(request):
+    """``compiler(f)`` is ``torch.compile`` of all of f: traced only, or turned into code too."""
+    torch.compiler.reset()
+    return functools.partial(torch.compile, fullgraph=True, backend=request.param)

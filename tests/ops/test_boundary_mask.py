@@ -1,6 +1,12 @@
-"""boundary_mask against windows of labels, and against eroding class by class."""
+"""boundary_mask against windows of labels, and against eroding class by class.
 
-import os
+The template of an op's tests: an oracle that shares no idea with the kernel (`brute_force`, and
+the paper's definition by SciPy); every dtype and layout; sizes on both sides of a tile; numbers of
+threads; nothing at all; bad arguments; opcheck and compilation. A test that asks for `device` runs
+the .cu file twice: on a GPU, and compiled for the CPU; "small" in its name also sends it through
+compute-sanitizer where there is a GPU. `generator` has another seed every time, which is printed
+where a test fails.
+"""
 
 import pytest
 import torch
@@ -9,13 +15,6 @@ from torch.nn.functional import interpolate
 from pyseg.ops import boundary_mask
 from pyseg.ops.boundary_mask import boundary_distance, reference
 from pyseg.ops.confusion_matrix import INTEGERS
-
-
-@pytest.fixture
-def generator():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")  # shown where the test fails
-    return torch.Generator().manual_seed(seed)
 
 
 def label_maps(generator, size, images=2):
@@ -143,8 +142,8 @@ def test_bad_arguments():
         boundary_mask(labels, 0)
 
 
-def test_opcheck_and_compile(generator):
+def test_opcheck_and_compile(compiler, generator):
     labels = next(label_maps(generator, (12, 20)))
     torch.library.opcheck(torch.ops.pyseg.boundary_mask.default, (labels, 2, True))
-    compiled = torch.compile(lambda labels: boundary_mask(labels, 2), fullgraph=True)
+    compiled = compiler(lambda labels: boundary_mask(labels, 2))
     assert torch.equal(compiled(labels), boundary_mask(labels, 2))

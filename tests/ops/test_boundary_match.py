@@ -1,7 +1,5 @@
 """boundary_match against distance transforms, and against all pairs of pixels."""
 
-import os
-
 import pytest
 import torch
 from torch.nn.functional import interpolate
@@ -11,13 +9,6 @@ from pyseg.ops.boundary_match import contours, reference
 from pyseg.ops.confusion_matrix import INTEGERS
 
 CLASSES = 5
-
-
-@pytest.fixture
-def generator():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")  # shown where the test fails
-    return torch.Generator().manual_seed(seed)
 
 
 def blobs(generator, size, images=2):
@@ -41,6 +32,16 @@ def run(device, prediction, target, radius, classes=CLASSES, ignore=255):
     return device.ops.boundary_match(
         prediction.to(device.name), target.to(device.name), classes, int(radius * radius), ignore
     )
+
+
+@pytest.mark.parametrize("size", [(5, 40), (40, 5), (1, 30), (23, 27)])
+@pytest.mark.parametrize("radius", [17, 30, 100, 4095])
+@pytest.mark.parametrize("classes", [CLASSES, 300])
+def test_radius_beyond_the_image(generator, size, radius, classes):
+    prediction, target = (labels.short() for labels in make_case(generator, size))
+    target[:, : size[0] // 2] = 0  # classes whose contours lie in few rows
+    counts = boundary_match(prediction, target, classes, radius).counts
+    assert torch.equal(counts, reference(prediction, target, classes, radius))
 
 
 def all_pairs(prediction, target, radius):
@@ -182,12 +183,12 @@ def test_bad_arguments(arguments, message):
         boundary_match(*arguments)
 
 
-def test_opcheck_and_compile(generator):
+def test_opcheck_and_compile(compiler, generator):
     prediction, target = make_case(generator, (12, 20))
     torch.library.opcheck(
         torch.ops.pyseg.boundary_match.default, (prediction, target, CLASSES, 4, 255)
     )
-    compiled = torch.compile(lambda *labels: boundary_match(*labels, CLASSES, 2), fullgraph=True)
+    compiled = compiler(lambda *labels: boundary_match(*labels, CLASSES, 2))
     assert torch.equal(
         compiled(prediction, target).counts, boundary_match(prediction, target, CLASSES, 2).counts
     )

@@ -19,14 +19,8 @@ from pyseg.ops import dense_crf
 from pyseg.ops.dense_crf import NORMALIZATION, QUALITY, _kernels, reference
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT.parent / "shared" / "data"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 CROP_HEIGHT, CROP_WIDTH, CLASSES = 48, 64, 11
-
-
-def need(folder):
-    if not folder.is_dir():
-        pytest.skip(f"no test data at {folder}: set PYSEG_TEST_DATA")
-    return folder
 
 
 def smooth(generator, *shape):
@@ -34,15 +28,6 @@ def smooth(generator, *shape):
     n, c, h, w = shape
     coarse = torch.rand(n, c, max(2, h // 6), max(2, w // 6), generator=generator)
     return torch.nn.functional.interpolate(coarse, (h, w), mode="bilinear")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These images are small: threads would mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -66,9 +51,8 @@ HELD_OUT = [f"0001TP_{n:06d}" for n in range(7410, 7741, 30)] + [
 ]
 
 
-def crops():
+def crops(root):
     """(image [3, H, W], label [H, W], window) with four classes that cover 5 % or more each."""
-    root = need(DATA / "camvid" / "train")
     found = []
     for name in HELD_OUT:
         image = read_image(root / "images" / f"{name}.jpg")
@@ -106,8 +90,11 @@ def pydensecrf_marginals(unary, image):
     return torch.from_numpy(np.array(crf.inference(10))).reshape(unary.shape)
 
 
-@pytest.mark.parametrize("kind", ["labels at stride 8 with noise", "streetnet's logits"])
-def test_accuracy_on_real_crops(generator, capsys, kind):
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("labels at stride 8 with noise", marks=pytest.mark.slow), "streetnet's logits"],
+)
+def test_accuracy_on_real_crops(generator, capsys, data_folder, kind):
     """The table of errors; with the parameters of pydensecrf's example, which are the defaults."""
     installed = importlib.util.find_spec("pydensecrf") is not None
     methods = {name: functools.partial(dense_crf, quality=name) for name in QUALITY}
@@ -115,7 +102,7 @@ def test_accuracy_on_real_crops(generator, capsys, kind):
         methods = {"pydensecrf": lambda u, i: pydensecrf_marginals(u, i[0]), **methods}
     model = pyseg.build("streetnet").stages[0].object if "streetnet" in kind else None
     errors = {name: [] for name in methods}
-    for image, label, window in crops():
+    for image, label, window in crops(data_folder("camvid/train")):
         if model is None:
             unary = coarse_unary(label[window], generator)
         else:
@@ -146,8 +133,8 @@ def test_accuracy_on_real_crops(generator, capsys, kind):
 
 
 @pytest.mark.parametrize("name", ["1", "1-b", "2", "3"])
-def test_compatible_is_pydensecrf(name):
-    root = need(DATA / "crf")
+def test_compatible_is_pydensecrf(data_folder, name):
+    root = data_folder("crf")
     result = json.loads((root / "reference.json").read_text())["results"][name]
     stored = np.load(root / f"reference_{name}.npz")
     image = torch.from_numpy(np.array(Image.open(root / result["image"]).convert("RGB")))
@@ -835,9 +822,9 @@ def test_opcheck(generator):
         )
 
 
-def test_compile(generator):
+def test_compile(compiler, generator):
     unary, image = example(generator)
-    compiled = torch.compile(dense_crf, fullgraph=True)
+    compiled = compiler(dense_crf)
     assert torch.equal(compiled(unary, image, iterations=2), dense_crf(unary, image, iterations=2))
 
 
@@ -1021,12 +1008,12 @@ def test_bad_gradient():
             )
 
 
-def test_compiled_gradients(generator):
+def test_compiled_gradients(compiler, generator):
     inputs, image = differentiable(generator)
     inputs = [tensor.requires_grad_() for tensor in inputs]
     run = marginals(dense_crf, image)
     expected = torch.autograd.grad(run(*inputs).square().sum(), inputs)
-    compiled = torch.compile(run, fullgraph=True)
+    compiled = compiler(run)
     ours = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -1,8 +1,6 @@
 """panoptic_merge against a loop over masks, and against panopticapi's own output."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,16 +12,7 @@ from pyseg.image import encode_rle
 from pyseg.ops import panoptic_merge
 from pyseg.ops.panoptic_merge import PanopticMaps, paste, reference
 
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
-SAMPLE = DATA / "panoptic" / "coco_sample"
 INTEGERS = [torch.uint8, torch.int16, torch.int32, torch.int64]
-
-
-@pytest.fixture
-def generator():
-    seed = int.from_bytes(os.urandom(4), "little")
-    print(f"seed {seed}")  # shown where the test fails
-    return torch.Generator().manual_seed(seed)
 
 
 def integer(generator, low, high):
@@ -154,12 +143,12 @@ def decode(rle):
     return torch.from_numpy(flat.reshape(width, height).T.copy())
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no test data in {SAMPLE}")
-def test_panopticapi_output():
+def test_panopticapi_output(data_folder):
     """What panopticapi's merger made of the same instances and semantic masks, pixel for pixel."""
-    instances = json.loads((SAMPLE / "merge_inputs/instances_results.json").read_text())
-    stuff = json.loads((SAMPLE / "merge_inputs/semantic_results.json").read_text())
-    merged = json.loads((SAMPLE / "predictions/merged.json").read_text())["annotations"]
+    sample = data_folder("panoptic/coco_sample")
+    instances = json.loads((sample / "merge_inputs/instances_results.json").read_text())
+    stuff = json.loads((sample / "merge_inputs/semantic_results.json").read_text())
+    merged = json.loads((sample / "predictions/merged.json").read_text())["annotations"]
     assert merged
     for image in merged:
         own = [entry for entry in instances if entry["image_id"] == image["image_id"]]
@@ -183,7 +172,7 @@ def test_panopticapi_output():
             stuff_classes=[entry["category_id"] for entry in regions],
         )
         assert torch.equal(encoded.map, result.map) and torch.equal(encoded.table, result.table)
-        png = np.array(Image.open(SAMPLE / "predictions/merged" / image["file_name"])).astype(int)
+        png = np.array(Image.open(sample / "predictions/merged" / image["file_name"])).astype(int)
         theirs = torch.from_numpy(png @ [1, 256, 65536])
         ids = torch.tensor([0] + [entry["id"] for entry in image["segments_info"]])
         assert torch.equal(ids[result.map.long()], theirs)
@@ -375,7 +364,7 @@ def test_opcheck(generator):
     torch.library.opcheck(torch.ops.pyseg.panoptic_merge.default, arguments)
 
 
-def test_compile(generator):
+def test_compile(compiler, generator):
     masks, boxes, scores, labels, semantic = make_scene(generator, 40, 30, 5)
 
     def merge(masks, boxes, scores, labels, semantic):
@@ -383,6 +372,6 @@ def test_compile(generator):
             masks, scores, labels, semantic, boxes=boxes, stuff_classes=[1, 2], stuff_area=9
         ).map
 
-    compiled = torch.compile(merge, fullgraph=True)
+    compiled = compiler(merge)
     expected = merge(masks, boxes, scores, labels, semantic)
     assert torch.equal(compiled(masks, boxes, scores, labels, semantic), expected)

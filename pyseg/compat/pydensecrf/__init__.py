@@ -8,10 +8,10 @@ A script needs other import lines only:
 Results are those of pydensecrf up to rounding (``quality="compatible"``), on all cores.
 """
 
-from . import densecrf, utils
+from . import densecrf, eigen, utils
 from .densecrf import *  # noqa: F403
 from .densecrf import __all__ as _classes
 from .utils import *  # noqa: F403
 from .utils import __all__ as _functions
 
-__all__ = ["densecrf", "utils", *_classes, *_functions]
+__all__ = ["densecrf", "eigen", "utils", *_classes, *_functions]

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ...ops import dense_crf
+from ...ops.dense_crf import Lattices
 
 __all__ = [
     "CONST_KERNEL",
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 QUALITY = "compatible"
+# What an infinite energy becomes: still finite when messages are added, and its label gets 0.
+FORBIDDEN = float(np.finfo(np.float32).max) / 4
 
 
 class KernelType(IntEnum):
@@ -122,6 +125,7 @@ class DenseCRF:
     """
 
     def __init__(self, nvar: int, nlabels: int) -> None:
+        nvar, nlabels = int(nvar), int(nlabels)
         if nvar < 1 or not 1 <= nlabels <= 255:
             raise ValueError(
                 f"nvar must be at least 1 and nlabels 1 to 255, got {nvar} and {nlabels}"
@@ -132,14 +136,34 @@ class DenseCRF:
         self._size = (nvar // width, width) if width > 1 else (1, nvar)
         self._unary: Tensor | None = None  # [nlabels, nvar] float32
         self._terms: list[_Term] = []
+        self._lattices: list[Lattices] | None = None  # of _groups(), once a step needs them
         self._last: tuple[NDArray[np.float32], Tensor] | None = None  # of _pairwise: Q, result
 
     def setUnary(self, u: Unary) -> None:
-        """Sets the unary energies from a `ConstUnary` or a `LogisticUnary`."""
+        """Sets the unary energies from a `ConstUnary` or a `LogisticUnary`.
+
+        An energy of ``np.inf`` forbids a label at a point.
+
+        Raises:
+            ValueError: energies of another shape, NaN or -inf among them, or a point at which all
+                labels are forbidden (pydensecrf's marginals are NaN there).
+        """
         expected = (self._nlabels, self._nvar)
         if u.energies.shape != expected:
             raise ValueError(f"unary energies must be {expected}, got {u.energies.shape}")
-        self._unary = torch.from_numpy(u.energies.copy())
+        energies = torch.from_numpy(u.energies.copy())
+        # Most energies are finite, and then so is their sum, but for an overflow.
+        if not bool(energies.sum().isfinite()):
+            for what, bad in (
+                ("hold NaN", energies.isnan()),
+                ("hold -inf", energies == -torch.inf),
+                ("forbid all labels", (energies == torch.inf).all(0, keepdim=True)),
+            ):
+                if bool(bad.any()):
+                    point = int(bad.any(0).nonzero()[0])
+                    raise ValueError(f"unary energies {what} at point {point}")
+            energies.clamp_(max=FORBIDDEN)
+        self._unary = energies
 
     def setUnaryEnergy(self, u: ArrayLike, f: ArrayLike | None = None) -> None:
         """Sets the unary energies.
@@ -198,7 +222,7 @@ class DenseCRF:
         energy = self._pairwise(Q)
         if self._unary is not None:
             energy += self._unary
-        Q[...] = torch.softmax(-energy, 0).numpy()
+        Q[...] = torch.softmax(energy.neg_(), 0).numpy()
 
     def klDivergence(self, Q: ArrayLike) -> float:
         """Kullback-Leibler divergence of marginals ``Q`` [nlabels, nvar], less a constant.
@@ -206,13 +230,13 @@ class DenseCRF:
         As in pydensecrf the pairwise part is not halved, so it may rise between two steps.
         """
         q = torch.from_numpy(_matrix("Q", Q)).double()
-        energy = self._pairwise(Q) + q.clamp_min(1e-20).log()
+        energy = self._pairwise(Q).double() + q.clamp_min(1e-20).log()
         if self._unary is not None:
             energy += self._unary
         return float((q * energy).sum())
 
     def _add(self, features: Tensor, compat, kernel: int, normalization: int) -> None:
-        self._last = None
+        self._last = self._lattices = None
         KernelType(kernel)
         how = _NORMALIZATION[NormalizationType(normalization)]
         weight, penalties = _penalties(compat, self._nlabels)
@@ -233,7 +257,7 @@ class DenseCRF:
     def _run(self, group, unary: Tensor, iterations: int) -> Tensor:
         energies = unary.reshape(1, -1, *self._size)
         penalties = group[0].penalties if group else None
-        potts = penalties is None or torch.equal(penalties, -torch.eye(len(unary)).double())
+        potts = penalties is None or _is_potts(penalties)
         q = dense_crf(
             energies,
             energies[:, :1],  # no image: positions and colours are features already
@@ -248,39 +272,26 @@ class DenseCRF:
         return q.reshape(unary.shape)
 
     def _pairwise(self, Q: ArrayLike) -> Tensor:
-        """Sum over terms of penalties K Q, [nlabels, nvar] float64.
-
-        The operator gives p = softmax(log q - s penalties K q), so this is the difference of the
-        logarithms of p and q over s, up to a constant per point. A label without penalties tells
-        that constant; it takes what columns of Q lack to 1. A small s keeps p from underflowing.
-        Normalised kernels have sums of about 1, for which single precision does.
-        """
+        """Sum over terms of penalties K Q, [nlabels, nvar] float32, from lattices that are kept."""
         given = _matrix("Q", Q)
         if given.shape != (self._nlabels, self._nvar):
             raise ValueError(f"Q must be {(self._nlabels, self._nvar)}, got {given.shape}")
         if self._last is not None and np.array_equal(self._last[0], given):
             return self._last[1].clone()
-        q = torch.from_numpy(given)
-        total = max(1.0, float(q.sum(0).max()))
-        q = torch.cat([q, total - q.sum(0, keepdim=True)]) / total
-        result = torch.zeros(self._nlabels, self._nvar, dtype=torch.float64)
-        for group in self._groups():
-            if not group:
-                continue
-            normalized = group[0].normalization != "none"
-            dtype, least, most, sums = (
-                (torch.float32, 1e-25, 8, 1)
-                if normalized
-                else (torch.float64, 1e-100, 100, self._nvar)
-            )
-            energies = -q.to(dtype).clamp_min(least).log()
-            largest = float(group[0].penalties.abs().sum(1).max()) * sums
-            largest *= sum(abs(term.weight) for term in group)
-            scale = most / max(largest, 1e-3)
-            padded = torch.nn.functional.pad(group[0].penalties * scale, (0, 1, 0, 1))
-            scaled = [term._replace(penalties=padded) for term in group]
-            logits = self._run(scaled, energies, 1).log() + energies
-            result += (logits[-1] - logits[:-1]) * (total / scale)
+        groups = [group for group in self._groups() if group]
+        if self._lattices is None:
+            self._lattices = [
+                Lattices([(term.features, term.weight) for term in group], group[0].normalization)
+                for group in groups
+            ]
+        result = torch.zeros(self._nlabels, self._nvar)
+        for group, lattices in zip(groups, self._lattices, strict=True):
+            q = torch.from_numpy(given).reshape(1, -1, *self._size)
+            messages = lattices.messages(q).reshape(result.shape)
+            if _is_potts(group[0].penalties):
+                result -= messages
+            else:
+                result += (group[0].penalties @ messages.double()).float()
         self._last = given.copy(), result.clone()  # a step follows a divergence of the same Q
         return result
 
@@ -295,8 +306,8 @@ class DenseCRF2D(DenseCRF):
     """
 
     def __init__(self, w: int, h: int, nlabels: int) -> None:
-        super().__init__(w * h, nlabels)
-        self._size = (h, w)
+        super().__init__(int(w) * int(h), nlabels)
+        self._size = (int(h), int(w))
 
     def addPairwiseGaussian(
         self,
@@ -367,6 +378,10 @@ def _deviations(name: str, given, count: int) -> list[float]:
     if len(values) != count or not all(0 < value < float("inf") for value in values):
         raise ValueError(f"{name} must be positive, one number or {count}, got {given}")
     return values
+
+
+def _is_potts(penalties: Tensor) -> bool:
+    return torch.equal(penalties, -torch.eye(len(penalties), dtype=penalties.dtype))
 
 
 def _penalties(compat, nlabels: int) -> tuple[float, Tensor]:

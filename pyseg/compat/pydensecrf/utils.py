@@ -128,6 +128,19 @@ def create_pairwise_bilateral(
     return np.concatenate([positions, scaled]).reshape(len(positions) + len(scaled), -1)
 
 
+# Names that scripts import although they are private there.
+
+
+def _create_pairwise_gaussian_2d(sx: float, sy: float, shape: Sequence[int]) -> NDArray[np.float32]:
+    return create_pairwise_gaussian((sx, sy), shape)
+
+
+def _create_pairwise_bilateral_2d(
+    sx: float, sy: float, sr: float, sg: float, sb: float, img: ArrayLike
+) -> NDArray[np.float32]:
+    return create_pairwise_bilateral((sx, sy), (sr, sg, sb), img, chdim=2)
+
+
 def compute_unary(labels: ArrayLike, M: int, GT_PROB: float = 0.5) -> NDArray[np.float32]:
     """Old name of `unary_from_labels`."""
     warnings.warn("compute_unary is now unary_from_labels", DeprecationWarning, stacklevel=2)

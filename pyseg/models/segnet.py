@@ -1,0 +1,186 @@
+"""SegNet: an encoder whose pooling remembers where its maxima were, and a decoder that uses it.
+
+Source: Badrinarayanan, Kendall & Cipolla, "SegNet: A deep convolutional encoder-decoder
+architecture for image segmentation", PAMI 2017. SegNet-Basic has the layers of their Caffe model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import vgg
+
+from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
+from .backbones import published_weights
+from .semantic import SemanticModel, semantic_model
+
+
+def segnet(
+    *, num_classes: int | None = None, weights: str | Path | None = "default"
+) -> SemanticModel:
+    """SegNet (Badrinarayanan et al., 2017) on VGG-16 with batch normalisation; logits at stride 1.
+
+    Args:
+        num_classes: None = CamVid's 11.
+        weights: nothing is published, so that ``"default"`` is an error that says so;
+            ``"IMAGENET1K_V1"`` = torchvision's VGG-16 (``vgg16_bn``) as the encoder to start
+            training from, the decoder random; a path or a URL = such a file, or a checkpoint of
+            `pyseg train`; None = random.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+        WeightsError: ``"default"``, or ``weights`` that cannot be found or are another network's.
+
+    Example:
+        >>> model = segnet(weights=None)
+        >>> model.predict([torch.zeros(3, 45, 61, dtype=torch.uint8)])[0].logits.shape
+        torch.Size([11, 45, 61])
+    """
+    return semantic_model(
+        "segnet",
+        SegNet,
+        classes=CAMVID_CLASSES,
+        palette=CAMVID_PALETTE,
+        num_classes=num_classes,
+        weights=weights,
+        heads=("decoder.4.2",),
+        known=published_weights("vgg16_bn"),
+        convert=_from_vgg,
+        trunk="encoder",
+    )
+
+
+def segnet_basic(
+    *, num_classes: int | None = None, weights: str | Path | None = "default"
+) -> SemanticModel:
+    """SegNet-Basic: four 7x7 convolutions of 64 channels down, four up; logits at stride 1.
+
+    Args:
+        num_classes: None = CamVid's 11.
+        weights: nothing is published, so that ``"default"`` is an error that says so; a path or a
+            URL = a checkpoint of `pyseg train`; None = random.
+
+    Raises:
+        ValueError: ``num_classes`` below 1.
+        WeightsError: ``"default"``, or ``weights`` that cannot be found or are another network's.
+    """
+    return semantic_model(
+        "segnet_basic",
+        SegNetBasic,
+        classes=CAMVID_CLASSES,
+        palette=CAMVID_PALETTE,
+        num_classes=num_classes,
+        weights=weights,
+        heads=("classifier",),
+        # Its response normalisation is of images in 0..255: elsewhere its constants do nothing.
+        mean=(0.0, 0.0, 0.0),
+        std=(1 / 255, 1 / 255, 1 / 255),
+    )
+
+
+class SegNet(nn.Module):
+    """VGG-16 without its classifier, and its mirror image.
+
+    Args:
+        num_classes: channels of the logits.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        # convolution, normalisation and ReLU 13 times, and 5 poolings: keys are torchvision's
+        self.encoder = vgg.make_layers(vgg.cfgs["D"], batch_norm=True)
+        self.decoder = nn.ModuleList()
+        for channels, outputs, depth in (
+            (512, 512, 3),
+            (512, 256, 3),
+            (256, 128, 3),
+            (128, 64, 2),
+            (64, num_classes, 2),
+        ):
+            layers = [_conv(channels, channels, 3) for _ in range(depth - 1)]
+            self.decoder.append(nn.Sequential(*layers, _conv(channels, outputs, 3)))
+        self.decoder[-1][-1] = nn.Conv2d(64, num_classes, 3, padding=1)  # no normalisation
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images [N, 3, H, W] to logits [N, C, H, W]."""
+        maxima = []
+        for layer in self.encoder:
+            if isinstance(layer, nn.MaxPool2d):
+                x, indices, size = pool(x)
+                maxima.append((indices, size))
+            else:
+                x = layer(x)
+        for block, (indices, size) in zip(self.decoder, reversed(maxima), strict=True):
+            x = block(unpool(x, indices, size))
+        return x
+
+
+class SegNetBasic(nn.Module):
+    """Local response normalisation, four encoders, four decoders without ReLU, a 1x1.
+
+    Args:
+        num_classes: channels of the logits.
+        width: channels of all other layers.
+    """
+
+    def __init__(self, num_classes: int, *, width: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
+        self.encoder = nn.ModuleList(_conv(3 if i == 0 else width, width, 7) for i in range(4))
+        self.decoder = nn.ModuleList(_conv(width, width, 7, act=False) for _ in range(4))
+        self.classifier = nn.Conv2d(width, num_classes, 1)
+        _initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in 0..255 to logits [N, C, H, W]."""
+        x = self.norm(x)
+        maxima = []
+        for encode in self.encoder:
+            x, indices, size = pool(encode(x))
+            maxima.append((indices, size))
+        for decode, (indices, size) in zip(self.decoder, reversed(maxima), strict=True):
+            x = decode(unpool(x, indices, size))
+        return self.classifier(x)
+
+
+def pool(x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Largest of every 2 x 2 cell of ``x`` [N, C, H, W], where it was, and H x W.
+
+    Odd sizes are rounded up, as Caffe does it: what is left over at the far edges is a cell too, so
+    that 360 x 480 becomes 23 x 30 after four, and one pixel stays one.
+    """
+    pooled, indices = F.max_pool2d(x, 2, 2, ceil_mode=True, return_indices=True)
+    return pooled, indices, x.shape[2:]
+
+
+def unpool(x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
+    """The inverse of `pool`: every value where the maximum was, in zeros of [N, C, *size]."""
+    # The size must be given: torch would make 46 of 23 where `pool` was given 45.
+    return F.max_unpool2d(x, indices, 2, 2, output_size=size)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, *, act: bool = True) -> nn.Sequential:
+    layers = [nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2), nn.BatchNorm2d(outputs)]
+    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if act else []))
+
+
+def _initialise(network: nn.Module) -> None:
+    """He et al.'s initialisation, which both of the authors' networks have."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+
+def _from_vgg(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of torchvision's classifier; its fully connected layers have no place here."""
+    return {
+        key.replace("features.", "encoder.", 1): value
+        for key, value in state.items()
+        if not key.startswith("classifier.")
+    }

@@ -1,0 +1,23 @@
+"""Training: `train` a semantic model, `train_instances`, `train_crf`, or `fit` a step of your own.
+
+One file each, on the loop of ``loop.py``; ``augment.py`` has the random views of samples.
+"""
+
+from .augment import random_crop, random_light, random_view
+from .crf import Training, train_crf
+from .instances import train_instances
+from .loop import fit, parameter_groups, usual_precision
+from .semantic import train
+
+__all__ = [
+    "Training",
+    "fit",
+    "parameter_groups",
+    "random_crop",
+    "random_light",
+    "random_view",
+    "train",
+    "train_crf",
+    "train_instances",
+    "usual_precision",
+]

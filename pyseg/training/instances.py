@@ -1,0 +1,169 @@
+"""`train_instances`: fits Mask R-CNN, panoptic FPN or UPSNet to a dataset with instances."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import processes
+from ..types import Dataset, Sample
+from .augment import generator_of, random_view
+from .loop import (
+    Precision,
+    check_data,
+    check_output,
+    check_positive,
+    check_run,
+    check_share,
+    fit,
+    parameter_groups,
+    score,
+)
+from .semantic import CachedDataset, EpochOrder
+
+if TYPE_CHECKING:
+    from ..models import InstanceModel
+
+
+def train_instances(
+    model: InstanceModel,
+    dataset: Dataset,
+    *,
+    output_dir: str | Path,
+    epochs: int,
+    validation: Dataset | None = None,
+    batch_size: int = 2,
+    photometric: float = 0.5,
+    flip: float = 0.5,
+    learning_rate: float = 5e-4,
+    weight_decay: float = 1e-4,
+    warmup: float = 0.05,
+    clip: float = 10.0,
+    ema: float = 0.997,
+    precision: Precision = "fp32",
+    cache: bool = True,
+    save_every: int = 1,
+    validate_every: int = 10,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Trains ``model`` in place and leaves it holding the averaged (EMA) weights.
+
+    AdamW under a cosine schedule on the sum of the model's losses; images are flipped and lit at
+    random, and resized by the model itself. The same seed, software and device give the same
+    weights; a run that was killed and is resumed gives those of one that was not. Files in
+    ``output_dir`` are those of `pyseg.training.fit`.
+
+    Args:
+        model: an `InstanceModel`; moved to accelerate's device.
+        dataset: samples with instances, and with labels if the model has a semantic branch; its
+            classes must be as many as the model's, stuff first.
+        output_dir: made if absent.
+        epochs: passes over ``dataset`` in all, also when resuming, where it may be another number
+            than before: see `pyseg.training.fit`.
+        validation: scored by panoptic quality with the EMA weights, every ``validate_every`` epochs
+            and at the end; a model without a semantic branch has none and is not scored.
+        batch_size: images per step and process.
+        photometric: strength of the random light, colour, blur and noise; 0 = none.
+        flip: share of the images that are mirrored.
+        learning_rate: at the end of the warm-up.
+        weight_decay: for weights of more than one dimension.
+        warmup: share of all steps over which the learning rate rises.
+        clip: largest norm of the gradient.
+        ema: decay of the running average of the weights, per step.
+        precision: "bf16" = autocast.
+        cache: keep the decoded images in memory.
+        save_every: epochs between checkpoints; the last epoch always writes one.
+        validate_every: epochs between validations.
+        resume: go on from ``output_dir``'s checkpoint; it must exist and have the same settings.
+        seed: of order, light, flips and the detector's sampling.
+        progress: show a progress bar (on the main process, where stderr is a terminal).
+
+    Returns:
+        The log: per epoch a dict with ``epoch``, ``loss``, each of the model's losses,
+        ``learning_rate``, ``precision``, ``seconds`` and, where validated, ``pq``, ``sq``, ``rq``,
+        ``pq_things`` and ``pq_stuff``.
+
+    Raises:
+        ValueError: a setting out of range, or classes that do not match.
+        PysegError: nothing to resume, or a checkpoint of other settings; another training writes
+            to the folder; a loss that is not finite.
+        OSError: a file cannot be written; it names the file.
+
+    Example:
+        >>> model = pyseg.models.get("upsnet_resnet50")(num_classes=8, num_stuff=5)
+        >>> log = train_instances(model, StreetScenes(length=200), output_dir="runs/ups", epochs=20)
+    """
+    check_run(epochs=epochs, warmup=warmup, clip=clip, ema=ema, precision=precision)
+    check_positive(batch_size=batch_size, learning_rate=learning_rate)
+    check_share(flip=flip)
+    check_data(model, dataset)
+    check_output(output_dir, resume)
+    accelerator = processes.accelerator()
+    source: Dataset = CachedDataset(dataset) if cache else dataset
+    model.classes, model.palette = tuple(dataset.classes), tuple(dataset.palette)
+    model.to(accelerator.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), learning_rate)
+    order = EpochOrder(len(source), seed)
+    share = batch_size * accelerator.num_processes
+    steps = max(len(source) // share, 1)
+
+    def batches(epoch: int) -> Iterator[list[Sample]]:
+        order.epoch = epoch
+        indices = list(order)
+        for step in range(steps):
+            begin = step * share + accelerator.process_index * batch_size
+            # The last images of a small set come again, so that every process has some.
+            chosen = [indices[k % len(indices)] for k in range(begin, begin + batch_size)]
+            yield [
+                random_view(source[k], photometric, flip, generator_of(seed, epoch, k + 1))
+                for k in chosen
+            ]
+
+    def step(network: nn.Module, samples: list[Sample]) -> dict[str, Tensor]:
+        losses = network(samples)
+        return {"loss": torch.stack([value.float() for value in losses.values()]).sum(), **losses}
+
+    def validate(model: InstanceModel) -> dict[str, float]:
+        assert validation is not None
+        return _validate(model, validation)
+
+    return fit(
+        model,
+        batches,
+        step=step,
+        optimizer=optimizer,
+        steps=steps,
+        epochs=epochs,
+        output_dir=output_dir,
+        validate=None if validation is None or model.semantic is None else validate,
+        settings={
+            "batch_size": batch_size,
+            "photometric": photometric,
+            "flip": flip,
+            "learning_rate": learning_rate,
+            "weight_decay": weight_decay,
+            "samples": len(dataset),
+        },
+        warmup=warmup,
+        clip=clip,
+        ema=ema,
+        precision=precision,
+        validate_every=validate_every,
+        save_every=save_every,
+        resume=resume,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _validate(model: InstanceModel, dataset: Dataset) -> dict[str, float]:
+    from ..metrics.panoptic import Panoptic
+
+    scores = score("panoptic", Panoptic(model.classes, things=model.things), model, dataset)
+    return {key: round(scores[key], 5) for key in ("pq", "sq", "rq", "pq_things", "pq_stuff")}

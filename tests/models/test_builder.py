@@ -1,0 +1,206 @@
+"""What all built-in models share: names, options that are explained, keys, weights."""
+
+import hashlib
+import inspect
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import pyseg
+from pyseg import weights as weight_files
+from pyseg.errors import WeightsError
+from pyseg.models.semantic import semantic_model
+from pyseg.weights import Remote
+
+# Entries of the state dict and a digest of their names and shapes: saved pipelines and checkpoints
+# of earlier versions load by these.
+KEYS = {
+    "deeplabv3_mobilenet_v3_large": (360, "b58470837b489ed7"),
+    "deeplabv3_resnet101": (676, "00aca750158afdd2"),
+    "deeplabv3_resnet50": (370, "4e026fc285f525a4"),
+    "fcn_resnet101": (640, "0c5f94c8e1d21941"),
+    "fcn_resnet50": (334, "0cab37f02115c01b"),
+    "lraspp_mobilenet_v3_large": (319, "72ffd64f90efaba5"),
+    "maskrcnn_fcn_resnet50": (684, "194472cd21acee1f"),
+    "maskrcnn_resnet101_fpn": (666, "ce4f379e33ed8c9f"),
+    "maskrcnn_resnet50_fpn": (360, "5ddf60f9c6ab7854"),
+    "maskrcnn_resnet50_fpn_v2": (432, "d8ba40beef432fde"),
+    "panoptic_fpn_resnet50": (383, "6822e0e42408bc06"),
+    "segnet": (177, "5983feb472ac7cb1"),
+    "segnet_basic": (58, "db37926daa20d44f"),
+    "streetnet": (208, "f9cf26cdbdef30b8"),
+    "upsnet_resnet101_dcn": (740, "2b760c10d7fdbbf5"),
+    "upsnet_resnet50": (370, "50a2aa73fab9e6c0"),
+}
+SAME = {
+    "maskrcnn": "maskrcnn_resnet50_fpn",
+    "maskrcnn_fcn": "maskrcnn_fcn_resnet50",
+    "panoptic_fpn": "panoptic_fpn_resnet50",
+    "upsnet": "upsnet_resnet50",
+}
+UNPUBLISHED = [
+    "maskrcnn(backbone='resnet101')",
+    "maskrcnn_fcn",
+    "maskrcnn_resnet101_fpn",
+    "panoptic_fpn_resnet50",
+    "segnet",
+    "segnet_basic",
+    "upsnet",
+    "upsnet_resnet101_dcn",
+    "upsnet_resnet50",
+]
+FACTORIES = sorted({pyseg.models.get(name) for name in {*KEYS, *SAME}}, key=lambda f: f.__name__)
+
+
+def test_every_name_is_tested():
+    assert set(pyseg.models.list()) == {*KEYS, *SAME}
+    for new, old in SAME.items():
+        assert pyseg.models.get(new) is pyseg.models.get(old)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_stay_as_they_are(name):
+    factory = pyseg.models.get(name)
+    panoptic = "num_stuff" in inspect.signature(factory).parameters
+    with torch.device("meta"):
+        model = factory(weights=None, **({"num_classes": 8, "num_stuff": 5} if panoptic else {}))
+    state = model.state_dict()
+    text = "\n".join(f"{key} {tuple(value.shape)}" for key, value in state.items())
+    assert (len(state), hashlib.sha256(text.encode()).hexdigest()[:16]) == KEYS[name]
+
+
+@pytest.mark.parametrize("factory", FACTORIES, ids=lambda factory: factory.__name__)
+def test_help_explains_every_option(factory):
+    text = inspect.getdoc(factory)
+    arguments = text[text.index("Args:") :]
+    for option in inspect.signature(factory).parameters:
+        assert re.search(rf"^ +{option}: \S", arguments, re.MULTILINE), option
+    assert inspect.signature(factory).return_annotation is not inspect.Parameter.empty
+
+
+@pytest.mark.parametrize("spec", UNPUBLISHED)
+def test_without_published_weights_the_default_is_refused(spec):
+    name = re.escape(spec.split("(")[0].split("_resnet")[0])
+    message = rf"{name}.* has no published weights.*weights=None"
+    with torch.device("meta"), pytest.raises(WeightsError, match=message):
+        pyseg.build(spec)
+
+
+def test_the_refusal_names_what_to_start_from():
+    with pytest.raises(WeightsError, match=r"'IMAGENET1K_V1' or .*'COCO_V1' to start training"):
+        pyseg.build("upsnet_resnet50")
+    with pytest.raises(WeightsError, match="weights='IMAGENET1K_V1' to start training"):
+        pyseg.build("segnet")
+
+
+# ------------------------------------------------------------------------------ semantic_model
+
+
+class Small(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.head = nn.ConvTranspose2d(4, classes, 2, 2)
+        self.extra = nn.Conv2d(4, classes, 1)
+
+    def forward(self, x):
+        x = self.trunk(x)
+        return {"out": self.head(x), **({"aux": self.extra(x)} if self.training else {})}
+
+
+def convert(state):
+    return {key.replace("features.", "trunk."): v for key, v in state.items() if key != "fc.weight"}
+
+
+def build(tmp_path, state=None, weights=None, num_classes=None, **options):
+    """A `Small` from weights.pth in the folder, which has ``state``, or that of another `Small`."""
+    if state is not None:
+        torch.save(state, tmp_path / "weights.pth")
+    torch.manual_seed(0)
+    return semantic_model(
+        "small",
+        Small,
+        classes=("a", "b"),
+        palette=((1, 2, 3), (4, 5, 6)),
+        num_classes=num_classes,
+        weights=tmp_path / "weights.pth" if weights is None else weights,
+        heads=("head", "extra"),
+        known={"V1": Remote((tmp_path / "weights.pth").as_uri())},
+        default="V1",
+        convert=convert,
+        trunk="trunk",
+        training_only=("extra",),
+        **options,
+    )
+
+
+def test_weights_by_name_path_and_url(tmp_path):
+    source = Small(2)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    path = tmp_path / "weights.pth"
+    for weights in ("default", "DEFAULT", "V1", path, str(path), path.as_uri()):
+        model = build(tmp_path, weights=weights)
+        assert torch.equal(model.network.head.weight, source.head.weight)
+        assert model.classes == ("a", "b") and model.palette == ((1, 2, 3), (4, 5, 6))
+        assert not model.training and not model.network.trunk.training
+    again = build(tmp_path, model.state_dict())  # as pyseg saves it: with the prefix "network."
+    assert torch.equal(again.network.trunk[0].weight, source.trunk[0].weight)
+    with pytest.raises(WeightsError, match="neither a file nor a known name; did you mean 'V1'"):
+        build(tmp_path, weights="V11")
+
+
+def test_another_number_of_classes(tmp_path):
+    source = Small(2)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    with pytest.warns(UserWarning, match=r"small: .*for 2 classes, so the last layer for 5 clas"):
+        model = build(tmp_path, weights="default", num_classes=5)
+    assert model.classes == tuple(f"class {i}" for i in range(5)) and len(model.palette) == 5
+    assert torch.equal(model.network.trunk[0].weight, source.trunk[0].weight)
+    assert model.network.head.weight.shape[1] == 5  # of a transposed convolution it is dimension 1
+    with pytest.raises(WeightsError, match="is for 2 classes, small has 5; pass num_classes=2"):
+        build(tmp_path, num_classes=5)
+    with pytest.raises(WeightsError, match="is for 7 classes, small has 2; pass num_classes=7"):
+        build(tmp_path, Small(7).state_dict())
+    with pytest.raises(ValueError, match="num_classes must be at least 1, got 0"):
+        build(tmp_path, num_classes=0)
+
+
+def test_starts_from_a_trunk_alone(tmp_path):
+    source = Small(2)
+    trunk = {f"features.{key}": value for key, value in source.trunk.state_dict().items()}
+    model = build(tmp_path, {**trunk, "fc.weight": torch.zeros(9, 4)}, num_classes=3)
+    assert torch.equal(model.network.trunk[0].weight, source.trunk[0].weight)
+    del trunk["features.0.bias"]
+    with pytest.raises(WeightsError, match=r"another architecture than Small.*trunk\.0\.bias"):
+        build(tmp_path, trunk)
+    with pytest.raises(WeightsError, match="another architecture"):
+        build(tmp_path, {"fc.weight": torch.zeros(9, 4)})
+
+
+def test_what_a_checkpoint_may_lack(tmp_path):
+    whole = Small(2).state_dict()
+    optional = [key for key in whole if key.startswith("extra.") or key.endswith("tracked")]
+    assert len(optional) == 3
+    model = build(tmp_path, {key: whole[key] for key in whole if key not in optional})
+    assert torch.equal(model.network.head.weight, whole["head.weight"])
+    for key in set(whole) - set(optional):
+        with pytest.raises(WeightsError, match=f"1 missing .{re.escape(key)}"):
+            build(tmp_path, {k: v for k, v in whole.items() if k != key})
+    with pytest.raises(WeightsError, match=r"1 unexpected .surplus"):
+        build(tmp_path, {**whole, "surplus": torch.zeros(1)})
+
+
+def test_weights_none_reads_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "resolve", None)
+    model = semantic_model(
+        "small",
+        Small,
+        classes=("a", "b"),
+        num_classes=None,
+        weights=None,
+        heads=("head",),
+        std=(2, 2, 2),
+    )
+    assert model.std.flatten().tolist() == [2, 2, 2]

@@ -1,0 +1,41 @@
+"""`pyseg.testing.check_model` over every built-in model."""
+
+import pytest
+
+import pyseg
+from pyseg import testing
+
+DETECTOR = {"min_size": 24, "max_size": 32}
+INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
+PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
+OPTIONS = {
+    "maskrcnn": INSTANCES,
+    "maskrcnn_fcn": PANOPTIC,
+    "maskrcnn_fcn_resnet50": PANOPTIC,
+    "maskrcnn_resnet101_fpn": INSTANCES,
+    "maskrcnn_resnet50_fpn": INSTANCES,
+    "maskrcnn_resnet50_fpn_v2": {"min_size": 16, "max_size": 24},
+    "panoptic_fpn": PANOPTIC,
+    "panoptic_fpn_resnet50": PANOPTIC,
+    "upsnet": PANOPTIC,
+    "upsnet_resnet101_dcn": PANOPTIC,
+    "upsnet_resnet50": PANOPTIC,
+}
+# Old names of the same factories are not checked again.
+ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
+
+
+@pytest.mark.parametrize("name", sorted(ONCE.values()))
+def test_conformance(name):
+    testing.check_model(name, **OPTIONS.get(name, {}))
+
+
+def test_bundled_weights_conform_too():
+    """Weights of a real model, whose logits differ from place to place."""
+    with pytest.warns(UserWarning, match="the last layer for 12 classes is random"):
+        testing.check_model(trained)
+
+
+def trained(*, num_classes: int | None = None):
+    """streetnet as it ships."""
+    return pyseg.models.get("streetnet")(num_classes=num_classes)
