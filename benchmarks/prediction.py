@@ -4,13 +4,14 @@ The images are CamVid's (val, 360 x 480), the network is streetnet's on both sid
 with Pillow, normalises, runs the network, interpolates its logits, takes argmax and saves a PNG.
 
 The floor is the network alone. In milliseconds of CPU time an image, one thread, Intel Xeon
-(Sapphire Rapids), torch 2.14: network 83 (76 at best), `predict` 100, the loop 144. Beyond the network
-we spend 2.5 on decoding, 0.7 on labels (the fused upsample_argmax; interpolate and argmax take the
-loop 29), 3.2 on writing, and the rest on memory that a thread's own heap gives back to the system and
-asks for again. Two threads run two images at a time, so that nothing of this waits for one core;
-for the network by itself that is 1.04 to 1.07 times as fast as two threads in every convolution.
-Batches gain nothing: a batch of 1, 2, 4, 8 takes 76, 73, 78, 95 ms an image. Of a label map's PNG, zlib's
-level 6 takes 1.5 ms and 4.2 kB, level 1 0.8 ms and 6.3 kB, level 9 11 ms and 3.4 kB: it stays at 6.
+(Sapphire Rapids), torch 2.14: network 83 (76 at best), `predict` 100, the loop 144. Beyond the
+network we spend 2.5 on decoding, 0.7 on labels (the fused upsample_argmax; interpolate and argmax
+take the loop 29), 3.2 on writing, and the rest on memory that a thread's own heap gives back to the
+system and asks for again. Two threads segment two images at a time, so that nothing waits for one
+core; for the network by itself that is 1.04 to 1.07 times as fast as two threads in every
+convolution. Batches gain nothing: 1, 2, 4, 8 images at a time take 76, 73, 78, 95 ms each. Packing
+a label map takes 1.5 ms and 4.2 kB at zlib's level 6, 0.8 ms and 6.3 kB at level 1, 11 ms and
+3.4 kB at level 9: it stays at 6.
 """
 
 import os

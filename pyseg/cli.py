@@ -40,8 +40,10 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PysegError as error:
-            if isinstance(error, PluginFailure):  # a bug of somebody: it keeps its traceback
-                traceback.print_exception(error.__cause__)
+            cause = error.__cause__
+            # A bug of somebody keeps its traceback; a ValueError tells of bad input.
+            if isinstance(error, PluginFailure) and not isinstance(cause, ValueError):
+                traceback.print_exception(cause)
             message = str(error)
         except ValueError as error:  # a setting out of range, or a bug
             if not _raised_by_pyseg(error):

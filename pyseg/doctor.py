@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib.metadata
+import importlib.util
 import json
+import keyword
 import platform
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .errors import PluginError
+from .errors import PluginError, require
 from .registry import Registry
 
 DISTRIBUTION = "pyseg-toolkit"
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "segment-anything", "sam2", "accelerate")
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "scipy",
+    "safetensors",
+    "segment-anything",
+    "sam2",
+    "accelerate",
+    "huggingface_hub",
+)
+_IMPORTERS = {"import_module", "importlib.import_module", "require", "errors.require"}
+_NEIGHBOURS = {"pyseg.promptable"}  # of those that import it: the segmenters behind sam and sam2
+_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")  # what a spec can call a stage
+# Importing sam2 starts Hydra, whose state is one for the whole process and may be the user's.
+_NOT_IMPORTED = {"sam2"}
 
 
 def diagnose() -> dict[str, Any]:
@@ -40,7 +62,10 @@ def diagnose() -> dict[str, Any]:
     if torch.cuda.is_available() and native.get("cuda_problem"):
         problems.append(f"there is a CUDA device, but no CUDA kernels: {native['cuda_problem']}")
     entry_points = [entry for registry in registries().values() for entry in _entries(registry)]
-    problems += [entry["problem"] for entry in entry_points if entry["problem"]]
+    # once each: what is wrong with a package is wrong with all that need it
+    problems += dict.fromkeys(entry["problem"] for entry in entry_points if entry["problem"])
+    problems += unknown_groups()
+    problems += unmet_requirements()
     problems += stale_installs()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
@@ -74,10 +99,171 @@ def _entries(registry: Registry) -> Iterator[dict[str, Any]]:
         try:
             info = registry.info(name)
             entry.update(target=info.target, distribution=info.distribution, version=info.version)
-            registry.get(name)
+            factory = registry.get(name)
+            if not _NAME.fullmatch(name) or any(map(keyword.iskeyword, name.split("."))):
+                raise PluginError(
+                    f"{registry.kind} {name!r} of distribution {info.distribution!r} cannot be "
+                    "named in a spec: names are letters, digits and underscores"
+                )
+            entry["problem"] = _unusable(factory)
         except PluginError as error:
             entry["problem"] = str(error)
         yield entry
+
+
+def unknown_groups() -> list[str]:
+    """Entry-point groups that look like pyseg's and are read by nobody, such as pyseg.model."""
+    known = {registry.group for registry in registries().values()}
+    problems = []
+    for group in sorted(importlib.metadata.entry_points().groups):
+        if group in known or not re.match(r"pyseg\b", group):
+            continue
+        owners = sorted(
+            {
+                point.dist.name if point.dist else "an unknown distribution"
+                for point in importlib.metadata.entry_points(group=group)
+            }
+        )
+        near = difflib.get_close_matches(group, known, n=1)
+        hint = f"; did it mean {near[0]!r}?" if near else f"; there are {', '.join(sorted(known))}"
+        problems.append(
+            f"{', '.join(owners)} declares entry points of the group {group!r}, which pyseg does "
+            f"not read{hint}"
+        )
+    return problems
+
+
+def unmet_requirements() -> list[str]:
+    """What pyseg and its plugins require (extras apart) and is absent or of another version."""
+    requirement_of = _requirement_parser()
+    if requirement_of is None:
+        return ["the versions of the requirements cannot be checked: that needs packaging"]
+    owners = {DISTRIBUTION: _distribution(DISTRIBUTION)}
+    for registry in registries().values():
+        for point in importlib.metadata.entry_points(group=registry.group):
+            if point.dist is not None:
+                owners.setdefault(point.dist.name, point.dist)
+    problems = []
+    for name, owner in owners.items():
+        for text in (owner.requires if owner else None) or ():
+            requirement = requirement_of(text)
+            if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            found = _version(requirement.name)
+            wanted = f"{requirement.name}{requirement.specifier}"
+            if found is None:
+                problems.append(
+                    f"{name} requires {wanted}, which is not installed: pip install '{wanted}'"
+                )
+            elif not requirement.specifier.contains(found, prereleases=True):
+                problems.append(
+                    f"{name} requires {wanted}, but {requirement.name} {found} is installed: "
+                    f"pip install '{wanted}', or another version of {name}"
+                )
+    return problems
+
+
+def _requirement_parser() -> Callable[[str], Any] | None:
+    for place in ("packaging.requirements", "pip._vendor.packaging.requirements"):
+        try:
+            return importlib.import_module(place).Requirement
+        except ImportError:
+            continue
+    return None
+
+
+def _unusable(factory: Callable[..., Any]) -> str | None:
+    """Why a factory that could be imported cannot work: a package that it imports when called."""
+    module = getattr(factory, "__module__", None)
+    if module is None:
+        return None
+    optional = _extras()
+    for package in sorted(_imports(module, set())):
+        if package.replace("_", "-") not in optional and (reason := _package_problem(package)):
+            return reason
+    return None
+
+
+@cache
+def _package_problem(package: str) -> str | None:
+    try:
+        if package in _NOT_IMPORTED and importlib.util.find_spec(package) is not None:
+            return None
+        require(package)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def _imports(module: str, seen: set[str]) -> set[str]:
+    """Packages of others that a module and its neighbours import, at once or when called.
+
+    Neighbours are of the same folder: what lies elsewhere serves many, and needs a package only
+    for some of them. Imports that may fail, within ``try``, and those for type checkers do not
+    count.
+    """
+    seen.add(module)
+    root = module.partition(".")[0]
+    spec = sys.modules[module].__spec__ if module in sys.modules else _found(module)
+    origin = getattr(spec, "origin", None)
+    if spec is None or origin is None or not origin.endswith(".py"):
+        return set()
+    packages: set[str] = set()
+    names: set[str] = set()
+    for node in _certain(ast.parse(Path(origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
+            names.add(base)
+            if base.partition(".")[0] == root:  # what is imported may be a module itself
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) in _IMPORTERS
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+            and not node.args[0].value.startswith(".")
+        ):
+            names.add(node.args[0].value)
+    for name in sorted(names):
+        package = name.partition(".")[0]
+        if package == root:
+            near = name.rpartition(".")[0] == module.rpartition(".")[0] or name in _NEIGHBOURS
+            if near and name not in seen and _found(name) is not None:
+                packages |= _imports(name, seen)
+        elif package and package not in sys.stdlib_module_names:
+            packages.add(package)
+    return packages
+
+
+def _found(module: str) -> Any:
+    try:
+        return importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError):  # no such module, or not below a package
+        return None
+
+
+def _certain(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a module without those in ``try`` and in ``if TYPE_CHECKING``."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Try):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _certain(node)
+
+
+def _extras() -> set[str]:
+    """Distributions that only extras of pyseg require."""
+    owner = _distribution(DISTRIBUTION)
+    texts = (owner.requires if owner else None) or ()
+    names = {text: re.split(r"[^\w.-]", text, maxsplit=1)[0].replace("_", "-") for text in texts}
+    return {names[t] for t in texts if "extra ==" in t} - {
+        names[t] for t in texts if "extra ==" not in t
+    }
 
 
 def stale_installs() -> list[str]:
@@ -137,7 +323,12 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _version(name: str) -> str | None:
+    found = _distribution(name)
+    return None if found is None else found.version
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
     try:
-        return importlib.metadata.version(name)
+        return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None

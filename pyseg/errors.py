@@ -64,7 +64,7 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
         else:
             cause = f"package {package!r} is not installed"
         raise ImportError(f"{cause}: pip install '{distribution}'") from error
-    except Exception as error:  # a package that is broken raises what it likes
+    except (Exception, SystemExit) as error:  # a package that is broken raises what it likes
         reason = str(error).partition("\n")[0]
         raise ImportError(
             f"package {package!r} is installed, but cannot be imported "

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import reprlib
 import shutil
 import time
 import uuid
@@ -41,7 +42,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     writer; two writers do not disturb each other. A folder that stood at ``path`` is replaced.
 
     Raises:
-        PysegError: the folder of ``path`` does not exist.
+        PysegError: the folder of ``path`` does not exist, or a file is to replace a folder.
         OSError: with the name of ``path``, where the system refuses (no space, no permission).
     """
     path = Path(path)
@@ -58,6 +59,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.rename(retired)
             temporary.rename(path)
             _remove(retired)
+        elif path.is_dir():
+            raise PysegError(f"cannot write {str(path)!r}: it is a directory; give a file")
         else:
             temporary.replace(path)
     except OSError as error:
@@ -120,24 +123,116 @@ def write_json(path: str | os.PathLike[str], value: Any) -> Path:
     return write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: str | os.PathLike[str], error: Callable[[str], Exception] = PysegError) -> Any:
+def read_json(
+    path: str | os.PathLike[str],
+    error: Callable[[str], Exception] = PysegError,
+    wanted: Any = object,
+) -> Any:
     """The content of a JSON file.
 
     Args:
         path: the file.
         error: makes the exception from a message.
+        wanted: what the content must look like, see `check_json`; by default anything will do.
 
     Raises:
-        Exception: what ``error`` makes: no such file, unreadable, no JSON, or nested too deeply.
+        Exception: what ``error`` makes: no such file, unreadable, no JSON, nested too deeply, or
+            not as ``wanted``; then the message names the place.
+
+    Example:
+        >>> read_json("classes.json", LabelError, {"classes": [{"name": str, "id?": int}]})
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        value = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except FileNotFoundError as cause:
         raise error(f"{os.fspath(path)!r} does not exist; check the path") from cause
     except (OSError, ValueError, RecursionError) as cause:
         raise error(
             f"{os.fspath(path)!r} cannot be read as JSON ({cause}); it is damaged, or no JSON"
         ) from cause
+    check_json(value, wanted, repr(os.fspath(path)), error)
+    return value
+
+
+_KINDS = {
+    int: "an integer of 64 bits",
+    float: "a finite number",
+    bool: "true, false, 0 or 1",
+    str: "a text",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def check_json(
+    value: Any, wanted: Any, where: str, error: Callable[[str], Exception] = PysegError
+) -> None:
+    """Holds a JSON value against what is wanted of it.
+
+    Args:
+        value: as `json.loads` gives it.
+        wanted: ``int`` (within 64 bits; no truth value), ``float`` (any finite number), ``bool``
+            (0 and 1 too), ``str``, ``list``, ``dict`` or ``object`` (anything); a tuple of such,
+            any of which will do; ``[shape]``, a list of these; ``{"key": shape, "other?": shape}``,
+            an object with such entries at least, those with a question mark only where present.
+        where: begins the message, such as the name of the file.
+        error: makes the exception from a message.
+
+    Raises:
+        Exception: what ``error`` makes; the message says where in ``value``, what must be there and
+            what is.
+    """
+    if found := _misfit(value, wanted):
+        place, complaint = found
+        raise error(
+            f"{where}: {place.lstrip('.')} {complaint}" if place else f"{where} {complaint}"
+        )
+
+
+def _misfit(value: Any, wanted: Any) -> tuple[str, str] | None:
+    """The first place in ``value`` that is not as ``wanted``, and what is wrong there."""
+    if isinstance(wanted, list):
+        if not isinstance(value, list):
+            return "", _must_be(_KINDS[list], value)
+        for index, item in enumerate(value):
+            if found := _misfit(item, wanted[0]):
+                return f"[{index}]{found[0]}", found[1]
+    elif isinstance(wanted, dict):
+        if not isinstance(value, dict):
+            return "", _must_be(_KINDS[dict], value)
+        for key, shape in wanted.items():
+            name = key.removesuffix("?")
+            if name not in value:
+                if name == key:
+                    return "", f"lacks {name!r}"
+            elif found := _misfit(value[name], shape):
+                return f".{name}{found[0]}", found[1]
+    else:
+        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
+        if not any(_is_a(value, kind) for kind in kinds):
+            return "", _must_be(" or ".join(_KINDS[kind] for kind in kinds), value)
+    return None
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is int:
+        return type(value) is int and -(1 << 63) <= value < 1 << 63
+    if kind is float:
+        return type(value) in (int, float) and _is_finite(value)
+    if kind is bool:
+        return value is True or value is False or (type(value) is int and value in (0, 1))
+    return isinstance(value, kind)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # an integer beyond
+        return False
+
+
+def _must_be(kind: str, value: Any) -> str:
+    return f"must be {kind}, got {reprlib.repr(value)}"
 
 
 def finite(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from .classes import CITYSCAPES_IDS
 from .errors import ImageError, LabelError
-from .files import write_json
-from .image import open_image, save_image
+from .files import check_json, write_json
+from .image import check_pixels, open_image, save_image
 from .regions import Instances, Segment, Segments
 
 # --- run-length masks -------------------------------------------------------------------------
@@ -39,7 +40,13 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     borders = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     first = [0] if flat.size and flat[0] else []  # the first run is of zeros, if need be of none
     edges = np.concatenate([[0], first, borders, [flat.size]]).astype(np.int64)
-    runs = edges[1:] - edges[:-1]
+    return {
+        "size": [int(side) for side in values.shape],
+        "counts": _text_of_runs(edges[1:] - edges[:-1]),
+    }
+
+
+def _text_of_runs(runs: np.ndarray) -> str:
     numbers = runs.copy()
     numbers[3:] -= runs[1:-2]
     digits = numbers[:, None] >> np.arange(0, 35, 5)  # [runs, 7], lowest first
@@ -50,8 +57,7 @@ def encode_rle(mask: Tensor | np.ndarray) -> dict[str, Any]:
     last = done.argmax(1)
     column = np.arange(7)
     digits |= np.where(column < last[:, None], 32, 0)
-    text = (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes().decode("ascii")
-    return {"size": [int(side) for side in values.shape], "counts": text}
+    return (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes().decode("ascii")
 
 
 def decode_rle(rle: Mapping[str, Any]) -> Tensor:
@@ -61,26 +67,81 @@ def decode_rle(rle: Mapping[str, Any]) -> Tensor:
         rle: ``size`` [H, W] and ``counts``, compressed (str or bytes) or a list of run lengths.
 
     Raises:
-        ImageError: the runs do not add up to H x W.
+        ImageError: it is no such dict, the runs do not add up to H x W, or that is more than
+            `pyseg.image.MAX_PIXELS`.
     """
-    height, width = (int(side) for side in rle["size"])
-    counts = rle["counts"]
-    if isinstance(counts, (str, bytes)):
-        codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
-        runs = _decode_counts(codes.astype(np.int64) - 48)
-    else:
-        runs = np.asarray(counts, dtype=np.int64)
-    if (runs < 0).any() or int(runs.sum()) != height * width:
-        raise ImageError(
-            f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
-            f"{height} x {width} needs {height * width}; it is damaged"
-        )
+    height, width, runs = _runs(rle)
     flat = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
     return torch.from_numpy(np.ascontiguousarray(flat.reshape(width, height).T))
 
 
-def _decode_counts(codes: np.ndarray) -> np.ndarray:
-    """Characters of a compressed RLE, less 48, to run lengths."""
+def compressed_rle(rle: Mapping[str, Any]) -> dict[str, Any]:
+    """The same mask with its runs as text, which is what pycocotools and its kin take for results.
+
+    Raises:
+        ImageError: as `decode_rle`.
+    """
+    height, width, runs = _runs(rle)
+    counts = rle["counts"]
+    if isinstance(counts, bytes):
+        counts = counts.decode("ascii")
+    return {
+        "size": [height, width],
+        "counts": counts if isinstance(counts, str) else _text_of_runs(runs),
+    }
+
+
+def _runs(rle: Mapping[str, Any]) -> tuple[int, int, np.ndarray]:
+    """Height, width and checked run lengths of a run-length dict; no pixel is made."""
+    if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
+        raise ImageError(
+            f"an RLE mask must be a dict with 'size' and 'counts', got {reprlib.repr(rle)}"
+        )
+    size, counts = rle["size"], rle["counts"]
+    if (
+        not isinstance(size, (list, tuple))
+        or len(size) != 2
+        or not all(_is_integer(side) and side >= 0 for side in size)
+    ):
+        raise ImageError(f"the size of an RLE mask must be [H, W], got {reprlib.repr(size)}")
+    height, width = (int(side) for side in size)
+    pixels = height * width
+    check_pixels(height, width, "the RLE mask")
+    if isinstance(counts, (str, bytes)):
+        try:
+            codes = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
+        except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can hold
+            raise ImageError("the counts of the RLE mask are damaged: they are no ASCII") from error
+        runs = _decode_counts(codes.astype(np.int64) - 48, pixels)
+    elif isinstance(counts, (list, tuple)) and all(map(_is_integer, counts)):
+        # As Python's integers first: those of a damaged file need not fit into 64 bits.
+        if any(not 0 <= run <= pixels for run in counts):
+            wrong = next(run for run in counts if not 0 <= run <= pixels)
+            raise ImageError(
+                f"the RLE mask of {height} x {width} pixels has a run of {reprlib.repr(wrong)}; "
+                "it is damaged"
+            )
+        runs = np.array(counts, dtype=np.int64)
+    else:
+        raise ImageError(
+            "the counts of an RLE mask must be a text or a list of integers, got "
+            f"{reprlib.repr(counts)}"
+        )
+    # No sum wraps: no run is above `pixels`, which MAX_PIXELS bounds.
+    if (runs < 0).any() or (runs > pixels).any() or int(runs.sum()) != pixels:
+        raise ImageError(
+            f"the runs of the RLE mask add up to {int(runs.sum())} pixels, its size "
+            f"{height} x {width} needs {pixels}; it is damaged"
+        )
+    return height, width, runs
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def _decode_counts(codes: np.ndarray, pixels: int) -> np.ndarray:
+    """Characters of a compressed RLE, less 48, to run lengths, not all of which need be sane."""
     last = (codes & 32) == 0
     if not codes.size:
         return codes
@@ -91,10 +152,17 @@ def _decode_counts(codes: np.ndarray) -> np.ndarray:
         )
     starts = np.concatenate([[0], np.flatnonzero(last)[:-1] + 1])
     lengths = np.diff(np.append(starts, codes.size))
+    if lengths.max() > 12:  # 60 bits
+        raise ImageError("the counts of the RLE mask are damaged: a number has 13 digits or more")
     place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
     numbers = np.add.reduceat((codes & 31) << place, starts)
     negative = (codes[last] & 16) != 0
     numbers -= np.where(negative, np.int64(1) << (5 * lengths), 0)
+    if np.abs(numbers).max() > pixels:  # differences of runs are within it, and then no sum wraps
+        raise ImageError(
+            f"the counts of the RLE mask are damaged: a run of {pixels} pixels at most has the "
+            f"number {numbers[np.abs(numbers).argmax()]}"
+        )
     numbers[1::2] = numbers[1::2].cumsum()
     numbers[2::2] = numbers[2::2].cumsum()
     return numbers
@@ -138,15 +206,19 @@ def categories_of(value: Any, path: str | os.PathLike[str]) -> list[dict[str, An
         raise LabelError(
             f"{os.fspath(path)!r} has no categories; give a JSON that has them (--categories)"
         )
-    for key in ("id", "name", "isthing"):
-        if not all(isinstance(entry, dict) and key in entry for entry in entries):
-            raise LabelError(
-                f"{os.fspath(path)!r} has a category without {key!r}; it needs id, name and isthing"
-            )
-        values = [entry[key] for entry in entries]
-        if key != "isthing" and len(set(values)) < len(values):
+    where = f"the categories of {os.fspath(path)!r}"
+    check_json(entries, [{"id": int, "name": str, "isthing": bool}], where, LabelError)
+    for key in ("id", "name"):
+        if len({entry[key] for entry in entries}) < len(entries):
             raise LabelError(f"{os.fspath(path)!r} has two categories with the same {key}")
     return entries
+
+
+_ANNOTATION = {
+    "image_id": (int, str),
+    "file_name": str,
+    "segments_info": [{"id": int, "category_id": int, "area?": object, "iscrowd?": bool}],
+}
 
 
 def annotations_of(value: Any, path: str | os.PathLike[str]) -> dict[Any, dict[str, Any]]:
@@ -156,14 +228,9 @@ def annotations_of(value: Any, path: str | os.PathLike[str]) -> dict[Any, dict[s
         raise LabelError(
             f"{os.fspath(path)!r} has no list of annotations: it is not in COCO's panoptic format"
         )
+    check_json(entries, [_ANNOTATION], f"the annotations of {os.fspath(path)!r}", LabelError)
     result = {}
-    for position, entry in enumerate(entries):
-        for key in ("image_id", "file_name", "segments_info"):
-            if key not in entry:
-                raise LabelError(
-                    f"annotation {position} of {os.fspath(path)!r} has no {key!r}: it "
-                    "is not in COCO's panoptic format"
-                )
+    for entry in entries:
         if entry["image_id"] in result:
             raise LabelError(f"{os.fspath(path)!r} has image {entry['image_id']!r} twice")
         result[entry["image_id"]] = entry
@@ -176,17 +243,20 @@ def read_segments(
     index: Mapping[int, int],
     path: str | os.PathLike[str],
 ) -> Segments:
-    """One annotation with its PNG; areas that are not listed are counted."""
+    """One annotation with its PNG; areas that are not listed are counted.
+
+    Raises:
+        LabelError: a segment of an unknown category, or with an area that is no number of pixels.
+        ImageError: the PNG cannot be read.
+    """
     ids = read_segment_ids(folder / entry["file_name"])
+    where = f"image {entry['image_id']!r} of {os.fspath(path)!r}"
     items = []
     areas: dict[int, int] = {}
     if any(segment.get("area") is None for segment in entry["segments_info"]):
         found, counts = np.unique(ids.numpy(), return_counts=True)
         areas = dict(zip(found.tolist(), counts.tolist(), strict=True))
     for segment in entry["segments_info"]:
-        where = f"image {entry['image_id']!r} of {os.fspath(path)!r}"
-        if "id" not in segment or "category_id" not in segment:
-            raise LabelError(f"{where} has a segment without 'id' or 'category_id'")
         if segment["category_id"] not in index:
             raise LabelError(
                 f"{where} has segment {segment['id']} of the unknown category "
@@ -195,12 +265,18 @@ def read_segments(
         area = segment.get("area")
         if area is None:
             area = areas.get(segment["id"], 0)
+        # Some tools write 300.0; 299.9 is no number of pixels, whatever rounding makes of it.
+        if type(area) not in (int, float) or not 0 <= area < 1 << 53 or area != int(area):
+            raise LabelError(
+                f"{where} has segment {segment['id']} with the area {reprlib.repr(area)}; it must "
+                "be a whole number of pixels"
+            )
         items.append(
             Segment(
                 id=segment["id"],
                 label=index[segment["category_id"]],
                 score=1.0,
-                area=area,
+                area=int(area),
                 crowd=bool(segment.get("iscrowd", 0)),
             )
         )

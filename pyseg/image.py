@@ -8,7 +8,9 @@ its old address.
 from __future__ import annotations
 
 import importlib
+import operator
 import os
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -363,6 +365,24 @@ def default_palette(n: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(palette)
 
 
+def colours_of(palette: Palette) -> np.ndarray:
+    """A palette as an array, [C, 3] uint8.
+
+    Raises:
+        ValueError: a colour is not three integers in 0..255.
+    """
+    try:
+        colours = [[operator.index(value) for value in colour] for colour in palette]
+    except TypeError:
+        colours = [[]]
+    if not all(len(rgb) == 3 and 0 <= min(rgb) <= max(rgb) <= 255 for rgb in colours):
+        raise ValueError(
+            "palette must hold one colour [r, g, b] of integers in 0..255 per class, got "
+            f"{reprlib.repr(palette)}"
+        )
+    return np.array(colours, dtype=np.uint8).reshape(-1, 3)
+
+
 def write_labels(
     path: str | os.PathLike[str], labels: Tensor | np.ndarray, palette: Palette | None = None
 ) -> Path:
@@ -407,7 +427,7 @@ def write_labels(
     else:
         picture = Image.fromarray(values.astype(np.uint8))
         colours = np.array(default_palette(256), dtype=np.uint8)
-        given = np.array(palette or (), dtype=np.uint8).reshape(-1, 3)
+        given = colours_of(palette or ())
         colours[: len(given)] = given
         picture.putpalette(colours.tobytes())
     return save_image(path, picture, format="PNG")

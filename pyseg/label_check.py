@@ -101,10 +101,11 @@ def check_labels(
 
     Args:
         folder: label maps, in subfolders too; or a folder that holds ``labels/`` and perhaps
-            ``images/`` and ``classes.txt`` or ``classes.json``, which then count as given.
+            ``images/``, which then counts as given.
         images: their images, with the same names below this folder but for the suffix; None = do
             not check pairs and sizes.
-        classes: names of the classes, or a file of them (see `pyseg.datasets.folder.Folder`).
+        classes: names of the classes, or a file of them (see `pyseg.datasets.folder.Folder`); by
+            default ``classes.json`` or ``classes.txt`` in ``folder`` or in the one above it.
         num_classes: C, where the names do not matter. Without either, values are not held against
             a range.
         ignore_index: label of pixels without ground truth.
@@ -174,11 +175,13 @@ def _class_names(
     """Names, where they are known, and ids besides ignore_index that mean void."""
     names: tuple[str, ...] | None = None
     void: tuple[int, ...] = ()
-    here = any((base / name).is_file() for name in ("classes.json", "classes.txt"))
+    # A split's folder has its class list beside it, in the folder of the data set.
+    places = (base, base.resolve().parent)
+    here = any((f / name).is_file() for f in places for name in ("classes.json", "classes.txt"))
     if classes is not None or (num_classes is None and here):
         given = Path(classes) if isinstance(classes, (str, os.PathLike)) else classes
         try:
-            names, _, void = read_classes(given, base)
+            names, _, void = read_classes(given, *places)
         except (OSError, ValueError) as error:
             raise PysegError(str(error)) from error
     if num_classes is not None:

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from . import image as images_module
 from . import models, refiners
-from .errors import DeviceError, PluginError, PysegError, SpecError
+from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
 from .files import read_json, remove_abandoned, replacing, some, write_json
 from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
 from .spec import Spec, StageSpec, parse, shown
 from .types import Model, Refiner, Segmentation
 
 DEFAULT = "default"
+MAX_STAGES = 100
 FORMAT = 1  # of a saved pipeline's folder
 DESCRIPTION = "pipeline.json"  # in it
 
@@ -222,14 +223,14 @@ class Pipeline:
             flops: count floating-point operations too, by ``torch.utils.flop_counter``: 2 for every
                 multiply-add of torch's matrix products, convolutions and attention, nothing for
                 other operations and for pyseg's kernels. The times then include the counting.
-            name: what the image is called in errors.
+            name: what errors call the image; None = its path or size.
 
         Returns:
             One `StageResult` per stage. The time includes the stage's label map, computed here,
             so that lazily and eagerly labelled stages compare.
         """
         tensor = images_module.read_image(image).to(self.device)
-        names = [_name_of(image, tensor) if name is None else repr(name)]
+        names = [_name_of(image, tensor) if name is None else name]
         predictions: list[Segmentation] = []
         results = []
         for index, stage in enumerate(self.stages):
@@ -379,10 +380,13 @@ def build(
         >>> segmenter("street.jpg").overlay().save("overlay.png")
         >>> segmenter = pyseg.build(network, "crf", classes=("road", "sky"))
     """
+    _check_no_folder(spec)
     target = None if device is None else _checked_device(device)
     given: list[Any] = []
     for part in (spec, *refiners):
         given += parse(part).stages if isinstance(part, (str, Spec)) else [part]
+    if len(given) > MAX_STAGES:
+        raise SpecError(f"a pipeline may have {MAX_STAGES} stages, got {len(given)}")
     first, *later = given
     if isinstance(first, StageSpec):
         if classes is not None or palette is not None:
@@ -408,8 +412,7 @@ def build(
         context["weights"] = None
     for part in later:
         if isinstance(part, StageSpec):
-            made = _registry_of(len(stages), part).make(part, context)
-            stages.append(Stage(part, made))
+            stages.append(Stage(part, _made(len(stages), part, context)))
         else:
             if isinstance(part, torch.nn.Module):
                 part.eval()
@@ -435,10 +438,9 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pip
     stages: list[Stage] = []
     for index, entry in enumerate(description["stages"]):
         stage: StageSpec = entry["stage"]
-        registry = _registry_of(index, stage)
         # Never the weights that the text names: what there is to load lies here.
         options = {k: v for k, v in stage.options.items() if k != "weights"} | entry["config"]
-        made = registry.make(StageSpec(stage.name, options), context)
+        made = _made(index, StageSpec(stage.name, options), context)
         if entry["weights"] is not None:
             if not _has_state(made):
                 raise PysegError(
@@ -534,18 +536,20 @@ def _all(kind: type, values: Sequence[Any]) -> bool:
     return all(isinstance(value, kind) and not isinstance(value, bool) for value in values)
 
 
-def _registry_of(index: int, stage: StageSpec) -> Registry[Any]:
-    """Where the stage's name is looked up; an error says where it would belong."""
+def _made(index: int, stage: StageSpec, context: Mapping[str, Any]) -> Any:
+    """The model or refiner that a stage describes; an error says where its name would belong."""
     wanted, other = (models, refiners) if index == 0 else (refiners, models)
     registry: Registry[Any] = wanted._registry
-    bare = stage.name.rpartition(":")[2]
-    if bare not in registry.list() and bare in other._registry.list():
+    try:
+        return registry.make(stage, context)
+    except UnknownName:
+        if stage.name.rpartition(":")[2] not in other._registry.list():
+            raise
         place = "first" if index == 0 else "later"
         raise SpecError(
             f"{stage.name!r} is a {other._registry.kind}, but the {place} stage of a spec is a "
             f"{registry.kind}: write model+refiner+refiner, such as 'streetnet+crf'"
-        )
-    return registry
+        ) from None
 
 
 def _named_model(stage: StageSpec, num_classes: int | None, weights: str | Path | None) -> Any:
@@ -554,12 +558,12 @@ def _named_model(stage: StageSpec, num_classes: int | None, weights: str | Path 
         context["num_classes"] = num_classes
     if weights != DEFAULT:
         context["weights"] = weights
-    registry = _registry_of(0, stage)
-    accepted = accepted_options(registry.get(stage.name))
-    for name, value in context.items():
-        if accepted is not None and name not in accepted and value is not None:
-            raise SpecError(f"model {stage.name!r} takes no {name}, got {name}={shown(value)}")
-    model = registry.make(stage, context)
+    model = _made(0, stage, context)
+    if any(value is not None for value in context.values()):
+        accepted = accepted_options(models.get(stage.name))
+        for name, value in context.items():
+            if accepted is not None and name not in accepted and value is not None:
+                raise SpecError(f"model {stage.name!r} takes no {name}, got {name}={shown(value)}")
     wanted = stage.options.get("num_classes", num_classes)
     if wanted is not None and len(model.classes) != wanted:
         raise PluginError(
@@ -608,6 +612,22 @@ def _given_model(
 
 def _count(model: Any) -> int:
     return len(model.classes)
+
+
+def _check_no_folder(spec: Any) -> None:
+    """Raises SpecError for the path of a folder in place of a spec."""
+    if not isinstance(spec, str):
+        return
+    if os.path.isdir(spec) and spec not in models.list():  # a folder may be called like a model
+        raise SpecError(
+            f"{spec!r} is a saved pipeline: pyseg.load reads it"
+            if (Path(spec) / DESCRIPTION).is_file()
+            else f"folder {spec!r} is no saved pipeline: it has no {DESCRIPTION}"
+        )
+    if spec.startswith(("./", "../", "/", "~")):
+        raise SpecError(
+            f"there is no folder {shown(spec)}, and a spec begins with the name of a model"
+        )
 
 
 def _kind_of(given: Any) -> str:

@@ -41,7 +41,7 @@ _WORKERS = 4  # at most, by default: each may have an image in the memory
 _BATCH = 8  # images, by default and on accelerators; on a CPU batches gain nothing (measured)
 _SHARED_PIXELS = 4 << 20  # that are segmented at a time; one larger image is, with all threads
 _LARGE_PIXELS = 8 << 20  # from here on it is asked whether the memory suffices
-_PROBE_PIXELS = 1 << 18  # of the reduced image whose need is measured
+_PROBE_PIXELS = 1 << 20  # of the reduced image whose need is measured
 
 
 @dataclass
@@ -426,12 +426,16 @@ def _too_large(source: Path, error: Exception) -> str:
 
 
 def _bytes_per_pixel(pipeline: Pipeline, image: Tensor) -> float:
-    """What a pipeline needs at its peak, measured on a reduced image; 0 where it cannot be."""
+    """What a pipeline needs at its peak, measured on a reduced image; 0 where it cannot be.
+
+    Rather too much (streetnet: a fifth), as what does not grow with the image is
+    counted as if it did.
+    """
     factor = min(1.0, (_PROBE_PIXELS / _pixels(image)) ** 0.5)
     size = [max(1, round(side * factor)) for side in image.shape[1:]]
     probe = torch.nn.functional.interpolate(image[None], size)[0]
     try:
-        peaks = [result.peak_bytes for result in pipeline.trace(probe, memory=True)]
+        peaks = [result.peak_bytes for result in pipeline.profile(probe)]
     except OSError:  # the kernel does not let its counters be reset
         return 0.0
     return max((peak or 0) / _pixels(probe) for peak in peaks)

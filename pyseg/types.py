@@ -10,21 +10,23 @@ Beyond the protocols the house reads these attributes where an object has them:
 | of | attribute | meaning |
 |---|---|---|
 | model | ``palette`` | one RGB colour per class; saved with the pipeline, given to predictions |
-| model | ``things`` | names of the countable classes; training scores panoptic quality with them |
+| model | ``things`` | names of the countable classes: training scores panoptic quality with them |
+| model | ``parameters()`` | an ``nn.Module``'s: where they are, is the pipeline's device |
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
-| stage | ``to(device)`` | moves it; `Pipeline.to` calls it |
-| stage | ``state_dict()`` of an ``nn.Module`` | weights that are saved with the pipeline |
-| stage | ``size`` | its architecture, where ``weights`` would tell it; saved in pipeline.json |
+| stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
+| stage | ``training`` | an ``nn.Module``'s: refused where it is true |
+| stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |
+| stage | ``config()`` | options that make it again without its weights; saved in pipeline.json |
 | metric | ``headline`` | names of the scores that tables show first |
 | dataset | ``things`` | names of the countable classes; given to metrics that take ``things`` |
 | dataset | ``category_ids`` | COCO's category of every class, for panoptic results |
-| dataset | ``names`` | of the samples, without reading them |
 
-And these options of a factory get a value where it takes them and the spec gives none:
+And these options of a factory get a value where it takes them and the text gives none:
 
 | of | option | value |
 |---|---|---|
 | model | ``num_classes``, ``weights`` | those of `pyseg.build` |
+| refiner | ``weights`` | None where `pyseg.load` fills them in |
 | metric | ``classes``, ``num_classes``, ``things`` | those of the data set |
 | dataset | ``root``, ``split`` | those of the command line |
 """
@@ -211,13 +213,18 @@ class Segmentation:
     def save(self, path: str | Path) -> Path:
         """Writes the labels as an indexed PNG (mode P, the palette's colours, 255 = void).
 
+        From 256 classes on it is 16-bit grey, and void is 65535.
+
         Raises:
             ImageError: the path is no ``.png``.
             PysegError: its directory does not exist.
         """
         from . import image
 
-        return image.write_labels(path, self.labels, self.palette)
+        labels = self.labels
+        if len(self.classes) > VOID:  # 255 is a class, and files hold no -1
+            labels = labels.int().masked_fill(labels < 0, 65535)
+        return image.write_labels(path, labels, self.palette)
 
     def __repr__(self) -> str:
         held = [

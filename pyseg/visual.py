@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .image import ImageSource, default_palette, read_image
+from .image import ImageSource, colours_of, default_palette, read_image
 from .regions import VOID, Instances, Segments
 
 Colour: TypeAlias = "tuple[int, int, int]"
@@ -52,7 +52,8 @@ def overlay(
         RGB; as wide as the image, higher by the legend.
 
     Raises:
-        ValueError: the opacity is out of range, or a map has not the size of the image.
+        ValueError: the opacity is out of range, a colour is none, or a map has not the size of the
+            image.
 
     Example:
         >>> overlay("street.jpg", labels=labels, classes=("road", "sky")).save("overlay.png")
@@ -66,9 +67,9 @@ def overlay(
     if classes is None:
         classes = [f"class {k}" for k in range(_count(labels, segments, instances))]
     count = len(classes)
-    colours_of = np.array(default_palette(count), dtype=np.uint8)
+    own = np.array(default_palette(count), dtype=np.uint8)
     if palette is not None:
-        colours_of[: len(palette)] = np.asarray(palette, dtype=np.uint8)[:count]
+        own[: len(palette)] = colours_of(palette)[:count]
     if labels is None and segments is not None:
         labels = segments.label_map(count)
     present: list[int] = []
@@ -78,7 +79,7 @@ def overlay(
             raise ValueError(f"labels must be {list(size)} as the image, got {list(values.shape)}")
         known = (values >= 0) & (values < count)
         present = np.unique(values[known]).tolist()
-        colours = colours_of[np.where(known, values, 0)].astype(np.float32)
+        colours = own[np.where(known, values, 0)].astype(np.float32)
         shown = (known * opacity)[..., None]
         borders = None
         if segments is not None:
@@ -93,12 +94,12 @@ def overlay(
         if borders is not None:
             pixels[borders] = 255
     if instances is not None:
-        pixels = _paint_instances(pixels, instances, colours_of, opacity)
+        pixels = _paint_instances(pixels, instances, own, opacity)
         present = sorted({*present, *instances.labels.tolist()})
     picture = Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
     if instances is not None:
-        _annotate_instances(picture, instances, classes, colours_of)
-    return _with_legend(picture, [(_rgb(colours_of[k]), classes[k]) for k in present])
+        _annotate_instances(picture, instances, classes, own)
+    return _with_legend(picture, [(_rgb(own[k]), classes[k]) for k in present])
 
 
 def _count(
@@ -107,7 +108,7 @@ def _count(
     """The number of classes that what is painted speaks of; 255 is void where nobody says more."""
     seen = [0]
     if labels is not None:
-        values = torch.as_tensor(labels)
+        values = torch.as_tensor(labels).long()  # whose bytes would hold no -1
         seen.append(1 + int(values.masked_fill(values == VOID, -1).max()))
     if segments is not None:
         seen += [1 + item.label for item in segments.items]

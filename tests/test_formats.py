@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyseg import formats
+from pyseg import formats, image
 from pyseg.errors import ImageError
 from pyseg.regions import Instances, Segment, Segments
 
@@ -63,6 +63,66 @@ def test_damaged_rle_is_refused():
         formats.decode_rle({"size": [2, 3], "counts": "13R"})  # 'R' announces a further digit
     with pytest.raises(ImageError, match="damaged"):
         formats.decode_rle({"size": [2, 3], "counts": "1~2"})
+
+
+WRONG_RLES = [
+    {"size": [5, 7], "counts": [2**62] * 4 + [35]},  # whose sum wraps to 35
+    {"size": [5, 7], "counts": [0] + [2**62] * 4 + [35]},
+    {"size": [5, 7], "counts": [2**64, 35]},
+    {"size": [5, 7], "counts": [-1, 36]},
+    {"size": [5, 7], "counts": "ooooooooooooo0" * 4},  # numbers of 14 digits
+    {"size": [5, 7], "counts": "o" * 11 + "0" + "S1"},
+    {"size": [5, 7], "counts": "S1\ud800"},
+    {"size": [5, 7], "counts": "S1\u00e9"},
+    {"size": [5, 7], "counts": [3.7, 31.3]},
+    {"size": [5, 7], "counts": [True, 34]},
+    {"size": [5, 7], "counts": [[35]]},
+    {"size": [5, 7], "counts": None},
+    {"size": [5.5, 7], "counts": [35]},
+    {"size": ["5", "7"], "counts": [35]},
+    {"size": [-5, -7], "counts": [35]},
+    {"size": [35], "counts": [35]},
+    {"size": None, "counts": [35]},
+    {"counts": [35]},
+    [35],
+    None,
+]
+
+
+@pytest.mark.parametrize("rle", WRONG_RLES, ids=range(len(WRONG_RLES)))
+def test_hostile_rle_is_refused(rle):
+    with pytest.raises(ImageError, match="RLE mask"):
+        formats.decode_rle(rle)
+    with pytest.raises(ImageError, match="RLE mask"):
+        formats.compressed_rle(rle)
+
+
+def test_rle_has_a_limit_of_pixels(monkeypatch):
+    with pytest.raises(ImageError, match=r"100000 x 100000 pixels.*MAX_PIXELS"):
+        formats.decode_rle({"size": [100_000, 100_000], "counts": [10**10]})
+    monkeypatch.setattr(image, "MAX_PIXELS", 34)
+    with pytest.raises(ImageError, match="MAX_PIXELS"):
+        formats.decode_rle({"size": [5, 7], "counts": [35]})
+    monkeypatch.setattr(image, "MAX_PIXELS", 35)
+    assert not formats.decode_rle({"size": [5, 7], "counts": [35]}).any()
+
+
+@pytest.mark.parametrize("index", range(7))
+def test_runs_as_text(index):
+    mask = list(masks())[index]
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=not flat[-1]))
+    runs = np.diff(edges, prepend=0).tolist()
+    rle = {"size": list(mask.shape), "counts": runs}
+    assert formats.compressed_rle(rle) == formats.encode_rle(mask)
+    assert formats.compressed_rle(formats.encode_rle(mask)) == formats.encode_rle(mask)
+
+
+def test_old_addresses():
+    for name in formats.__all__:
+        assert getattr(image, name) is getattr(formats, name)
+    with pytest.raises(AttributeError, match="has no attribute 'decode_RLE'"):
+        _ = image.decode_RLE
 
 
 @needs_data

@@ -11,6 +11,8 @@ from PIL import Image
 
 from pyseg import image
 from pyseg.errors import ImageError, LabelError, PysegError
+from pyseg.files import IMAGE_SUFFIXES
+from pyseg.visual import overlay
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -216,6 +218,55 @@ def test_files_that_are_refused(rgb, tmp_path):
         image.read_image("https://example.org/a.png")
 
 
+def test_no_other_program_is_run(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    called = tmp_path / "called"
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {called}\necho 10.0\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=os.pathsep)
+    path = tmp_path / "x.png"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="is not an image in PNG, JPEG"):
+        image.read_image(path)
+    assert not called.exists()
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    path = tmp_path / "f.png"
+    os.mkfifo(path)
+    with pytest.raises(ImageError, match="pipe"):
+        image.read_image(path)
+
+
+def test_names_that_no_file_has():
+    for name in ("a" * 5000 + ".png", "a\0b.png"):
+        with pytest.raises(ImageError, match="does not exist"):
+            image.read_image(name)
+
+
+def test_limit_of_pixels(tmp_path, monkeypatch, rgb):
+    path = image.write_image(tmp_path / "a.png", rgb)  # 5 x 7
+    monkeypatch.setattr(image, "MAX_PIXELS", 34)
+    with pytest.raises(ImageError, match=r"5 x 7 pixels, more than the 34 of pyseg.image.MAX_PIX"):
+        image.read_image(path)
+    monkeypatch.setattr(image, "MAX_PIXELS", 35)
+    assert torch.equal(image.read_image(path), chw(rgb))
+
+
+def test_damaged_header_is_told_from_another_format(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"rubbish" * 9)
+    with pytest.raises(ImageError, match="is truncated or damaged"):
+        image.read_image(path)
+
+
+def test_every_format_that_is_listed_is_read(tmp_path, rgb):
+    for suffix in IMAGE_SUFFIXES:
+        assert image.read_image(image.write_image(tmp_path / f"a{suffix}", rgb)).shape == (3, 5, 7)
+
+
 def test_camera_jpeg_with_a_preview_is_one_image(rgb, tmp_path):
     first = Image.fromarray(rgb.repeat(8, 0).repeat(8, 1))
     first.save(
@@ -298,6 +349,17 @@ def test_labels_that_are_not_written(tmp_path):
     with pytest.raises(PysegError, match="does not exist; create it"):
         image.write_labels(tmp_path / "no" / "a.png", torch.zeros(2, 2, dtype=torch.uint8))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "palette", [[(0, 0)], [(0, 0, 256)], [(0, -1, 2)], [(0, 0.5, 2)], [5], "ab"]
+)
+def test_palettes_that_are_none(tmp_path, palette):
+    labels = torch.zeros(2, 2, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"palette must hold one colour \[r, g, b\]"):
+        image.write_labels(tmp_path / "a.png", labels, palette)
+    with pytest.raises(ValueError, match="palette must hold"):
+        overlay(torch.zeros(3, 2, 2).byte(), labels=labels, palette=palette)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

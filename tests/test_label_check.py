@@ -212,6 +212,14 @@ def test_void_ids_of_a_class_file(tree):
     assert report.ok and [c.name for c in report.values] == ["a", "b", "void"]
 
 
+def test_class_list_one_folder_up(tree):
+    """As CamVid has it: classes.json beside train/, whose label maps are checked."""
+    folder = tree({"train/a": GOOD})
+    (folder / "labels/classes.json").write_text(json.dumps(["ground", "cell", "wall"]))
+    report = check_labels(folder / "labels/train")
+    assert report.ok and [c.name for c in report.values] == ["ground", "cell", "wall", "void"]
+
+
 def test_bad_input(tree, tmp_path):
     with pytest.raises(PysegError, match="no folder"):
         check_labels(tmp_path / "none")

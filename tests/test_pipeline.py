@@ -338,6 +338,9 @@ def test_models_leave_build_load_and_create_in_evaluation_mode(tmp_path, monkeyp
         for part in (pipeline.model, *pipeline.refiners):
             assert not any(module.training for module in part.modules())
     assert not models.create("normalised").training and not own.training
+    # and so those that are made without a name
+    assert not CRF(trainable=True, num_classes=2).training
+    assert not refiners.SamRefiner(torch.nn.Identity()).training
     assert not any(m.training for m in pyseg.build("streetnet", weights=None).model.modules())
     before = copy.deepcopy(built.model.state_dict())
     x = torch.rand(2, 3, 9, 9)
@@ -428,7 +431,7 @@ def test_build_and_pipeline_take_objects(image):
         def forward(self, image, prediction):
             return prediction.with_logits(self.factor.detach() * prediction.logits)
 
-    model, crf = Constant(), CRF(iterations=1).eval()
+    model, crf = Constant(), CRF(iterations=1)
     pipeline = Pipeline([model, Scale().eval(), crf, lambda i, p: p])
     assert pipeline.model is model and pipeline.refiners[1] is crf
     assert str(pipeline).startswith("<Constant>+<Scale>+crf(iterations=1, ")
@@ -547,7 +550,7 @@ def test_a_stage_that_fails_is_named_with_the_image(image, tmp_path, monkeypatch
         ) as caught:
             pipeline(source)
         assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(PluginFailure, match="on image 'frame 7': KeyError"):
+    with pytest.raises(PluginFailure, match="on image frame 7: KeyError"):
         pipeline.trace(image, name="frame 7")
     monkeypatch.setattr(SemanticModel, "predict", fails)
     with pytest.raises(PluginFailure, match=r"stage 'tiny' failed on images '.*street.png', of 7"):
@@ -565,3 +568,47 @@ def test_errors_with_a_remedy_of_their_own_pass_through(image, monkeypatch):
         with pytest.raises(type(error)) as caught:
             pipeline(image)
         assert caught.value is error
+
+
+def test_a_folder_in_place_of_a_spec_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tiny").mkdir()  # called like a model: the model is meant
+    for spec in ("empty", "./empty", str(tmp_path / "empty")):
+        with pytest.raises(
+            SpecError, match=r"empty' is no saved pipeline: it has no pipeline\.json"
+        ):
+            pyseg.build(spec)
+    with pytest.raises(SpecError, match=r"there is no folder '\./nope'"):
+        pyseg.build("./nope")
+    pyseg.build("tiny").save("saved")
+    with pytest.raises(SpecError, match=r"'saved' is a saved pipeline: pyseg\.load reads it"):
+        pyseg.build("saved")
+
+
+def test_hostile_specs_end_as_errors_of_pyseg(monkeypatch):
+    monkeypatch.setenv("PYSEG_OFFLINE", "1")
+    long, crowd = "a" * 300, "+crf" * 2000
+    for spec in (
+        "streetnet(num_classes=1000000000)",
+        "streetnet(num_classes=-5)",
+        "streetnet(weights='~nouser/x')",
+        f"streetnet(weights='{long}')",
+        "streetnet(weights='http://[::1')",
+        "streetnet(weights='\\0')",
+        "streetnet+crf(iterations=2147483648)",
+        f"streetnet{crowd}",
+        f"streetnet{crowd * 9}",
+        f"streetnet+crf(gaussian='{long * 30}')",
+        f"tiny({'x' * 9000}=1)",
+        "tiny+shift(by=-" + "-" * 900 + "1)",
+        "tiny(bias=0x" + "f" * 5000 + ")",
+        "nobody:tiny",
+        "tiny\0",
+        "\0",
+        "/" * 900,
+        "~",
+    ):
+        with pytest.raises(PysegError) as caught:
+            pyseg.build(spec)
+        assert len(str(caught.value)) < 1000, spec[:40]

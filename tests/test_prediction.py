@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import pyseg
-from pyseg import models, prediction, refiners
+from pyseg import cli, models, prediction, refiners
 from pyseg.errors import PysegError
 from pyseg.image import decode_rle, read_image, read_labels, read_segment_ids
 from pyseg.prediction import predict
@@ -277,6 +278,20 @@ def test_files_that_are_no_images_are_named(pipeline, tmp_path):
     assert summary.to_dict()["ignored"] == [str(path) for path in summary.ignored]
 
 
+def test_the_command_line_offers_it(tmp_path):
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "a.bmp")
+    (tmp_path / "in" / "b.heic").write_text("x")
+    command = ["predict", str(tmp_path / "in"), "-s", "bycolour", "-o", str(tmp_path / "out")]
+    refused = CliRunner().invoke(cli.app, command)
+    assert refused.exit_code == 2 and "a.bmp" in refused.stderr
+    options = ["--keep-suffix", "--workers", "2", "--batch-size", "2"]
+    result = CliRunner().invoke(cli.app, command + options)
+    assert result.exit_code == 0, result.output
+    assert tree(tmp_path / "out") == ["a.bmp.png", "a.png.png", "pyseg.json"]
+    assert "ignored" in result.stderr and "b.heic" in result.stderr
+
+
 def test_a_glob_keeps_the_folders_that_it_leaves_open(pipeline, tmp_path, monkeypatch):
     for name in ("a/x.png", "a/b/x.png", "a/c/d/x.png"):
         picture(tmp_path / name)
@@ -455,6 +470,7 @@ def test_too_little_memory_is_announced(pipeline, tmp_path, monkeypatch):
 
 def test_the_need_of_memory_is_measured_on_a_reduced_image(monkeypatch):
     pipeline = pyseg.build("streetnet", weights=None)
+    monkeypatch.setattr(prediction, "_PROBE_PIXELS", 1 << 18)
     measured = prediction._bytes_per_pixel(pipeline, torch.zeros(3, 3000, 4000, dtype=torch.uint8))
     assert 50 < measured < 1000  # float activations at stride 2 and less; 12 megapixels never were
     free = prediction._free_memory(torch.device("cpu"))

@@ -56,6 +56,33 @@ def test_overlay_paints_classes_and_leaves_void(prediction):
     assert np.array_equal(pixels(prediction.overlay(0.3)), pixels(overlay(prediction, 0.3)))
 
 
+def test_overlay_of_plain_data(prediction, labels, tmp_path):
+    want = pixels(prediction.overlay())
+    for image in (prediction.image, prediction.image.permute(1, 2, 0).numpy()):
+        for values in (labels, labels.numpy(), labels.short().numpy()):
+            got = overlay(image, labels=values, classes=CLASSES, palette=PALETTE)
+            assert np.array_equal(pixels(got), want)
+    Image.fromarray(prediction.image.permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    got = overlay(tmp_path / "a.png", labels=labels, classes=CLASSES, palette=PALETTE)
+    assert np.array_equal(pixels(got), want)
+    unnamed = overlay(prediction.image, labels=labels)  # 0 and 2 of VOC's colours, 255 void
+    assert pixels(unnamed)[10, 80].tolist() == [50, 114, 50]
+    assert pixels(unnamed)[110, 80].tolist() == [100, 100, 100]
+    table = torch.zeros(HEIGHT, WIDTH, dtype=torch.int32)
+    table[:, :50] = 7
+    segments = Segments.from_map(table, {7: 1})
+    got = pixels(overlay(prediction.image, 1.0, segments=segments, palette=PALETTE))
+    assert got[60, 20].tolist() == [0, 200, 0] and got[60, 130].tolist() == [100, 100, 100]
+    with pytest.raises(
+        ValueError, match=r"labels must be \[120, 160\] as the image, got \[9, 160\]"
+    ):
+        overlay(prediction.image, labels=labels[:9])
+    with pytest.raises(ValueError, match=r"segments.map must be \[120, 160\]"):
+        small = Segments.from_map(table[:9], {7: 1})
+        overlay(prediction.image, labels=labels, segments=small)
+    assert overlay(prediction.image).size == (WIDTH, HEIGHT)
+
+
 def test_legend_names_the_classes_present_and_no_others(prediction, labels):
     assert swatches(overlay(prediction), HEIGHT) == {(200, 0, 0), (0, 0, 200)}
     only_tree = prediction.with_labels(torch.ones_like(labels))

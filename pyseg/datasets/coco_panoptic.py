@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from ..errors import ImageError, LabelError
-from ..files import IMAGE_SUFFIXES, files_by_stem, read_json, some
+from ..files import IMAGE_SUFFIXES, check_json, files_by_stem, read_json, some
 from ..formats import annotations_of, categories_of, read_segments
 from ..image import default_palette, read_image
-from ..types import Sample, Segmentation, Segments
+from ..types import Sample, Segments
 from .pairs import instances_of
 
 
@@ -32,7 +32,7 @@ class COCOPanoptic:
 
     Attributes:
         things: names of the countable classes.
-        category_ids: COCO's category of every class index, for `pyseg.image.write_panoptic`.
+        category_ids: COCO's category of every class index, for `pyseg.formats.write_panoptic`.
         names: stems of the images.
 
     Raises:
@@ -75,7 +75,12 @@ class COCOPanoptic:
         self.category_ids = tuple(entry["id"] for entry in chosen)
         self.palette = default_palette(len(chosen))
         if all("color" in entry for entry in chosen):
-            colours = [tuple(map(int, entry["color"])) for entry in chosen]
+            colours = [entry["color"] for entry in chosen]
+            check_json(colours, [[int]], f"the colours of {str(self.path)!r}", LabelError)
+            if not all(len(rgb) == 3 and 0 <= min(rgb) <= max(rgb) <= 255 for rgb in colours):
+                raise LabelError(
+                    f"{str(self.path)!r} has a category whose color is not [r, g, b] in 0..255"
+                )
             self.palette = tuple((red, green, blue) for red, green, blue in colours)
         void = -1  # label of segments that are not used
         self._index = {entry["id"]: void for entry in known}
@@ -83,8 +88,10 @@ class COCOPanoptic:
         self._entries = list(annotations_of(content, self.path).values())
         if not self._entries:
             raise LabelError(f"{str(self.path)!r} has no annotations")
+        listed = {"images?": [{"id?": (int, str), "file_name?": str}]}
+        check_json(content, listed, repr(str(self.path)), LabelError)
         files = {
-            entry["id"]: str(entry["file_name"])
+            entry["id"]: entry["file_name"]
             for entry in content.get("images", ())
             if "id" in entry and "file_name" in entry
         }
@@ -129,7 +136,6 @@ class COCOPanoptic:
             hidden = torch.isin(segments.map, torch.tensor(unused, dtype=torch.int32))
             kept = tuple(item for item in segments.items if item.label >= 0)
             segments = Segments(segments.map.masked_fill(hidden, 0), kept)
-        size = (image.shape[1], image.shape[2])
-        labels = Segmentation(size, self.classes, segments=segments).labels
+        labels = segments.label_map(len(self.classes))
         instances = instances_of(segments, self.num_stuff)
         return Sample(self.names[index], image, labels, segments, instances)

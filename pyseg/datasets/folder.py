@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, files_by_stem, some
+from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, check_json, files_by_stem, read_json, some
 from ..image import default_palette
-from .pairs import PairedFiles
+from .pairs import LARGEST, PairedFiles
 
 
 class Folder(PairedFiles):
@@ -25,8 +24,8 @@ class Folder(PairedFiles):
         labels: folder of label files, one grey or palette value per pixel.
         classes: class names in the order of their ids, or a file of them: ``.txt`` with one name
             per line, or ``.json`` with a list of names or of ``{"name": …, "color": [r, g, b]}``
-            (optionally under the key ``"classes"``, with ``"id"``; the entry whose id is the
-            ``"ignore_index"`` beside it is read as void).
+            (optionally under the key ``"classes"``, with ``"id"``; the ``"ignore_index"`` beside
+            it, which may be an entry's id, is read as void).
         palette: one RGB colour per class; None = those of the JSON file, else
             `pyseg.image.default_palette`.
 
@@ -101,16 +100,13 @@ def read_classes(
                 f"classes: there is no file {path}; give a sequence of names "
                 "or a .txt or .json file"
             )
-        text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            try:
-                names, colours, void = _from_json(json.loads(text))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"classes: {path} is not a list of class names or of objects "
-                    f"with a name ({error})"
-                ) from error
+            names, colours, void = _from_json(read_json(path, _error), repr(str(path)))
         else:
+            try:
+                text = path.read_text(encoding="utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"classes: {path} cannot be read as text ({error})") from error
             names = tuple(line.strip() for line in text.splitlines() if line.strip())
     else:
         names = tuple(given)
@@ -121,20 +117,34 @@ def read_classes(
     return names, colours, void
 
 
+def _error(message: str) -> ValueError:
+    return ValueError(
+        f"classes: {message}; a JSON of classes is a list of names, or of objects with a name"
+    )
+
+
 def _from_json(
-    content: Any,
+    content: Any, where: str
 ) -> tuple[tuple[str, ...], tuple[tuple[int, int, int], ...] | None, tuple[int, ...]]:
-    ignore = content.get("ignore_index") if isinstance(content, dict) else None
-    entries = content["classes"] if isinstance(content, dict) else content
-    if all(isinstance(entry, str) for entry in entries):
-        return tuple(entries), None, ()
-    entries = [{"id": i, **entry} for i, entry in enumerate(entries)]
-    void = tuple(e["id"] for e in entries if e["id"] == ignore)
+    ignore: int | None = None
+    if isinstance(content, dict):
+        check_json(content, {"classes": list, "ignore_index?": int}, where, _error)
+        ignore, content = content.get("ignore_index"), content["classes"]
+    check_json(content, [(str, dict)], where, _error)
+    entries: list[Any] = [{"name": item} if isinstance(item, str) else item for item in content]
+    check_json(entries, [{"name": str, "id?": int, "color?": [int]}], where, _error)
+    entries = [{"id": i, **item} for i, item in enumerate(entries)]
+    # A label file holds no other values; another void id says nothing about it.
+    known = any(e["id"] == ignore for e in entries)
+    void = () if ignore is None or not (known or 0 <= ignore <= LARGEST) else (ignore,)
     kept = sorted((e for e in entries if e["id"] != ignore), key=lambda e: e["id"])
     ids = [e["id"] for e in kept]
     if ids != list(range(len(kept))):
-        raise ValueError(f"ids must be 0, 1, 2, … without gaps, they are {ids}")
-    names = tuple(str(e["name"]) for e in kept)
+        raise _error(f"{where}: ids must be 0, 1, 2, … without gaps, they are {some(ids)}")
+    names = tuple(e["name"] for e in kept)
     if not all("color" in e for e in kept):
         return names, None, void
-    return names, tuple((e["color"][0], e["color"][1], e["color"][2]) for e in kept), void
+    colours = [e["color"] for e in kept]
+    if not all(len(rgb) == 3 and 0 <= min(rgb) <= max(rgb) <= 255 for rgb in colours):
+        raise _error(f"{where}: a color must be [r, g, b] in 0..255")
+    return names, tuple((red, green, blue) for red, green, blue in colours), void

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from ..errors import ImageError, LabelError
+from ..image import read_image, read_labels
 from ..types import VOID, Instances, Sample, Segments
+
+LARGEST = 65535  # value of a 16-bit label file
 
 
 class PairedFiles:
@@ -20,7 +23,10 @@ class PairedFiles:
         labels: the label file of each, whose pixel values are class ids.
         classes: class names; the number of a name is its id.
         palette: one RGB colour per class.
-        void: ids besides 255 that mean "no class".
+        void: ids besides 255 that mean "no class", from 0 to 65535.
+
+    Raises:
+        ValueError: an id of ``void`` is no value that a label file can hold.
 
     Attributes:
         names: the images' stems.
@@ -38,9 +44,15 @@ class PairedFiles:
         self.images, self.labels = tuple(images), tuple(labels)
         self.classes, self.palette = tuple(classes), tuple(palette)
         self.names = tuple(path.stem for path in self.images)
-        table = torch.full((VOID + 1,), -1, dtype=torch.int16)
+        ids = {VOID, *void}
+        if wrong := [number for number in ids if not 0 <= number <= LARGEST]:
+            raise ValueError(
+                f"void ids must be 0 to {LARGEST}, the values of label files, got {wrong[0]}"
+            )
+        # One entry per value, and one more for all that is larger.
+        table = torch.full((max(ids) + 2,), -1, dtype=torch.int16)
         table[: len(self.classes)] = torch.arange(len(self.classes), dtype=torch.int16)
-        table[[VOID, *void]] = VOID
+        table[sorted(ids)] = VOID
         self._table = table
 
     def __len__(self) -> int:
@@ -54,8 +66,6 @@ class PairedFiles:
             ImageError: a file cannot be read, or the two differ in size.
             LabelError: the labels hold values that are no class ids.
         """
-        from ..image import read_image, read_labels
-
         image_path, label_path = self.images[index], self.labels[index]
         image, labels = read_image(image_path), read_labels(label_path)
         if image.shape[1:] != labels.shape:
@@ -67,9 +77,7 @@ class PairedFiles:
         return Sample(self.names[index], image, self._class_ids(labels, label_path))
 
     def _class_ids(self, labels: Tensor, path: Path) -> Tensor:
-        inside = (labels >= 0) & (labels <= VOID)
-        ids = self._table[torch.where(inside, labels, 0).long()]
-        ids[~inside] = -1
+        ids = self._table[labels.long().clamp(max=len(self._table) - 1)]
         if (ids < 0).any():
             wrong = labels[ids < 0].unique().tolist()
             shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")

@@ -6,11 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..types import VOID, Sample, Segmentation
-from .inputs import class_targets, copied, raise_invalid
+from .inputs import (
+    check_probabilities,
+    checked_logits,
+    checked_targets,
+    class_names,
+    class_targets,
+    copied,
+    label_maps,
+    nan_count,
+    raise_invalid,
+    score_maps,
+)
 
 LIMIT = 32  # log-odds that the histogram spans: a probability of 1e-14 and of 1 - 1e-14
 SHOWN_THRESHOLDS = 256  # in compute(), which becomes JSON; `curves` has all
@@ -39,7 +51,7 @@ class Binary:
     share of the pairs of a positive and a negative pixel that lie in one bin.
 
     Args:
-        classes: names of the C >= 2 classes.
+        classes: names of the C >= 2 classes, or C.
         positive: name or index of the positive class; None = the last.
         threshold: of the scores at a threshold, within 0..1.
         bins: of the histogram; a power of two from 64 on, so that float32 meets edges exactly.
@@ -55,15 +67,15 @@ class Binary:
 
     def __init__(
         self,
-        classes: Sequence[str],
+        classes: Sequence[str] | int = ("background", "object"),
         *,
         positive: str | int | None = None,
         threshold: float = 0.5,
         bins: int = 8192,
         ignore_index: int = VOID,
     ) -> None:
-        self.classes = tuple(classes)
-        if isinstance(classes, str) or len(self.classes) < 2:
+        self.classes = class_names(classes, "Binary")
+        if len(self.classes) < 2:
             raise ValueError(
                 "Binary needs the names of at least two classes, the positive one and "
                 f"the background, got {classes!r}"
@@ -99,16 +111,82 @@ class Binary:
             ScoreError: there are no logits, or they hold NaN. On CUDA NaN and wrong ids come from
                 `compute`, so that nothing waits for the device.
         """
-        target, logits, invalid = class_targets(
-            prediction, sample, len(self.classes), self.ignore_index
-        )
-        valid = target >= 0
+        self._add_logits(*class_targets(prediction, sample, len(self.classes), self.ignore_index))
+
+    def update_logits(self, logits: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
+        """Counts images given by their logits, without anything around them.
+
+        Args:
+            logits: [C, h, w] or [N, C, h, w] floating point, upsampled to the target's size.
+            target: [H, W] or [N, H, W] class ids.
+
+        Raises:
+            LabelError, ScoreError: as `update`; or shapes that do not fit.
+        """
+        for one, truth in zip(*score_maps(logits, target, planes=True), strict=True):
+            self._add_logits(
+                *checked_logits(one, truth, len(self.classes), self.ignore_index, "the target")
+            )
+
+    def update_probabilities(
+        self, probabilities: Tensor | np.ndarray, target: Tensor | np.ndarray
+    ) -> None:
+        """Counts images given by the probability of the positive class.
+
+        Args:
+            probabilities: [H, W] or [N, H, W] in 0..1.
+            target: class ids of the same shape.
+
+        Raises:
+            LabelError, ScoreError: labels that are no class ids, or what are no probabilities, as
+                far as the CPU can tell.
+
+        Example:
+            >>> metric = Binary()
+            >>> metric.update_probabilities(np.array([[0.1, 0.8]]), np.array([[0, 1]]))
+            >>> metric.compute()["iou"]
+            1.0
+        """
+        values, truth = score_maps(probabilities, target, planes=False)
+        check_probabilities(values, planes=False)
+        undefined = nan_count(values, "the probabilities")
+        truth, wrong = checked_targets(truth, len(self.classes), self.ignore_index, "the target")
+        invalid = torch.stack([torch.zeros_like(wrong), wrong, undefined])
+        self._add(truth, values.logit(), values >= self.threshold, invalid)
+
+    def update_labels(self, prediction: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
+        """Counts label maps: what is predicted positive has the probability 1, all else 0.
+
+        Args:
+            prediction: [H, W] or [N, H, W] class ids, ``ignore_index`` = void.
+            target: of the same shape.
+
+        Raises:
+            LabelError: shapes differ, values are not integers, or labels are no class ids (on CUDA
+                the last comes from `compute`).
+        """
+        labels, truth = label_maps(prediction, target)
+        count = len(self.classes)
+        labels, strange = checked_targets(labels, count, self.ignore_index, "the prediction")
+        truth, wrong = checked_targets(truth, count, self.ignore_index, "the target")
+        positive = labels == self.positive
+        odds = torch.where(positive, math.inf, -math.inf)
+        self._add(truth, odds, positive, torch.stack([strange, wrong, torch.zeros_like(wrong)]))
+
+    def _add_logits(self, target: Tensor, logits: Tensor, invalid: Tensor) -> None:
+        """Counts an image, as `checked_logits` gives it."""
         rest = [k for k in range(len(self.classes)) if k != self.positive]
-        odds = logits[self.positive] - logits[rest].logsumexp(0)
-        odds = odds[valid].nan_to_num(0.0)  # NaN, which compute() reports, has no bin
+        odds = (logits[self.positive] - logits[rest].logsumexp(0)).nan_to_num(0.0)
+        self._add(target, odds, odds.sigmoid() >= self.threshold, invalid)
+
+    def _add(self, target: Tensor, odds: Tensor, positive: Tensor, invalid: Tensor) -> None:
+        """Counts pixels: ids, -1 where there is none, log-odds, and what is predicted positive."""
+        valid = target >= 0
+        odds = odds[valid].nan_to_num(
+            0.0, math.inf, -math.inf
+        )  # NaN, which is reported, has no bin
         truth = (target[valid] == self.positive).long()
-        cell = 2 * truth + (odds.sigmoid() >= self.threshold)
-        counts = torch.bincount(cell, minlength=4).view(2, 2)
+        counts = torch.bincount(2 * truth + positive[valid], minlength=4).view(2, 2)
         half = self.bins // 2
         # Clamped as floats: infinite odds are no integers.
         place = (odds * (half // LIMIT)).floor().clamp(-half, half - 1).long() + half

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,15 @@ from ..ops import boundary_mask, boundary_match, confusion_counts
 from ..ops.boundary_mask import boundary_distance
 from ..ops.boundary_match import contours
 from ..types import VOID, Sample, Segmentation
-from .inputs import check_ignore_index, copied, nan_images, raise_invalid, target_of
+from .inputs import (
+    check_ignore_index,
+    class_names,
+    copied,
+    label_maps,
+    nan_images,
+    raise_invalid,
+    target_of,
+)
 
 MEASURES = ("boundary_iou", "bf", "trimap")
 ONE = 2**40  # of fixed-point fractions, so that sums do not depend on their order
@@ -39,7 +48,7 @@ class Boundary:
     is a label like any other: a class that ends at void has a boundary there, in both maps.
 
     Args:
-        classes: names of the C classes.
+        classes: names of the C classes, or C.
         ignore_index: label of pixels without ground truth, and of void predictions.
         ratio: d of Boundary IoU and trimap, as a share of the image's diagonal.
         tolerance: of the BF score, as a share of the diagonal; distances are Euclidean.
@@ -59,7 +68,7 @@ class Boundary:
 
     def __init__(
         self,
-        classes: Sequence[str],
+        classes: Sequence[str] | int,
         *,
         ignore_index: int = VOID,
         ratio: float = 0.02,
@@ -67,8 +76,7 @@ class Boundary:
         matching: str = "distance",
         measures: Collection[str] = MEASURES,
     ) -> None:
-        if isinstance(classes, str) or not classes:
-            raise ValueError(f"classes must be a sequence of names, got {classes!r}")
+        names = class_names(classes, "Boundary")
         for name, share in (("ratio", ratio), ("tolerance", tolerance)):
             if not 0 < share < 1:
                 raise ValueError(
@@ -76,10 +84,10 @@ class Boundary:
                 )
         if matching not in ("distance", "one-to-one"):
             raise ValueError(f"matching must be 'distance' or 'one-to-one', got {matching!r}")
-        check_ignore_index(ignore_index, len(classes))
+        check_ignore_index(ignore_index, len(names))
         if isinstance(measures, str) or not measures or not set(measures) <= set(MEASURES):
             raise ValueError(f"measures must be some of {', '.join(MEASURES)}, got {measures!r}")
-        self.classes = tuple(classes)
+        self.classes = names
         self.measures = frozenset(measures)
         self.ignore_index = ignore_index
         self.ratio, self.tolerance, self.matching = ratio, tolerance, matching
@@ -108,6 +116,26 @@ class Boundary:
         undefined = nan_images(prediction, sample.name)
         labels = prediction.labels
         target = target_of(prediction, sample, labels.device)
+        self._add(labels, target, undefined, f"sample {sample.name!r}: ")
+
+    def update_labels(self, prediction: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
+        """Counts label maps, without anything around them.
+
+        Args:
+            prediction: [H, W] or [N, H, W] class ids, ``ignore_index`` = void.
+            target: of the same shape.
+
+        Raises:
+            LabelError: shapes differ, values are not integers, or labels are no class ids (on CUDA
+                the last comes from `compute`).
+        """
+        labels, truth = label_maps(prediction, target)
+        undefined = torch.zeros((), dtype=torch.int64, device=labels.device)
+        for ours, theirs in zip(labels, truth, strict=True):
+            self._add(ours, theirs, undefined, "")
+
+    def _add(self, labels: Tensor, target: Tensor, undefined: Tensor, what: str) -> None:
+        """Counts one image, both [H, W]; ``what`` begins messages."""
         common = torch.promote_types(labels.dtype, target.dtype)
         if self.ignore_index < 0:
             common = torch.promote_types(common, torch.int16)
@@ -122,7 +150,7 @@ class Boundary:
             else:  # labels out of range are looked for all the same
                 invalid = confusion_counts(labels, target, count, self.ignore_index).invalid
         except ValueError as error:
-            raise LabelError(f"sample {sample.name!r}: {error}") from error
+            raise LabelError(f"{what}{error}") from error
         self._invalid = self._invalid.to(labels.device) + torch.cat([invalid[0], undefined[None]])
         if "bf" in self.measures:
             if self.matching == "one-to-one":
@@ -173,7 +201,6 @@ class Boundary:
 
     def _one_to_one(self, labels: Tensor, target: Tensor, radius: float) -> Tensor:
         """What boundary_match counts, for the largest set of pairs without a common pixel."""
-        import numpy as np
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import maximum_bipartite_matching
         from scipy.spatial import cKDTree

@@ -6,13 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ScoreError
 from ..ops import upsample_argmax
 from ..types import VOID, Sample, Segmentation
-from .inputs import check_ignore_index, class_targets, copied, raise_invalid
+from .inputs import (
+    check_ignore_index,
+    check_probabilities,
+    checked_logits,
+    class_names,
+    class_targets,
+    copied,
+    raise_invalid,
+    score_maps,
+)
 
 # Sums of fractions are kept in fixed point, so that the order of images changes no bit. A pixel's
 # share is rounded once, by at most half a unit.
@@ -34,7 +44,7 @@ class Calibration:
     the mean of -log p_target, in nats. Pixels without ground truth count nowhere.
 
     Args:
-        classes: names of the C classes.
+        classes: names of the C classes, or C.
         bins: number of bins of confidence.
         ignore_index: label of pixels without ground truth.
 
@@ -46,13 +56,14 @@ class Calibration:
 
     headline = ("ece", "brier")
 
-    def __init__(self, classes: Sequence[str], *, bins: int = 15, ignore_index: int = VOID) -> None:
-        if isinstance(classes, str) or not classes:
-            raise ValueError(f"Calibration needs classes, a sequence of names, got {classes!r}")
+    def __init__(
+        self, classes: Sequence[str] | int, *, bins: int = 15, ignore_index: int = VOID
+    ) -> None:
+        names = class_names(classes, "Calibration")
         if not 1 <= bins <= 1000:
             raise ValueError(f"bins must be 1 to 1000, got {bins}")
-        check_ignore_index(ignore_index, len(classes))
-        self.classes, self.bins, self.ignore_index = tuple(classes), bins, ignore_index
+        check_ignore_index(ignore_index, len(names))
+        self.classes, self.bins, self.ignore_index = names, bins, ignore_index
         self.reset()
 
     def reset(self) -> None:
@@ -69,19 +80,56 @@ class Calibration:
             ScoreError: there are no logits, or they hold NaN. On CUDA NaN and wrong ids come from
                 `compute`, so that nothing waits for the device.
         """
-        target, logits, invalid = class_targets(
-            prediction, sample, len(self.classes), self.ignore_index
-        )
+        self._add(*class_targets(prediction, sample, len(self.classes), self.ignore_index))
+
+    def update_logits(self, logits: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
+        """Adds images given by their logits, without anything around them.
+
+        Args:
+            logits: [C, h, w] or [N, C, h, w] floating point, upsampled to the target's size.
+            target: [H, W] or [N, H, W] class ids.
+
+        Raises:
+            LabelError, ScoreError: as `update`; or shapes that do not fit.
+        """
+        for one, truth in zip(*score_maps(logits, target, planes=True), strict=True):
+            self._add(
+                *checked_logits(one, truth, len(self.classes), self.ignore_index, "the target")
+            )
+
+    def update_probabilities(
+        self, probabilities: Tensor | np.ndarray, target: Tensor | np.ndarray
+    ) -> None:
+        """Adds images given by their class probabilities, such as a softmax or a CRF gives.
+
+        Args:
+            probabilities: [C, H, W] or [N, C, H, W] in 0..1, a pixel's adding up to 1.
+            target: [H, W] or [N, H, W] class ids.
+
+        Raises:
+            LabelError, ScoreError: as `update`; or what are no probabilities of that size.
+        """
+        values, truth = score_maps(probabilities, target, planes=True)
+        if values.shape[2:] != truth.shape[1:]:
+            raise ScoreError(
+                f"probabilities must have the target's size {list(truth.shape[1:])}, got "
+                f"{list(values.shape[2:])}"
+            )
+        check_probabilities(values, planes=True)
+        self.update_logits(values.log(), truth)
+
+    def _add(self, target: Tensor, logits: Tensor, invalid: Tensor) -> None:
+        """Adds an image, as `checked_logits` gives it."""
         said = upsample_argmax(logits[None], target.shape)[0]
         device, height = target.device, target.shape[0]
         # On the CPU a few rows at a time, whose intermediate results stay in the cache.
         rows = max(1, STRIP // target.shape[1]) if device.type == "cpu" else height
         for top in range(0, height, rows):
             part = slice(top, top + rows)
-            self._add(logits[:, part], target[part], said[part])
+            self._add_pixels(logits[:, part], target[part], said[part])
         self._invalid = self._invalid.to(device) + invalid
 
-    def _add(self, logits: Tensor, target: Tensor, said: Tensor) -> None:
+    def _add_pixels(self, logits: Tensor, target: Tensor, said: Tensor) -> None:
         """Adds pixels: logits [C, h, W], target [h, W], -1 where there is none, said [h, W]."""
         device, valid = target.device, target >= 0
         # Softmax with one exponential: e = exp(logit - largest), p = e / sum(e).

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import math
 import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ..errors import ScoreError
-from ..files import read_json
-from ..formats import encode_rle
+from ..errors import ImageError, ScoreError
+from ..files import check_json, read_json
+from ..formats import compressed_rle, encode_rle
+from ..image import check_pixels
 from ..types import Instances, Sample, Segmentation
+from .inputs import class_names
 
 KINDS = ("mask", "box", "boundary")
 _COCO_NAME = {"mask": "segm", "box": "bbox", "boundary": "boundary"}
@@ -37,7 +39,7 @@ class InstanceAP:
     scores are ranked by the images' names.
 
     Args:
-        classes: names of the C classes.
+        classes: names of the C classes, or C.
         kinds: which IoUs: any of "mask", "box", "boundary".
 
     Raises:
@@ -49,13 +51,12 @@ class InstanceAP:
         >>> metric.compute()["mask_ap"]
     """
 
-    def __init__(self, classes: Sequence[str], *, kinds: Sequence[str] = KINDS) -> None:
-        if isinstance(classes, str) or not classes:
-            raise ValueError(f"InstanceAP needs classes, a sequence of names, got {classes!r}")
+    def __init__(self, classes: Sequence[str] | int, *, kinds: Sequence[str] = KINDS) -> None:
+        names = class_names(classes, "InstanceAP")
         if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
         _faster_coco_eval()  # better now than after an hour of images
-        self.classes, self.kinds = tuple(classes), tuple(kinds)
+        self.classes, self.kinds = names, tuple(kinds)
         self.headline = tuple(f"{kind}_ap" for kind in self.kinds)
         self.reset()
 
@@ -79,8 +80,22 @@ class InstanceAP:
                 f"{name}: the prediction has no instances; use a model that detects "
                 "objects, or the metric 'semantic'"
             )
-        self._check(truth, prediction.size, f"{name}: the ground truth")
-        self._check(found, prediction.size, f"{name}: the prediction")
+        self._add(found, truth, tuple(prediction.size), sample.name)
+
+    def update_instances(self, prediction: Instances, target: Instances, name: str) -> None:
+        """Adds one image, without anything around it; ``name`` tells it from all others.
+
+        Raises:
+            ScoreError: as `update`.
+        """
+        self._add(prediction, target, tuple(target.masks.shape[1:]), name)
+
+    def _add(
+        self, found: Instances, truth: Instances, size: tuple[int, ...], sample_name: str
+    ) -> None:
+        name = f"sample {sample_name!r}"
+        self._check(truth, size, f"{name}: the ground truth")
+        self._check(found, size, f"{name}: the prediction")
         if not found.scores.isfinite().all():
             raise ScoreError(
                 f"{name}: the prediction has scores that are not finite: "
@@ -89,8 +104,8 @@ class InstanceAP:
         crowd = [False] * len(truth.labels) if truth.crowd is None else truth.crowd.tolist()
         self._records.append(
             {
-                "name": sample.name,
-                "size": tuple(prediction.size),
+                "name": sample_name,
+                "size": size,
                 "truth": [
                     {**entry, "area": int(mask.sum()), "iscrowd": int(many)}
                     for entry, mask, many in zip(_entries(truth), truth.masks, crowd, strict=True)
@@ -102,7 +117,7 @@ class InstanceAP:
             }
         )
 
-    def _check(self, instances: Instances, size: tuple[int, int], what: str) -> None:
+    def _check(self, instances: Instances, size: tuple[int, ...], what: str) -> None:
         count = len(instances.labels)
         if tuple(instances.masks.shape) != (count, *size) or instances.boxes.shape != (count, 4):
             raise ScoreError(
@@ -196,16 +211,17 @@ def instance_ap(
         ImportError: faster-coco-eval is not installed.
     """
     _faster_coco_eval()
-    annotations, results = read_json(truth, ScoreError), read_json(predictions, ScoreError)
-    annotated = _check_truth(annotations, str(truth))
-    detected = _check_results(results, annotations, str(predictions))
-    possible = [
-        kind
-        for kind in KINDS
-        if ("bbox" if kind == "box" else "segmentation") in (annotated & detected)
-    ]
+    annotations = _truth_of(read_json(truth, ScoreError), str(truth))
+    results = _results_of(read_json(predictions, ScoreError), annotations, str(predictions))
+    held = _held(results)
+    if "segmentation" in held:
+        held.add("bbox")  # a box follows from a mask
+    held &= _held(annotations["annotations"])
+    possible = [kind for kind in KINDS if ("bbox" if kind == "box" else "segmentation") in held]
     if kinds is None:
         kinds = possible
+    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
+        raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
     if missing := [kind for kind in kinds if kind not in possible]:
         raise ScoreError(
             f"{missing[0]} AP needs a "
@@ -295,49 +311,88 @@ def _mean(values: Any) -> float:
     return float(present.mean()) if present.size else math.nan
 
 
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turns what a malformed entry raises into one error that names it."""
-    try:
-        yield
-    except ScoreError as error:
-        raise ScoreError(f"{what} {error}") from None
-    except KeyError as error:
-        raise ScoreError(f"{what} lacks {error.args[0]!r}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ScoreError(f"{what} is malformed: {error}") from error
+# --- COCO's files -----------------------------------------------------------------------------
+#
+# The evaluation is C++ that believes what it is given: it gets entries of our own making, with
+# checked values and nothing else of the file.
+
+_TRUTH = {
+    "images": [{"id": int, "height": int, "width": int}],
+    "categories": [{"id": int, "name": str}],
+    "annotations": list,
+}
+_ANNOTATION = {
+    "image_id": int,
+    "category_id": int,
+    "area": float,
+    "iscrowd?": bool,
+    "segmentation?": (dict, list),
+    "bbox?": [float],
+}
+_DETECTION = {
+    "image_id": int,
+    "category_id": int,
+    "score": float,
+    "segmentation?": (dict, list),
+    "bbox?": [float],
+}
 
 
-def _check_truth(content: Any, file: str) -> set[str]:
-    """Which of segmentation and bbox every annotation has."""
-    with _named(f"{file}:"):
-        if not isinstance(content, dict):
+def _truth_of(content: Any, file: str) -> dict[str, Any]:
+    """The checked ground truth of a file: images, categories and annotations."""
+    if not isinstance(content, dict):
+        raise ScoreError(
+            f"{file}: ground truth is an object with images, annotations and categories, "
+            f"got a {type(content).__name__}; results go second"
+        )
+    check_json(content, _TRUTH, f"{file}:", ScoreError)
+    truth: dict[str, Any] = {
+        key: [{name: entry[name] for name in names} for entry in content[key]]
+        for key, names in (("images", ("id", "height", "width")), ("categories", ("id", "name")))
+    }
+    for key in ("images", "categories"):
+        if not truth[key]:
+            raise ScoreError(f"{file}: there are no images or no categories: nothing to score")
+        if len({entry["id"] for entry in truth[key]}) != len(truth[key]):
+            raise ScoreError(f"{file}: two of its {key} have the same id")
+    if len({entry["name"] for entry in truth["categories"]}) != len(truth["categories"]):
+        raise ScoreError(f"{file}: two categories have the same name")
+    for entry in truth["images"]:
+        height, width = entry["height"], entry["width"]
+        if height < 1 or width < 1:
+            raise ScoreError(f"{file}: image {entry['id']} has the size {height} x {width}")
+        try:
+            check_pixels(height, width, f"image {entry['id']}")
+        except ImageError as error:
+            raise ScoreError(f"{file}: {error}") from error
+    sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
+    categories = {entry["id"] for entry in truth["categories"]}
+    truth["annotations"] = []
+    for index, entry in enumerate(content["annotations"]):
+        where = f"{file}: annotation {index}"
+        check_json(entry, _ANNOTATION, where, ScoreError)
+        if entry["image_id"] not in sizes:
+            raise ScoreError(f"{where} has image_id {entry['image_id']}, which is not in images")
+        if entry["category_id"] not in categories:
             raise ScoreError(
-                "ground truth is an object with images, annotations and categories, "
-                f"got a {type(content).__name__}; results go second"
+                f"{where} has category_id {entry['category_id']}, which is not in categories"
             )
-        sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in content["images"]}
-        categories = {entry["id"]: entry["name"] for entry in content["categories"]}
-        if not sizes or not categories:
-            raise ScoreError("there are no images or no categories: nothing to score")
-        if len(set(categories.values())) != len(categories):
-            raise ScoreError("two categories have the same name")
-        annotations = content["annotations"]
-    for index, entry in enumerate(annotations):
-        with _named(f"{file}: annotation {index}"):
-            if entry["image_id"] not in sizes:
-                raise ScoreError(f"has image_id {entry['image_id']!r}, which is not in images")
-            if entry["category_id"] not in categories:
-                raise ScoreError(
-                    f"has category_id {entry['category_id']!r}, which is not in categories"
-                )
-            if not entry["area"] >= 0:
-                raise ScoreError(f"has area {entry['area']!r}")
-            _check_shape(entry, sizes[entry["image_id"]])
-    return {key for key in ("segmentation", "bbox") if all(key in entry for entry in annotations)}
+        if entry["area"] < 0:
+            raise ScoreError(f"{where} has the area {entry['area']}")
+        truth["annotations"].append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "area": entry["area"],
+                "iscrowd": int(entry.get("iscrowd", 0)),
+                **_shape(entry, sizes[entry["image_id"]], where, polygons=True),
+            }
+        )
+    return {**truth, "annotations": _alike(truth["annotations"])}
 
 
-def _check_results(content: Any, truth: dict[str, Any], file: str) -> set[str]:
+def _results_of(content: Any, truth: dict[str, Any], file: str) -> list[dict[str, Any]]:
+    """The checked detections of a file."""
     if not isinstance(content, list):
         raise ScoreError(
             f"{file}: results are a list of detections, got a "
@@ -345,40 +400,86 @@ def _check_results(content: Any, truth: dict[str, Any], file: str) -> set[str]:
         )
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
+    results = []
     for index, entry in enumerate(content):
-        with _named(f"{file}: detection {index}"):
-            if entry["image_id"] not in sizes:
-                raise ScoreError(
-                    f"has image_id {entry['image_id']!r}, which the ground truth "
-                    "lacks; were these images scored on another split?"
-                )
-            if entry["category_id"] not in categories:
-                raise ScoreError(
-                    f"has category_id {entry['category_id']!r}, which the ground "
-                    "truth lacks; class indices must be converted to category "
-                    "ids"
-                )
-            if not math.isfinite(entry["score"]):
-                raise ScoreError(f"has score {entry['score']!r}")
-            _check_shape(entry, sizes[entry["image_id"]])
-    keys = {key for key in ("segmentation", "bbox") if all(key in entry for entry in content)}
-    # A box follows from a mask.
-    return keys | {"bbox"} if "segmentation" in keys else keys
-
-
-def _check_shape(entry: Mapping[str, Any], size: tuple[int, int]) -> None:
-    shape = entry.get("segmentation")
-    if isinstance(shape, dict) and tuple(shape["size"]) != tuple(size):
-        raise ScoreError(f"has a mask of size {list(shape['size'])}, its image is {list(size)}")
-    if "segmentation" in entry and not isinstance(shape, (dict, list)):
-        raise ScoreError(
-            f"has a segmentation that is a {type(shape).__name__}; it must be an RLE "
-            "or a list of polygons"
+        where = f"{file}: detection {index}"
+        check_json(entry, _DETECTION, where, ScoreError)
+        if entry["image_id"] not in sizes:
+            raise ScoreError(
+                f"{where} has image_id {entry['image_id']}, which the ground truth "
+                "lacks; were these images scored on another split?"
+            )
+        if entry["category_id"] not in categories:
+            raise ScoreError(
+                f"{where} has category_id {entry['category_id']}, which the ground "
+                "truth lacks; class indices must be converted to category ids"
+            )
+        results.append(
+            {
+                "image_id": entry["image_id"],
+                "category_id": entry["category_id"],
+                "score": float(entry["score"]),
+                **_shape(entry, sizes[entry["image_id"]], where, polygons=False),
+            }
         )
+    return _alike(results)
+
+
+def _shape(
+    entry: Mapping[str, Any], size: tuple[int, int], where: str, *, polygons: bool
+) -> dict[str, Any]:
+    """``segmentation`` and ``bbox`` of an entry, as far as it has them, checked."""
+    shape: dict[str, Any] = {}
+    height, width = size
+    mask = entry.get("segmentation")
+    if isinstance(mask, dict):
+        if mask.get("size") != list(size):
+            found = reprlib.repr(mask.get("size"))
+            raise ScoreError(f"{where} has a mask of size {found}, its image is {list(size)}")
+        try:
+            shape["segmentation"] = compressed_rle(mask)
+        except ImageError as error:
+            raise ScoreError(f"{where}: {error}") from error
+    elif mask is not None and not polygons:
+        raise ScoreError(
+            f"{where} has polygons for a segmentation; that of results must be an RLE, see "
+            "pyseg.formats.encode_rle"
+        )
+    elif mask is not None:
+        check_json(mask, [[float]], f"{where}: segmentation", ScoreError)
+        for polygon in mask:
+            if len(polygon) < 6 or len(polygon) % 2:
+                raise ScoreError(
+                    f"{where} has a polygon of {len(polygon)} numbers; it must be "
+                    "[x0, y0, x1, y1, …] of three points at least"
+                )
+            # Every edge is walked pixel by pixel: a point far outside would take for ever.
+            for values, side in ((polygon[::2], width), (polygon[1::2], height)):
+                if min(values) < -side or max(values) > 2 * side:
+                    raise ScoreError(
+                        f"{where} has a polygon from {min(values):g} to {max(values):g}, far "
+                        f"outside its image of {height} x {width} pixels"
+                    )
+        if not mask:
+            raise ScoreError(f"{where} has a segmentation without a polygon")
+        shape["segmentation"] = mask
     if "bbox" in entry:
         box = [float(value) for value in entry["bbox"]]
-        if len(box) != 4 or not all(map(math.isfinite, box)) or box[2] < 0 or box[3] < 0:
-            raise ScoreError(f"has bbox {entry['bbox']}; it must be x, y, width, height")
+        if len(box) != 4 or box[2] < 0 or box[3] < 0:
+            raise ScoreError(f"{where} has bbox {entry['bbox']}; it must be x, y, width, height")
+        shape["bbox"] = box
+    return shape
+
+
+def _held(entries: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Which of segmentation and bbox every entry has."""
+    return {key for key in ("segmentation", "bbox") if all(key in entry for entry in entries)}
+
+
+def _alike(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries without a segmentation or bbox that not all of them have."""
+    absent = {"segmentation", "bbox"} - _held(entries)
+    return [{k: v for k, v in entry.items() if k not in absent} for entry in entries]
 
 
 __all__ = ["InstanceAP", "instance_ap"]

@@ -22,7 +22,7 @@ from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
 from ..types import Sample, Segment, Segmentation, Segments
-from .inputs import copied
+from .inputs import class_names, copied
 
 GROUPS = ("", "_things", "_stuff")
 
@@ -40,7 +40,7 @@ class Panoptic:
     how they are spread over processes changes a bit.
 
     Args:
-        classes: names of the C classes.
+        classes: names of the C classes, or C.
         things: which of them are countable objects, by index or name; without it there are no
             averages over things and stuff.
         boundary_ratio: boundary PQ (Cheng et al., 2021) where it is above 0: the width of the
@@ -60,21 +60,19 @@ class Panoptic:
 
     def __init__(
         self,
-        classes: Sequence[str],
+        classes: Sequence[str] | int,
         *,
         things: Collection[int | str] = (),
         boundary_ratio: float = 0.0,
         all_crowds: bool = False,
         allow_empty: bool = True,
     ) -> None:
-        if isinstance(classes, str) or not classes:
-            raise ValueError(f"classes must be a sequence of names, got {classes!r}")
+        self.classes = class_names(classes, "Panoptic")
         if not 0 <= boundary_ratio < 1:
             raise ValueError(
                 f"boundary_ratio must be in [0, 1), 0 for plain panoptic quality, got "
                 f"{boundary_ratio}"
             )
-        self.classes = tuple(classes)
         self.things = frozenset(self._index(thing) for thing in things)
         self.boundary_ratio = boundary_ratio
         self.all_crowds = all_crowds
@@ -119,8 +117,14 @@ class Panoptic:
             )
         self.update_segments(prediction.segments, sample.segments, sample.name)
 
-    def update_segments(self, prediction: Segments, target: Segments, name: str) -> None:
-        """Counts one image, as `update` does; ``name`` is for messages."""
+    def update_segments(self, prediction: Segments, target: Segments, name: str = "") -> None:
+        """Counts one image, as `update` does, without anything around it; ``name`` is for messages.
+
+        Example:
+            >>> metric = Panoptic(19, things=range(11, 19))
+            >>> truth = Segments.from_map(ids, {1: 13, 2: 13, 7: 0})   # id -> class
+            >>> metric.update_segments(Segments.from_map(guess, {1: 13, 2: 0}), truth)
+        """
         boundaries = {}
         try:
             if self.boundary_ratio > 0:

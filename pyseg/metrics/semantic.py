@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import LabelError
-from ..ops import confusion_counts, upsample_confusion
+from ..ops import ConfusionCounts, confusion_counts, upsample_confusion
 from ..types import VOID, Sample, Segmentation
-from .inputs import check_ignore_index, copied, nan_images, raise_invalid, target_of
+from .inputs import (
+    check_ignore_index,
+    class_names,
+    copied,
+    label_maps,
+    nan_images,
+    raise_invalid,
+    target_of,
+)
 
 
 class Semantic:
@@ -28,8 +37,8 @@ class Semantic:
     and not in the ground truth has IoU, precision and F1 of 0, and no recall.
 
     Args:
-        classes: names of the C classes; or give ``num_classes``.
-        num_classes: C, where the names do not matter.
+        classes: names of the C classes; or C, where the names do not matter.
+        num_classes: C, as the other way to say so.
         ignore_index: label of pixels without ground truth, and of void predictions.
         reduce_zero_label: the ground truth counts its classes from 1 and 0 has no class, as in
             ADE20K's files: 0 becomes ``ignore_index`` and k becomes k - 1. Predictions stay.
@@ -41,33 +50,29 @@ class Semantic:
         >>> metric = Semantic(classes=("road", "sky"))
         >>> metric.update(prediction, sample)
         >>> metric.compute()["miou"]
+        >>> metric = Semantic(19)
+        >>> metric.update_labels(predicted, target)   # arrays or tensors of class ids
     """
 
     headline = ("miou", "pixel_accuracy")  # what tables show first
 
     def __init__(
         self,
-        classes: Sequence[str] | None = None,
+        classes: Sequence[str] | int | None = None,
         *,
         num_classes: int | None = None,
         ignore_index: int = VOID,
         reduce_zero_label: bool = False,
         subset: Sequence[str | int] | None = None,
     ) -> None:
-        if isinstance(classes, str) or (classes is None and num_classes is None):
+        names = class_names(num_classes if classes is None else classes, "Semantic")
+        if num_classes is not None and len(names) != num_classes:
             raise ValueError(
-                "Semantic needs classes, a sequence of names, or num_classes, got "
-                f"classes={classes!r}"
-            )
-        if classes is None:
-            classes = [f"class {index}" for index in range(num_classes or 0)]
-        if not classes or (num_classes is not None and len(classes) != num_classes):
-            raise ValueError(
-                f"classes has {len(classes)} names, num_classes is {num_classes}; "
+                f"classes has {len(names)} names, num_classes is {num_classes}; "
                 "give at least one class, and either of them"
             )
-        check_ignore_index(ignore_index, len(classes))
-        self.classes = tuple(classes)
+        check_ignore_index(ignore_index, len(names))
+        self.classes = names
         self.ignore_index = ignore_index
         self.reduce_zero_label = reduce_zero_label
         self._subset = _indices(subset, self.classes)
@@ -99,9 +104,7 @@ class Semantic:
         # Labels that nobody has asked for yet need not be made.
         fused = prediction._labels is None and logits is not None and logits.shape[0] == count
         device = logits.device if logits is not None and fused else prediction.labels.device
-        target = target_of(prediction, sample, device)
-        if self.reduce_zero_label:
-            target = self._reduced(target)
+        target = self._reduced(target_of(prediction, sample, device))
         try:
             if logits is not None and fused:
                 counts = upsample_confusion(
@@ -113,11 +116,43 @@ class Semantic:
                 )
         except ValueError as error:
             raise LabelError(f"sample {sample.name!r}: {error}") from error
-        self._matrix = self._matrix.to(device) + counts.matrix[0]
-        self._missed = self._missed.to(device) + counts.missed[0]
-        self._invalid = self._invalid.to(device) + torch.cat([counts.invalid[0], undefined[None]])
+        self._add(counts, undefined)
+
+    def update_labels(self, prediction: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
+        """Counts label maps, without anything around them.
+
+        Args:
+            prediction: [H, W] or [N, H, W] class ids, ``ignore_index`` = void.
+            target: of the same shape.
+
+        Raises:
+            LabelError: shapes differ, values are not integers, or labels are no class ids (on CUDA
+                the last comes from `compute`).
+
+        Example:
+            >>> metric = Semantic(2)
+            >>> metric.update_labels(np.array([[0, 1]]), np.array([[0, 0]]))
+            >>> metric.compute()["pixel_accuracy"]
+            0.5
+        """
+        labels, truth = label_maps(prediction, target)
+        truth = self._reduced(truth)
+        try:
+            counts = confusion_counts(labels, truth, len(self.classes), self.ignore_index)
+        except ValueError as error:
+            raise LabelError(str(error)) from error
+        self._add(counts, torch.zeros((), dtype=torch.int64, device=labels.device))
+
+    def _add(self, counts: ConfusionCounts, undefined: Tensor) -> None:
+        device = counts.matrix.device
+        invalid = torch.cat([counts.invalid.sum(0), undefined[None]])
+        self._matrix = self._matrix.to(device) + counts.matrix.sum(0)
+        self._missed = self._missed.to(device) + counts.missed.sum(0)
+        self._invalid = self._invalid.to(device) + invalid
 
     def _reduced(self, target: Tensor) -> Tensor:
+        if not self.reduce_zero_label:
+            return target
         wide = target.to(torch.int32)
         kept = (wide != 0) & (wide != self.ignore_index)
         return torch.where(kept, wide - 1, self.ignore_index)

@@ -16,6 +16,7 @@ from ..spec import shown
 from ..types import Segmentation
 
 MAX_ITERATIONS = 1000  # mean field settles within some ten
+MIN_SIGMA = 1e-3  # pixels or grey levels; below it a kernel is the pixel itself
 MAX_WEIGHT = 1e15  # of a kernel, in magnitude, as in `pyseg.ops.dense_crf`
 MAX_ENTRIES = 512  # of a pixel in all lattices
 TINY = torch.finfo(torch.float32).tiny  # has a logarithm, where a softmax underflowed to 0
@@ -77,6 +78,7 @@ class CRF(nn.Module):
         weights: str | Path | None = None,
     ) -> None:
         super().__init__()
+        self.eval()  # a pipeline takes stages in evaluation mode; here it makes no difference
         whole = isinstance(iterations, int) and not isinstance(iterations, bool)
         if not whole or not 0 <= iterations <= MAX_ITERATIONS:
             raise ValueError(
@@ -110,6 +112,8 @@ class CRF(nn.Module):
             state = weight_files.load_state(weights)
             if num_classes is None and "compatibility" in state:
                 num_classes = len(state["compatibility"])
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, got {num_classes}")
         if num_classes is None:
             raise ValueError("trainable needs num_classes, or weights that tell it")
         self.log_weights = nn.Parameter(torch.tensor(start).log())
@@ -268,8 +272,11 @@ def _kernels(name: str, kernels: Sequence[Sequence[float]], form: str) -> tuple:
         ):
             raise ValueError(f"each kernel of {name} must be {form}, got {shown(kernel)}")
         *sigmas, weight = kernel
-        if not all(0 < sigma < float("inf") for sigma in sigmas):
-            raise ValueError(f"{name}: standard deviations must be positive, got {shown(kernel)}")
+        if not all(MIN_SIGMA <= sigma < float("inf") for sigma in sigmas):
+            raise ValueError(
+                f"{name}: standard deviations must be positive and at least {MIN_SIGMA}, got "
+                f"{shown(kernel)}"
+            )
         if not -MAX_WEIGHT <= weight <= MAX_WEIGHT:
             raise ValueError(
                 f"{name}: the weight must be at most {MAX_WEIGHT:g} in magnitude, got "

@@ -181,6 +181,7 @@ class SamRefiner(nn.Module):
                 f"boundary and strength must not be negative, got {boundary} and {strength}"
             )
         self.generator = generator
+        self.eval()
         self.size = size
         self.mode = mode
         self.classes = (classes,) if isinstance(classes, str) else classes and tuple(classes)

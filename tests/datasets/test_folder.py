@@ -79,8 +79,8 @@ def test_class_files(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not a list of class names"),
-        ('{"names": []}', "is not a list of class names"),
+        ("{", "cannot be read as JSON"),
+        ('{"names": []}', "lacks 'classes'"),
         ('[{"name": "a", "id": 4}]', "ids must be 0, 1, 2, … without gaps"),
         ('["a", "a"]', "repeats a"),
         ("[]", "has 0 names"),

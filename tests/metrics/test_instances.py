@@ -356,11 +356,14 @@ def test_missing_package_is_named(monkeypatch):
     [
         (lambda t, r: r[1].update(image_id=99), r"results.json: detection 1 .*image_id 99"),
         (lambda t, r: r[0].update(category_id=2), r"detection 0 .*category_id 2"),
-        (lambda t, r: r[0].update(score=math.nan), r"detection 0 has score nan"),
+        (
+            lambda t, r: r[0].update(score=math.nan),
+            r"detection 0: score must be a finite number, got nan",
+        ),
         (lambda t, r: r[2].pop("score"), r"detection 2 lacks 'score'"),
         (lambda t, r: r[0]["segmentation"].update(size=[3, 4]), r"mask of size \[3, 4\]"),
         (lambda t, r: r[0].update(bbox=[1, 2, 3]), r"bbox"),
-        (lambda t, r: r.__setitem__(0, 7), r"detection 0 is malformed"),
+        (lambda t, r: r.__setitem__(0, 7), r"detection 0 must be an object, got 7"),
         (lambda t, r: t["annotations"][1].update(image_id=99), r"truth.json: annotation 1 .*99"),
         (lambda t, r: t["annotations"][1].pop("area"), r"annotation 1 lacks 'area'"),
         (lambda t, r: t.pop("categories"), r"truth.json: lacks 'categories'"),

@@ -218,6 +218,8 @@ def test_trained_pipeline_is_saved_and_loaded(tmp_path):
         ("gaussian=(3, 3)", r"gaussian must be a sequence of kernels \(sigma_xy, weight\)"),
         ("bilateral=((1, 2),)", r"must be \(sigma_xy, sigma_rgb, weight\)"),
         (f"gaussian={((3, 3),) * 600}", "600 and 1 kernels, more than can be applied"),
+        ("gaussian=((1e-300, 3),)", "standard deviations must be positive and at least 0.001"),
+        ("trainable=True, num_classes=-1", "num_classes must be at least 1, got -1"),
         ("protect=-1.0", "protect must be 0 or more"),
         ("iterations=True", "iterations must be int"),
     ],
