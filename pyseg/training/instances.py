@@ -96,7 +96,7 @@ def train_instances(
         OSError: a file cannot be written; it names the file.
 
     Example:
-        >>> model = pyseg.models.get("upsnet_resnet50")(num_classes=8, num_stuff=5)
+        >>> model = pyseg.models.create("upsnet", num_classes=8, num_stuff=5, weights=None)
         >>> log = train_instances(model, StreetScenes(length=200), output_dir="runs/ups", epochs=20)
     """
     check_run(epochs=epochs, warmup=warmup, clip=clip, ema=ema, precision=precision)

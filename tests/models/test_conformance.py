@@ -23,9 +23,17 @@ OPTIONS = {
 }
 # Old names of the same factories are not checked again.
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
+# Networks of others' code that differ from a quick one by their depth or by the detector's heads.
+SLOW = {"deeplabv3_resnet101", "fcn_resnet101", "maskrcnn_resnet50_fpn_v2"}
 
 
-@pytest.mark.parametrize("name", sorted(ONCE.values()))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
+        for name in sorted(ONCE.values())
+    ],
+)
 def test_conformance(name):
     testing.check_model(name, **OPTIONS.get(name, {}))
 
