@@ -208,7 +208,7 @@ def test_a_damaged_description_is_a_pyseg_error_whatever_is_damaged(tmp_path):
                 if value is KeyError:
                     del node[place[-1]]
                 else:
-                    node[place[-1]] = value
+                    node[place[-1]] = copy.deepcopy(value)  # a later change may go into it
             except (KeyError, IndexError, TypeError):
                 continue  # an earlier change took the place away
         file.write_text(json.dumps(document))

@@ -208,7 +208,7 @@ def test_trained_pipeline_is_saved_and_loaded(tmp_path):
         ("iterations=2147483648", "iterations must be a whole number from 0 to 1000"),
         ("iterations=4294967297", "iterations must be"),
         ("iterations=-1", "iterations must be"),
-        ("gaussian=((-3, 3),)", r"gaussian: standard deviations must be positive, got \(-3, 3\)"),
+        ("gaussian=((-3, 3),)", r"gaussian: standard deviations must be positive.*got \(-3, 3\)"),
         ("gaussian=((0, 3),)", "standard deviations must be positive"),
         ("bilateral=((40, 0.0, 3),)", "bilateral: standard deviations"),
         ("gaussian=((3, 1e16),)", r"the weight must be at most 1e\+15 in magnitude"),
