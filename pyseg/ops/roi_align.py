@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ MODES = {"avg": 0, "max": 1}  # as csrc/roi_align/roi_align.h has them
 PIXELS = 2
 MAX_SAMPLING_RATIO = 1024  # more samples only take time
 
-Boxes = Tensor | Sequence[Tensor]
+Boxes: TypeAlias = "Tensor | Sequence[Tensor]"
 
 
 def roi_align(
