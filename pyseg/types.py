@@ -136,8 +136,8 @@ class Segmentation:
                 labels[instances.masks[k]] = int(instances.labels[k])
         return labels
 
-    def probabilities(self) -> Tensor:
-        """Class probabilities at full resolution, [C, H, W] float32: softmax of upsampled logits.
+    def full_logits(self) -> Tensor:
+        """Logits at full resolution, [C, H, W] float32: bilinearly upsampled.
 
         Raises:
             ValueError: there are no logits, as after a stage that outputs labels only.
@@ -148,12 +148,20 @@ class Segmentation:
                 "needs probabilities (crf, sam, sam2) before the one that dropped "
                 "them"
             )
-        logits = self.logits.float()[None]
-        if tuple(logits.shape[2:]) != tuple(self.size):
-            logits = torch.nn.functional.interpolate(
-                logits, self.size, mode="bilinear", align_corners=False
-            )
-        return logits[0].softmax(0)
+        logits = self.logits.float()
+        if tuple(logits.shape[1:]) == tuple(self.size):
+            return logits
+        return torch.nn.functional.interpolate(
+            logits[None], self.size, mode="bilinear", align_corners=False
+        )[0]
+
+    def probabilities(self) -> Tensor:
+        """Class probabilities at full resolution, [C, H, W] float32: softmax of `full_logits`.
+
+        Raises:
+            ValueError: there are no logits.
+        """
+        return self.full_logits().softmax(0)
 
     def with_logits(self, logits: Tensor) -> Segmentation:
         """A copy with new ``logits`` [C, h, w]; labels and segments, which follow, are dropped."""
