@@ -6,30 +6,64 @@ the network stays in charge of *what* is there: masks only move its outlines, on
 unsure, and only after passing a gate; all other pixels keep the network's logits bit for bit.
 
 Two modes. ``prompt``: every connected component of a thing or thin class becomes a box, points and
-a mask prompt (compare SAMRefiner, Lin et al., 2025, arXiv:2502.06756), and the mask that comes back
-is added to the logits of its class. Where a model has found instances, the mode prompts with these
-instead, and the mask that comes back replaces the instance's. ``vote``: masks of the whole image
-pool the probabilities inside them (compare Semantic-Segment-Anything, Chen et al., 2023).
+a mask prompt, and the mask that comes back is added to the logits of its class. Where a model has
+found instances, the mode prompts with these instead, and the mask that comes back replaces the
+instance's. ``vote``: masks of the whole image pool the probabilities inside them (compare
+Semantic-Segment-Anything, Chen et al., 2023).
 """
 
 from __future__ import annotations
 
-import itertools
+import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import panoptic_merge
+from ..promptable import (
+    SAM2_WEIGHTS,
+    SAM_WEIGHTS,
+    Promptable,
+    Prompts,
+    Sam2Backend,
+    SamBackend,
+    load_sam,
+    load_sam2,
+    propose,
+)
 from ..types import CERTAIN, Instances, Segmentation, Segments
-from ..weights import Remote, load_into, load_state, resolve
+from .sam_prompts import (
+    RegionPrompt,
+    point_grid,
+    prompt_components,
+    prompt_instance,
+    stack_prompts,
+)
+
+__all__ = [
+    "SAM2_WEIGHTS",
+    "SAM_WEIGHTS",
+    "STUFF",
+    "MaskGenerator",
+    "Prompts",
+    "Sam",
+    "Sam2",
+    "Sam2Backend",
+    "SamBackend",
+    "SamRefiner",
+    "is_stuff",
+    "sam",
+    "sam2",
+]
+
+MaskGenerator = Promptable  # what it was called before it had a module of its own
 
 _STUFF_NAMES = """
     background void unlabeled unlabelled other
@@ -40,96 +74,19 @@ _STUFF_NAMES = """
 STUFF = frozenset(_STUFF_NAMES.split())
 """Classes that prompt mode leaves alone by default: one has no "component" to prompt with."""
 
-_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_{}.pth"
-_SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{}.pt"
-
-# The publisher gives no sha256 (the suffixes of SAM's file names are of MD5).
-SAM_WEIGHTS = {
-    "vit_b": Remote(
-        _SAM_URL.format("vit_b_01ec64"),
-        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
-    ),
-    "vit_l": Remote(
-        _SAM_URL.format("vit_l_0b3195"),
-        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
-    ),
-    "vit_h": Remote(
-        _SAM_URL.format("vit_h_4b8939"),
-        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
-    ),
-}
-SAM2_WEIGHTS = {
-    "tiny": Remote(
-        _SAM2_URL.format("tiny"),
-        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
-    ),
-    "small": Remote(
-        _SAM2_URL.format("small"),
-        "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
-    ),
-    "base_plus": Remote(
-        _SAM2_URL.format("base_plus"),
-        "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
-    ),
-    "large": Remote(
-        _SAM2_URL.format("large"),
-        "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
-    ),
-}
-
-_PROMPT_LOGIT = 10.0  # of a mask prompt far from its outline; SAM's own masks reach 10 to 20
-_BLUR = 4.0  # pixels, at most, over which a mask prompt is unsure about its outline
-_TILE_FROM, _TILE_TO = 8, 4  # length / width of components to tile, and of the tiles
 _CONFIDENT = 0.8  # top-1 minus top-2 probability of a pixel that may contradict a mask
 _DUPLICATE = 0.7  # IoU of boxes, as in SAM's own automatic mask generator
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """K prompts for one image. Coordinates are x, y in pixels of the image, first pixel at 0."""
-
-    points: Tensor  # [K, P, 2] float
-    point_labels: Tensor  # [K, P] int: 1 on the object, 0 off it, -1 no point
-    boxes: Tensor | None = None  # [K, 4] float, xyxy
-    masks: Tensor | None = None  # [K, H, W] float logits at image resolution
-
-
-class MaskGenerator(Protocol):
-    """What the refiner asks of a promptable segmenter; it must keep no state between calls."""
-
-    def embed(self, image: Tensor) -> Any:
-        """Whatever ``predict`` and ``upsample`` need of ``image`` [3, H, W] uint8 RGB."""
-        ...
-
-    def predict(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Best mask per prompt: logits [K, h, w] at the generator's size, predicted IoU [K]."""
-        ...
-
-    def upsample(self, embedding: Any, logits: Tensor) -> Tensor:
-        """Logits [K, h, w] of ``predict`` to the image's own frame, [K, H, W]."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A component of one class, or a tile of a long thin one, with its prompts."""
-
-    class_id: int
-    box: tuple[float, float, float, float]  # xyxy
-    points: tuple[tuple[float, float], tuple[float, float]]  # on the object, off it
-    point_labels: tuple[int, int]
-    corner: tuple[int, int]  # y, x of `mask` in the image
-    mask: np.ndarray  # [h, w] float32 logits; -_PROMPT_LOGIT outside it
-    axis: tuple[float, float]  # x, y; only pixels p with strip[0] <= axis . p < strip[1] count
-    strip: tuple[float, float]
 
 
 class SamRefiner(nn.Module):
     """Refines class maps with the masks of a promptable segmenter.
 
+    `Sam` and `Sam2` bring theirs along; this class takes any.
+
     Args:
-        generator: the segmenter, e.g. `SamBackend` or `Sam2Backend`.
-        size: what its size is called; only kept as an attribute.
+        generator: the segmenter, by position.
+        weights: of the segmenter that `Sam` and `Sam2` load; not with ``generator``.
+        size: of that segmenter; with ``generator`` only kept as an attribute.
         mode: ``"prompt"`` refines components of thing and thin classes, ``"vote"`` everything.
         classes: prompt mode: names of the classes to refine (case does not matter); by default
             all but those of `STUFF`.
@@ -150,10 +107,13 @@ class SamRefiner(nn.Module):
     Thread-safe; copies and pickles like any module.
     """
 
+    # The one list of options: `Sam` and `Sam2` inherit it, so that specs and their errors see it.
     def __init__(
         self,
-        generator: MaskGenerator,
+        generator: Promptable | None = None,
+        /,
         *,
+        weights: str | Path | None = "default",
         size: str | None = None,
         mode: Literal["prompt", "vote"] = "prompt",
         classes: Sequence[str] | str | None = None,
@@ -180,6 +140,12 @@ class SamRefiner(nn.Module):
             raise ValueError(
                 f"boundary and strength must not be negative, got {boundary} and {strength}"
             )
+        if generator is None:
+            size, generator = self._load(weights, size)
+        elif weights not in ("default", None):
+            raise ValueError(
+                f"weights are of a segmenter to load, got {weights!r} and a generator; give one"
+            )
         self.generator = generator
         self.eval()
         self.size = size
@@ -196,9 +162,13 @@ class SamRefiner(nn.Module):
         self.points = points
         self.batch = batch
 
-    def config(self) -> dict[str, str]:
-        """The option that rebuilds it without its weights, from which its size may follow."""
-        return {} if self.size is None else {"size": self.size}
+    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
+        raise TypeError(f"{type(self).__name__} needs a generator; Sam and Sam2 load one")
+
+    def config(self) -> dict[str, Any]:
+        """The options that make this refiner again, all but the weights."""
+        names = inspect.signature(SamRefiner).parameters
+        return {n: getattr(self, n) for n in names if n not in ("generator", "weights")}
 
     @torch.no_grad()
     def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
@@ -227,7 +197,7 @@ class SamRefiner(nn.Module):
                 f"of {list(prediction.size)}"
             )
         if prediction.instances is not None and self.mode == "prompt":
-            return self._instances(image, prediction, prediction.instances)
+            return self._refine_instances(image, prediction, prediction.instances)
         if prediction.logits is None:
             raise ValueError(
                 "sam and sam2 need logits and this prediction has labels only; put "
@@ -235,92 +205,102 @@ class SamRefiner(nn.Module):
             )
         if self.mode == "vote":
             return self._vote(image, prediction)
-        return self._prompt(image, prediction)
+        return self._refine_components(image, prediction)
 
-    # --- prompt mode --------------------------------------------------------------------------
-
-    def _prompt(self, image: Tensor, prediction: Segmentation) -> Segmentation:
-        ids = self._class_ids(prediction.classes)
-        labels = prediction.labels.cpu().numpy()
-        parts, part_of = _parts(labels, ids, self.min_area)
-        if not parts or self.strength == 0:
+    def _refine_components(self, image: Tensor, prediction: Segmentation) -> Segmentation:
+        """Adds the masks of components to the logits of their classes."""
+        class_ids = self._class_ids(prediction.classes)
+        prompts, owner_map = prompt_components(
+            prediction.labels.cpu().numpy(), class_ids, self.min_area
+        )
+        if not prompts or self.strength == 0:
             return prediction
         assert prediction.logits is not None
         device = prediction.logits.device
-        owner = torch.from_numpy(part_of).to(device)  # [H, W], index into parts or -1
-        embedding = self.generator.embed(image)
+        owner = torch.from_numpy(owner_map).to(device)  # [H, W], index into prompts or -1
         logits = zone = None
-        for begin in range(0, len(parts), self.batch):
-            chunk = parts[begin : begin + self.batch]
-            low, quality = self.generator.predict(embedding, _prompts(chunk, prediction.size))
-            # The cheap half of the gate first: what fails it is not even upsampled.
-            good = (quality >= self.predicted_iou).nonzero()[:, 0]
-            if not len(good):
-                continue
-            masks = self.generator.upsample(embedding, low[good]).to(device)  # [k, H, W]
-            score = (quality[good].clamp(0, 1) * _stability(low[good])).to(device)  # [k]
-            chosen = [chunk[index] for index in good.tolist()]
-            own = owner == (begin + good.to(device))[:, None, None]
-            inside = (masks > 0) & torch.stack([_strip(part, owner) for part in chosen])
-            area, own_area, overlap = (
-                m.flatten(1).float().sum(1) for m in (inside, own, inside & own)
-            )
-            iou = overlap / (area + own_area - overlap)
-            ratio = area / own_area
-            accepted = iou >= self.component_iou
-            accepted &= (ratio <= self.area_ratio) & (ratio >= 1 / self.area_ratio)
+        for index, masks, score in self._predict_masks(image, prompts, device):
+            component = owner == index[:, None, None]
+            strips = [prompts[k].strip_mask(prediction.size, device) for k in index.tolist()]
+            inside = (masks > 0) & torch.stack(strips)
+            iou, accepted = self._gate(inside, component)
             weight = self.strength * score * iou
             for k in accepted.nonzero()[:, 0].tolist():
                 if logits is None or zone is None:
-                    logits = _upsample(prediction)
+                    logits = prediction.full_logits().clone()
                     zone = self._zone(logits, prediction.labels)
                 # A mask speaks against its class only on its own component and near itself:
                 # further off another object of the class may stand.
-                active = (inside[k] | (own[k] & _grow(inside[k], self.boundary))) & zone
-                plane = logits[chosen[k].class_id]
+                near = component[k] & _grow(inside[k], self.boundary)
+                active = (inside[k] | near) & zone
+                plane = logits[prompts[int(index[k])].class_id]
                 vote = weight[k] * torch.tanh(masks[k] / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
                 plane.copy_(torch.where(active, plane + vote, plane))
         return prediction if logits is None else prediction.with_logits(logits)
 
-    def _instances(self, image: Tensor, prediction: Segmentation, found: Instances) -> Segmentation:
-        """Every mask for which SAM has a better one is replaced by it."""
-        chosen = set(self._class_ids(prediction.classes))
+    def _refine_instances(
+        self, image: Tensor, prediction: Segmentation, found: Instances
+    ) -> Segmentation:
+        """Replaces the mask of every instance for which the segmenter has a better one."""
+        class_ids = set(self._class_ids(prediction.classes))
         own = found.masks.cpu()
-        wanted = [
+        chosen = [
             k
             for k, (label, score) in enumerate(
                 zip(found.labels.tolist(), found.scores.tolist(), strict=True)
             )
-            if label in chosen and score >= CERTAIN and int(own[k].sum()) >= self.min_area
+            if label in class_ids and score >= CERTAIN and int(own[k].sum()) >= self.min_area
         ]
-        if not wanted:
+        if not chosen:
             return prediction
-        embedding = self.generator.embed(image)
+        prompts = [prompt_instance(own[k].numpy(), found.boxes[k].tolist()) for k in chosen]
+        number = torch.tensor(chosen, device=found.masks.device)
         masks = found.masks.clone()
-        accepted = 0
-        for begin in range(0, len(wanted), self.batch):
-            chunk = wanted[begin : begin + self.batch]
-            parts = [_whole(own[k].numpy(), found.boxes[k].tolist()) for k in chunk]
-            low, quality = self.generator.predict(embedding, _prompts(parts, prediction.size))
-            good = (quality >= self.predicted_iou).nonzero()[:, 0].tolist()
-            if not good:
-                continue
-            better = self.generator.upsample(embedding, low[good]).to(masks.device) > 0
-            for index, mask in zip(good, better, strict=True):
-                before = found.masks[chunk[index]]
-                area, overlap = int(mask.sum()), int((mask & before).sum())
-                ratio = area / int(before.sum())
-                iou = overlap / (area + int(before.sum()) - overlap)
-                limits = 1 / self.area_ratio <= ratio <= self.area_ratio
-                if iou >= self.component_iou and limits:
-                    masks[chunk[index]] = mask
-                    accepted += 1
-        if not accepted:
+        changed = False
+        for index, better, _ in self._predict_masks(image, prompts, masks.device):
+            instance = number[index]
+            _, accepted = self._gate(better > 0, found.masks[instance])
+            masks[instance[accepted]] = better[accepted] > 0
+            changed |= bool(accepted.any())
+        if not changed:
             return prediction
         segments = prediction.segments
         if segments is not None:
-            segments = _merged_again(prediction, segments, found, masks)
+            segments = _remerge_segments(prediction, segments, found, masks)
         return replace(prediction, instances=replace(found, masks=masks), segments=segments)
+
+    def _predict_masks(
+        self, image: Tensor, prompts: Sequence[RegionPrompt], device: torch.device
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The masks of sufficient predicted IoU that answer the prompts, ``batch`` at a time.
+
+        Yields:
+            Index of the prompt [K] int64, mask logits [K, H, W], and predicted IoU times
+            stability [K], all on ``device``.
+        """
+        size = (image.shape[1], image.shape[2])
+        starts = range(0, len(prompts), self.batch)
+        chunks = (stack_prompts(prompts[i : i + self.batch], size) for i in starts)
+        embedding = self.generator.embed(image)
+        for found in propose(self.generator, embedding, chunks, predicted_iou=self.predicted_iou):
+            masks = self.generator.upsample(embedding, found.logits).to(device)
+            score = (found.predicted_iou.clamp(0, 1) * found.stability).to(device)
+            yield found.index.to(device), masks, score
+
+    def _gate(self, masks: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate of prompt mode, on masks and the regions that they answer, both [K, H, W] bool.
+
+        Returns:
+            IoU of mask and region [K] float, and whether the mask is accepted [K] bool.
+        """
+        area, region_area, overlap = (
+            m.flatten(1).float().sum(1) for m in (masks, regions, masks & regions)
+        )
+        iou = overlap / (area + region_area - overlap)
+        ratio = area / region_area
+        accepted = iou >= self.component_iou
+        accepted &= (ratio <= self.area_ratio) & (ratio >= 1 / self.area_ratio)
+        return iou, accepted
 
     def _class_ids(self, classes: tuple[str, ...]) -> list[int]:
         if self.classes is None:
@@ -341,13 +321,12 @@ class SamRefiner(nn.Module):
         edge[:-1] |= down
         return _grow(edge, self.boundary) | (_margin(logits.softmax(0)) < self.margin)
 
-    # --- vote mode ----------------------------------------------------------------------------
-
     def _vote(self, image: Tensor, prediction: Segmentation) -> Segmentation:
-        logits = _upsample(prediction)
+        """Gives the pixels of every mask the mean of their probabilities."""
+        logits = prediction.full_logits().clone()
         probabilities = logits.softmax(0)
         embedding = self.generator.embed(image)
-        low = self._everything(embedding, probabilities)
+        low = self._distinct_masks(embedding, probabilities)
         if not len(low):
             return prediction
         flat = probabilities.flatten(1)  # [C, H W]
@@ -375,42 +354,80 @@ class SamRefiner(nn.Module):
         logits[:, changed] = table[:, owner[changed]]
         return prediction.with_logits(logits)
 
-    def _everything(self, embedding: Any, probabilities: Tensor) -> Tensor:
+    def _distinct_masks(self, embedding: Any, probabilities: Tensor) -> Tensor:
         """Distinct masks over the whole image, logits [M, h, w], large ones first."""
         from torchvision.ops import masks_to_boxes, nms
 
-        points = _seeds(probabilities, self.points)
+        points = point_grid(probabilities, self.points)
+        one = torch.ones(self.batch, 1, dtype=torch.int32, device=points.device)
+        chunks = (Prompts(xy[:, None], one[: len(xy)]) for xy in points.split(self.batch))
         kept, scores = torch.zeros(0), torch.zeros(0)
-        for chunk in points.split(self.batch):
-            ones = torch.ones(len(chunk), 1, dtype=torch.int32, device=chunk.device)
-            low, quality = self.generator.predict(embedding, Prompts(chunk[:, None], ones))
-            good = (quality >= self.predicted_iou) & (low > 0).flatten(1).any(1)
-            if not good.any():
+        for found in propose(self.generator, embedding, chunks, predicted_iou=self.predicted_iou):
+            some = (found.logits > 0).flatten(1).any(1)
+            if not some.any():
                 continue
-            low, quality = low[good], quality[good].clamp(0, 1) * _stability(low[good])
+            low = found.logits[some]
+            score = (found.predicted_iou.clamp(0, 1) * found.stability)[some]
             if len(kept):
-                low, quality = torch.cat([kept, low]), torch.cat([scores, quality])
-            distinct = nms(masks_to_boxes(low > 0), quality.float(), _DUPLICATE)
-            kept, scores = low[distinct], quality[distinct]
+                low, score = torch.cat([kept, low]), torch.cat([scores, score])
+            distinct = nms(masks_to_boxes(low > 0), score.float(), _DUPLICATE)
+            kept, scores = low[distinct], score[distinct]
         if len(kept):
             order = (kept > 0).flatten(1).float().sum(1).argsort(descending=True, stable=True)
             kept = kept[order]
         return kept
 
 
+class Sam(SamRefiner):
+    """SAM (Kirillov et al., 2023) as a refiner.
+
+    Args:
+        weights: ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``, which are downloaded once; a local file
+            or URL; ``"default"``, the published weights of ``size``; None, random weights.
+        size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``.
+        mode: this and the other options are those of `SamRefiner`.
+
+    Raises:
+        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
+        ImportError: ``segment-anything`` is not installed.
+
+    Example:
+        >>> pyseg.build("fcn_resnet50+sam(mode='vote', weights='vit_l')")
+    """
+
+    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
+        return load_sam(weights, size)
+
+
+class Sam2(SamRefiner):
+    """SAM 2.1 (Ravi et al., 2024), its image part, as a refiner.
+
+    Args:
+        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"``, which are downloaded
+            once; a local file or URL; ``"default"``, the published weights of ``size``; None,
+            random weights.
+        size: one of these four names; by default what ``weights`` are of, else ``"tiny"``.
+        mode: this and the other options are those of `SamRefiner`.
+
+    Raises:
+        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
+        ImportError: ``sam2`` is not installed.
+
+    Example:
+        >>> pyseg.build("fcn_resnet50+crf+sam2(classes=('car', 'person'))")
+    """
+
+    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
+        return load_sam2(weights, size)
+
+
+sam, sam2 = Sam, Sam2  # what specs call them
+
+
 def is_stuff(name: str) -> bool:
     """Whether `STUFF` holds the class, whatever its case and its addenda ("sky-other-merged")."""
     head = re.split("[,;/]", name.lower())[0].strip(" _")
     return re.sub("[ _]+", "-", head) in STUFF or head.split("-")[0] in STUFF
-
-
-def _upsample(prediction: Segmentation) -> Tensor:
-    """Fresh logits [C, H, W] float32; bilinear, as in `Segmentation.probabilities`."""
-    assert prediction.logits is not None
-    logits = prediction.logits.float()
-    if tuple(logits.shape[1:]) == tuple(prediction.size):
-        return logits.clone()
-    return F.interpolate(logits[None], prediction.size, mode="bilinear", align_corners=False)[0]
 
 
 def _margin(probabilities: Tensor) -> Tensor:
@@ -427,177 +444,10 @@ def _grow(mask: Tensor, reach: int) -> Tensor:
     return F.max_pool2d(grown, (1, 2 * reach + 1), 1, (0, reach))[0] > 0
 
 
-def _stability(logits: Tensor) -> Tensor:
-    """IoU of each mask [K, h, w] cut at logits +1 and -1, as in SAM's mask generator; [K]."""
-    flat = logits.flatten(1)
-    return (flat > 1).float().sum(1) / (flat > -1).float().sum(1).clamp(min=1)
-
-
-def _strip(part: _Part, like: Tensor) -> Tensor:
-    """The pixels [H, W] that lie in the strip across the image of a part; all for most parts."""
-    if part.strip == (-math.inf, math.inf):
-        return torch.ones_like(like, dtype=torch.bool)
-    height, width = like.shape
-    y = torch.arange(height, device=like.device)[:, None]
-    x = torch.arange(width, device=like.device)
-    along = x * part.axis[0] + y * part.axis[1]
-    return (along >= part.strip[0]) & (along < part.strip[1])
-
-
-def _seeds(probabilities: Tensor, n: int) -> Tensor:
-    """Points [K, 2] (x, y): centres of n x n cells, in quarters where the entropy is high."""
-    height, width = probabilities.shape[1:]
-    entropy = -torch.special.xlogy(probabilities, probabilities).sum(0)
-    cells = F.adaptive_avg_pool2d(entropy[None], (min(n, height), min(n, width)))[0]
-    rows, columns = cells.shape
-    size = torch.tensor([width / columns, height / rows], device=cells.device)
-
-    def centres(which: Tensor, offset: Sequence[float]) -> Tensor:
-        corner = which.nonzero().flip(1)  # x, y
-        return (corner + torch.tensor(offset, device=cells.device)) * size - 0.5
-
-    dense = cells > cells.mean()
-    quarters = [centres(dense, (x, y)) for y in (0.25, 0.75) for x in (0.25, 0.75)]
-    return torch.cat([centres(~dense, (0.5, 0.5)), *quarters])
-
-
-# --- prompts from components ------------------------------------------------------------------
-
-
-def _parts(labels: np.ndarray, ids: Sequence[int], min_area: int) -> tuple[list[_Part], np.ndarray]:
-    """8-connected components of the classes ``ids``, long thin ones in tiles.
-
-    Returns them and the index of its part for every pixel, [H, W] int32, -1 where there is none.
-    """
-    from scipy import ndimage
-
-    part_of = np.full(labels.shape, -1, np.int32)
-    parts: list[_Part] = []
-    for class_id in ids:
-        components, _ = ndimage.label(labels == class_id, structure=np.ones((3, 3), int))
-        areas = np.bincount(components.ravel())
-        for number, window in enumerate(ndimage.find_objects(components), 1):
-            if areas[number] < min_area:
-                continue
-            component = components[window] == number
-            top, left = window[0].start, window[1].start
-            for mask, axis, strip in _tiles(component, min_area):
-                # The strip in the frame of the image instead of the component's window.
-                shift = axis[0] * left + axis[1] * top
-                part_of[window][mask] = len(parts)
-                parts.append(
-                    _part(
-                        class_id,
-                        component,
-                        mask,
-                        (top, left),
-                        labels.shape,
-                        axis,
-                        (strip[0] + shift, strip[1] + shift),
-                    )
-                )
-    return parts, part_of
-
-
-def _tiles(
-    component: np.ndarray, min_area: int
-) -> list[tuple[np.ndarray, tuple[float, float], tuple[float, float]]]:
-    """The component, or slices across its main axis: (mask, axis, interval along the axis)."""
-    y, x = component.nonzero()
-    spread = np.cov(np.stack([x, y])) if len(x) > 1 else np.eye(2)
-    axis = np.linalg.eigh(spread)[1][:, 1]  # of the largest eigenvalue
-    along = x * axis[0] + y * axis[1]
-    length = along.max() - along.min() + 1
-    width = len(x) / length
-    count = min(math.ceil(length / (_TILE_TO * width)), len(x) // min_area)
-    direction = (float(axis[0]), float(axis[1]))
-    if length < _TILE_FROM * width or count < 2:
-        return [(component, direction, (-math.inf, math.inf))]
-    edges = np.linspace(along.min(), along.max(), count + 1)
-    edges[0], edges[-1] = -math.inf, math.inf
-    tiles = []
-    for begin, end in itertools.pairwise(edges):
-        chosen = (along >= begin) & (along < end)
-        if chosen.sum() >= min_area:
-            mask = np.zeros_like(component)
-            mask[y[chosen], x[chosen]] = True
-            tiles.append((mask, direction, (float(begin), float(end))))
-    return tiles
-
-
-def _part(
-    class_id: int,
-    component: np.ndarray,
-    mask: np.ndarray,
-    corner: tuple[int, int],
-    size: tuple[int, ...],
-    axis: tuple[float, float],
-    strip: tuple[float, float],
-) -> _Part:
-    """Prompts for ``mask``, a part of ``component``, in a window of the image at ``corner``."""
-    from scipy import ndimage
-
-    # Look at the part with its surroundings: up to the grown box, and as far as the blur reaches.
-    y, x = mask.nonzero()
-    low = np.array([y.min(), x.min()]) + corner
-    high = np.array([y.max(), x.max()]) + corner
-    grow = np.clip(0.1 * (high - low + 1), 1, 20)  # SAM's training jitters boxes by 10 %, 20 px
-    last = np.array(size) - 1
-    box_low, box_high = np.maximum(low - grow, 0), np.minimum(high + grow, last)
-    reach = np.maximum(grow, 3 * _BLUR)
-    view_low = np.maximum(np.floor(low - reach), 0).astype(int)
-    view_high = np.minimum(np.ceil(high + reach), last).astype(int)
-
-    def view(of: np.ndarray) -> np.ndarray:
-        out = np.zeros(view_high - view_low + 1, bool)
-        rows, columns = of.nonzero()
-        rows, columns = rows + corner[0] - view_low[0], columns + corner[1] - view_low[1]
-        seen = (rows >= 0) & (rows < out.shape[0]) & (columns >= 0) & (columns < out.shape[1])
-        out[rows[seen], columns[seen]] = True
-        return out
-
-    part, whole = view(mask), view(component)
-    # Padded: the border of the image is an outline too, points keep away from it.
-    depth = ndimage.distance_transform_edt(np.pad(part, 1))[1:-1, 1:-1]
-    inner = np.array(np.unravel_index(depth.argmax(), depth.shape)) + view_low
-    away = ndimage.distance_transform_edt(~whole)
-    in_box = np.zeros_like(whole)
-    first = np.ceil(box_low).astype(int) - view_low
-    stop = np.floor(box_high).astype(int) - view_low + 1
-    in_box[first[0] : stop[0], first[1] : stop[1]] = True
-    away = np.where(in_box, away, 0)
-    outer = np.array(np.unravel_index(away.argmax(), away.shape)) + view_low
-
-    blur = float(np.clip(depth.max() / 2, 1, _BLUR))
-    distance = depth - ndimage.distance_transform_edt(~part)  # signed, > 0 inside
-    logits = np.sign(distance) * _PROMPT_LOGIT * (1 - np.exp(-(distance**2) / (2 * blur**2)))
-    return _Part(
-        class_id=class_id,
-        box=(float(box_low[1]), float(box_low[0]), float(box_high[1]), float(box_high[0])),
-        points=((float(inner[1]), float(inner[0])), (float(outer[1]), float(outer[0]))),
-        point_labels=(1, 0 if away.max() > 0 else -1),
-        corner=(int(view_low[0]), int(view_low[1])),
-        mask=logits.astype(np.float32),
-        axis=axis,
-        strip=strip,
-    )
-
-
-def _whole(mask: np.ndarray, box: Sequence[float]) -> _Part:
-    """The prompts for an instance: its box, points on and off it, its mask."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    top, left = int(rows[0]), int(columns[0])
-    window = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    everywhere = (-math.inf, math.inf)
-    part = _part(-1, window, window, (top, left), mask.shape, (1.0, 0.0), everywhere)
-    # Boxes of instances name edges, SAM's the first and the last pixel.
-    return replace(part, box=(box[0], box[1], box[2] - 1, box[3] - 1))
-
-
-def _merged_again(
+def _remerge_segments(
     prediction: Segmentation, segments: Segments, found: Instances, masks: Tensor
 ) -> Segments:
-    """The panoptic map with new masks of those instances that have a segment in it."""
+    """Merges a panoptic map anew, with new ``masks`` of the instances that have a segment in it."""
     things = set(found.labels.tolist())
     stuff = sorted({item.label for item in segments.items} - things)
     kept: list[int] = []
@@ -623,300 +473,3 @@ def _merged_again(
         stuff_area=1,
     )
     return merged._replace(scores=found.scores[kept].float()).segments()[0]
-
-
-def _prompts(parts: Sequence[_Part], size: tuple[int, int]) -> Prompts:
-    masks = torch.full((len(parts), *size), -_PROMPT_LOGIT)
-    for mask, part in zip(masks, parts, strict=True):
-        (top, left), (height, width) = part.corner, part.mask.shape
-        mask[top : top + height, left : left + width] = torch.from_numpy(part.mask)
-    return Prompts(
-        points=torch.tensor([part.points for part in parts]),
-        point_labels=torch.tensor([part.point_labels for part in parts], dtype=torch.int32),
-        boxes=torch.tensor([part.box for part in parts]),
-        masks=masks,
-    )
-
-
-# --- the two segmenters -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Embedding:
-    features: tuple[Tensor, ...]  # image embedding, for SAM 2 then the finer levels
-    size: tuple[int, int]  # of the image
-    scaled: tuple[int, int]  # of the image in the model's input
-
-
-class _Backend(nn.Module):
-    """What SAM and SAM 2 share: scaling of prompts and the choice among three masks."""
-
-    model: Any  # the packages type little
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model.eval().requires_grad_(False)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _scale(self, prompts: Prompts, embedding: _Embedding) -> tuple[Tensor, Tensor | None]:
-        """Points [K, P, 2] and box corners [K, 2, 2] in pixels of the model's input."""
-        (height, width), (new_height, new_width) = embedding.size, embedding.scaled
-        factor = torch.tensor([new_width / width, new_height / height], device=self.device)
-        points = prompts.points.to(self.device) * factor
-        if prompts.boxes is None:
-            return points, None
-        return points, prompts.boxes.to(self.device).reshape(-1, 2, 2) * factor
-
-    @staticmethod
-    def _best(masks: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the three masks [K, 3, h, w] of each prompt the one of the best predicted IoU."""
-        quality, best = quality.float().max(1)
-        return masks[torch.arange(len(best), device=best.device), best].float(), quality
-
-
-class SamBackend(_Backend):
-    """``segment_anything.Sam``: the image keeps its aspect ratio and is padded to a square."""
-
-    @torch.no_grad()
-    def embed(self, image: Tensor) -> _Embedding:
-        height, width = image.shape[1:]
-        side = self.model.image_encoder.img_size
-        factor = side / max(height, width)
-        scaled = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
-        pixels = image.to(self.device).float()[None]
-        pixels = F.interpolate(
-            pixels, scaled, mode="bilinear", align_corners=False, antialias=True
-        ).round()  # the model was trained on 8-bit images, resized as such
-        features = self.model.image_encoder(self.model.preprocess(pixels))
-        return _Embedding((features,), (height, width), scaled)
-
-    @torch.no_grad()
-    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        points, corners = self._scale(prompts, embedding)
-        encoder = self.model.prompt_encoder
-        masks = None
-        if prompts.masks is not None:
-            height, width = embedding.size
-            square = max(height, width)
-            padded = F.pad(
-                prompts.masks.to(self.device),
-                (0, square - width, 0, square - height),
-                value=-_PROMPT_LOGIT,
-            )
-            masks = _resize(padded, encoder.mask_input_size)
-        sparse, dense = encoder(
-            points=(points, prompts.point_labels.to(self.device)),
-            boxes=None if corners is None else corners.flatten(1),
-            masks=masks,
-        )
-        return self._best(
-            *self.model.mask_decoder(
-                image_embeddings=embedding.features[0],
-                image_pe=encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=True,
-            )
-        )
-
-    @torch.no_grad()
-    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
-        return self.model.postprocess_masks(logits[:, None], embedding.scaled, embedding.size)[:, 0]
-
-
-class Sam2Backend(_Backend):
-    """``sam2.modeling.sam2_base.SAM2Base`` on single images, which it squashes to a square."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        # Part of the published normalisation, which sam2 keeps in its predictor.
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], False)
-
-    @torch.no_grad()
-    def embed(self, image: Tensor) -> _Embedding:
-        side = (self.model.image_size, self.model.image_size)
-        pixels = _resize(image.to(self.device).float() / 255, side)[:, 0]
-        levels = self.model.forward_image(((pixels - self.mean) / self.std)[None])["backbone_fpn"]
-        *fine, coarse = levels[-self.model.num_feature_levels :]
-        if self.model.directly_add_no_mem_embed:
-            coarse = coarse + self.model.no_mem_embed.reshape(1, -1, 1, 1)
-        height, width = image.shape[1:]
-        return _Embedding((coarse, *fine), (height, width), side)
-
-    @torch.no_grad()
-    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        points, corners = self._scale(prompts, embedding)
-        labels = prompts.point_labels.to(self.device)
-        if corners is not None:  # SAM 2 takes a box as two points with labels of their own
-            points = torch.cat([corners, points], 1)
-            labels = torch.cat([labels.new_tensor([[2, 3]]).expand(len(labels), 2), labels], 1)
-        encoder = self.model.sam_prompt_encoder
-        masks = None
-        if prompts.masks is not None:
-            masks = _resize(prompts.masks.to(self.device), encoder.mask_input_size)
-        sparse, dense = encoder(points=(points, labels), boxes=None, masks=masks)
-        masks, quality, *_ = self.model.sam_mask_decoder(
-            image_embeddings=embedding.features[0],
-            image_pe=encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=True,
-            repeat_image=True,
-            high_res_features=list(embedding.features[1:]) or None,
-        )
-        return self._best(masks, quality)
-
-    @torch.no_grad()
-    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
-        return _resize(logits, embedding.size)[:, 0]
-
-
-def _resize(planes: Tensor, size: tuple[int, int]) -> Tensor:
-    """[K, h, w] to [K, 1, *size], bilinear; shrinking averages, so that thin masks survive."""
-    return F.interpolate(
-        planes[:, None], size, mode="bilinear", align_corners=False, antialias=True
-    )
-
-
-# --- factories --------------------------------------------------------------------------------
-
-
-def sam(
-    *,
-    weights: str | Path | None = "default",
-    size: str | None = None,
-    mode: Literal["prompt", "vote"] = "prompt",
-    classes: Sequence[str] | str | None = None,
-    min_area: int = 64,
-    predicted_iou: float = 0.7,
-    component_iou: float = 0.5,
-    area_ratio: float = 2.0,
-    agreement: float = 0.9,
-    strength: float = 8.0,
-    boundary: int = 8,
-    margin: float = 0.5,
-    points: int = 16,
-    batch: int = 16,
-) -> SamRefiner:
-    """SAM (Kirillov et al., 2023) as a refiner.
-
-    Args:
-        weights: ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``, which are downloaded once; a local file
-            or URL; ``"default"``, the published weights of ``size``; None, random weights.
-        size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``.
-        mode: this and the other options are those of `SamRefiner`.
-
-    Raises:
-        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
-
-    Example:
-        >>> pyseg.build("fcn_resnet50+sam(mode='vote', weights='vit_l')")
-    """
-    options = {k: v for k, v in locals().items() if k not in ("weights", "size")}
-    size, model = _load(weights, size, SAM_WEIGHTS, _sam_size, _build_sam)
-    return SamRefiner(SamBackend(model), size=size, **options)
-
-
-def sam2(
-    *,
-    weights: str | Path | None = "default",
-    size: str | None = None,
-    mode: Literal["prompt", "vote"] = "prompt",
-    classes: Sequence[str] | str | None = None,
-    min_area: int = 64,
-    predicted_iou: float = 0.7,
-    component_iou: float = 0.5,
-    area_ratio: float = 2.0,
-    agreement: float = 0.9,
-    strength: float = 8.0,
-    boundary: int = 8,
-    margin: float = 0.5,
-    points: int = 16,
-    batch: int = 16,
-) -> SamRefiner:
-    """SAM 2.1 (Ravi et al., 2024), its image part, as a refiner.
-
-    Args:
-        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"``, which are downloaded
-            once; a local file or URL; ``"default"``, the published weights of ``size``; None,
-            random weights.
-        size: one of these four names; by default what ``weights`` are of, else ``"tiny"``.
-        mode: this and the other options are those of `SamRefiner`.
-
-    Raises:
-        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
-
-    Example:
-        >>> pyseg.build("fcn_resnet50+crf+sam2(classes=('car', 'person'))")
-    """
-    options = {k: v for k, v in locals().items() if k not in ("weights", "size")}
-    size, model = _load(weights, size, SAM2_WEIGHTS, _sam2_size, _build_sam2)
-    return SamRefiner(Sam2Backend(model), size=size, **options)
-
-
-def _load(
-    weights: str | Path | None,
-    size: str | None,
-    known: Mapping[str, Remote],
-    recognise: Callable[[Mapping[str, Tensor]], str | None],
-    build: Callable[[str], nn.Module],
-) -> tuple[str, nn.Module]:
-    smallest = next(iter(known))
-    if size is not None and size not in known:
-        raise ValueError(f"size must be one of {', '.join(known)}, got {size!r}")
-    if weights is None:
-        size = size or smallest
-        return size, build(size)
-    path = resolve((size or smallest) if weights == "default" else weights, known=known)
-    state = load_state(path)
-    size = size or recognise(state) or smallest
-    model = build(size)
-    load_into(model, state, path)
-    return size, model
-
-
-def _sam_size(state: Mapping[str, Tensor]) -> str | None:
-    embedding = state.get("image_encoder.pos_embed")
-    width = embedding.shape[-1] if embedding is not None else 0
-    return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(width)
-
-
-def _sam2_size(state: Mapping[str, Tensor]) -> str | None:
-    blocks = {key.split(".")[3] for key in state if key.startswith("image_encoder.trunk.blocks.")}
-    return {12: "tiny", 16: "small", 24: "base_plus", 48: "large"}.get(len(blocks))
-
-
-def _build_sam(size: str) -> nn.Module:
-    from segment_anything import sam_model_registry
-
-    return sam_model_registry[size](checkpoint=None)
-
-
-def _build_sam2(size: str) -> nn.Module:
-    """The stock model of a size, without Hydra's global state, which a user's own Hydra needs.
-
-    Importing sam2 initialises that state unless somebody has; building by way of it, as
-    ``sam2.build_sam`` does, would fail wherever somebody has.
-    """
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    found = GlobalHydra.instance().is_initialized()
-    import sam2 as package
-
-    if not found:
-        GlobalHydra.instance().clear()
-    letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
-    config = OmegaConf.load(
-        Path(package.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{letter}.yaml"
-    )
-    OmegaConf.resolve(config)
-    return instantiate(config.model)

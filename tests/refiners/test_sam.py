@@ -1,4 +1,4 @@
-"""The SAM refiners: with perfect, useless and random masks, and against the packages' predictors.
+"""The SAM refiners: with perfect, useless and random masks.
 
 Perfect masks come from the ground truth; the coarse map that they refine is the ground truth
 pooled by 8, so that all that is wrong with it is resolution.
@@ -8,9 +8,6 @@ import copy
 import inspect
 import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,10 +19,12 @@ from PIL import Image
 from scipy import ndimage
 from torch.nn import functional as F
 
-from pyseg.errors import WeightsError
+from pyseg import spec
+from pyseg.errors import SpecError, WeightsError
 from pyseg.ops import panoptic_merge
 from pyseg.refiners import sam as family
-from pyseg.refiners.sam import Prompts, Sam2Backend, SamBackend, SamRefiner
+from pyseg.refiners.sam import SamRefiner
+from pyseg.registry import accepted_options, check_options
 from pyseg.types import Instances, Segment, Segmentation, Segments
 
 CAMVID = (
@@ -41,10 +40,9 @@ CAMVID = (
     "Pedestrian",
     "Bicyclist",
 )
+
+
 VOID = 255
-
-
-# --- material ---------------------------------------------------------------------------------
 
 
 def coarse(truth, channels):
@@ -174,59 +172,6 @@ def camvid(images, split="train"):
             yield torch.from_numpy(np.array(file)).long()
 
 
-def small_sam():
-    from segment_anything.modeling import (
-        ImageEncoderViT,
-        MaskDecoder,
-        PromptEncoder,
-        Sam,
-        TwoWayTransformer,
-    )
-
-    torch.manual_seed(0)
-    encoder = ImageEncoderViT(
-        img_size=128,
-        patch_size=16,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        out_chans=32,
-        window_size=4,
-        global_attn_indexes=(1,),
-        use_rel_pos=True,
-    )
-    decoder = MaskDecoder(transformer_dim=32, transformer=TwoWayTransformer(1, 32, 2, 64))
-    return Sam(encoder, PromptEncoder(32, (8, 8), (128, 128), 4), decoder)
-
-
-def small_sam2():
-    import sam2
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
-
-    torch.manual_seed(0)
-    file = Path(sam2.__path__[0]) / "configs/sam2.1/sam2.1_hiera_t.yaml"
-    config = OmegaConf.load(file).model
-    config.image_size = 128
-    encoder, memory = config.image_encoder, config.memory_attention
-    encoder.trunk.update(embed_dim=16, stages=[1, 1, 2, 1], global_att_blocks=[3])
-    encoder.neck.update(d_model=32, backbone_channel_list=[128, 64, 32, 16])
-    encoder.neck.position_encoding.num_pos_feats = 32
-    memory.update(d_model=32, num_layers=1)
-    memory.layer.update(d_model=32, dim_feedforward=32)
-    memory.layer.self_attention.embedding_dim = 32
-    memory.layer.cross_attention.embedding_dim = 32
-    return instantiate(config)
-
-
-@pytest.fixture(scope="module")
-def backends():
-    return {"sam": SamBackend(small_sam()), "sam2": Sam2Backend(small_sam2())}
-
-
-# --- useless masks ----------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", ["prompt", "vote"])
 @pytest.mark.parametrize("quality", [-0.1, 0.44, 0.55, 0.69, float("nan")])
 def test_masks_of_low_predicted_iou_change_nothing(street, mode, quality):
@@ -255,9 +200,6 @@ def test_random_weights_change_nothing(street, backends, mode, name):
     image = torch.randint(0, 256, (3, *prediction.size), dtype=torch.uint8)
     refined = SamRefiner(backends[name], mode=mode, points=4).refine(image, prediction)
     assert refined is prediction
-
-
-# --- perfect masks ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -329,9 +271,6 @@ def test_the_ceiling_on_camvid():
     assert before - mean["garbage ungated"] > 20  # in the study 84.6 - 56.4
     assert before - mean["garbage"] < 0.5 * (before - mean["garbage ungated"])
     assert mean["garbage prompt"] == before  # the component gate lets none of it pass
-
-
-# --- the gate ---------------------------------------------------------------------------------
 
 
 def one_square(soft=False):
@@ -460,9 +399,6 @@ def test_agreement():
     assert good.refine(blank(prediction.size), prediction) is not prediction
 
 
-# --- classes ----------------------------------------------------------------------------------
-
-
 def test_stuff_is_recognised_whatever_its_spelling():
     stuff = [
         "Sky",
@@ -523,88 +459,6 @@ def test_an_unknown_class_is_named(street):
         refiner.refine(blank(prediction.size), prediction)
 
 
-# --- prompts ----------------------------------------------------------------------------------
-
-
-def prompts_of(labels, min_area=64):
-    parts, part_of = family._parts(labels.numpy(), [1], min_area)
-    prompts = family._prompts(parts, tuple(labels.shape)) if parts else None
-    return parts, torch.from_numpy(part_of), prompts
-
-
-@pytest.mark.parametrize("place", ["inside", "corner"])
-def test_prompt_geometry(place):
-    labels = torch.zeros(120, 150, dtype=torch.long)
-    top, left = (40, 50) if place == "inside" else (0, 0)
-    labels[top : top + 30, left : left + 40] = 1
-    labels[top + 15 : top + 30, left + 20 : left + 40] = 0  # an L
-    parts, part_of, prompts = prompts_of(labels)
-    assert len(parts) == 1 and torch.equal(part_of == 0, labels == 1)
-    bottom, right = top + 29, left + 39
-    expected = [max(left - 4, 0), max(top - 3, 0), right + 4, bottom + 3]  # 10 % of each side
-    assert prompts.boxes[0].tolist() == expected
-    assert prompts.point_labels[0].tolist() == [1, 0]
-    (x, y), (u, v) = prompts.points[0].long().tolist()
-    mask = (labels == 1).numpy()
-    # Brute force: distance of all pixels to all pixels of the other kind.
-    yx = np.argwhere(np.pad(mask, 1) == 0) - 1
-    inner = np.argwhere(mask)
-    depth = np.sqrt(((inner[:, None] - yx[None]) ** 2).sum(-1)).min(1)
-    assert mask[y, x] and depth[(inner == [y, x]).all(1)][0] == pytest.approx(depth.max())
-    box = [int(np.ceil(expected[1])), int(np.ceil(expected[0])), expected[3], expected[2]]
-    window = np.zeros_like(mask)
-    window[box[0] : box[2] + 1, box[1] : box[3] + 1] = True
-    outer = np.argwhere(window & ~mask)
-    away = np.sqrt(((outer[:, None] - inner[None]) ** 2).sum(-1)).min(1)
-    assert away[(outer == [v, u]).all(1)][0] == pytest.approx(away.max())
-    # The mask prompt: right sign everywhere, sure inside and far off, unsure at the outline.
-    logits = prompts.masks[0]
-    assert torch.equal(logits > 0, labels == 1)
-    assert logits[y, x] > 8 and logits[-1, -1] == -10
-    assert logits[y, x] > logits[top, left + 10] > 0
-
-
-def test_a_component_that_fills_the_image_has_no_negative_point():
-    parts, _, prompts = prompts_of(torch.ones(40, 50, dtype=torch.long))
-    assert prompts.point_labels[0].tolist() == [1, -1]
-    assert prompts.boxes[0].tolist() == [0, 0, 49, 39]
-    assert len(parts) == 1
-
-
-def test_components_are_8_connected_and_large_enough():
-    labels = torch.zeros(60, 60, dtype=torch.long)
-    labels[:8, :8] = labels[8:16, 8:16] = 1  # touch at a corner
-    labels[40:47, 40:49] = 1  # 63 pixels
-    parts, part_of, _ = prompts_of(labels)
-    assert len(parts) == 1 and int((part_of == 0).sum()) == 128
-    assert len(prompts_of(labels, min_area=63)[0]) == 2
-    assert prompts_of(labels * 0)[0] == []
-
-
-@pytest.mark.parametrize("angle", [0, 17, 45, 90, 133])
-def test_long_thin_components_are_tiled_along_their_axis(angle):
-    size, radians = (260, 260), np.deg2rad(angle)
-    yy, xx = np.mgrid[: size[0], : size[1]] - 130
-    along = xx * np.cos(radians) + yy * np.sin(radians)
-    across = -xx * np.sin(radians) + yy * np.cos(radians)
-    labels = torch.from_numpy((np.abs(along) < 100) & (np.abs(across) < 3)).long()
-    parts, part_of, _ = prompts_of(labels)
-    assert 6 <= len(parts) <= 12  # 200 x 6 in tiles of some 4 : 1
-    assert torch.equal(part_of >= 0, labels == 1)
-    areas = torch.bincount(part_of[part_of >= 0])
-    assert areas.min() >= 64
-    # A mask of the whole pole is cut to each tile's strip, where it fits perfectly.
-    for index, part in enumerate(parts):
-        strip = family._strip(part, part_of)
-        assert ((labels == 1) & strip).ne(part_of == index).sum() <= 2  # rounding at the cuts
-        assert abs(abs(part.axis[0]) - abs(np.cos(radians))) < 0.02
-    # The negative point is off the whole pole, not only off the tile.
-    for part in parts:
-        if part.point_labels[1] == 0:
-            (_, _), (u, v) = part.points
-            assert labels[int(v), int(u)] == 0
-
-
 def test_tiles_of_a_pole_pass_the_gate_with_the_mask_of_the_whole():
     truth = torch.zeros(160, 64, dtype=torch.long)
     truth[4:156, 30:36] = 1
@@ -617,116 +471,6 @@ def test_tiles_of_a_pole_pass_the_gate_with_the_mask_of_the_whole():
     assert sum(len(p.points) for p in generator.seen) > 1
     wrong = (refined.labels != truth).sum(), (prediction.labels != truth).sum()
     assert wrong[0] < 0.1 * wrong[1]
-
-
-def test_seeds_are_dense_where_the_network_is_unsure():
-    p = torch.zeros(2, 64, 96)
-    p[0] = 1
-    p[:, :16, :24] = 0.5
-    seeds = family._seeds(p, 4)
-    assert seeds.shape == (4 * 4 + 3, 2)  # one cell in quarters
-    unsure = (seeds[:, 0] < 24) & (seeds[:, 1] < 16)
-    assert sorted(seeds[unsure].tolist()) == [[5.5, 3.5], [5.5, 11.5], [17.5, 3.5], [17.5, 11.5]]
-    assert [35.5, 7.5] in seeds.tolist()  # centre of the next cell
-    assert (seeds >= 0).all() and (seeds[:, 0] < 96).all() and (seeds[:, 1] < 64).all()
-    assert len(family._seeds(torch.full((2, 1, 3), 0.5), 16)) == 3
-
-
-# --- the packages' conventions ----------------------------------------------------------------
-
-
-class Captured(Exception):
-    pass
-
-
-@pytest.mark.parametrize("name", ["sam", "sam2"])
-@pytest.mark.parametrize("size", [(90, 160), (160, 90), (121, 121)])
-def test_prompts_reach_the_model_in_its_own_frame(backends, monkeypatch, name, size):
-    """Coordinates and mask prompts as captured at the prompt encoder's door, model input 128."""
-    height, width = size
-    labels = torch.zeros(size, dtype=torch.long)
-    labels[height // 4 : height // 2, width // 2 : 7 * width // 8] = 1
-    prompts = prompts_of(labels)[2]
-    backend = backends[name]
-    embedding = backend.embed(torch.zeros(3, *size, dtype=torch.uint8))
-    caught = {}
-
-    def capture(points, boxes, masks):
-        caught.update(points=points, boxes=boxes, masks=masks)
-        raise Captured
-
-    encoder = backend.model.prompt_encoder if name == "sam" else backend.model.sam_prompt_encoder
-    monkeypatch.setattr(encoder, "forward", capture)
-    with pytest.raises(Captured):
-        backend.predict(embedding, prompts)
-    # SAM keeps the aspect ratio (both axes scaled alike), SAM 2 squashes (each to 128).
-    longest = max(size)
-    fx, fy = (128 / longest, 128 / longest) if name == "sam" else (128 / width, 128 / height)
-    factor = torch.tensor([fx, fy])
-    coordinates, point_labels = caught["points"]
-    corners = prompts.boxes.reshape(-1, 2, 2)
-    if name == "sam":
-        torch.testing.assert_close(caught["boxes"].reshape(-1, 2, 2), corners * factor)
-        assert point_labels.tolist() == [[1, 0]]
-    else:
-        torch.testing.assert_close(coordinates[:, :2], corners * factor)
-        assert point_labels.tolist() == [[2, 3, 1, 0]] and caught["boxes"] is None
-        coordinates = coordinates[:, 2:]
-    torch.testing.assert_close(coordinates, prompts.points * factor)
-    low = caught["masks"]
-    assert low.shape == (1, 1, 32, 32)
-    # Its pixels are where that frame puts them ...
-    centre = (3 * height / 8 * fy / 4, 11 * width / 16 * fx / 4)
-    where = (low[0, 0] > 0).nonzero().float() + 0.5
-    torch.testing.assert_close(where.mean(0), torch.tensor(centre), atol=0.6, rtol=0)
-    if name == "sam" and height != width:
-        border = round(min(size) * 32 / longest)
-        padding = low[0, 0, border + 1 :] if height < width else low[0, 0, :, border + 1 :]
-        assert (padding == -10).all()
-    # ... and as an output of the model they fall back on the same pixels of the image.
-    back = backend.upsample(embedding, low[:, 0])[0] > 0
-    overlap = (back & (labels == 1)).sum() / (back | (labels == 1)).sum()
-    assert back.shape == size and overlap > 0.85
-
-
-@pytest.mark.parametrize("size", [(90, 160), (161, 75)])
-@pytest.mark.parametrize("name", ["sam", "sam2"])
-def test_backends_agree_with_the_packages_predictors(backends, name, size):
-    """Same masks and predicted IoU as SamPredictor and SAM2ImagePredictor, prompt by prompt."""
-    generator = torch.Generator().manual_seed(1)
-    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-    height, width = size
-    points = torch.rand(3, 2, 2, generator=generator) * torch.tensor([width, height])
-    boxes = torch.tensor([[5.0, 6, 40, 50], [20, 10, 70, 70], [0, 0, 30, 30]])
-    labels = torch.tensor([[1, 0], [1, 0], [1, 1]])
-    backend = backends[name]
-    embedding = backend.embed(image)
-    low, quality = backend.predict(embedding, Prompts(points, labels, boxes))
-    ours = backend.upsample(embedding, low)
-    array = image.permute(1, 2, 0).numpy()
-    if name == "sam":
-        from segment_anything import SamPredictor
-
-        predictor = SamPredictor(backend.model)
-    else:
-        from sam2.sam2_image_predictor import SAM2ImagePredictor
-
-        predictor = SAM2ImagePredictor(backend.model)
-        predictor._bb_feat_sizes = [(32, 32), (16, 16), (8, 8)]  # of image size 128
-    predictor.set_image(array)
-    for k in range(3):
-        masks, iou, _ = predictor.predict(
-            points[k].numpy(), labels[k].numpy(), boxes[k].numpy(), return_logits=True
-        )
-        best = iou.argmax()
-        assert quality[k] == pytest.approx(iou[best], abs=1e-3)
-        # Resizing with 8-bit rounding, as Pillow does, may differ by a grey level.
-        off = np.abs(ours[k].numpy() - masks[best]).mean()
-        assert off < (2e-2 if name == "sam" else 1e-5) * np.abs(masks[best]).mean()
-    assert (ours[0] - ours[1]).abs().mean() > 0.1 * ours[0].abs().mean()  # prompts do matter
-
-
-# --- whole runs -------------------------------------------------------------------------------
 
 
 WIDE_OPEN = {"predicted_iou": -9.0, "component_iou": 0.0, "area_ratio": 1e9, "agreement": 0.0}
@@ -815,7 +559,7 @@ def test_bad_input(street):
         {"boundary": -1},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
-            SamRefiner(None, **bad)
+            SamRefiner(Masks(grid((8, 8))), **bad)
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
@@ -863,9 +607,6 @@ def test_moves_between_devices(backends, street, name, mode):
     torch.testing.assert_close(back, expected, atol=1e-3, rtol=1e-3)
 
 
-# --- weights ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("factory", "file"),
     [(family.sam, "sam_vit_b_01ec64.pth"), (family.sam2, "sam2.1_hiera_tiny.pt")],
@@ -884,39 +625,6 @@ def test_default_weights_are_refused_offline_at_construction(factory, file, tmp_
         factory(size="huge")
 
 
-def test_published_weights_are_pinned():
-    for known, count in ((family.SAM_WEIGHTS, 3), (family.SAM2_WEIGHTS, 4)):
-        assert len(known) == count
-        assert len({remote.url for remote in known.values()}) == count
-        assert all(len(bytes.fromhex(remote.sha256)) == 32 for remote in known.values())
-
-
-@pytest.mark.parametrize("name", ["sam", "sam2"])
-def test_local_weights(name, tmp_path, monkeypatch):
-    build = {"sam": small_sam, "sam2": small_sam2}
-    for key, make in build.items():
-        monkeypatch.setattr(family, f"_build_{key}", lambda size, make=make: make())
-    state = {k: v + 0.5 for k, v in build[name]().state_dict().items()}
-    bare, wrapped = tmp_path / "bare.pth", tmp_path / "wrapped.pt"
-    torch.save(state, bare)
-    torch.save({"model": state}, wrapped)
-    factory, other = (family.sam, family.sam2) if name == "sam" else (family.sam2, family.sam)
-    for path in (bare, str(wrapped)):
-        model = factory(weights=path).generator.model
-        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-    with pytest.raises(WeightsError, match="another architecture"):
-        other(weights=bare)
-
-
-def test_sizes_are_recognised_by_their_state():
-    with torch.device("meta"):
-        for size in family.SAM_WEIGHTS:
-            assert family._sam_size(family._build_sam(size).state_dict()) == size
-    assert family._sam_size({}) is None and family._sam2_size({}) is None
-    for size in ("tiny", "small"):
-        assert family._sam2_size(family._build_sam2(size).state_dict()) == size
-
-
 def test_random_weights_take_the_smallest_stock_model():
     tiny = family.sam2(weights=None, mode="vote", points=3)
     assert sum(p.numel() for p in tiny.parameters()) == 38_962_498
@@ -928,90 +636,34 @@ def test_random_weights_take_the_smallest_stock_model():
     assert vit_b.size == "vit_b"
 
 
-def test_factories_offer_the_options_of_the_refiner():
-    own = dict(inspect.signature(SamRefiner).parameters)
-    del own["generator"]
-    for factory in (family.sam, family.sam2):
-        offered = dict(inspect.signature(factory).parameters)
-        assert offered.pop("weights").default == "default"
-        assert offered == own
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_one_list_of_options_serves_specs_and_their_errors(name):
+    factory = getattr(family, name)
+    accepted = accepted_options(factory)
+    assert list(accepted) == list(inspect.signature(SamRefiner).parameters)[1:]
+    assert "generator" not in accepted and accepted["weights"].default == "default"
+    (stage,) = spec.parse(f"{name}(min_aria=3)").stages
+    with pytest.raises(SpecError, match="did you mean 'min_area'") as caught:
+        check_options(stage, factory)
+    for option, parameter in accepted.items():
+        assert f"{option}={parameter.default!r}" in str(caught.value)
 
 
-# --- imports and Hydra ------------------------------------------------------------------------
+def test_config_makes_the_refiner_again():
+    generator = Masks(grid((8, 8)))
+    assert set(SamRefiner(generator).config()) == {*accepted_options(family.sam)} - {"weights"}
+    options = {"size": "tiny", "mode": "vote", "classes": ("car", "bus"), "margin": 0.25}
+    config = SamRefiner(generator, **options).config()
+    assert options.items() <= config.items()
+    assert SamRefiner(generator, **config).config() == config
+    assert SamRefiner(generator, classes="car").config()["classes"] == ("car",)
 
 
-def python(code):
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
-
-
-def test_importing_the_family_imports_no_package():
-    out = python("""
-        import sys, pyseg.refiners.sam
-        heavy = ("sam2", "segment_anything", "torchvision", "hydra", "scipy", "rich")
-        print(*[name for name in heavy if name in sys.modules])
-    """)
-    assert out == []
-
-
-USER = """
-    import pathlib, tempfile
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    folder = pathlib.Path(tempfile.mkdtemp())
-    (folder / "mine.yaml").write_text("answer: 42")
-"""
-
-
-def test_hydra_of_the_user_works_after_ours():
-    out = python(
-        USER
-        + """
-    from pyseg.refiners.sam import sam2
-    sam2(weights=None)
-    print(GlobalHydra.instance().is_initialized())
-    with initialize_config_dir(str(folder), version_base=None):
-        print(compose("mine").answer)
-        sam2(weights=None)
-        print(compose("mine").answer)
-    print(GlobalHydra.instance().is_initialized())
-    """
-    )
-    assert out == ["False", "42", "42", "False"]
-
-
-def test_hydra_of_the_user_works_before_ours():
-    out = python(
-        USER
-        + """
-    initialize_config_dir(str(folder), version_base=None)
-    before = GlobalHydra.instance().hydra
-    from pyseg.refiners.sam import sam2
-    model = sam2(weights=None).generator.model
-    print(GlobalHydra.instance().hydra is before, compose("mine").answer)
-    """
-    )
-    assert out == ["True", "42"]
-
-
-def test_sam2_of_the_user_works_before_and_after_ours():
-    out = python("""
-    from sam2.build_sam import build_sam2
-    config = "configs/sam2.1/sam2.1_hiera_t.yaml"
-    build_sam2(config, device="cpu")
-    from pyseg.refiners.sam import sam2
-    ours = sam2(weights=None).generator.model
-    theirs = build_sam2(config, device="cpu")
-    theirs.load_state_dict(ours.state_dict())
-    print(len(theirs.state_dict()))
-    """)
-    assert out == ["471"]
-
-
-# --- instances --------------------------------------------------------------------------------
+def test_a_generator_and_weights_exclude_each_other():
+    with pytest.raises(ValueError, match=r"weights are of a segmenter to load, got 'vit_b'"):
+        SamRefiner(Masks(grid((8, 8))), weights="vit_b")
+    with pytest.raises(TypeError, match="SamRefiner needs a generator"):
+        SamRefiner()
 
 
 def with_instances(street, **changes):
@@ -1098,7 +750,7 @@ def test_segments_stay_in_front():
     )
     better = masks.clone()
     better[1, 2:4, 4] = True
-    segments = family._merged_again(prediction, prediction.segments, found, better)
+    segments = family._remerge_segments(prediction, prediction.segments, found, better)
     scores = [(i.label, round(i.score, 3), i.area) for i in segments.items]
     assert scores == [(1, 0.6, 6), (1, 0.9, 30), (0, 1.0, 28)]
     assert torch.equal(segments.map == segments.items[0].id, better[1])

@@ -1,0 +1,382 @@
+"""Promptable segmenters: an image is embedded once, then any number of prompts get their masks.
+
+`Promptable` is what the refiners ask of one. Behind it stand Segment Anything (Kirillov et al.,
+2023, arXiv:2304.02643) and SAM 2 (Ravi et al., 2024, arXiv:2408.00714), its image part.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .weights import Remote, load_into, load_state, resolve
+
+_SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_{}.pth"
+_SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{}.pt"
+
+# The publisher gives no sha256 (the suffixes of SAM's file names are of MD5).
+SAM_WEIGHTS = {
+    "vit_b": Remote(
+        _SAM_URL.format("vit_b_01ec64"),
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "vit_l": Remote(
+        _SAM_URL.format("vit_l_0b3195"),
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "vit_h": Remote(
+        _SAM_URL.format("vit_h_4b8939"),
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+}
+SAM2_WEIGHTS = {
+    "tiny": Remote(
+        _SAM2_URL.format("tiny"),
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+    ),
+    "small": Remote(
+        _SAM2_URL.format("small"),
+        "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+    ),
+    "base_plus": Remote(
+        _SAM2_URL.format("base_plus"),
+        "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+    ),
+    "large": Remote(
+        _SAM2_URL.format("large"),
+        "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+    ),
+}
+
+# Without isolation, or its build would fetch a second torch.
+_SAM2_REMEDY = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
+
+PROMPT_LOGIT = 10.0
+"""Of a mask prompt far from its outline; SAM's own masks reach 10 to 20."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """K prompts for one image. Coordinates are x, y in pixels of the image, first pixel at 0."""
+
+    points: Tensor  # [K, P, 2] float
+    point_labels: Tensor  # [K, P] int: 1 on the object, 0 off it, -1 no point
+    boxes: Tensor | None = None  # [K, 4] float, xyxy
+    masks: Tensor | None = None  # [K, H, W] float logits at image resolution
+
+
+class Promptable(Protocol):
+    """A segmenter that answers prompts with masks; it keeps no state between calls."""
+
+    def embed(self, image: Tensor) -> Any:
+        """Whatever ``predict`` and ``upsample`` need of ``image`` [3, H, W] uint8 RGB."""
+        ...
+
+    def predict(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Best mask per prompt: logits [K, h, w] at the segmenter's size, predicted IoU [K]."""
+        ...
+
+    def upsample(self, embedding: Any, logits: Tensor) -> Tensor:
+        """Logits [K, h, w] of ``predict`` to the image's own frame, [K, H, W]."""
+        ...
+
+
+class Proposals(NamedTuple):
+    """Masks that a promptable segmenter stands by, at its own size h x w."""
+
+    index: Tensor  # [K] int64: which of the prompts each answers
+    logits: Tensor  # [K, h, w] float
+    predicted_iou: Tensor  # [K] float, as the segmenter gives it
+    stability: Tensor  # [K] float, see `stability`
+
+
+def propose(
+    segmenter: Promptable, embedding: Any, chunks: Iterable[Prompts], *, predicted_iou: float
+) -> Iterator[Proposals]:
+    """Predicts masks a chunk of prompts at a time and drops those of low quality.
+
+    Masks stay at the segmenter's size, so that only what passes is ever upsampled.
+
+    Args:
+        segmenter: what answers the prompts.
+        embedding: what its ``embed`` made of the image.
+        chunks: the prompts; each chunk is decoded at once, and made when its turn comes.
+        predicted_iou: the least IoU that the segmenter predicts for a mask to pass.
+
+    Yields:
+        For every chunk of which something passes, what passes; ``index`` counts on over chunks.
+    """
+    begin = 0
+    for prompts in chunks:
+        logits, quality = segmenter.predict(embedding, prompts)
+        good = (quality >= predicted_iou).nonzero()[:, 0]
+        if len(good):
+            logits = logits[good]
+            yield Proposals(begin + good, logits, quality[good], stability(logits))
+        begin += len(prompts.points)
+
+
+def stability(logits: Tensor) -> Tensor:
+    """IoU of each mask [K, h, w] cut at logits +1 and -1, as in SAM's mask generator; [K]."""
+    flat = logits.flatten(1)
+    return (flat > 1).float().sum(1) / (flat > -1).float().sum(1).clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Embedding:
+    features: tuple[Tensor, ...]  # image embedding, for SAM 2 then the finer levels
+    size: tuple[int, int]  # of the image
+    scaled: tuple[int, int]  # of the image in the model's input
+
+
+class _Backend(nn.Module):
+    """What SAM and SAM 2 share: scaling of prompts and the choice among three masks."""
+
+    model: Any  # the packages type little
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _scale(self, prompts: Prompts, embedding: _Embedding) -> tuple[Tensor, Tensor | None]:
+        """Points [K, P, 2] and box corners [K, 2, 2] in pixels of the model's input."""
+        (height, width), (new_height, new_width) = embedding.size, embedding.scaled
+        factor = torch.tensor([new_width / width, new_height / height], device=self.device)
+        points = prompts.points.to(self.device) * factor
+        if prompts.boxes is None:
+            return points, None
+        return points, prompts.boxes.to(self.device).reshape(-1, 2, 2) * factor
+
+    @staticmethod
+    def _best(masks: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the three masks [K, 3, h, w] of each prompt the one of the best predicted IoU."""
+        quality, best = quality.float().max(1)
+        return masks[torch.arange(len(best), device=best.device), best].float(), quality
+
+
+class SamBackend(_Backend):
+    """``segment_anything.Sam``: the image keeps its aspect ratio and is padded to a square."""
+
+    @torch.no_grad()
+    def embed(self, image: Tensor) -> _Embedding:
+        height, width = image.shape[1:]
+        side = self.model.image_encoder.img_size
+        factor = side / max(height, width)
+        scaled = max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+        pixels = image.to(self.device).float()[None]
+        pixels = F.interpolate(
+            pixels, scaled, mode="bilinear", align_corners=False, antialias=True
+        ).round()  # the model was trained on 8-bit images, resized as such
+        features = self.model.image_encoder(self.model.preprocess(pixels))
+        return _Embedding((features,), (height, width), scaled)
+
+    @torch.no_grad()
+    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        points, corners = self._scale(prompts, embedding)
+        encoder = self.model.prompt_encoder
+        masks = None
+        if prompts.masks is not None:
+            height, width = embedding.size
+            square = max(height, width)
+            padded = F.pad(
+                prompts.masks.to(self.device),
+                (0, square - width, 0, square - height),
+                value=-PROMPT_LOGIT,
+            )
+            masks = _resize(padded, encoder.mask_input_size)
+        sparse, dense = encoder(
+            points=(points, prompts.point_labels.to(self.device)),
+            boxes=None if corners is None else corners.flatten(1),
+            masks=masks,
+        )
+        return self._best(
+            *self.model.mask_decoder(
+                image_embeddings=embedding.features[0],
+                image_pe=encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=True,
+            )
+        )
+
+    @torch.no_grad()
+    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
+        return self.model.postprocess_masks(logits[:, None], embedding.scaled, embedding.size)[:, 0]
+
+
+class Sam2Backend(_Backend):
+    """``sam2.modeling.sam2_base.SAM2Base`` on single images, which it squashes to a square."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        # Part of the published normalisation, which sam2 keeps in its predictor.
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], False)
+
+    @torch.no_grad()
+    def embed(self, image: Tensor) -> _Embedding:
+        side = (self.model.image_size, self.model.image_size)
+        pixels = _resize(image.to(self.device).float() / 255, side)[:, 0]
+        levels = self.model.forward_image(((pixels - self.mean) / self.std)[None])["backbone_fpn"]
+        *fine, coarse = levels[-self.model.num_feature_levels :]
+        if self.model.directly_add_no_mem_embed:
+            coarse = coarse + self.model.no_mem_embed.reshape(1, -1, 1, 1)
+        height, width = image.shape[1:]
+        return _Embedding((coarse, *fine), (height, width), side)
+
+    @torch.no_grad()
+    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        points, corners = self._scale(prompts, embedding)
+        labels = prompts.point_labels.to(self.device)
+        if corners is not None:  # SAM 2 takes a box as two points with labels of their own
+            points = torch.cat([corners, points], 1)
+            labels = torch.cat([labels.new_tensor([[2, 3]]).expand(len(labels), 2), labels], 1)
+        encoder = self.model.sam_prompt_encoder
+        masks = None
+        if prompts.masks is not None:
+            masks = _resize(prompts.masks.to(self.device), encoder.mask_input_size)
+        sparse, dense = encoder(points=(points, labels), boxes=None, masks=masks)
+        masks, quality, *_ = self.model.sam_mask_decoder(
+            image_embeddings=embedding.features[0],
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+            repeat_image=True,
+            high_res_features=list(embedding.features[1:]) or None,
+        )
+        return self._best(masks, quality)
+
+    @torch.no_grad()
+    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
+        return _resize(logits, embedding.size)[:, 0]
+
+
+def _resize(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """[K, h, w] to [K, 1, *size], bilinear; shrinking averages, so that thin masks survive."""
+    return F.interpolate(
+        planes[:, None], size, mode="bilinear", align_corners=False, antialias=True
+    )
+
+
+def load_sam(
+    weights: str | Path | None = "default", size: str | None = None
+) -> tuple[str, SamBackend]:
+    """SAM behind the protocol.
+
+    Args:
+        weights: ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``, which are downloaded once; a local file
+            or URL; ``"default"``, the published weights of ``size``; None, random weights.
+        size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``.
+
+    Returns:
+        The size and the segmenter.
+
+    Raises:
+        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
+        ImportError: ``segment-anything`` is not installed.
+    """
+    size, model = _load(weights, size, SAM_WEIGHTS, _sam_size, _build_sam)
+    return size, SamBackend(model)
+
+
+def load_sam2(
+    weights: str | Path | None = "default", size: str | None = None
+) -> tuple[str, Sam2Backend]:
+    """SAM 2.1, its image part, behind the protocol.
+
+    Args:
+        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"``, which are downloaded
+            once; a local file or URL; ``"default"``, the published weights of ``size``; None,
+            random weights.
+        size: one of these four names; by default what ``weights`` are of, else ``"tiny"``.
+
+    Returns:
+        The size and the segmenter.
+
+    Raises:
+        WeightsError: the weights are absent, unreachable, damaged or of another architecture.
+        ImportError: ``sam2`` is not installed.
+    """
+    size, model = _load(weights, size, SAM2_WEIGHTS, _sam2_size, _build_sam2)
+    return size, Sam2Backend(model)
+
+
+def _load(
+    weights: str | Path | None,
+    size: str | None,
+    known: Mapping[str, Remote],
+    recognise: Callable[[Mapping[str, Tensor]], str | None],
+    build: Callable[[str], nn.Module],
+) -> tuple[str, nn.Module]:
+    smallest = next(iter(known))
+    if size is not None and size not in known:
+        raise ValueError(f"size must be one of {', '.join(known)}, got {size!r}")
+    if weights is None:
+        size = size or smallest
+        return size, build(size)
+    path = resolve((size or smallest) if weights == "default" else weights, known=known)
+    state = load_state(path)
+    size = size or recognise(state) or smallest
+    model = build(size)
+    load_into(model, state, path)
+    return size, model
+
+
+def _sam_size(state: Mapping[str, Tensor]) -> str | None:
+    embedding = state.get("image_encoder.pos_embed")
+    width = embedding.shape[-1] if embedding is not None else 0
+    return {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}.get(width)
+
+
+def _sam2_size(state: Mapping[str, Tensor]) -> str | None:
+    blocks = {key.split(".")[3] for key in state if key.startswith("image_encoder.trunk.blocks.")}
+    return {12: "tiny", 16: "small", 24: "base_plus", 48: "large"}.get(len(blocks))
+
+
+def _build_sam(size: str) -> nn.Module:
+    package = _import("segment_anything", "pip install segment-anything")
+    return package.sam_model_registry[size](checkpoint=None)
+
+
+def _build_sam2(size: str) -> nn.Module:
+    """The stock model of a size, without Hydra's global state, which a user's own Hydra needs.
+
+    Importing sam2 initialises that state unless somebody has; building by way of it, as
+    ``sam2.build_sam`` does, would fail wherever somebody has.
+    """
+    # sam2 comes last: it initialises Hydra, and whether somebody had is asked before.
+    hydra = _import("hydra.core.global_hydra", _SAM2_REMEDY).GlobalHydra.instance()
+    instantiate = _import("hydra.utils", _SAM2_REMEDY).instantiate
+    OmegaConf = _import("omegaconf", _SAM2_REMEDY).OmegaConf
+    found = hydra.is_initialized()
+    package = _import("sam2", _SAM2_REMEDY)
+    if not found:
+        hydra.clear()
+    letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
+    config = OmegaConf.load(
+        Path(package.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{letter}.yaml"
+    )
+    OmegaConf.resolve(config)
+    return instantiate(config.model)
+
+
+def _import(module: str, remedy: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"no package {error.name!r}; install it: {remedy}") from error

@@ -1,0 +1,218 @@
+"""Prompts from what a network has predicted: components, instances, and where it is unsure.
+
+A component becomes a box, a point on it, a point off it, and itself as a mask prompt (compare
+SAMRefiner, Lin et al., 2025, arXiv:2502.06756).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..promptable import PROMPT_LOGIT, Prompts
+
+_BLUR = 4.0  # pixels, at most, over which a mask prompt is unsure about its outline
+_TILE_FROM, _TILE_TO = 8, 4  # length / width of components to tile, and of the tiles
+_EVERYWHERE = (-math.inf, math.inf)
+
+
+@dataclass(frozen=True)
+class RegionPrompt:
+    """The prompt for one region: a component of a class, a tile of a long thin one, an instance."""
+
+    class_id: int  # -1 for an instance
+    box: tuple[float, float, float, float]  # xyxy
+    points: tuple[tuple[float, float], tuple[float, float]]  # on the region, off it
+    point_labels: tuple[int, int]
+    corner: tuple[int, int]  # y, x of `mask` in the image
+    mask: np.ndarray  # [h, w] float32 logits; -PROMPT_LOGIT outside it
+    axis: tuple[float, float] = (1.0, 0.0)  # x, y
+    strip: tuple[float, float] = _EVERYWHERE  # of a tile, see `strip_mask`
+
+    def strip_mask(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """Pixels p with strip[0] <= axis . p < strip[1], [H, W] bool: only they count for a tile.
+
+        A mask that answers a tile's prompt is of the whole long thin component, as a rule.
+        """
+        height, width = size
+        if self.strip == _EVERYWHERE:
+            return torch.ones(height, width, dtype=torch.bool, device=device)
+        y = torch.arange(height, device=device)[:, None]
+        x = torch.arange(width, device=device)
+        along = x * self.axis[0] + y * self.axis[1]
+        return (along >= self.strip[0]) & (along < self.strip[1])
+
+
+def prompt_components(
+    labels: np.ndarray, class_ids: Sequence[int], min_area: int
+) -> tuple[list[RegionPrompt], np.ndarray]:
+    """Prompts for the 8-connected components of some classes, long thin ones in tiles.
+
+    Args:
+        labels: [H, W] class of every pixel.
+        class_ids: the classes.
+        min_area: pixels that a component or tile must have.
+
+    Returns:
+        The prompts, and the index of its prompt for every pixel, [H, W] int32, -1 = none.
+    """
+    from scipy import ndimage
+
+    owner = np.full(labels.shape, -1, np.int32)
+    prompts: list[RegionPrompt] = []
+    for class_id in class_ids:
+        components, _ = ndimage.label(labels == class_id, structure=np.ones((3, 3), int))
+        areas = np.bincount(components.ravel())
+        for number, window in enumerate(ndimage.find_objects(components), 1):
+            if areas[number] < min_area:
+                continue
+            component = components[window] == number
+            top, left = window[0].start, window[1].start
+            for mask, axis, strip in _split_into_tiles(component, min_area):
+                owner[window][mask] = len(prompts)
+                prompt = _prompt_region(mask, component, (top, left), labels.shape)
+                # The strip in the frame of the image instead of the component's window.
+                shift = axis[0] * left + axis[1] * top
+                strip = (strip[0] + shift, strip[1] + shift)
+                prompts.append(replace(prompt, class_id=class_id, axis=axis, strip=strip))
+    return prompts, owner
+
+
+def prompt_instance(mask: np.ndarray, box: Sequence[float]) -> RegionPrompt:
+    """The prompt for an instance: its own ``box`` (xyxy, edges), points, its ``mask`` [H, W]."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = int(rows[0]), int(columns[0])
+    window = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    prompt = _prompt_region(window, window, (top, left), mask.shape)
+    # Boxes of instances name edges, SAM's the first and the last pixel.
+    return replace(prompt, box=(box[0], box[1], box[2] - 1, box[3] - 1))
+
+
+def stack_prompts(prompts: Sequence[RegionPrompt], size: tuple[int, int]) -> Prompts:
+    """Prompts for regions of one image of ``size`` (H, W) as a promptable segmenter takes them."""
+    masks = torch.full((len(prompts), *size), -PROMPT_LOGIT)
+    for mask, prompt in zip(masks, prompts, strict=True):
+        (top, left), (height, width) = prompt.corner, prompt.mask.shape
+        mask[top : top + height, left : left + width] = torch.from_numpy(prompt.mask)
+    return Prompts(
+        points=torch.tensor([prompt.points for prompt in prompts]),
+        point_labels=torch.tensor([prompt.point_labels for prompt in prompts], dtype=torch.int32),
+        boxes=torch.tensor([prompt.box for prompt in prompts]),
+        masks=masks,
+    )
+
+
+def point_grid(probabilities: Tensor, n: int) -> Tensor:
+    """Points all over an image, denser where a network is unsure.
+
+    Args:
+        probabilities: [C, H, W].
+        n: cells along each side.
+
+    Returns:
+        [K, 2] (x, y): centres of n x n cells; of their quarters where the entropy is above the
+        image's mean.
+    """
+    height, width = probabilities.shape[1:]
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum(0)
+    cells = F.adaptive_avg_pool2d(entropy[None], (min(n, height), min(n, width)))[0]
+    rows, columns = cells.shape
+    size = torch.tensor([width / columns, height / rows], device=cells.device)
+
+    def centres(which: Tensor, offset: Sequence[float]) -> Tensor:
+        corner = which.nonzero().flip(1)  # x, y
+        return (corner + torch.tensor(offset, device=cells.device)) * size - 0.5
+
+    dense = cells > cells.mean()
+    quarters = [centres(dense, (x, y)) for y in (0.25, 0.75) for x in (0.25, 0.75)]
+    return torch.cat([centres(~dense, (0.5, 0.5)), *quarters])
+
+
+def _split_into_tiles(
+    component: np.ndarray, min_area: int
+) -> list[tuple[np.ndarray, tuple[float, float], tuple[float, float]]]:
+    """The component, or slices across its main axis: (mask, axis, interval along the axis)."""
+    y, x = component.nonzero()
+    spread = np.cov(np.stack([x, y])) if len(x) > 1 else np.eye(2)
+    axis = np.linalg.eigh(spread)[1][:, 1]  # of the largest eigenvalue
+    along = x * axis[0] + y * axis[1]
+    length = along.max() - along.min() + 1
+    width = len(x) / length
+    count = min(math.ceil(length / (_TILE_TO * width)), len(x) // min_area)
+    direction = (float(axis[0]), float(axis[1]))
+    if length < _TILE_FROM * width or count < 2:
+        return [(component, direction, _EVERYWHERE)]
+    edges = np.linspace(along.min(), along.max(), count + 1)
+    edges[0], edges[-1] = -math.inf, math.inf
+    tiles = []
+    for begin, end in itertools.pairwise(edges):
+        chosen = (along >= begin) & (along < end)
+        if chosen.sum() >= min_area:
+            mask = np.zeros_like(component)
+            mask[y[chosen], x[chosen]] = True
+            tiles.append((mask, direction, (float(begin), float(end))))
+    return tiles
+
+
+def _prompt_region(
+    mask: np.ndarray, component: np.ndarray, corner: tuple[int, int], size: tuple[int, ...]
+) -> RegionPrompt:
+    """The prompt for ``mask``, all or a tile of ``component``; a window of the image at ``corner``.
+
+    Args:
+        mask: [h, w] bool.
+        component: [h, w] bool; the point off the region is off all of it.
+        corner: y, x of the window in the image.
+        size: (H, W) of the image.
+    """
+    from scipy import ndimage
+
+    # Look at the region with its surroundings: up to the grown box, and as far as the blur reaches.
+    y, x = mask.nonzero()
+    low = np.array([y.min(), x.min()]) + corner
+    high = np.array([y.max(), x.max()]) + corner
+    grow = np.clip(0.1 * (high - low + 1), 1, 20)  # SAM's training jitters boxes by 10 %, 20 px
+    last = np.array(size) - 1
+    box_low, box_high = np.maximum(low - grow, 0), np.minimum(high + grow, last)
+    reach = np.maximum(grow, 3 * _BLUR)
+    view_low = np.maximum(np.floor(low - reach), 0).astype(int)
+    view_high = np.minimum(np.ceil(high + reach), last).astype(int)
+
+    def view(of: np.ndarray) -> np.ndarray:
+        out = np.zeros(view_high - view_low + 1, bool)
+        rows, columns = of.nonzero()
+        rows, columns = rows + corner[0] - view_low[0], columns + corner[1] - view_low[1]
+        seen = (rows >= 0) & (rows < out.shape[0]) & (columns >= 0) & (columns < out.shape[1])
+        out[rows[seen], columns[seen]] = True
+        return out
+
+    region, whole = view(mask), view(component)
+    # Padded: the border of the image is an outline too, points keep away from it.
+    depth = ndimage.distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
+    inner = np.array(np.unravel_index(depth.argmax(), depth.shape)) + view_low
+    away = ndimage.distance_transform_edt(~whole)
+    in_box = np.zeros_like(whole)
+    first = np.ceil(box_low).astype(int) - view_low
+    stop = np.floor(box_high).astype(int) - view_low + 1
+    in_box[first[0] : stop[0], first[1] : stop[1]] = True
+    away = np.where(in_box, away, 0)
+    outer = np.array(np.unravel_index(away.argmax(), away.shape)) + view_low
+
+    blur = float(np.clip(depth.max() / 2, 1, _BLUR))
+    distance = depth - ndimage.distance_transform_edt(~region)  # signed, > 0 inside
+    logits = np.sign(distance) * PROMPT_LOGIT * (1 - np.exp(-(distance**2) / (2 * blur**2)))
+    return RegionPrompt(
+        class_id=-1,
+        box=(float(box_low[1]), float(box_low[0]), float(box_high[1]), float(box_high[0])),
+        points=((float(inner[1]), float(inner[0])), (float(outer[1]), float(outer[0]))),
+        point_labels=(1, 0 if away.max() > 0 else -1),
+        corner=(int(view_low[0]), int(view_low[1])),
+        mask=logits.astype(np.float32),
+    )
