@@ -25,139 +25,28 @@
 #include <utility>
 #include <vector>
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
 #include "../common/common.h"
 #include "arguments.h"
+#include "tile_passes.h"
 
 namespace {
 
 using namespace pyseg;
+using namespace pyseg::crf;
 
-constexpr int kTileWidth = 128;
-constexpr int kTileHeight = 64;
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
-constexpr int kMaxBlocks = kMaxClasses / 16;
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
 constexpr int64_t kMaxVertices = int64_t(1) << 30;
 constexpr uint64_t kNoName = ~uint64_t(0);
 
-// A kernel's grid in a tile: rows of the tile, `wide` in each row of the grid.
-template <class Real>
-struct GridPass {
-  const Real *slice[2], *splat[2];  // of x and y: each pixel's weights of the vertices around it
-  int cell[2], offset[2];           // pixels between vertices; from the vertex before the tile
-  int wide, first_row;
-};
-
-template <class Real>
-struct Grids {
-  const GridPass<Real>* grids;
-  int count;
-  const GridPass<Real>* begin() const { return grids; }
-  const GridPass<Real>* end() const { return grids + count; }
-};
-
-template <class Real>
-struct TilePass {
-  const Real* unary;     // the tile's corner in [C, H, W]
-  Real* copy;            // where unary is copied to, [pixels, C], or null
-  const Real* copied;    // if it was: read it in order
-  Real* q;               // the same place of the result; null but in the last pass
-  const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
-  Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
-  const uint16_t* rows;  // [pixels, entries] vertices of each pixel
-  const Real* slice;     // [pixels, entries] their weights
-  const Real* splat;
-  Grids<Real> grids;
-  const Real* self;    // [pixels] share of their own Q in messages, to be taken out, or null
-  const Real* matrix;  // for that: mixing_matrix(), or null
-  const Real* before;  // [pixels, row width] the last pass's Q
-  Real* after;         // the same of this pass, may be the same memory
-  Real* buffer;        // [2, kTileWidth, stride] scratch
-  bool* not_finite;
-  int64_t plane, image_width;
-  int classes, stride, entries, width, height;
-};
-
-// The same pass when gradients flow back: `out` takes those of the messages, and `q` is not used.
-template <class Real>
-struct TileBackward {
-  TilePass<Real> pass;
-  const Real* gradient;  // of Q, the tile's corner in [C, H, W]; null where `back` has it
-  const Real* back;      // [tile rows, stride] gradients of the sums that Q was splat into, or null
-  Real* unary_gradient;  // the corner in [C, H, W]; what is there is added to if `back` is not null
-  Real* kept;            // [pixels, row width] gradients of messages: the later pass's, then ours
-  const Real* transposed;  // as pass.matrix
-};
-
-// A vertex in the list of chains of neighbours along one axis. A chain ends with a Link of vertex
-// 0, the one that is absent. Some vertices only matter in a part of the blurs: before that they
-// would hold 0, which is not stored, and after it nothing that reaches a vertex of a pixel.
-class Link {
- public:
-  Link() = default;
-  Link(int64_t vertex, bool before, bool after)
-      : bits_(uint32_t(vertex) << 2 | uint32_t(before) | uint32_t(after) << 1) {}
-  void move(int64_t vertices) { bits_ += vertex() ? uint32_t(vertices) << 2 : 0; }
-  uint32_t vertex() const { return bits_ >> 2; }
-  // Whether it holds a value before this blur or, if that is transposed, after it.
-  bool filled(bool transposed) const { return bits_ & (transposed ? 2 : 1); }
-
- private:
-  uint32_t bits_ = 0;
-};
-
-// What one blur goes through.
-struct Chains {
-  std::vector<Link> links;
-  std::vector<int64_t> pieces;  // for threads, whole chains: where they begin, and the end
-};
-
-template <class Real>
-struct RowFunctions {
-  void (*tile)(const TilePass<Real>&);
-  void (*tile_backward)(const TileBackward<Real>&);
-  void (*gather)(const Real*, const int32_t*, int64_t, Real*, int, int);
-  void (*pack)(const Real*, int64_t, Real*, int, int);
-  void (*combine)(const Real*, const int32_t*, const int32_t*, int64_t, int64_t, Real*, int, int);
-  void (*blur)(Real*, const Link*, const Link*, bool, Real, int, int);
-  void (*mix)(Real*, const Real*, Real, int64_t, int64_t, int, int, int);
-};
-
-// Of points [D, kTileWidth]: weights and names of their vertices, [D + 1, kTileWidth].
-template <class Real>
-using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-#ifdef PYSEG_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#define PYSEG_AVX512
-namespace v4 {
-#include "dense_crf_simd.h"
-}
-#undef PYSEG_AVX512
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#include "dense_crf_simd.h"
-}
-#pragma GCC pop_options
-#endif
-namespace generic {
-#include "dense_crf_simd.h"
-}
-
+// AVX2 has no loops of its own: of these vectors of 64 bytes g++ 12 makes code for it that goes
+// through the stack and takes 1.1 to 1.8 times as long as the generic one. double, which checks
+// gradients, is generic too.
 template <class Real>
 RowFunctions<Real> row_functions(int width) {
 #ifdef PYSEG_X86_LEVELS
-  const std::string level = simd_level();
-  if (level.find("v4") != std::string::npos) return v4::functions_for<Real>(width);
-  if (level.find("v3") != std::string::npos) return v3::functions_for<Real>(width);
+  if constexpr (sizeof(Real) == 4)
+    if (simd_level().find("v4") != std::string::npos) return v4::functions_for<Real>(width);
 #endif
   return generic::functions_for<Real>(width);
 }
@@ -165,9 +54,8 @@ RowFunctions<Real> row_functions(int width) {
 template <class Real>
 Locate<Real> locate_function(int features) {
 #ifdef PYSEG_X86_LEVELS
-  const std::string level = simd_level();
-  if (level.find("v4") != std::string::npos) return v4::locate_for<Real>(features);
-  if (level.find("v3") != std::string::npos) return v3::locate_for<Real>(features);
+  if constexpr (sizeof(Real) == 4)
+    if (simd_level().find("v4") != std::string::npos) return v4::locate_for<Real>(features);
 #endif
   return generic::locate_for<Real>(features);
 }

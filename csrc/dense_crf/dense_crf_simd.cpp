@@ -1,10 +1,27 @@
-// The inner loops of the dense CRF on the CPU, in vectors of the compiler. dense_crf.cpp includes
-// this file once per instruction set, in a namespace of its own: vector types are lowered to the
-// target in force where they are written, so target_clones would leave them at its default.
+// The inner loops of the dense CRF on the CPU, in vectors of the compiler. setup.py compiles this file
+// once per instruction set, for PYSEG_REAL float and, at the generic level alone, double: vector
+// types are lowered to the target in force where they are written, so target_clones would leave
+// them at its default.
 //
 // Rows of classes are padded: to `Blocks` vectors of 16 and a tail of `Tail` in the lattice, whose
 // size matters, and to whole vectors in the buffers of a tile, whose alignment matters.
 // Blocks = -1: the number of blocks is an argument.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "tile_passes.h"
+
+#include "../common/level.h"  // after all others
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
+
+namespace pyseg::crf::PYSEG_LEVEL {
 
 #define PYSEG_BYTES 64  // the length of vectors is named everywhere, so that this is of none
 #include "../common/vectors_simd.h"
@@ -817,3 +834,8 @@ Locate<Real> locate_for(int features) {
       locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
   return functions[features - 1];
 }
+
+template RowFunctions<PYSEG_REAL> functions_for<PYSEG_REAL>(int);
+template Locate<PYSEG_REAL> locate_for<PYSEG_REAL>(int);
+
+}  // namespace pyseg::crf::PYSEG_LEVEL
