@@ -40,8 +40,8 @@ constexpr int64_t kMaxVertices = int64_t(1) << 30;
 constexpr uint64_t kNoName = ~uint64_t(0);
 
 // AVX2 has no loops of its own: of these vectors of 64 bytes g++ 12 makes code for it that goes
-// through the stack and takes 1.1 to 1.8 times as long as the generic one. double, which checks
-// gradients, is generic too.
+// through the stack and mostly takes 1.1 to 1.8 times as long as the generic one. double, which
+// checks gradients, is generic too.
 template <class Real>
 RowFunctions<Real> row_functions(int width) {
 #ifdef PYSEG_X86_LEVELS
