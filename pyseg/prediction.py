@@ -183,7 +183,7 @@ class _Run:
         self.workers = [_Worker(self) for _ in range(count)]
         # What threads do not inherit from their caller:
         self.gradients = torch.is_grad_enabled()
-        self.autocast = {
+        self.autocast: dict[str, Any] = {
             "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),

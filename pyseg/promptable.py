@@ -91,7 +91,8 @@ class Promptable(Protocol):
 class Proposals(NamedTuple):
     """Masks that a promptable segmenter stands by, at its own size h x w."""
 
-    index: Tensor  # [K] int64: which of the prompts each answers
+    # over tuple.index, which nobody calls here
+    index: Tensor  # type: ignore[assignment]  # [K] int64: which of the prompts each answers
     logits: Tensor  # [K, h, w] float
     predicted_iou: Tensor  # [K] float, as the segmenter gives it
     stability: Tensor  # [K] float, see `stability`

@@ -130,7 +130,9 @@ def check_refiner(refiner: str | Callable[..., Any], /, **options: Any) -> None:
             _check_segmentation(check, "refine", image, result, classes)
         check(all(map(torch.equal, images, before)), "refine changes its images")
         same = all(
-            torch.equal(p.logits, x) for p, x in zip(given, logits, strict=True) if x.numel()
+            p.logits is not None and torch.equal(p.logits, x)
+            for p, x in zip(given, logits, strict=True)
+            if x.numel()
         )
         check(same, "refine changes the logits of the prediction that it is given")
         with check.doing("refine, again"):
@@ -525,7 +527,7 @@ def _check_training(check: _Check, made: SemanticModel | InstanceModel) -> None:
     learnt = [(key, p.grad) for key, p in made.named_parameters() if p.requires_grad]
     idle = [key for key, gradient in learnt if gradient is None]
     check(not idle, f"a training step does not reach {len(idle)} parameters: {_some(idle)}")
-    broken = [key for key, gradient in learnt if not gradient.isfinite().all()]
+    broken = [key for key, g in learnt if g is not None and not g.isfinite().all()]
     check(not broken, f"gradients of {_some(broken)} are not finite")
     made.zero_grad()
     made.eval()

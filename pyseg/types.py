@@ -161,7 +161,7 @@ class Segmentation:
         """
         void, dtype = void_label(len(self.classes))
         copied = isinstance(labels, np.ndarray)
-        if copied and labels.dtype.kind in "ui":
+        if isinstance(labels, np.ndarray) and labels.dtype.kind in "ui":
             # Unsigned 16 bits and more are not comparable in torch.
             labels = torch.from_numpy(labels.astype(np.int64))
         if not isinstance(labels, Tensor):
@@ -228,7 +228,7 @@ class Segmentation:
 
     def __repr__(self) -> str:
         held = [
-            f"{name} {value if name in ('segments', 'instances') else outline(value)}"
+            f"{name} {outline(value) if isinstance(value, Tensor) else value}"
             for name, value in (
                 ("logits", self.logits),
                 ("labels", self._labels),

@@ -100,9 +100,12 @@ class SegNet(nn.Module):
             (128, 64, 2),
             (64, num_classes, 2),
         ):
-            layers = [_conv(channels, channels, 3) for _ in range(depth - 1)]
-            self.decoder.append(nn.Sequential(*layers, _conv(channels, outputs, 3)))
-        self.decoder[-1][-1] = nn.Conv2d(64, num_classes, 3, padding=1)  # no normalisation
+            layers: list[nn.Module] = [_conv(channels, channels, 3) for _ in range(depth - 1)]
+            last = len(self.decoder) == 4  # has no normalisation
+            layers.append(
+                nn.Conv2d(channels, outputs, 3, padding=1) if last else _conv(channels, outputs, 3)
+            )
+            self.decoder.append(nn.Sequential(*layers))
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +163,7 @@ def pool(x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
 def unpool(x: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
     """The inverse of `pool`: every value where the maximum was, in zeros of [N, C, *size]."""
     # The size must be given: torch would make 46 of 23 where `pool` was given 45.
-    return F.max_unpool2d(x, indices, 2, 2, output_size=size)
+    return F.max_unpool2d(x, indices, [2, 2], [2, 2], output_size=size)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, *, act: bool = True) -> nn.Sequential:
