@@ -52,8 +52,8 @@ def sources(suffix: str) -> list[str]:
 def level_units() -> list[str]:
     """A unit to compile for every instruction set and type of each `*_simd.cpp`.
 
-    So compilers work side by side, and what each of them does is no more than it must. double, which
-    checks gradients, exists at the generic level alone, and there at -O2: a sixth of the time.
+    So compilers work side by side, and none does more than it must. double, which checks gradients,
+    exists at the generic level alone, and at -O2: a sixth of the time.
     """
     units = []
     for source in sorted((ROOT / "csrc").glob("*/*_simd.cpp")):
