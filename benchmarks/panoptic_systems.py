@@ -17,12 +17,12 @@ import torch
 import pyseg
 from pyseg import weights as weight_files
 from pyseg.datasets.synthetic import STUFF, StreetScenes
+from pyseg.devices import measure_peak_memory
 from pyseg.image import write_text
 from pyseg.instance_training import train_instances
 from pyseg.metrics.panoptic import Panoptic
 from pyseg.ops import upsample_argmax
 from pyseg.ops.panoptic_merge import paste
-from pyseg.pipeline import _peak_memory
 from pyseg.types import Segment, Segments
 
 SYSTEMS = {
@@ -88,7 +88,7 @@ def seconds(models, scenes, rounds):
     times = {name: [] for name in models}
     peaks = {}
     for name, model in models.items():
-        with _peak_memory(model.device, True) as peak:
+        with measure_peak_memory(model.device, True) as peak:
             model.predict(images[:1])
         peaks[name] = peak()
     for _ in range(rounds):

@@ -44,18 +44,20 @@ class DeviceError(PysegError, RuntimeError):
     """A device that was asked for and is not there."""
 
 
-def require(module: str, *, extra: str | None = None) -> ModuleType:
+def require(module: str, *, extra: str | None = None, remedy: str | None = None) -> ModuleType:
     """Imports a package that an installation may lack.
 
     Args:
         module: what to import, such as ``"accelerate"`` or ``"torchvision.ops"``.
         extra: the extra of pyseg-toolkit that brings it; None = every installation should have it.
+        remedy: the command that installs it where that is not ``pip install`` of pyseg-toolkit.
 
     Raises:
         ImportError: it is absent or broken; the message names the remedy.
     """
     package = module.partition(".")[0]
-    distribution = "pyseg-toolkit" if extra is None else f"pyseg-toolkit[{extra}]"
+    if remedy is None:
+        remedy = f"pip install '{'pyseg-toolkit' if extra is None else f'pyseg-toolkit[{extra}]'}'"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -63,7 +65,7 @@ def require(module: str, *, extra: str | None = None) -> ModuleType:
             cause = f"package {package!r} is there, but what it needs is not ({error})"
         else:
             cause = f"package {package!r} is not installed"
-        raise ImportError(f"{cause}: pip install '{distribution}'") from error
+        raise ImportError(f"{cause}: {remedy}") from error
     except (Exception, SystemExit) as error:  # a package that is broken raises what it likes
         reason = str(error).partition("\n")[0]
         raise ImportError(

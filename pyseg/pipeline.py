@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import html
 import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +16,8 @@ from torch import Tensor
 
 from . import image as images_module
 from . import models, refiners
-from .errors import DeviceError, PluginError, PysegError, SpecError, UnknownName
+from .devices import checked_device, count_flops, measure_peak_memory, synchronize
+from .errors import PluginError, PysegError, SpecError, UnknownName
 from .files import read_json, remove_abandoned, replacing, some, write_json
 from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
 from .spec import Spec, StageSpec, parse, shown
@@ -234,12 +232,12 @@ class Pipeline:
         predictions: list[Segmentation] = []
         results = []
         for index, stage in enumerate(self.stages):
-            with _peak_memory(self.device, memory) as peak, _flop_counter(flops) as counted:
-                _synchronize(self.device)
+            with measure_peak_memory(self.device, memory) as peak, count_flops(flops) as counted:
+                synchronize(self.device)
                 start = time.perf_counter()
                 predictions = self._apply(index, [tensor], predictions, names)
                 _ = predictions[0].labels
-                _synchronize(self.device)
+                synchronize(self.device)
                 elapsed = time.perf_counter() - start
             results.append(
                 StageResult(stage.name, predictions[0], elapsed * 1e3, peak(), counted())
@@ -279,7 +277,7 @@ class Pipeline:
                 )
             self.model.to(target)
             return self
-        device = _checked_device(target)
+        device = checked_device(target)
         for stage in self.stages:
             if hasattr(stage.component, "to"):
                 stage.component.to(device)
@@ -381,7 +379,7 @@ def build(
         >>> segmenter = pyseg.build(network, "crf", classes=("road", "sky"))
     """
     _check_no_folder(spec)
-    target = None if device is None else _checked_device(device)
+    target = None if device is None else checked_device(device)
     given: list[Any] = []
     for part in (spec, *refiners):
         given += parse(part).stages if isinstance(part, (str, Spec)) else [part]
@@ -455,7 +453,7 @@ def load(folder: str | Path, *, device: str | torch.device | None = None) -> Pip
                 made.palette = description["palette"]
         stages.append(Stage(stage, made))
     pipeline = Pipeline(stages, num_classes=description["num_classes"])
-    return pipeline if device is None else pipeline.to(_checked_device(device))
+    return pipeline if device is None else pipeline.to(checked_device(device))
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -716,82 +714,3 @@ def _name_of(source: Any, image: Tensor) -> str:
     if isinstance(source, (str, os.PathLike)):
         return repr(os.fspath(source))
     return f"of {image.shape[1]} x {image.shape[2]} pixels"
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        target = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DeviceError(f"device={device!r} is no torch device: {reason}") from None
-    if target.type == "cpu":
-        return target
-    if target.type == "cuda":
-        count = torch.cuda.device_count()
-        if torch.cuda.is_available() and (target.index or 0) < count:
-            return target
-        reason = (
-            f"this torch ({torch.__version__}) is a build without CUDA"
-            if torch.version.cuda is None
-            else f"torch sees {count} CUDA devices"
-        )
-    elif target.type == "meta":
-        reason = "its tensors hold no numbers, so nothing can be predicted there"
-    else:
-        try:  # the only question that every back end answers
-            torch.zeros(1, device=target).cpu()
-            return target
-        except Exception as error:  # what is absent raises what its back end likes
-            there = torch.accelerator.current_accelerator()
-            reason = (
-                f"this torch ({torch.__version__}) cannot use it "
-                f"({str(error).partition(chr(10))[0][:200]}); it has "
-                f"{'no accelerator' if there is None else there}"
-            )
-    raise DeviceError(
-        f"device={device!r} was asked for, but {reason}; use device='cpu', or see `pyseg doctor`"
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _flop_counter(wanted: bool) -> Iterator[Callable[[], int | None]]:
-    """Yields a function that, afterwards, gives the floating-point operations counted."""
-    if not wanted:
-        yield lambda: None
-        return
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        yield counter.get_total_flops
-
-
-@contextmanager
-def _peak_memory(device: torch.device, wanted: bool) -> Iterator[Callable[[], int | None]]:
-    """Yields a function that, afterwards, gives the bytes taken above what was held before."""
-    peak: list[int | None] = [None]
-    if not wanted or (device.type == "cpu" and not sys.platform.startswith("linux")):
-        yield lambda: None
-    elif device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: peak[0]
-        peak[0] = torch.cuda.max_memory_allocated(device) - before
-    else:
-        # glibc keeps what was freed, and a stage that reuses it would seem to need nothing
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-        before = _proc_status("VmRSS")
-        yield lambda: peak[0]
-        peak[0] = max(0, _proc_status("VmHWM") - before)
-
-
-def _proc_status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")

@@ -77,7 +77,7 @@ def accelerator() -> Accelerator:
     """
     # Under plain torchrun without a GPU accelerate would start each process as the only one.
     on_cpu = _started_several() and not torch.accelerator.is_available()
-    return require("accelerate").Accelerator(cpu=on_cpu)
+    return require("accelerate", extra="train").Accelerator(cpu=on_cpu)
 
 
 @contextlib.contextmanager
@@ -93,7 +93,9 @@ def joined(device: str | None) -> Iterator[str | None]:
     if not _started_several():
         yield device
         return
-    state = require("accelerate").PartialState(cpu=not (device or "cpu").startswith("cuda"))
+    state = require("accelerate", extra="train").PartialState(
+        cpu=not (device or "cpu").startswith("cuda")
+    )
     try:
         yield str(state.device) if device == "cuda" else device
     finally:

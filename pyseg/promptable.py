@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import require
 from .weights import Remote, load_into, load_state, resolve
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_{}.pth"
@@ -350,7 +350,7 @@ def _sam2_size(state: Mapping[str, Tensor]) -> str | None:
 
 
 def _build_sam(size: str) -> nn.Module:
-    package = _import("segment_anything", "pip install segment-anything")
+    package = require("segment_anything", remedy="pip install segment-anything")
     return package.sam_model_registry[size](checkpoint=None)
 
 
@@ -361,11 +361,11 @@ def _build_sam2(size: str) -> nn.Module:
     ``sam2.build_sam`` does, would fail wherever somebody has.
     """
     # sam2 comes last: it initialises Hydra, and whether somebody had is asked before.
-    hydra = _import("hydra.core.global_hydra", _SAM2_REMEDY).GlobalHydra.instance()
-    instantiate = _import("hydra.utils", _SAM2_REMEDY).instantiate
-    OmegaConf = _import("omegaconf", _SAM2_REMEDY).OmegaConf
+    hydra = require("hydra.core.global_hydra", remedy=_SAM2_REMEDY).GlobalHydra.instance()
+    instantiate = require("hydra.utils", remedy=_SAM2_REMEDY).instantiate
+    OmegaConf = require("omegaconf", remedy=_SAM2_REMEDY).OmegaConf
     found = hydra.is_initialized()
-    package = _import("sam2", _SAM2_REMEDY)
+    package = require("sam2", remedy=_SAM2_REMEDY)
     if not found:
         hydra.clear()
     letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
@@ -374,10 +374,3 @@ def _build_sam2(size: str) -> nn.Module:
     )
     OmegaConf.resolve(config)
     return instantiate(config.model)
-
-
-def _import(module: str, remedy: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"no package {error.name!r}; install it: {remedy}") from error

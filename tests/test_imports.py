@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A module may import those of lower floors, and its own package.
 FLOORS = (
     {"pyseg", "errors"},
-    {"_native", "classes", "files", "regions", "spec"},
+    {"_native", "classes", "devices", "files", "regions", "spec"},
     {"image", "registry", "weights"},
     {"formats", "visual"},
     {"ops"},
@@ -16,10 +16,10 @@ FLOORS = (
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"cost", "doctor", "evaluation", "export", "prediction"},
+    {"cost", "doctor", "evaluation", "prediction"},
     {"training"},
     {"instance_training", "report", "testing", "tuning"},
-    {"demo", "demonstration", "studio"},
+    {"demo"},
     {"cli"},
     {"__main__"},
 )

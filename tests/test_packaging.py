@@ -38,6 +38,9 @@ def imports(tree, within=False):
             yield from ((alias.name.split(".")[0], not within) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and not node.level:
             yield node.module.split(".")[0], not within
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":
+            if isinstance(node.args[0], ast.Constant):  # else it stands in a list of packages
+                yield node.args[0].value.split(".")[0], not within
         elif isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from imports(node, within=True)
         else:
