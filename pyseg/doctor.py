@@ -31,7 +31,6 @@ PACKAGES = (
     "segment-anything",
     "sam2",
     "accelerate",
-    "huggingface_hub",
 )
 _IMPORTERS = {"import_module", "importlib.import_module", "require", "errors.require"}
 _NEIGHBOURS = {"pyseg.promptable"}  # of those that import it: the segmenters behind sam and sam2
