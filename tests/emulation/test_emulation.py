@@ -178,16 +178,15 @@ sys.path.insert(0, {here!r})
 import torch
 import pyseg.ops, emulation
 torch.set_num_threads(1)
-emulation.load({sources!r}, sanitizer={which!r})
+emulation.load([{source!r}], sanitizer={which!r})
 import test_emulation
-for op in {ops!r}:
-    test_emulation.results(op, torch.ops.pyseg_emulated)
+test_emulation.results({op!r}, torch.ops.pyseg_emulated)
 print("finished")
 """
 
 
-def run_sanitized(which, sources, ops):
-    script = SANITIZED.format(here=str(HERE), sources=sources, which=which, ops=ops)
+def run_sanitized(which, source, op):
+    script = SANITIZED.format(here=str(HERE), source=source, which=which, op=op)
     # ThreadSanitizer cannot place its shadow memory under the address randomisation of new kernels.
     prefix = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
     return subprocess.run(
@@ -199,9 +198,10 @@ def run_sanitized(which, sources, ops):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("which", ["address", "thread"])
-def test_sanitizers_accept_our_kernels(which):
-    result = run_sanitized(which, None, OPS)
+def test_sanitizers_accept_our_kernels(which, op):
+    result = run_sanitized(which, emulation.ROOT / "csrc" / op / f"{op}.cu", op)
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-4000:]
     assert "Sanitizer" not in result.stderr, result.stderr[-4000:]
 
@@ -228,5 +228,5 @@ def test_sanitizers_find_a_mistake(which, tmp_path):
     source = re.sub(r'#include "(.+)"', rf'#include "{folder}/\1"', source.replace(right, wrong))
     mistaken = tmp_path / f"mistaken_{op}.cu"
     mistaken.write_text(source)
-    result = run_sanitized(which, [mistaken], [op])
+    result = run_sanitized(which, mistaken, op)
     assert message in result.stderr and f"{op}.cu" in result.stderr, result.stderr[-4000:]
