@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,10 +43,10 @@ def checked_device(device: str | torch.device) -> torch.device:
             torch.zeros(1, device=target).cpu()
             return target
         except Exception as error:  # what is absent raises what its back end likes
-            there = torch.accelerator.current_accelerator()
+            there = torch.accelerator.current_accelerator(check_available=True)
+            cause = re.split(r"\. |\n", str(error))[0][:200]
             reason = (
-                f"this torch ({torch.__version__}) cannot use it "
-                f"({str(error).partition(chr(10))[0][:200]}); it has "
+                f"this torch ({torch.__version__}) cannot use it ({cause}); it has "
                 f"{'no accelerator' if there is None else there}"
             )
     raise DeviceError(
