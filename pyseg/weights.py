@@ -217,7 +217,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path
         source: where the state came from, for the message.
 
     Raises:
-        WeightsError: entries are missing, unexpected or of another shape.
+        WeightsError: entries are missing, unexpected, of another shape, or of another kind of
+            number: complex and quantized ones would lose a part without a word.
     """
     own = module.state_dict()
     missing = [key for key in own if key not in state]
@@ -227,13 +228,19 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
-    if missing or unexpected or shapes:
+    kinds = [
+        f"{key}: {str(state[key].dtype).removeprefix('torch.')}"
+        for key in own
+        if key in state and state[key].is_floating_point() != own[key].is_floating_point()
+    ]
+    if missing or unexpected or shapes or kinds:
         faults = "; ".join(
             f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
             for what, keys in (
                 ("missing", missing),
                 ("unexpected", unexpected),
                 ("of another shape", shapes),
+                ("of another kind of number", kinds),
             )
             if keys
         )

@@ -520,3 +520,14 @@ def test_importing_is_light():
     code = "import sys, pyseg.weights; print('rich' in sys.modules, 'torchvision' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int8])
+def test_numbers_of_another_kind_are_refused(dtype):
+    module = torch.nn.Linear(2, 3)
+    state = {key: value.to(dtype) for key, value in module.state_dict().items()}
+    with pytest.raises(
+        WeightsError, match=f"of another kind of number .*{dtype}".replace("torch.", "")
+    ):
+        weights.load_into(module, state, "net.pth")
+    weights.load_into(module, {key: value.half() for key, value in module.state_dict().items()}, "")
