@@ -96,6 +96,9 @@ class SamRefiner(nn.Module):
         area_ratio: gate, prompt mode: mask and component differ in area by at most this factor.
         agreement: gate, vote mode: of the pixels in a mask that the network is sure about, the
             least share that must have the class that the mask gets.
+        rim_agreement: gate: the same for the rim of a mask, the pixels in it that are up to
+            ``boundary`` from its outline, on the left, the right, above and below each. It stops
+            masks that are shifted or too large, which agree on the whole. 0 switches it off.
         strength: prompt mode: the factor λ on masks in the sum of logits; 0 switches it off.
         boundary: pixels that the network's outlines may be off: only pixels this close to a label
             boundary change,
@@ -122,6 +125,7 @@ class SamRefiner(nn.Module):
         component_iou: float = 0.5,
         area_ratio: float = 2.0,
         agreement: float = 0.9,
+        rim_agreement: float = 0.1,
         strength: float = 8.0,
         boundary: int = 8,
         margin: float = 0.5,
@@ -156,6 +160,7 @@ class SamRefiner(nn.Module):
         self.component_iou = component_iou
         self.area_ratio = area_ratio
         self.agreement = agreement
+        self.rim_agreement = rim_agreement
         self.strength = strength
         self.boundary = boundary
         self.margin = margin
@@ -218,17 +223,24 @@ class SamRefiner(nn.Module):
         assert prediction.logits is not None
         device = prediction.logits.device
         owner = torch.from_numpy(owner_map).to(device)  # [H, W], index into prompts or -1
-        logits = zone = None
+        logits = classes = sure = zone = None
+        changed = False
         for index, masks, score in self._predict_masks(image, prompts, device):
             component = owner == index[:, None, None]
             strips = [prompts[k].strip_mask(prediction.size, device) for k in index.tolist()]
             inside = (masks > 0) & torch.stack(strips)
             iou, accepted = self._gate(inside, component)
+            if not accepted.any():
+                continue
+            if logits is None:
+                logits = prediction.full_logits().clone()
+                zone = self._zone(logits, prediction.labels)
+                classes, sure = _confident(logits.softmax(0))
+            wanted = torch.tensor([prompts[k].class_id for k in index.tolist()], device=device)
+            accepted &= self._rims_agree(inside, wanted, classes, sure)
             weight = self.strength * score * iou
             for k in accepted.nonzero()[:, 0].tolist():
-                if logits is None or zone is None:
-                    logits = prediction.full_logits().clone()
-                    zone = self._zone(logits, prediction.labels)
+                changed = True
                 # A mask speaks against its class only on its own component and near itself:
                 # further off another object of the class may stand.
                 near = component[k] & _grow(inside[k], self.boundary)
@@ -236,7 +248,7 @@ class SamRefiner(nn.Module):
                 plane = logits[prompts[int(index[k])].class_id]
                 vote = weight[k] * torch.tanh(masks[k] / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
                 plane.copy_(torch.where(active, plane + vote, plane))
-        return prediction if logits is None else prediction.with_logits(logits)
+        return prediction.with_logits(logits) if changed else prediction
 
     def _refine_instances(
         self, image: Tensor, prediction: Segmentation, found: Instances
@@ -302,6 +314,31 @@ class SamRefiner(nn.Module):
         accepted &= (ratio <= self.area_ratio) & (ratio >= 1 / self.area_ratio)
         return iou, accepted
 
+    def _rims_agree(self, masks: Tensor, wanted: Tensor, classes: Tensor, sure: Tensor) -> Tensor:
+        """The gate on the rims of masks.
+
+        Args:
+            masks: [K, H, W] bool.
+            wanted: [K] the class that each mask gets.
+            classes: [H, W] the network's class of every pixel,
+            sure: and whether it is sure of it, [H, W] bool.
+
+        Returns:
+            [K] bool.
+        """
+        reach = self.boundary
+        outside = (~masks).float()
+        known = masks & sure
+        right = known & (classes == wanted[:, None, None])
+        agree = torch.ones_like(wanted, dtype=torch.bool)
+        # What an error moves is one side of a mask or all; of a whole rim one side is too little.
+        for side in ((reach, 0, 0, 0), (0, reach, 0, 0), (0, 0, reach, 0), (0, 0, 0, reach)):
+            window = (1 + side[2] + side[3], 1 + side[0] + side[1])
+            rim = F.max_pool2d(F.pad(outside, side), window, 1) > 0
+            agreeing, all_known = ((rim & m).flatten(1).sum(1) for m in (right, known))
+            agree &= agreeing >= self.rim_agreement * all_known
+        return agree
+
     def _class_ids(self, classes: tuple[str, ...]) -> list[int]:
         if self.classes is None:
             return [i for i, name in enumerate(classes) if not is_stuff(name)]
@@ -330,8 +367,10 @@ class SamRefiner(nn.Module):
         if not len(low):
             return prediction
         flat = probabilities.flatten(1)  # [C, H W]
-        sure = (_margin(probabilities) >= _CONFIDENT).flatten()
-        votes = torch.zeros_like(flat).scatter_(0, flat.argmax(0)[None], sure.to(flat)[None])
+        classes, sure = _confident(probabilities)
+        votes = torch.zeros_like(flat).scatter_(
+            0, classes.flatten()[None], sure.to(flat).flatten()[None]
+        )
         owner = torch.full((flat.shape[1],), -1, device=flat.device)  # index into means
         means: list[Tensor] = []
         # Large first, so that small ones paint over them.
@@ -341,8 +380,11 @@ class SamRefiner(nn.Module):
             area = share.sum(1)
             mean = share @ flat.T / area.clamp(min=1)[:, None]  # [k, C]
             sure_votes = share @ votes.T
-            agreeing = sure_votes.gather(1, mean.argmax(1, keepdim=True))[:, 0]
+            wanted = mean.argmax(1)
+            agreeing = sure_votes.gather(1, wanted[:, None])[:, 0]
             accepted = (area > 0) & (agreeing >= self.agreement * sure_votes.sum(1))
+            masks = inside.reshape(-1, *prediction.size)
+            accepted &= self._rims_agree(masks, wanted, classes, sure)
             for index in accepted.nonzero()[:, 0].tolist():
                 owner[inside[index]] = len(means)
                 means.append(mean[index])
@@ -436,6 +478,11 @@ def _margin(probabilities: Tensor) -> Tensor:
         return torch.ones_like(probabilities[0])
     best = probabilities.topk(2, 0).values
     return best[0] - best[1]
+
+
+def _confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """The best class of every pixel and whether it may contradict a mask, both [H, W]."""
+    return probabilities.argmax(0), _margin(probabilities) >= _CONFIDENT
 
 
 def _grow(mask: Tensor, reach: int) -> Tensor:

@@ -98,6 +98,53 @@ class Masks:
         return logits
 
 
+class Distorted(Masks):
+    """Masks that are systematically wrong, in one way for all segments, and claim to be perfect."""
+
+    def __init__(self, index, distortion):
+        super().__init__(index)
+        self.distortion = DISTORTIONS[distortion]
+        self.masks = {}
+
+    def mask(self, segment):
+        if segment not in self.masks:
+            mask = self.distortion(self.index, segment)
+            self.masks[segment] = torch.where(mask, self.logit, -self.logit)
+        return self.masks[segment]
+
+    def predict(self, embedding, prompts):
+        exact, quality = super().predict(embedding, prompts)
+        segments = [int(self.index[mask > 0][0]) for mask in exact]
+        masks = [self.mask(segment) for segment in segments]
+        return torch.stack(masks) if masks else exact, quality
+
+
+def shifted(mask, pixels):
+    moved = torch.zeros_like(mask)
+    moved[:, pixels:] = mask[:, :-pixels]
+    return moved
+
+
+def within(mask, pixels):
+    """Pixels at most so far from the mask."""
+    return torch.from_numpy(ndimage.distance_transform_edt(~mask.numpy()) <= pixels)
+
+
+def box(mask):
+    return mask.any(1)[:, None] & mask.any(0)  # the mask is connected
+
+
+DISTORTIONS = {
+    "none": lambda index, k: index == k,
+    "shifted by 8": lambda index, k: shifted(index == k, 8),
+    "shifted by 16": lambda index, k: shifted(index == k, 16),
+    "grown by 6": lambda index, k: within(index == k, 6),
+    "shrunk by 6": lambda index, k: ~within(index != k, 6),
+    "box": lambda index, k: box(index == k),
+    "with another object": lambda index, k: (index == k) | (index == k % int(index.max()) + 1),
+}
+
+
 class Fixed:
     """A generator that answers every prompt with the same mask."""
 
@@ -194,6 +241,46 @@ def test_garbage_that_claims_to_be_perfect_fails_the_component_gate(street, seed
 
 
 @pytest.mark.parametrize("mode", ["prompt", "vote"])
+@pytest.mark.parametrize("distortion", ["shifted by 8", "shifted by 16", "grown by 6"])
+def test_a_mask_that_is_a_little_wrong_fails_at_its_rim(mode, distortion):
+    """It agrees with the network on the whole, but on one side not at all."""
+    truth = torch.zeros(320, 320, dtype=torch.long)
+    truth[80:240, 64:256] = 1
+    prediction = Segmentation((320, 320), ("sky", "car"), logits=coarse(truth, 2))
+    wrong = Distorted(truth, distortion)
+    for rim_agreement, accepted in ((0.1, False), (0.0, True)):
+        refiner = SamRefiner(wrong, mode=mode, agreement=0.8, rim_agreement=rim_agreement)
+        refined = refiner.refine(blank(prediction.size), prediction)
+        assert (refined is not prediction) == accepted
+    before = (prediction.labels != truth).sum()
+    assert (refined.labels != truth).sum() > before + 500  # what it would have cost
+    exact = SamRefiner(Distorted(truth, "none"), mode=mode).refine(blank((320, 320)), prediction)
+    assert exact is not prediction and (exact.labels != truth).sum() <= before
+
+
+@pytest.mark.parametrize("mode", ["prompt", "vote"])
+def test_systematic_errors_cost_little(street, mode):
+    """What the gate on rims is worth, in points of mIoU."""
+    truth, _ = street
+    prediction = street_prediction(street)
+    index = components(truth, 8)[0]
+
+    def gain(distortion, rim_agreement):
+        refiner = SamRefiner(Distorted(index, distortion), mode=mode, rim_agreement=rim_agreement)
+        refined = refiner.refine(blank(prediction.size), prediction)
+        after, before = (scores(confusion(p.labels, truth, 8))[:7] for p in (refined, prediction))
+        return float(after.mean() - before.mean())
+
+    table = {name: (gain(name, 0.0), gain(name, 0.1)) for name in DISTORTIONS}
+    print(table)
+    assert table["none"][1] == table["none"][0] > 3
+    assert all(gated >= open_gate for open_gate, gated in table.values())
+    for name in ("grown by 6", "shifted by 8"):
+        open_gate, gated = table[name]
+        assert open_gate < -3 and gated > 0.4 * open_gate
+
+
+@pytest.mark.parametrize("mode", ["prompt", "vote"])
 @pytest.mark.parametrize("name", ["sam", "sam2"])
 def test_random_weights_change_nothing(street, backends, mode, name):
     prediction = street_prediction(street)
@@ -243,7 +330,9 @@ def test_the_ceiling_on_camvid():
             "prompt": SamRefiner(perfect),
         }
         if number % 4 == 0:
-            cases["garbage ungated"] = SamRefiner(garbage, mode="vote", agreement=0, margin=2)
+            cases["garbage ungated"] = SamRefiner(
+                garbage, mode="vote", agreement=0, rim_agreement=0, margin=2
+            )
             cases["garbage"] = SamRefiner(garbage, mode="vote")
             cases["garbage prompt"] = SamRefiner(garbage)
         labels = {k: r.refine(blank(size), prediction).labels for k, r in cases.items()}
@@ -313,7 +402,9 @@ def test_gate(mask, quality, options, accepted):
     prediction, _ = one_square()
     assert int((prediction.labels == 1).sum()) == 32 * 32
     generator = Fixed(rectangle(prediction.size, *mask), quality)
-    refined = SamRefiner(generator, **options).refine(blank(prediction.size), prediction)
+    refined = SamRefiner(generator, rim_agreement=0, **options).refine(
+        blank(prediction.size), prediction
+    )
     assert (refined is not prediction) == accepted
     if accepted:
         assert not torch.equal(refined.logits, prediction.logits)
@@ -380,7 +471,7 @@ def test_small_masks_win_over_large_ones():
             if not e["asked"] and not e.update(asked=True)
             else (masks[:0], torch.ones(0))
         )
-        refined = SamRefiner(generator, mode="vote", agreement=0).refine(
+        refined = SamRefiner(generator, mode="vote", agreement=0, rim_agreement=0).refine(
             blank(prediction.size), prediction
         )
         assert torch.equal(refined.labels.long(), truth)
@@ -393,7 +484,7 @@ def test_agreement():
     across[40:56, 16:80] = 1
     refiner = SamRefiner(Masks(across), mode="vote")
     assert refiner.refine(blank(prediction.size), prediction) is prediction
-    lenient = SamRefiner(Masks(across), mode="vote", agreement=0.4)
+    lenient = SamRefiner(Masks(across), mode="vote", agreement=0.4, rim_agreement=0)
     assert lenient.refine(blank(prediction.size), prediction) is not prediction
     good = SamRefiner(Masks(truth), mode="vote")
     assert good.refine(blank(prediction.size), prediction) is not prediction
@@ -473,7 +564,13 @@ def test_tiles_of_a_pole_pass_the_gate_with_the_mask_of_the_whole():
     assert wrong[0] < 0.1 * wrong[1]
 
 
-WIDE_OPEN = {"predicted_iou": -9.0, "component_iou": 0.0, "area_ratio": 1e9, "agreement": 0.0}
+WIDE_OPEN = {
+    "predicted_iou": -9.0,
+    "component_iou": 0.0,
+    "area_ratio": 1e9,
+    "agreement": 0.0,
+    "rim_agreement": 0.0,
+}
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
