@@ -228,6 +228,12 @@ def test_a_kill_while_writing_leaves_the_previous_files(tmp_path, monkeypatch, v
 
 
 @contextlib.contextmanager
+def test_a_folder_that_is_a_file_is_one_error(tmp_path):
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(PysegError, match=r"output_dir .*run' is a file"):
+        train(tiny(), Shapes(3), output_dir=tmp_path / "run", **SHORT)
+
+
 def largest_file(size):
     """Within it writing fails beyond so many bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -3,7 +3,7 @@
 // boundary_mask is the smallest op, and commented as a template for others. Its .h holds what both
 // back ends must agree on: the method, constants, plain structures, and mathematics as functions
 // under PYSEG_HOST_DEVICE (common/host_device.h), so that no formula is written twice. It includes
-// neither torch nor CUDA.
+// no CUDA, and torch only where both back ends check tensors by one function (see roi_align.h).
 //
 // A pixel is inside its region if the square window of (2 d + 1)^2 pixels around it has one label:
 // if the windows of 2 d + 1 pixels along the row do, in each of the 2 d + 1 rows, and those rows

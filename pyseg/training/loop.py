@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import processes
 from ..errors import PysegError
-from ..files import remove_abandoned, replacing, write_json
+from ..files import make_folder, remove_abandoned, replacing, write_json
 from ..types import Dataset, Metric
 from ..weights import load_into, save_state
 
@@ -97,7 +97,7 @@ def fit(
     Raises:
         ValueError: a setting out of range.
         PysegError: nothing to resume, or a checkpoint that is damaged or of other settings; another
-            training writes to the folder; a loss that is not finite.
+            training writes to the folder, or it is a file; a loss that is not finite.
         OSError: a file cannot be written, such as on a full disk; it names the file.
 
     Example:
@@ -114,7 +114,7 @@ def fit(
     check_positive(steps=steps, validate_every=validate_every, save_every=save_every)
     output = Path(output_dir)
     check_output(output, resume)
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "output_dir")
     accelerator = processes.accelerator()
     device = accelerator.device
     with _locked(output):
