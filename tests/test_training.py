@@ -227,13 +227,13 @@ def test_a_kill_while_writing_leaves_the_previous_files(tmp_path, monkeypatch, v
     assert not left.exists()  # the next run clears up
 
 
-@contextlib.contextmanager
 def test_a_folder_that_is_a_file_is_one_error(tmp_path):
     (tmp_path / "run").write_text("not a folder")
     with pytest.raises(PysegError, match=r"output_dir .*run' is a file"):
         train(tiny(), Shapes(3), output_dir=tmp_path / "run", **SHORT)
 
 
+@contextlib.contextmanager
 def largest_file(size):
     """Within it writing fails beyond so many bytes, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

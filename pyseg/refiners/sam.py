@@ -232,7 +232,7 @@ class SamRefiner(nn.Module):
             iou, accepted = self._gate(inside, component)
             if not accepted.any():
                 continue
-            if logits is None:
+            if logits is None or classes is None or sure is None or zone is None:
                 logits = prediction.full_logits().clone()
                 zone = self._zone(logits, prediction.labels)
                 classes, sure = _confident(logits.softmax(0))
