@@ -248,7 +248,7 @@ class SamRefiner(nn.Module):
                 plane = logits[prompts[int(index[k])].class_id]
                 vote = weight[k] * torch.tanh(masks[k] / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
                 plane.copy_(torch.where(active, plane + vote, plane))
-        return prediction.with_logits(logits) if changed else prediction
+        return prediction if logits is None or not changed else prediction.with_logits(logits)
 
     def _refine_instances(
         self, image: Tensor, prediction: Segmentation, found: Instances
