@@ -41,7 +41,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "csrc"))
-import sources  # noqa: E402
+import source_digest  # noqa: E402
 
 WORK = ROOT / "build" / "gpu-check-work"
 SITE = WORK / "site"  # where the wheel is installed
@@ -224,7 +224,7 @@ class Check:
             sys.exit(f"pip cannot install {wheel}: {text}")
         with zipfile.ZipFile(wheel) as archive:
             libraries = {
-                Path(name).name: sources.built_from(archive.read(name))
+                Path(name).name: source_digest.built_from(archive.read(name))
                 for name in archive.namelist()
                 if name.endswith(".so")
             }
@@ -232,12 +232,12 @@ class Check:
         self.machine["wheel"] = {
             "name": wheel.name,
             "sha256": hashlib.sha256(wheel.read_bytes()).hexdigest(),
-            "sources_here": sources.digest(),
+            "sources_here": source_digest.digest(),
             "libraries_built_from": libraries,
         }
         (self.out / "machine.json").write_text(json.dumps(self.machine, indent=1) + "\n")
         print(json.dumps(self.machine, indent=1), flush=True)
-        stale = [name for name, stamp in libraries.items() if stamp != sources.digest()]
+        stale = [name for name, stamp in libraries.items() if stamp != source_digest.digest()]
         if stale:
             sys.exit(f"{', '.join(stale)} was not built from the sources here: `make wheel` again")
 
