@@ -376,10 +376,11 @@ class Timed:
         self.result = function(*copies[0])
         if not clock.holds(self.result):
             raise TypeError(f"timed on {clock.name}, but no result is there: {self.result!r}")
-        self.run()  # the first call may have compiled
-        self.calls = self._calls_in(self.ROUND_MS, clock.wall_ms(self.run))
-        eager = [clock.wall_ms(self.run) / self.calls for _ in range(3)]
-        self.eager_ms = statistics.median(eager)
+        first_ms = clock.wall_ms(self.run)
+        self.calls = self._calls_in(self.ROUND_MS, first_ms)
+        again = 3 if first_ms < 500 else 0  # the slow ones are timed often enough as it is
+        eager = [clock.wall_ms(self.run) / self.calls for _ in range(again)]
+        self.eager_ms = statistics.median(eager or [first_ms])
         if capture and clock.captures and not clock.waits(lambda: function(*copies[0])):
             self._capture()
 

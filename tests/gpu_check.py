@@ -136,11 +136,11 @@ class Check:
         self.lock = threading.Lock()
         self.environment = {
             **os.environ,
-            "PYTHONPATH": str(SITE),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(SITE), os.environ.get("PYTHONPATH")])),
             "PYTHONSAFEPATH": "1",  # else `python -m pytest` finds the sources, which are not built
             "PYTHONUNBUFFERED": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 4)),
             "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
         }
         for folder in (self.out, LOGS):
@@ -275,15 +275,15 @@ class Check:
             command += ["--timeout", str(timeout), "--timeout-method", "thread"]
         return command
 
-    def until_all_ran(self, name, file, command, log, limit):
+    def until_all_ran(self, name, files, command, log, limit):
         """Again as long as a process ends early and the tests behind the culprit are still due."""
 
         def begun():
-            return {test: e for test, e in last_entries(log).items() if test.startswith(file)}
+            return {test: e for test, e in last_entries(log).items() if test.startswith(files)}
 
         for _ in range(12):
             before = begun()
-            code, text = self.run(name, [*command, "--log-json", str(log), file], limit)
+            code, text = self.run(name, [*command, "--log-json", str(log), *files], limit)
             new = {test: entry for test, entry in begun().items() if test not in before}
             unfinished = any(entry["outcome"] == "started" for entry in new.values())
             # 1 is also what pytest-timeout ends with
@@ -316,7 +316,7 @@ class Check:
                 pool.submit(
                     self.until_all_ran,
                     f"tests-{Path(file).stem.removeprefix('test_')}",
-                    file,
+                    (file,),
                     self.pytest(*select, timeout=120 if self.rehearse else 60),
                     log,
                     300,
@@ -404,23 +404,26 @@ class Check:
 
     def benchmark_files(self):
         files = sorted((ROOT / "benchmarks").glob("*.py"))
-        return [file for file in files if "def test_cuda" in file.read_text()]
+        found = [file for file in files if "def test_cuda" in file.read_text()]
+        return [file.relative_to(ROOT).as_posix() for file in found]
 
     def benchmarks(self):
-        """One file after the other, alone on the device."""
+        """One after the other, alone on the device."""
         log = self.new_log("benchmarks.jsonl")
+        files = self.benchmark_files()
         options = ["--benchmark", "-p", "benchmark", "-m", "gpu"]
-        options += ["--rehearse"] if self.rehearse else ["--save-baseline"]
-
-        def run(file):
-            command = self.pytest(*options, timeout=240 if self.rehearse else 120)
-            name = file.relative_to(ROOT).as_posix()
-            self.until_all_ran(f"benchmarks-{file.stem}", name, command, log, 300)
-            for baseline in (ROOT / "benchmarks" / "results").glob("nvidia-*.json"):
-                shutil.copy(baseline, self.out)
-
-        with concurrent.futures.ThreadPoolExecutor(2 if self.rehearse else 1) as pool:
-            list(pool.map(run, self.benchmark_files()))
+        wanted = self.collected(*options, *files)
+        options += ["--rehearse"] if self.rehearse else []
+        command = self.pytest(*options, timeout=240 if self.rehearse else 120)
+        workers = 2 if self.rehearse else 1
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            parts = [tuple(files[k::workers]) for k in range(workers)]
+            jobs = [
+                pool.submit(self.until_all_ran, f"benchmarks-{k}", part, command, log, 1e9)
+                for k, part in enumerate(parts)
+            ]
+        for job in jobs:
+            job.result()
         results = [e["benchmark"] | e for e in last_entries(log).values() if "benchmark" in e]
         for entry in sorted(results, key=lambda entry: entry["test"]):
             goal = f", goal {entry['goal_ms']:g}" if entry["goal_ms"] else ""
@@ -430,7 +433,27 @@ class Check:
                 f"{entry['test'].removeprefix('benchmarks/')}",
                 flush=True,
             )
-        self.summarise(log, [])
+        self.keep_baseline(results)
+        self.summarise(log, [test for ids in wanted.values() for test in ids])
+
+    def keep_baseline(self, results):
+        """In the form of benchmarks/results/."""
+        if not results:
+            return
+        slug = re.sub(r"[^a-z0-9]+", "-", results[0]["device"].lower()).strip("-")
+        release = self.machine["torch"].split("+")[0]
+        facts = {
+            key: self.machine[key] for key in ("date", "commit", "cpu", "cores", "torch", "python")
+        }
+        names = {"test", "outcome", "seconds", "benchmark"}
+        found = {
+            entry["test"].removeprefix("benchmarks/").replace(".py::", "::"): {
+                key: value for key, value in entry.items() if key not in names
+            }
+            for entry in results
+        }
+        text = json.dumps({**facts, "results": dict(sorted(found.items()))}, indent=1)
+        (self.out / f"{slug}-torch{release}.json").write_text(text + "\n")
 
     def profile(self):
         if self.rehearse:
@@ -440,10 +463,11 @@ class Check:
             return print("  ncu is not installed", flush=True)
         options = ["--benchmark", "-p", "benchmark", "-m", "gpu", "--benchmark-disable"]
         for file in self.benchmark_files():
-            command = [ncu, *NCU, *self.pytest(*options, "-x", file, timeout=200)]
-            code, text = self.run(f"profile-{file.stem}", command, 90)
+            command = [ncu, *NCU, *self.pytest(*options, file, timeout=200)]
+            name = f"profile-{Path(file).stem}"
+            code, text = self.run(name, command, 90)
             if "launch__registers_per_thread" not in text:
-                self.fail(f"profile-{file.stem}: no kernel was profiled, exit {code}")
+                self.fail(f"{name}: no kernel was profiled, exit {code}")
         return None
 
 

@@ -88,7 +88,7 @@ def test_tests_behind_a_crash_and_a_lost_device_still_run(check, script, tmp_pat
     made = check()
     log = made.out / "tests.jsonl"
     command = made.pytest("-p", "no:benchmark")
-    made.until_all_ran("toy", "test_ops.py", command, log, 100)
+    made.until_all_ran("toy", ("test_ops.py",), command, log, 100)
     assert len(steps(made)) == 3  # processes
     made.summarise(log, ["test_ops.py::test_c", "test_ops.py::test_forgotten"])
     outcome = {k.split("::")[1]: e["outcome"] for k, e in script.last_entries(log).items()}
