@@ -46,7 +46,7 @@ import source_digest  # noqa: E402
 WORK = ROOT / "build" / "gpu-check-work"
 SITE = WORK / "site"  # where the wheel is installed
 LOGS = WORK / "logs"
-LIMITS = {"smoke": 120, "tests": 480, "sanitizers": 480, "benchmarks": 480, "profile": 300}
+LIMITS = {"smoke": 120, "tests": 480, "sanitizers": 480, "benchmarks": 480, "profile": 480}
 
 MACHINE = """
 import datetime, importlib.util, json, os, platform, re, sys

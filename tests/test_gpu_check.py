@@ -165,3 +165,14 @@ def test_without_a_wheel_or_a_device_it_says_what_to_do(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 1 and "make wheel" in result.stderr, result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_baseline_of_what_was_measured(check):
+    made = check()
+    made.machine |= {"torch": "2.11.0+cu130", "date": "2026-01-31", "commit": "abc"}
+    made.machine |= {"cpu": "a processor", "cores": 16, "python": "3.12.3"}
+    entry = {"device": "NVIDIA H200", "ours_ms": 0.01, "ratio": 3.0}
+    logged = {"test": "benchmarks/op.py::test_cuda[a]", "outcome": "passed", "seconds": 1.0}
+    made.keep_baseline([entry | logged | {"benchmark": entry}])
+    content = json.loads((made.out / "nvidia-h200-torch2.11.0.json").read_text())
+    assert content["results"] == {"op::test_cuda[a]": entry} and content["commit"] == "abc"
