@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow bench lint format wheel gpu-check clean
+.PHONY: demo test test-slow bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
@@ -67,12 +67,28 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 wheel: $(VENV)/.dev  ## one cp310-abi3 wheel, tagged with the glibc that it needs
-	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	rm -rf build/wheel build/lib build/lib.* build/bdist.* dist/pyseg_toolkit-*.whl  # packs what is there
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' \
 	  --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
 
-gpu-check:  ## build, test and benchmark on a machine with a GPU: results in build/gpu-check/
-	bash tests/gpu_check.sh
+wheel-check: wheel  ## it installs where nothing can compile, and does the main job there
+	bash tests/wheel_check.sh
+
+gpu-check:  ## on a machine with a GPU, of the wheel in dist/: results in build/gpu-check/
+	$(PYTHON) tests/gpu_check.py
+
+# Another Python and torch than .venv's, as a GPU machine has that somebody else set up.
+REHEARSAL := build/rehearsal
+REHEARSAL_PYTHON ?= python3.12
+$(REHEARSAL)/.installed:
+	$(REHEARSAL_PYTHON) -m venv $(REHEARSAL)
+	$(REHEARSAL)/bin/python -m pip install -q torch==2.11.0 torchvision==0.26.0 scipy pillow safetensors \
+	  typer rich filelock pytest pytest-benchmark pytest-timeout torchmetrics opencv-python-headless
+	touch $@
+
+gpu-check-rehearsal: wheel $(REHEARSAL)/.installed  ## all of gpu-check but the kernels, on the CPU
+	$(REHEARSAL)/bin/python tests/gpu_check.py --rehearse
 
 clean:
 	rm -rf build dist *.egg-info demo pyseg/*.so
