@@ -37,8 +37,8 @@ def panoptic_head(
 
     Args:
         logits: [C, h, w] or [N, C, h, w] floating point, the ``num_stuff`` stuff classes first;
-            computed in float32. A NaN never wins, and infinite or overflowing numbers (above 1.7e38)
-            make NaN where they are interpolated.
+            computed in float32. A NaN never wins; between pixels of which one is infinite or above
+            1.7e38 the logits are NaN.
         masks: [K, M, M] or [N, K, M, M] floating point, logits of the instances' own class.
         boxes: [K, 4] or [N, K, 4] xyxy in pixels of the result. A box with a NaN, or whose right or
             bottom edge comes first, has no pixel.

@@ -150,9 +150,8 @@ class Run:
             rest = self.options.first + self.options.cases - first
             for worker in self.workers:
                 os.kill(worker.pid, signal.SIGKILL)
-            print(
-                f"\ninterrupted; go on with: --seed {self.options.seed} --first {first} --cases {rest}"
-            )
+            seed = self.options.seed
+            print(f"\ninterrupted; go on with: --seed {seed} --first {first} --cases {rest}")
             return 2
         self._progress(last=True)
         return 1 if self.failed else 0
@@ -201,9 +200,9 @@ class Run:
         step = max(1, self.options.cases // 20)
         if last or done >= self.done + step:
             self.done = done
-            seconds = time.monotonic() - self.began
+            rate = done / max(time.monotonic() - self.began, 1e-9)
             print(
-                f"{done:,} of {self.options.cases:,} cases, {done / max(seconds, 1e-9):.0f} a second, "
+                f"{done:,} of {self.options.cases:,} cases, {rate:.0f} a second, "
                 f"{self.failed} failed (seed {self.options.seed}, {', '.join(self.levels)})",
                 flush=True,
             )

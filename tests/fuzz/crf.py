@@ -265,40 +265,93 @@ def wrong_crf(draw: Draw) -> None:
     matrix = draw.tensor(draw.normal([classes, classes]), torch.float32)
     arguments = {"unary": unary, "image": image, "iterations": 2}
     name = draw.choice(
-        ("unary", "image", "gaussian", "bilateral", "features", "iterations", "quality")
-        + ("normalization", "self_term", "compatibility")
+        (
+            "unary",
+            "image",
+            "gaussian",
+            "bilateral",
+            "features",
+            "iterations",
+            "quality",
+            "normalization",
+            "self_term",
+            "compatibility",
+        )
     )
     nan = torch.full_like(unary, torch.nan)
     number = no_number(draw)
     bad = {
-        "unary": (*NO_TENSORS, unary[0], unary[None], unary.long(), unary[:, :0], unary[..., :0])
-        + (nan, unary / 0, unary.to(torch.complex64), unary.new_zeros((n, 257, *size))),
+        "unary": (
+            *NO_TENSORS,
+            unary[0],
+            unary[None],
+            unary.long(),
+            unary[:, :0],
+            unary[..., :0],
+            nan,
+            unary / 0,
+            unary.to(torch.complex64),
+            unary.new_zeros((n, 257, *size)),
+        ),
         "image": (
             *NO_TENSORS,
             image[0],
             image[..., :-1],
             planes / 0,
             image.new_zeros((n, 7, *size)),
-        )
-        + (image.repeat(2, 1, 1, 1), planes * torch.nan),
-        "gaussian": (3, [3], [(1.0,)], [(0.0, 1.0)], [(-1.0, 1.0)], [((1.0, 2.0, 3.0), 1.0)])
-        + ([(float("nan"), 1.0)], [(3.0, float("nan"))], [(3.0, 1e16)], [(3.0, "a")], [("a", 1.0)])
-        + ([(3.0, torch.ones(2))], [(3.0, number)], [(1e-20, 1.0)]),
-        "bilateral": ([(3.0, 1.0)], [(3.0, 0.0, 1.0)], [(3.0, (1.0, 2.0), 1.0)], [(3.0, 1.0, None)])
-        + ([(3.0, 1.0, float("inf"))], 5, [None], [(3.0, -1.0, 1.0)], [(number, 1.0, 1.0)]),
-        "features": ([(None, 1.0, 1.0)], [(planes, 1.0)], [(planes[:, :0], 1.0, 1.0)], 7)
-        + (
+            image.repeat(2, 1, 1, 1),
+            planes * torch.nan,
+        ),
+        "gaussian": (
+            3,
+            [3],
+            [(1.0,)],
+            [(0.0, 1.0)],
+            [(-1.0, 1.0)],
+            [((1.0, 2.0, 3.0), 1.0)],
+            [(float("nan"), 1.0)],
+            [(3.0, float("nan"))],
+            [(3.0, 1e16)],
+            [(3.0, "a")],
+            [("a", 1.0)],
+            [(3.0, torch.ones(2))],
+            [(3.0, number)],
+            [(1e-20, 1.0)],
+        ),
+        "bilateral": (
+            [(3.0, 1.0)],
+            [(3.0, 0.0, 1.0)],
+            [(3.0, (1.0, 2.0), 1.0)],
+            [(3.0, 1.0, None)],
+            [(3.0, 1.0, float("inf"))],
+            5,
+            [None],
+            [(3.0, -1.0, 1.0)],
+            [(number, 1.0, 1.0)],
+        ),
+        "features": (
+            [(None, 1.0, 1.0)],
+            [(planes, 1.0)],
+            [(planes[:, :0], 1.0, 1.0)],
+            7,
             [(planes[..., :-1], 1.0, 1.0)],
             [(planes * torch.nan, 1.0, 1.0)],
             [(planes, 1.0, number)],
-        )
-        + ([(planes, 1e-30, 1.0)], [(planes.repeat(1, 5, 1, 1), 1.0, 1.0)]),
+            [(planes, 1e-30, 1.0)],
+            [(planes.repeat(1, 5, 1, 1), 1.0, 1.0)],
+        ),
         "iterations": (-1, 10_001, 2**31, no_integer(draw)),
         "quality": (None, "best", 3, ["default"]),
         "normalization": (None, "both", 0, ["none"]),
         "self_term": (None, 1.5, "yes", [True]),
-        "compatibility": (*NO_TENSORS[1:], matrix[:, :-1], matrix[0], matrix * torch.nan)
-        + (matrix / 0, matrix.abs() * 0 + 1e16),
+        "compatibility": (
+            *NO_TENSORS[1:],
+            matrix[:, :-1],
+            matrix[0],
+            matrix * torch.nan,
+            matrix / 0,
+            matrix.abs() * 0 + 1e16,
+        ),
     }[name]
     parts = ("sigma",) if name in ("gaussian", "bilateral", "features") else ()
     draw.refuses(ops.dense_crf, name, parts=parts, **{**arguments, name: draw.choice(bad)})

@@ -136,8 +136,20 @@ def upsample_argmax(draw: Draw) -> None:
                 {"logits": wrong_logits(draw, logits)},
                 {
                     "size": draw.choice(
-                        ((0, 4), (4, -1), (4,), (1, 2, 3), (2**40, 2**40), (1.5, 2), ("1", 2))
-                        + (None, 3, (float("nan"), 2), (2**70, 1), (None, None))
+                        (
+                            (0, 4),
+                            (4, -1),
+                            (4,),
+                            (1, 2, 3),
+                            (2**40, 2**40),
+                            (1.5, 2),
+                            ("1", 2),
+                            None,
+                            3,
+                            (float("nan"), 2),
+                            (2**70, 1),
+                            (None, None),
+                        )
                     )
                 },
             ]

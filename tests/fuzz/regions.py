@@ -293,14 +293,27 @@ def wrong_regions(draw: Draw, function, arguments: dict, images: int) -> None:
         )
     elif name == "levels":
         bad = draw.choice(
-            (3, [], [None], [*good, np.zeros((1, 1, 1, 1))], [*good, good[0][:, :0]], good * 9)
-            + ([*good, good[0].to(torch.complex64)], [good[0][0]] * len(good))
+            (
+                3,
+                [],
+                [None],
+                [*good, np.zeros((1, 1, 1, 1))],
+                [*good, good[0][:, :0]],
+                good * 9,
+                [*good, good[0].to(torch.complex64)],
+                [good[0][0]] * len(good),
+            )
         )
     elif name == "boxes":
         if isinstance(good, list):
             bad = draw.choice(
-                (None, 5, "text", good[:-1], [*good, good[0]], [b.new_zeros((1, 5)) for b in good])
-                + (
+                (
+                    None,
+                    5,
+                    "text",
+                    good[:-1],
+                    [*good, good[0]],
+                    [b.new_zeros((1, 5)) for b in good],
                     [b.int() for b in good],
                     [b.new_full((1, 4), torch.nan) for b in good],
                     [None] * images,
@@ -309,11 +322,16 @@ def wrong_regions(draw: Draw, function, arguments: dict, images: int) -> None:
         else:
             row = good.new_tensor([[0, 1, 1, 2, 2]])
             bad = draw.choice(
-                (*NO_TENSORS[:4], good[:, :4], good[None], good.int(), good.bool())
-                + tuple(
-                    torch.cat([good, row * 0 + value]) for value in (images, -1, torch.nan, 1e9)
-                )
-                + (
+                (
+                    *NO_TENSORS[:4],
+                    good[:, :4],
+                    good[None],
+                    good.int(),
+                    good.bool(),
+                    *tuple(
+                        torch.cat([good, row * 0 + value])
+                        for value in (images, -1, torch.nan, 1000000000.0)
+                    ),
                     torch.cat([good, row + row.new_tensor([[0.5, 0, 0, 0, 0]])])
                     if False
                     else torch.cat([good, row - row.new_tensor([[3, 0, 0, 0, 0]])]),
