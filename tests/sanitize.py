@@ -90,7 +90,7 @@ def environment(kind: str, packages: Path) -> dict[str, str]:
         subprocess.run(
             [
                 *(os.environ.get("CXX", "c++").split() + FLAGS[kind].split()),
-                *("-std=c++20 -O1 -g1 -shared -fPIC -pthread".split()),
+                *("-std=c++20", "-O1", "-g1", "-shared", "-fPIC", "-pthread"),
                 *(str(ROOT / "tests" / "threads_for_tsan.cpp"), "-o", str(threads)),
             ],
             check=True,

@@ -142,19 +142,26 @@ class Run:
     def run(self) -> int:
         try:
             while self.chunks or self.workers:
+                if self.failed and self.options.stop:
+                    self._kill()
+                    return 1
                 while self.chunks and len(self.workers) < self.options.jobs:
                     self.workers.append(Worker(self.options, *self.chunks.pop()))
                 self._wait()
         except KeyboardInterrupt:
             first = min([w.place()[0] for w in self.workers] + [c[0] for c in self.chunks])
             rest = self.options.first + self.options.cases - first
-            for worker in self.workers:
-                os.kill(worker.pid, signal.SIGKILL)
+            self._kill()
             seed = self.options.seed
             print(f"\ninterrupted; go on with: --seed {seed} --first {first} --cases {rest}")
             return 2
         self._progress(last=True)
         return 1 if self.failed else 0
+
+    def _kill(self) -> None:
+        for worker in self.workers:
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.end()
 
     def _wait(self) -> None:
         ready, _, _ = select.select([w.output for w in self.workers], [], [], 1.0)
@@ -218,6 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", choices=sorted(OPS))
     parser.add_argument("--case", type=int, help="this one only, in this process' child")
     parser.add_argument("--level", choices=LEVELS, help="default: all of the processor, in turn")
+    parser.add_argument("--stop", action="store_true", help="at the first failure")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     options = parser.parse_args(arguments)
     if options.seed is None:
