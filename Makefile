@@ -13,7 +13,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
+.PHONY: demo test test-slow sanitize fuzz bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
@@ -24,6 +24,13 @@ test: $(TESTED)  ## the tests, less the slow ones
 
 test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
 	$(PYTEST) -m slow
+
+sanitize: $(TESTED)  ## the CPU kernels under ASan, UBSan and TSan, at every SIMD level
+	$(BIN)/python tests/sanitize.py
+
+CASES ?= 1000000
+fuzz: $(TESTED)  ## random calls of every op against its reference; SEED=… and CASES=… choose them
+	$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
 
 bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark
