@@ -101,9 +101,15 @@ def _commit():
     return found.stdout.strip() or os.environ.get("PYSEG_COMMIT")
 
 
-def _file_name(processor, torch_version):
+def _simd_level():
+    from pyseg import _native
+
+    return _native.simd_level()
+
+
+def _file_name(processor, torch_version, level):
     slug = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
-    return f"{slug}-torch{torch_version}.json"
+    return f"{slug}-torch{torch_version}{f'-{level}' if level else ''}.json"
 
 
 class Log:
@@ -526,8 +532,10 @@ def _store(config, device, results):
     """Writes the results of one device, as its baseline or beside it; returns the file."""
     import torch
 
+    # A level that PYSEG_SIMD lowered is another baseline.
+    level = os.environ.get("PYSEG_SIMD") if device == "cpu" else None
     processor = _cpu_model() if device == "cpu" else device
-    name = _file_name(processor, torch.__version__.split("+")[0])
+    name = _file_name(processor, torch.__version__.split("+")[0], level)
     baseline_path = ROOT / "benchmarks" / "results" / name
     stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
     baseline = stored.get("results", {})
@@ -537,6 +545,7 @@ def _store(config, device, results):
         "commit": _commit(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
+        "simd": _simd_level(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "results": dict(sorted(results.items())),

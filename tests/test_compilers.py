@@ -1,4 +1,4 @@
-"""The CPU library by the other compiler: g++ makes the one that all other tests load, clang this one.
+"""The CPU library by the other compiler: all other tests load g++'s, this one clang's.
 
 Each takes what the other refuses, and vector types are lowered differently by both.
 """
