@@ -4,13 +4,13 @@ A level that is slower than a lower one is a fault: `PYSEG_SIMD` exists for test
 processor's best. `python benchmarks/levels.py` prints one table of milliseconds, one thread.
 """
 
+import itertools
 import os
 import statistics
 import time
 
 import pytest
 import torch
-
 from contention import BACKWARD, NAMES, calls_per_round, make_calls
 
 LEVELS = ("v4", "v3", "generic")
@@ -80,7 +80,7 @@ def main():
         each = list(found.items())
         slow += [
             f"{name} at {level}"
-            for (level, ms), (_, lower) in zip(each, each[1:], strict=False)
+            for (level, ms), (_, lower) in itertools.pairwise(each)
             if lower / ms < AT_LEAST
         ]
     print(f"\nslower than a lower level: {', '.join(slow) or 'none'}")
