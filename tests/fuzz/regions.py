@@ -360,7 +360,7 @@ def wrong_regions(draw: Draw, function, arguments: dict, images: int) -> None:
     elif name == "aligned":
         bad = draw.choice((None, "yes", [1, 2], 2.5))
     elif name == "mode":
-        bad = draw.choice((None, "mean", 3, "AVG", "", [], ["avg"]))
+        bad = draw.choice((None, "mean", 3, "AVG", "pixels", "", [], ["avg"]))
     elif name == "canonical_size":
         bad = draw.choice((0, -1, float("inf") if False else 0.0, no_number(draw)))
     else:
