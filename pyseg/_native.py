@@ -144,13 +144,13 @@ def integer(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """An argument as a float; infinity is a number, NaN and text are none."""
+    """An argument as a float, which may be infinite or NaN; text is none."""
     if not isinstance(value, (int, float)):
         try:
             value = None if isinstance(value, str) else float(value)
         except (TypeError, ValueError):
             value = None
-    if value is None or value != value:
+    if value is None:
         raise ValueError(f"{name} must be a number, got {value!r}")
     return value
 

@@ -254,7 +254,7 @@ def _listed(name: str, value: Any) -> list:
 def _check_scales(scales: Sequence[float]) -> None:
     # Positions are float32 but for float64: a scale that is 0 or infinite there is no scale.
     what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
-    scales = [s if isinstance(s, float) else _native.number(what, s) for s in scales]
+    scales = [_native.number(what, scale) for scale in scales]
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not all(smallest <= scale <= largest for scale in scales) or any(
         finer <= coarser for finer, coarser in itertools.pairwise(scales)
