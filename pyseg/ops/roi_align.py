@@ -75,7 +75,8 @@ def roi_align(
         tensor([4.5000, 6.5000])
     """
     how = _mode(mode)
-    return _pool([input], boxes, output_size, [spatial_scale], sampling_ratio, aligned, how)
+    scales = [spatial_scale]
+    return _pool("input", [input], boxes, output_size, scales, sampling_ratio, aligned, how)
 
 
 def roi_warp(
@@ -122,7 +123,7 @@ def roi_pool(
     Empty bins are 0. NaN is the largest value, as in ``torch.nn.MaxPool2d`` (torchvision leaves it
     out).
     """
-    return _pool([input], boxes, output_size, [spatial_scale], 0, False, PIXELS)
+    return _pool("input", [input], boxes, output_size, [spatial_scale], 0, False, PIXELS)
 
 
 def multi_scale_roi_align(
@@ -153,6 +154,7 @@ def multi_scale_roi_align(
         As `roi_align`; ValueError too where levels do not match each other or ``spatial_scales``.
     """
     return _pool(
+        "levels",
         _listed("levels", levels),
         boxes,
         output_size,
@@ -172,6 +174,7 @@ def _mode(mode: str) -> int:
 
 
 def _pool(
+    name: str,
     levels: list[Tensor],
     boxes: Boxes,
     output_size: int | Sequence[int],
@@ -182,11 +185,7 @@ def _pool(
     canonical_size: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    if len(levels) == 1:
-        _native.check_tensors(input=levels[0])
-    else:
-        _native.check_tensors(levels=levels)
-    name = "input" if len(levels) == 1 else "levels"
+    _native.check_tensors(**{name: levels[0] if name == "input" else levels})
     if not 1 <= len(levels) <= 8:
         raise ValueError(f"levels must be 1 to 8 feature maps, got {len(levels)}")
     first = levels[0]
