@@ -190,19 +190,8 @@ def upsample_confusion(draw: Draw) -> None:
             "logits": lambda: wrong_logits(draw, logits),
             "target": lambda: draw.choice(
                 (
-                    *NO_TENSORS,
-                    target[None],
-                    target.float(),
-                    target.bool(),
-                    target.repeat(2, 1, 1)[1:],
-                )
-                if n != 1
-                else (
-                    *NO_TENSORS,
-                    target[None],
-                    target.float(),
-                    target.bool(),
-                    target.repeat(2, 1, 1),
+                    *(*NO_TENSORS, target[None], target.float(), target.bool()),
+                    target.new_zeros((n + 1, *size)),
                 )
             ),
             "ignore_index": lambda: no_integer(draw),
