@@ -156,7 +156,7 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
             raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
         if not 0 <= row[1] < num_classes:
             raise ValueError(
-                f"{name} has class {row[1]}; num_classes is {num_classes}, they count from 0"
+                f"{name} has class {row[1]}; there are {num_classes} (num_classes), from 0 on"
             )
         if columns == 4 and row[2] < 1:
             raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")
