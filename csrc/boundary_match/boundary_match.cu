@@ -136,7 +136,7 @@ void launch(const Tensor& prediction, const Tensor& target, int64_t classes, int
 std::tuple<Tensor, Tensor> boundary_match_cuda(const Tensor& prediction_labels,
                                                const Tensor& target_labels, int64_t num_classes,
                                                int64_t squared_radius, int64_t ignore_index) {
-  const DeviceScope device(target_labels);
+  const DeviceScope device(target_labels, prediction_labels);
   check_labels(prediction_labels, target_labels, num_classes, squared_radius);
   const int64_t images = target_labels.size(0);
   Tensor counts = torch::stable::new_zeros(

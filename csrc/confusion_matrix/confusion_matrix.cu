@@ -91,7 +91,7 @@ void launch(const Tensor& prediction, const Tensor& target, const Outputs& out, 
 std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cuda(const Tensor& prediction,
                                                          const Tensor& target, int64_t num_classes,
                                                          int64_t ignore_index) {
-  const pyseg::DeviceScope device(target);
+  const pyseg::DeviceScope device(target, prediction);
   const int64_t images = target.size(0);
   Tensor matrix =
       torch::stable::new_zeros(target, {images, num_classes, num_classes}, ScalarType::Long);

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads)
 
 Tensor panoptic_head_cuda(const Tensor& logits, const Tensor& masks, const Tensor& boxes,
                           const Tensor& labels, int64_t stuff, int64_t height, int64_t width) {
-  const DeviceScope device(logits);
+  const DeviceScope device(logits, masks, boxes, labels);
   const int64_t images = logits.size(0);
   Tensor out = torch::stable::new_empty(logits, {images, height, width}, ScalarType::Int);
   if (out.numel() == 0) return out;

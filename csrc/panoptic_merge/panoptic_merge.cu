@@ -275,7 +275,7 @@ std::tuple<Tensor, Tensor> panoptic_merge_cuda(
     const Tensor& masks, const std::optional<Tensor>& boxes, const Tensor& scores,
     const Tensor& labels, const Tensor& semantic, std::vector<int64_t> stuff_classes,
     double score_threshold, double overlap_threshold, int64_t stuff_area, double mask_threshold) {
-  const pyseg::DeviceScope device(masks);
+  const pyseg::DeviceScope device(masks, boxes, scores, labels, semantic);
   const Tensor m = torch::stable::contiguous(masks), s = torch::stable::contiguous(scores),
                l = torch::stable::contiguous(labels), c = torch::stable::contiguous(semantic);
   const int64_t images = m.size(0), instances = m.size(1), stuff = stuff_classes.size();

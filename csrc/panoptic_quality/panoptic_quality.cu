@@ -24,8 +24,8 @@ struct Segments {
   int64_t classes;
 
   __device__ int64_t id(int i) const { return rows[int64_t(i) * columns]; }
-  // A class that there is none of, which Python refuses and only a direct call can bring here, counts
-  // as the last: nobody waits to report it.
+  // A class that there is none of, which Python refuses and only a direct call can bring here,
+  // counts as the last: nobody waits to report it.
   __device__ int64_t label(int i) const {
     const int64_t label = rows[int64_t(i) * columns + 1];
     return label >= 0 && label < classes ? label : classes - 1;
@@ -207,7 +207,8 @@ std::tuple<Tensor, Tensor> panoptic_quality_cuda(const Tensor& prediction, const
                                                  const Tensor& target_segments, int64_t num_classes,
                                                  const std::optional<Tensor>& prediction_boundary,
                                                  const std::optional<Tensor>& target_boundary) {
-  const DeviceScope device(target);
+  const DeviceScope device(target, prediction, target_segments, prediction_segments,
+                           target_boundary, prediction_boundary);
   check_maps(prediction, target, prediction_segments, target_segments, num_classes,
              prediction_boundary, target_boundary);
   PYSEG_CHECK(num_classes > 0 || (prediction_segments.size(0) == 0 && target_segments.size(0) == 0),

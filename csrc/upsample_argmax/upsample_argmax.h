@@ -17,7 +17,7 @@ namespace pyseg {
 // Output index -> the lower of its two source indices, and how far it is from there to the next.
 template <class T>
 PYSEG_HOST_DEVICE void source_index(int64_t output, T scale, int64_t inputs, int* low, T* t) {
-  T source = scale * (T(output) + T(0.5)) - T(0.5);
+  T source = product(scale, T(output) + T(0.5)) - T(0.5);
   source = source < T(0) ? T(0) : source;
   const int64_t floor = int64_t(source);
   *low = int(floor < inputs - 1 ? floor : inputs - 1);

@@ -136,7 +136,7 @@ void launch(const Tensor& logits, const Tensor& target, const Outputs& out, int6
 std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cuda(const Tensor& logits,
                                                            const Tensor& target_labels,
                                                            int64_t ignore_index) {
-  const pyseg::DeviceScope device(logits);
+  const pyseg::DeviceScope device(logits, target_labels);
   const int64_t images = logits.size(0), classes = logits.size(1);
   Tensor matrix = torch::stable::new_zeros(logits, {images, classes, classes}, ScalarType::Long);
   Tensor missed = torch::stable::new_zeros(logits, {images, classes}, ScalarType::Long);

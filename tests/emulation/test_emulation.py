@@ -171,6 +171,51 @@ def test_order_of_blocks_and_threads_does_not_matter(op, seeds):
                 assert torch.equal(got, want), f"seed {seed}"
 
 
+class Recorder:
+    """Operators that note what they are called with."""
+
+    def __init__(self, operators):
+        self.operators, self.calls = operators, []
+
+    def __getattr__(self, name):
+        operator = getattr(self.operators, name).default
+
+        def call(*arguments):
+            self.calls.append((operator, arguments))
+            return operator(*arguments)
+
+        return call
+
+
+def to_meta_one_by_one(arguments):
+    """The arguments with one tensor moved elsewhere, for each tensor of them and of their lists."""
+    for i, argument in enumerate(arguments):
+        moved = []
+        if isinstance(argument, torch.Tensor):
+            moved = [argument.to("meta")]
+        elif isinstance(argument, list):
+            parts = to_meta_one_by_one(argument)
+            moved = [list(part) for part in parts]
+        for other in moved:
+            yield (*arguments[:i], other, *arguments[i + 1 :])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_elsewhere_is_refused(op):
+    """A kernel that follows a pointer to the host's memory would lose the process its GPU."""
+    recorder = Recorder(emulation.operators())
+    results(op, recorder)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # as if all tensors were there
+    tried = 0
+    for operator, arguments in recorder.calls:
+        cases = list(to_meta_one_by_one(arguments))
+        for case in cases if len(cases) > 1 else []:
+            tried += 1
+            with pytest.raises(ValueError, match="all tensors must be on one device"):
+                operator.redispatch(keys, *case)
+    assert tried or op in ("boundary_mask", "upsample_argmax")  # of one tensor
+
+
 SANITIZED = """
 import sys
 from pathlib import PosixPath
