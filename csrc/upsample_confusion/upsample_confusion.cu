@@ -4,9 +4,6 @@
 // counted in `invalid`.
 #include "upsample_confusion.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "../confusion_matrix/confusion_matrix.cuh"
 #include "../upsample_argmax/upsample_argmax.cuh"
 
@@ -138,9 +135,8 @@ std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cuda(const Tensor& logits,
                                                            int64_t ignore_index) {
   const pyseg::DeviceScope device(logits, target_labels);
   const int64_t images = logits.size(0), classes = logits.size(1);
-  Tensor matrix = torch::stable::new_zeros(logits, {images, classes, classes}, ScalarType::Long);
-  Tensor missed = torch::stable::new_zeros(logits, {images, classes}, ScalarType::Long);
-  Tensor invalid = torch::stable::new_zeros(logits, {images, 2}, ScalarType::Long);
+  auto [matrix, missed, invalid] =
+      zeros(logits, {{images, classes, classes}, {images, classes}, {images, 2}}, device.stream);
   if (target_labels.numel() == 0) return {matrix, missed, invalid};
   const Tensor target = torch::stable::contiguous(target_labels);
   const Outputs out{static_cast<Count*>(matrix.mutable_data_ptr()),

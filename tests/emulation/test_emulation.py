@@ -39,8 +39,9 @@ for shape, dtype, distance in [((2, 9, 1100), torch.uint8, 3), ((1, 40, 33), tor
 """,
     "confusion_matrix": """
 g = torch.Generator().manual_seed(0)
-for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), torch.int64)]:
+for classes, shape, dtype in [(5, (2, 21, 830), torch.uint8), (110, (1, 9, 440), torch.int64)]:
     labels = torch.randint(-3, classes + 2, (2, *shape), generator=g)  # some out of range
+    labels[:, :, :8] = 1  # flat
     yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
 yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
 """,
