@@ -130,21 +130,21 @@ void launch(const Tensor& prediction, const Tensor& target, const Outputs& out, 
   const int64_t table_bytes = (classes + 2) * (classes + 2) * int64_t(sizeof(uint32_t));
   const int copies = int(std::min<int64_t>(kThreads / 32, kSharedBytes / table_bytes));
   const int64_t per_block = int64_t(kThreads) * kVectors * Labels<T>::kCount;
-  // About four blocks per multiprocessor of a large GPU; more would only flush more tables.
+  const auto kernel =
+      copies > 0 ? confusion_matrix_kernel<T, true> : confusion_matrix_kernel<T, false>;
+  const size_t shared_bytes = size_t(table_bytes * copies);
+  // As many as run at once; more would only flush more tables.
+  const int64_t resident = pyseg::resident_blocks(kernel, kThreads, shared_bytes) / images;
   const int64_t blocks =
-      std::min<int64_t>((pixels + per_block - 1) / per_block, std::max<int64_t>(1, 528 / images));
+      std::min<int64_t>((pixels + per_block - 1) / per_block, std::max<int64_t>(1, resident));
   const T* p = static_cast<const T*>(prediction.const_data_ptr());
   const T* t = static_cast<const T*>(target.const_data_ptr());
   for (int64_t first = 0; first < images; first += 65535) {  // the limit of gridDim.y
     const dim3 grid(unsigned(blocks), unsigned(std::min<int64_t>(65535, images - first)));
     const Outputs part{out.matrix + first * classes * classes, out.missed + first * classes,
                        out.invalid + first * 2};
-    if (copies > 0)
-      PYSEG_LAUNCH((confusion_matrix_kernel<T, true>), grid, kThreads, size_t(table_bytes * copies),
-                   stream, p + first * pixels, t + first * pixels, part, pixels, coder, copies);
-    else
-      PYSEG_LAUNCH((confusion_matrix_kernel<T, false>), grid, kThreads, 0, stream,
-                   p + first * pixels, t + first * pixels, part, pixels, coder, 1);
+    PYSEG_LAUNCH(kernel, grid, kThreads, shared_bytes, stream, p + first * pixels,
+                 t + first * pixels, part, pixels, coder, copies);
   }
 }
 

@@ -122,3 +122,99 @@ def test_confusion_matrix(device, generator, dtype):
                 got = device.ops.confusion_matrix(*moved, classes, ignore)
                 for ours, theirs in zip(got, want, strict=True):
                     assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize(
+    "low, size",
+    [((9, 50), (36, 200)), ((5, 7), (61, 300)), ((40, 31), (17, 140)), ((1, 1), (9, 3))],
+)
+def test_panoptic_head(device, generator, low, size):
+    for instances in (0, 40, 290):  # more than a block looks at together
+        logits = torch.randn(2, 9, *low, generator=generator)
+        masks = torch.randn(2, instances, 6, 6, generator=generator) * 2
+        boxes, _, labels = merge_scene(generator, 2, instances, *size)
+        labels = labels % 5 + 4
+        labels[:, ::5] = -1
+        arguments = (logits, masks, boxes, labels, 4, *size)
+        want = torch.ops.pyseg.panoptic_head(*arguments)
+        tensors = [tensor.to(device.name) for tensor in arguments[:4]]
+        got = device.ops.panoptic_head(*tensors, 4, *size).cpu()
+        assert (got != want).sum() <= 1 + 1e-3 * want.numel()  # a GPU rounds otherwise
+        by_channels = tensors[0].to(memory_format=torch.channels_last)
+        again = device.ops.panoptic_head(by_channels, *tensors[1:], 4, *size).cpu()
+        assert torch.equal(again, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(50, 300), (27, 130), (9, 40)])
+def test_upsample(device, generator, dtype, size):
+    """Maps with flat parts, which take another way than those without, and wild logits."""
+    coarse = torch.randn(2, 7, 3, 6, generator=generator)
+    logits = torch.nn.functional.interpolate(coarse, (9, 40), mode="bilinear") * 5
+    logits[1, 2, 3:5, 4:6] = torch.nan
+    logits[1, 3, 6, 20:] = torch.inf
+    logits = logits.to(dtype).to(device.name)
+    labels = device.ops.upsample_argmax(logits, *size).cpu()
+    want = torch.ops.pyseg.upsample_argmax(logits.cpu(), *size)
+    assert (labels != want).float().mean() <= 1e-3
+    if size == (9, 40):  # the logits' own pixels
+        assert torch.equal(labels, logits.cpu().float().argmax(1).to(labels.dtype))
+    target = flat_labels(generator, (2, *size), 7, torch.int16)
+    got = device.ops.upsample_confusion(logits, target.to(device.name), 255)
+    for ours, theirs in zip(got, counted(labels, target, 7, 255), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def segment_lists(maps, generator):
+    """Lists that describe the maps: classes at random, a crowd here and there."""
+    ids = [m.unique() for m in maps]
+    prediction, target = (i[i > 0].long() for i in ids)
+    classes = [torch.randint(0, 3, i.shape, generator=generator) for i in (prediction, target)]
+    area = torch.bincount(maps[1].flatten())[target]
+    crowd = torch.randint(0, 9, target.shape, generator=generator).clamp(max=2) % 3
+    return torch.stack([prediction, classes[0]], 1), torch.stack(
+        [target, classes[1], area, crowd], 1
+    )
+
+
+@pytest.mark.parametrize("segments", [0, 9, 150, 3000])
+def test_panoptic_quality(device, generator, segments):
+    """Few segments, more than travel with one launch, and more than a block has room for."""
+    shape = (61, 401)
+    target = flat_labels(generator, shape, max(segments, 1), torch.int32).clamp(0, segments)
+    if segments > 9:
+        small = torch.randint(0, segments + 1, (21, 101), generator=generator, dtype=torch.int32)
+        target = small.repeat_interleave(3, 0).repeat_interleave(4, 1)[:61, :401].contiguous()
+    keep = torch.rand(shape, generator=generator) < 0.97
+    prediction = torch.where(keep, target, target.flip(1)) * 5  # other ids
+    lists = segment_lists((prediction, target), generator)
+    edges = [torch.rand(shape, generator=generator) < 0.3 for _ in range(2)]
+    for boundaries in ((None, None), edges):
+        want = torch.ops.pyseg.panoptic_quality(prediction, target, *lists, 3, *boundaries)
+        for offsets in ((0, 0), (1, 2)):
+            maps = [
+                placed(m, n).to(device.name)
+                for m, n in zip((prediction, target), offsets, strict=True)
+            ]
+            moved = [mask if mask is None else mask.to(device.name) for mask in boundaries]
+            got = device.ops.panoptic_quality(*maps, *lists, 3, *moved)
+            for ours, theirs in zip(got, want, strict=True):
+                assert torch.equal(ours.cpu(), theirs)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+def test_boundary_mask(device, generator, dtype):
+    for shape in ((2, 50, 1100), (1, 90, 37), (1, 7, 6)):
+        labels = flat_labels(generator, shape, 4, dtype)
+        for offset in (0, 1):
+            moved = placed(labels, offset).to(device.name)
+            for distance, border in ((1, True), (2, False), (9, True), (40, False)):
+                got = device.ops.boundary_mask(moved, distance, border).cpu()
+                assert torch.equal(got, torch.ops.pyseg.boundary_mask(labels, distance, border))
+
+
+def test_boundary_match(device, generator):
+    for shape, classes in (((2, 41, 130), 5), ((1, 20, 300), 3900)):
+        maps = [flat_labels(generator, shape, 5, torch.int32).clamp(0, 4) for _ in range(2)]
+        for squared_radius in (0, 1, 8, 50, 300, 9999):
+            assert_same(device, "boundary_match", *maps, classes, squared_radius, 4)
