@@ -37,6 +37,13 @@ inline std::vector<Range> shared;  // memory that each block has for itself
 inline std::unordered_map<std::uintptr_t, Byte> bytes;
 inline std::string found;
 
+// Whether to watch from here on; returns whether it was so before.
+CUDA_EMULATION_UNSEEN inline bool watch(bool now) {
+  const bool before = watching;
+  watching = now;
+  return before;
+}
+
 CUDA_EMULATION_UNSEEN inline void begin_launch(std::vector<Range> shared_memory) {
   shared = std::move(shared_memory);
   bytes.clear();

@@ -214,7 +214,7 @@ def test_a_tensor_elsewhere_is_refused(op):
         cases = list(to_meta_one_by_one(arguments))
         for case in cases if len(cases) > 1 else []:
             tried += 1
-            with pytest.raises(ValueError, match="all tensors must be on one device"):
+            with pytest.raises(ValueError, match=r"must be on (one device|the CPU)"):
                 operator.redispatch(keys, *case)
     assert tried or op in ("boundary_mask", "upsample_argmax")  # of one tensor
 
@@ -245,7 +245,7 @@ for shape in [(1, 8192, 8192), (70000, 3, 5), (1, 300000, 40), (1, 40, 300000)]:
         yield ops.boundary_match(labels, labels, classes, squared_radius, 255)
 """,
     "confusion_matrix": """
-for shape, classes in [((1, 16384, 16384), 19), ((70000, 3, 5), 256), ((2, 300000, 4), 4096)]:
+for shape, classes in [((1, 16384, 16384), 19), ((70000, 3, 5), 9), ((2, 300000, 4), 4096)]:
     labels = empty(shape, torch.uint8)
     yield ops.confusion_matrix(labels, labels, classes, 255)
 """,
@@ -400,7 +400,7 @@ MISTAKES = {
         "confusion_matrix",
         "add_to_image(out, image, classes, cell / width, cell % width, total);",
         "out.missed[image * classes] += total;",
-        ["race between blocks", "confusion_matrix_kernel"],
+        ["race between blocks", "confusion_matrix.cu"],
     ),
     "address": (
         "upsample_argmax",

@@ -4,6 +4,9 @@ The tests of an op compare with independent oracles, on few small cases where th
 emulated; here the CPU, which those tests hold to the oracles, is what is compared with.
 """
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -218,3 +221,61 @@ def test_boundary_match(device, generator):
         maps = [flat_labels(generator, shape, 5, torch.int32).clamp(0, 4) for _ in range(2)]
         for squared_radius in (0, 1, 8, 50, 300, 9999):
             assert_same(device, "boundary_match", *maps, classes, squared_radius, 4)
+
+
+class Calls:
+    """Operators that only note what they would be called with."""
+
+    def __init__(self):
+        self.made = []
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.made.append((name, arguments))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("boundary_mask", "boundary_match", "confusion_matrix", "panoptic_head", "panoptic_merge"),
+        *("panoptic_quality", "upsample_argmax", "upsample_confusion"),
+    ],
+)
+def test_nothing_waits_and_a_graph_repeats_it(op):
+    """The cases of tests/emulation: no call synchronises, and what is captured gives the same."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    folder = Path(__file__).resolve().parents[1] / "emulation"
+    if not folder.is_dir():
+        pytest.skip("outside the source tree: no cases")
+    sys.path.insert(0, str(folder))
+    from test_emulation import results
+
+    calls = Calls()
+    results(op, calls)
+    assert calls.made
+    for name, arguments in calls.made:
+        # lists of segments stay on the CPU
+        there = [
+            argument.cuda()
+            if isinstance(argument, torch.Tensor)
+            and not (op == "panoptic_quality" and argument.dtype == torch.int64)
+            else argument
+            for argument in arguments
+        ]
+        operator = getattr(torch.ops.pyseg, name)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = operator(*there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            repeated = operator(*there)
+        graph.replay()
+        torch.cuda.synchronize()
+        if isinstance(expected, torch.Tensor):
+            expected, repeated = [expected], [repeated]
+        for got, want in zip(repeated, expected, strict=True):
+            assert torch.equal(got, want)
