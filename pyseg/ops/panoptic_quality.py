@@ -62,8 +62,8 @@ def panoptic_quality(
 
     Returns:
         `PanopticCounts`. Maps that their lists of segments do not describe raise on the CPU. On
-        CUDA they are counted in ``problems``, so that nothing waits for the device; the lists travel
-        with the launch of a kernel, so that a CUDA graph repeats those it was captured with.
+        CUDA they are counted in ``problems``, so that nothing waits for the device; the lists
+        travel with the launch of a kernel, so a CUDA graph repeats those it was captured with.
 
     Raises:
         ValueError: shapes, dtypes or devices are not as above; ids that are negative, 0 or listed
