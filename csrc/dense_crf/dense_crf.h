@@ -42,22 +42,6 @@ PYSEG_HOST_DEVICE double round_small(double x) {
   return (x + 6755399441055744.0) - 6755399441055744.0;
 }
 
-// a * b, rounded: nvcc would fuse it with the sum that follows, and CUDA name other vertices.
-PYSEG_HOST_DEVICE float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-PYSEG_HOST_DEVICE double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // Feature i must come multiplied by the square root of the lattice's variance and divided by
 // sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Nothing branches, so that a loop over
 // this function vectorises.

@@ -62,7 +62,8 @@ def panoptic_quality(
 
     Returns:
         `PanopticCounts`. Maps that their lists of segments do not describe raise on the CPU. On
-        CUDA they are counted in ``problems``, so that nothing waits for the device.
+        CUDA they are counted in ``problems``, so that nothing waits for the device; the lists
+        travel with the launch of a kernel, so a CUDA graph repeats those it was captured with.
 
     Raises:
         ValueError: shapes, dtypes or devices are not as above; ids that are negative, 0 or listed
@@ -114,8 +115,8 @@ def panoptic_quality(
         *torch.ops.pyseg.panoptic_quality(
             prediction,
             target,
-            prediction_segments.to(target.device),
-            target_segments.to(target.device),
+            prediction_segments,
+            target_segments,
             num_classes,
             prediction_boundary,
             target_boundary,
