@@ -19,15 +19,12 @@
 #include <stdexcept>
 #include <string>
 
-// Where functions can be compiled for several instruction sets, of which one is chosen at run time.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define PYSEG_X86_LEVELS
-#endif
+#include "simd_level.h"
 
 // A function under this macro is compiled once per instruction set and chosen when the library is
 // loaded. Lambda bodies and callees that are not inlined stay generic: put the loop itself here,
 // and mark what it calls PYSEG_INLINE.
-#ifdef PYSEG_X86_LEVELS
+#if defined(PYSEG_X86_LEVELS) && !defined(__clang__)
 #define PYSEG_MULTIVERSION \
   __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -70,23 +67,6 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-}
-
-// The most capable of the versions that PYSEG_MULTIVERSION makes and this processor runs. The
-// environment's PYSEG_SIMD (v4, v3 or generic) lowers it, for kernels that choose by this function:
-// so tests run the versions that their processor would not take.
-inline std::string simd_level() {
-  const char* const asked = std::getenv("PYSEG_SIMD");
-  const std::string most = asked ? asked : "";
-  PYSEG_CHECK(most.empty() || most == "v4" || most == "v3" || most == "generic",
-              "PYSEG_SIMD must be v4, v3 or generic, got ", most);
-#ifdef PYSEG_X86_LEVELS
-  __builtin_cpu_init();
-  if (most != "v3" && most != "generic" && __builtin_cpu_supports("x86-64-v4"))
-    return "x86-64-v4 (AVX-512)";
-  if (most != "generic" && __builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2, FMA)";
-#endif
-  return "generic";
 }
 
 // 64 bytes, each 0 or 1, to bits.

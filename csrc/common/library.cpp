@@ -3,7 +3,7 @@
 
 namespace {
 
-std::string simd_level() { return pyseg::simd_level(); }
+std::string simd_level() { return pyseg::simd_level_name(); }
 
 }  // namespace
 

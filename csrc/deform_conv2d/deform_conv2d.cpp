@@ -121,11 +121,11 @@ namespace generic {
 template <class T, class Real>
 Functions<T, Real> functions() {
 #ifdef PYSEG_X86_LEVELS
-  const std::string level = simd_level();
-  if (level.starts_with("x86-64-v4"))
+  const SimdLevel level = simd_level();
+  if (level == SimdLevel::v4)
     return __builtin_cpu_supports("avx512bf16") ? v4_bf16::functions<T, Real>()
                                                 : v4::functions<T, Real>();
-  if (level.starts_with("x86-64-v3")) return v3::functions<T, Real>();
+  if (level == SimdLevel::v3) return v3::functions<T, Real>();
 #endif
   return generic::functions<T, Real>();
 }

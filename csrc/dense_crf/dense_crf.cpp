@@ -46,7 +46,7 @@ template <class Real>
 RowFunctions<Real> row_functions(int width) {
 #ifdef PYSEG_X86_LEVELS
   if constexpr (sizeof(Real) == 4)
-    if (simd_level().find("v4") != std::string::npos) return v4::functions_for<Real>(width);
+    if (simd_level() == SimdLevel::v4) return v4::functions_for<Real>(width);
 #endif
   return generic::functions_for<Real>(width);
 }
@@ -55,7 +55,7 @@ template <class Real>
 Locate<Real> locate_function(int features) {
 #ifdef PYSEG_X86_LEVELS
   if constexpr (sizeof(Real) == 4)
-    if (simd_level().find("v4") != std::string::npos) return v4::locate_for<Real>(features);
+    if (simd_level() == SimdLevel::v4) return v4::locate_for<Real>(features);
 #endif
   return generic::locate_for<Real>(features);
 }

@@ -74,9 +74,9 @@ namespace generic {
 
 const Loops& loops() {
 #ifdef PYSEG_X86_LEVELS
-  const std::string level = simd_level();
-  if (level.find("v4") != std::string::npos) return v4::loops;
-  if (level.find("v3") != std::string::npos) return v3::loops;
+  const SimdLevel level = simd_level();
+  if (level == SimdLevel::v4) return v4::loops;
+  if (level == SimdLevel::v3) return v3::loops;
 #endif
   return generic::loops;
 }

@@ -99,9 +99,9 @@ __attribute__((target("arch=x86-64-v3"))) int64_t pack_v3(const uint8_t* bytes, 
 
 Pack pack_function() {
 #ifdef PYSEG_X86_LEVELS
-  const std::string level = simd_level();
-  if (level.find("v4") != std::string::npos) return pack_v4;
-  if (level.find("v3") != std::string::npos) return pack_v3;
+  const SimdLevel level = simd_level();
+  if (level == SimdLevel::v4) return pack_v4;
+  if (level == SimdLevel::v3) return pack_v3;
 #endif
   return pack_generic;
 }

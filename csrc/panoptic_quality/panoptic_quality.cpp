@@ -159,7 +159,7 @@ PYSEG_AVX512 int64_t mark_changes_v4(const Maps& maps, int64_t n, uint64_t* word
 template <bool Boundary>
 Mark mark_function() {
 #ifdef PYSEG_X86_LEVELS
-  if (simd_level().find("v4") != std::string::npos) return mark_changes_v4<Boundary>;
+  if (simd_level() == SimdLevel::v4) return mark_changes_v4<Boundary>;
 #endif
   return mark_changes<Boundary>;
 }
