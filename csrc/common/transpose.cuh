@@ -5,8 +5,7 @@
 
 #include "launch.h"
 
-namespace pyseg {
-namespace {
+namespace {  // a kernel of its own for each file
 
 constexpr int kTransposeThreads = 256;
 
@@ -44,4 +43,3 @@ void transpose(const T* in, int64_t batches, int64_t rows, int64_t columns, int 
 }
 
 }  // namespace
-}  // namespace pyseg

@@ -101,7 +101,6 @@ struct Local {  // a vertex of a tile
   int slot;     // in the table; < 0: it had no room
   int unit;     // tile and kernel
   int list;     // where its entries begin in the tile's list
-  int rows;     // of at most kRow of them
 };
 
 struct Row {
@@ -488,7 +487,6 @@ __global__ void __launch_bounds__(kBuildThreads)
     const Span span = span_of(v);
     Local& local = out.locals[base + v];
     local.list = span.first + tiling.pixels * kernel.first_entry;
-    local.rows = (span.count + kRow - 1) / kRow;
     for (int done = 0; done < span.count; done += kRow) {
       const int length = min(kRow, span.count - done);
       // Which of the rows of one length comes first does not matter: each is summed by itself.
@@ -596,52 +594,48 @@ __global__ void rank_kernel(const Key* keys, const unsigned* places, int64_t n, 
   }
 }
 
-// Of each local vertex: its vertex, and a key that sorts by vertex, then by tile.
+// Of each local vertex: its vertex.
 __global__ void locals_kernel(const Local* locals, int64_t n, const Counters* counters, Table table,
-                              int unit_bits, int* vertices, Key* keys, unsigned* order) {
+                              int* vertices) {
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
        i += int64_t(gridDim.x) * blockDim.x) {
-    keys[i] = kNone;
+    const int slot = i < counters->locals ? locals[i].slot : -1;
+    vertices[i] = slot < 0 ? 0 : max(0, table.ids[slot]);
+  }
+}
+
+// Keys that sort rows by vertex, then by tile, then by where they are in its list.
+struct RowKey {
+  int unit_bits, place_bits;
+  __device__ Key of(const Row& row, const Local& local, int vertex) const {
+    const int place = (int(row.entries & 0xFFFF) - local.list) / kRow;
+    return ((Key(vertex) << unit_bits | Key(local.unit)) << place_bits) | Key(place);
+  }
+  __device__ int64_t vertex_of(Key key) const { return int64_t(key >> (unit_bits + place_bits)); }
+};
+
+__global__ void keys_kernel(const Row* rows, int64_t n, const Counters* counters,
+                            const Local* locals, const int* vertices, RowKey key, Key* keys,
+                            unsigned* order) {
+  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
+       i += int64_t(gridDim.x) * blockDim.x) {
     order[i] = unsigned(i);
-    vertices[i] = 0;
-    if (i >= counters->locals) continue;
-    const int slot = locals[i].slot, vertex = slot < 0 ? 0 : max(0, table.ids[slot]);
-    vertices[i] = vertex;
-    keys[i] = Key(vertex) << unit_bits | Key(locals[i].unit);
+    keys[i] = kNone;
+    if (i < counters->rows) keys[i] = key.of(rows[i], locals[rows[i].to], vertices[rows[i].to]);
   }
 }
 
-__global__ void counts_kernel(const unsigned* order, const Local* locals, int64_t n,
-                              const Counters* counters, int* counts) {
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n;
-       i += int64_t(gridDim.x) * blockDim.x)
-    counts[i] = i < counters->locals ? locals[order[i]].rows : 0;
-}
-
-// Where the rows of the sorted local vertices go, and with them those of each vertex. `sums` are
-// those of the rows before.
-__global__ void spans_kernel(const Key* keys, const unsigned* order, const int* counts,
-                             const int* sums, int64_t n, const Counters* counters, int unit_bits,
-                             int* local_rows, int* begin, int* end) {
-  const int64_t locals = min(n, int64_t(counters->locals));
-  for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < locals;
-       i += int64_t(gridDim.x) * blockDim.x) {
-    const Key vertex = keys[i] >> unit_bits;
-    local_rows[order[i]] = sums[i];
-    if (i == 0 || keys[i - 1] >> unit_bits != vertex) begin[vertex] = sums[i];
-    if (i + 1 == locals || keys[i + 1] >> unit_bits != vertex) end[vertex] = sums[i] + counts[i];
-  }
-}
-
-// Tells rows where their sums go.
-__global__ void rows_kernel(const Local* locals, const int* local_rows, int64_t n,
-                            const Counters* counters, Row* rows) {
+// Tells rows where their sums go, and vertices where those of theirs begin and end.
+__global__ void order_kernel(const Key* keys, const unsigned* order, int64_t n,
+                             const Counters* counters, RowKey key, Row* rows, int* begin,
+                             int* end) {
   const int64_t some = min(n, int64_t(counters->rows));
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < some;
        i += int64_t(gridDim.x) * blockDim.x) {
-    const unsigned local = rows[i].to;
-    rows[i].to =
-        unsigned(local_rows[local]) + ((rows[i].entries & 0xFFFF) - locals[local].list) / kRow;
+    const int64_t vertex = key.vertex_of(keys[i]);
+    rows[order[i]].to = unsigned(i);
+    if (i == 0 || key.vertex_of(keys[i - 1]) != vertex) begin[vertex] = int(i);
+    if (i + 1 == some || key.vertex_of(keys[i + 1]) != vertex) end[vertex] = int(i) + 1;
   }
 }
 
@@ -779,7 +773,9 @@ __global__ void blur_kernel(Vector<T, N>* even, Vector<T, N>* odd, const int* la
 
 // The splat of ones; a block is a tile.
 template <class Real>
-__global__ void ones_kernel(Tiling tiling, Entries<Real> entries, Vector<Real, 1>* partial) {
+__global__ void ones_kernel(Tiling tiling, Entries<Real> entries, const Counters* counters,
+                            Vector<Real, 1>* partial) {
+  if (counters->failed) return;  // rows do not know where their sums go
   const int64_t first = blockIdx.x * tiling.per_tile();
   const Span* const units = entries.unit_rows + int64_t(blockIdx.x) * tiling.kernels;
   for (int l = 0; l < tiling.kernels; ++l)
@@ -1202,26 +1198,22 @@ void Lattice<Real>::number(const Found& found, int name_bits, Memory& scratch) {
   over(stride, links_kernel, keys, kernel_of, last(), axes, counters, found.table, names, stride,
        links);
 
-  const int unit_bits = log2_above(tiling.tiles() * count() - 1);
   int* const local_vertices = scratch.get<int>(locals);
-  Key* const local_keys = scratch.get<Key>(locals);
-  uint64_t* const sorted_keys = scratch.get<uint64_t>(locals);
-  unsigned* const order = scratch.get<unsigned>(locals);
-  unsigned* const sorted_order = scratch.get<unsigned>(locals);
-  int* const counts = scratch.get<int>(locals);
-  int* const sums = scratch.get<int>(locals);
-  int* const local_rows = scratch.get<int>(locals);
-  over(locals, locals_kernel, entries.locals, locals, counters, found.table, unit_bits,
-       local_vertices, local_keys, order);
-  sort_pairs(scratch, reinterpret_cast<const uint64_t*>(local_keys), sorted_keys, order,
-             sorted_order, locals, stream, 0, std::min(64, log2_above(stride) + unit_bits));
-  over(locals, counts_kernel, sorted_order, entries.locals, locals, counters, counts);
-  exclusive_sum(scratch, counts, sums, locals, stream);
+  over(locals, locals_kernel, entries.locals, locals, counters, found.table, local_vertices);
+  const int64_t rows = capacity.rows;
+  const RowKey key{log2_above(tiling.tiles() * count() - 1),
+                   log2_above(tiling.pixels * kernels[0].entries / kRow)};
+  Key* const row_keys = scratch.get<Key>(rows);
+  uint64_t* const sorted_keys = scratch.get<uint64_t>(rows);
+  unsigned* const order = scratch.get<unsigned>(rows);
+  unsigned* const sorted_order = scratch.get<unsigned>(rows);
+  over(rows, keys_kernel, entries.rows, rows, counters, entries.locals, local_vertices, key,
+       row_keys, order);
+  sort_pairs(scratch, reinterpret_cast<const uint64_t*>(row_keys), sorted_keys, order, sorted_order,
+             rows, stream, 0, std::min(64, log2_above(stride) + key.unit_bits + key.place_bits));
   STD_CUDA_CHECK(cudaMemsetAsync(begin, 0, 2 * stride * sizeof(int), stream));
-  over(locals, spans_kernel, reinterpret_cast<const Key*>(sorted_keys), sorted_order, counts, sums,
-       locals, counters, unit_bits, local_rows, begin, end);
-  over(capacity.rows, rows_kernel, entries.locals, local_rows, capacity.rows, counters,
-       entries.rows);
+  over(rows, order_kernel, reinterpret_cast<const Key*>(sorted_keys), sorted_order, rows, counters,
+       key, entries.rows, begin, end);
   const int64_t all = tiling.tiles() * tiling.per_tile();
   over(all, entries_kernel<Real>, local_vertices, all, entries.by_pixel);
 }
@@ -1277,7 +1269,7 @@ void Lattice<Real>::normalize() {
   STD_CUDA_CHECK(cudaMemsetAsync(sums, 0, sizeof *sums, stream));
   STD_CUDA_CHECK(cudaMemsetAsync(spare, 0, sizeof *spare, stream));
   PYSEG_LAUNCH(ones_kernel<Real>, unsigned(tiling.tiles()), 128, 0, stream, tiling, entries,
-               partial);
+               counters, partial);
   combine<Real, 1>(partial, 1, sums, spare);
   blur<Real, 1>(1, nullptr, false, sums, spare);
   if (how == Normalization::before || how == Normalization::after) {

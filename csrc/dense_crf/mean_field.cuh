@@ -208,7 +208,7 @@ __device__ void fill_nan(const Tiling& tiling, int classes, Real* to) {
 }
 
 // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
-// kWithoutSelf: without self terms.
+// kWithoutSelf: where there are shares, without self terms.
 template <class Real, bool kWithoutSelf>
 __global__ void __launch_bounds__(kPassThreads) pass_kernel(Tiling tiling, Pass<Real> pass) {
   using Vec = typename Rows<Real>::Vec;
@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(Tiling tiling, Pass<
   }
   if (pass.values) {
     rows.slice(tiling, pass.values, pass.slice, shared);
-    if (kWithoutSelf) rows.remove_self(tiling, pass, pass.before, false, shared);
+    if (kWithoutSelf && pass.shares) rows.remove_self(tiling, pass, pass.before, false, shared);
     __syncthreads();
   }
   each_pixel(tiling, pass.classes, [&](int p, int64_t pixel) {
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kPassThreads) pass_kernel(Tiling tiling, Pass<
   });
   if (!pass.partial) return;
   __syncthreads();
-  if (kWithoutSelf) rows.keep(tiling, shared, pass.after);
+  if (kWithoutSelf && pass.shares) rows.keep(tiling, shared, pass.after);
   rows.splat(tiling, pass, pass.splat, shared);
 }
 
@@ -254,8 +254,10 @@ __global__ void __launch_bounds__(kPassThreads)
   }
   if (pass.values) rows.slice(tiling, pass.values, pass.slice, shared);
   if (back.values) rows.slice(tiling, back.values, pass.splat, gradients);
-  if (kWithoutSelf && pass.values) rows.remove_self(tiling, pass, pass.before, false, shared);
-  if (kWithoutSelf && back.values) rows.remove_self(tiling, pass, back.kept, true, gradients);
+  if (kWithoutSelf && pass.shares && pass.values)
+    rows.remove_self(tiling, pass, pass.before, false, shared);
+  if (kWithoutSelf && pass.shares && back.values)
+    rows.remove_self(tiling, pass, back.kept, true, gradients);
   __syncthreads();
   each_pixel(tiling, pass.classes, [&](int p, int64_t pixel) {
     Vec* const row = shared + p * rows.stride;
@@ -288,7 +290,7 @@ __global__ void __launch_bounds__(kPassThreads)
   });
   if (!pass.partial) return;
   __syncthreads();
-  if (kWithoutSelf) rows.keep(tiling, shared, back.kept);
+  if (kWithoutSelf && pass.shares) rows.keep(tiling, shared, back.kept);
   rows.splat(tiling, pass, pass.slice, shared);
 }
 
@@ -381,6 +383,9 @@ struct MeanField {
   static constexpr int kVector = Lattice<Real>::kVector;
   using Vec = typename Lattice<Real>::Vec;
 
+  // double, which checks gradients, has the slower one of the kernels only: nvcc takes long.
+  static constexpr bool kOneKernel = sizeof(Real) == 8;
+
   const Lattice<Real>& lattice;
   Memory memory;
 
@@ -438,7 +443,7 @@ void MeanField<Real>::infer(const Real* unary, const Real* compatibility, Real* 
     if (!history && lattice.shares) before = pixel_rows();
     spare = messages();
   }
-  const auto kernel = lattice.shares ? pass_kernel<Real, true> : pass_kernel<Real, false>;
+  const auto kernel = lattice.shares ? pass_kernel<Real, true> : pass_kernel<Real, kOneKernel>;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const bool mixes = compatibility || history;
@@ -485,7 +490,7 @@ void MeanField<Real>::backward(const Real* unary, const Real* compatibility, con
     STD_CUDA_CHECK(cudaMemsetAsync(
         products, 0, int64_t(lattice.count()) * blocks * cells * sizeof(double), lattice.stream));
   }
-  const auto kernel = lattice.shares ? back_kernel<Real, true> : back_kernel<Real, false>;
+  const auto kernel = lattice.shares ? back_kernel<Real, true> : back_kernel<Real, kOneKernel>;
   STD_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const Vec* in = nullptr;

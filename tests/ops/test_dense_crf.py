@@ -693,8 +693,8 @@ def test_device_bad_input(device, generator):
         given = arguments(unary, image, bilateral=((1e-6, 13.0, 1.0),))
         device.ops.dense_crf(*on(device, given))
     for options in (
-        {"gaussian": ((3.0, torch.nan),)},
-        {"gaussian": ((3.0, -1e16),)},
+        {"gaussian": ((3.0, torch.tensor(torch.nan)),)},
+        {"gaussian": ((3.0, torch.tensor(-1e16)),)},
         {"compatibility": torch.full((3, 3), torch.inf)},
     ):
         with pytest.raises(ValueError, match="at most 1e15 in magnitude"):
