@@ -24,6 +24,7 @@ struct VertexNames {
   uint64_t unit[kMaxFeatures + 1];  // one step of a quotient; 0 for the coordinate left out
   uint64_t all;                     // one step of every quotient
   uint64_t remainder;               // mask of the remainder
+  int bits;                         // of a name
 
   // The neighbour one step along `axis` (0 .. d), where that coordinate falls by d.
   PYSEG_HOST_DEVICE uint64_t after(uint64_t name, int axis) const {
@@ -146,6 +147,7 @@ PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const doub
     bits += needed;
     fits = fits && bits < available && least > -4e6 && most < 4e6;  // NaN does not fit
   }
+  names.bits = bits;
   return fits;
 }
 
@@ -225,6 +227,7 @@ PYSEG_HOST_DEVICE bool name_grid(const Kernel& kernel, int height, int width, in
     names.unit[i] = uint64_t(1) << bits;
     for (int64_t left = cells - 1; left > 0; left >>= 1) ++bits;
   }
+  names.bits = bits;
   return bits < available;
 }
 
