@@ -88,7 +88,10 @@ inline int narrow(const char* name, int64_t value) {
 
 // Below this, in additions of numbers, waking threads takes longer than the work: much longer where
 // other processes keep the cores busy, as then each region waits for the scheduler.
-constexpr int64_t kWorthThreads = int64_t(1) << 18;
+#ifndef PYSEG_WORTH_THREADS  // tests/sanitize.py sets 1: there small inputs are shared out, too
+#define PYSEG_WORTH_THREADS (int64_t(1) << 18)
+#endif
+constexpr int64_t kWorthThreads = PYSEG_WORTH_THREADS;
 
 // Calls work(item, worker) for every item; which worker takes which is left to chance, so that
 // threads that are held up take fewer. `cost`: of an item, in additions, roughly.

@@ -157,7 +157,9 @@ Tensor panoptic_head_cpu(const Tensor& logits,  // [N, C, h, w] float32, stuff c
   const Loops& kernels = loops();
   const float* const in = x.const_data_ptr<float>();
   int32_t* const target = out.mutable_data_ptr<int32_t>();
-  torch::stable::parallel_for(0, images * count, 1, [&](int64_t begin, int64_t end) {
+  const int64_t cost = 2 * kRows * width * (classes + instances);  // of a group, as for for_each
+  const int64_t grain = std::max<int64_t>(1, kWorthThreads / cost);
+  torch::stable::parallel_for(0, images * count, grain, [&](int64_t begin, int64_t end) {
     // [C, stride] rows of logits stretched to the output's columns.
     std::vector<float> top(classes * stride), bottom(classes * stride), mask_row(cells);
     int64_t bottom_row = -1;  // counted over all images

@@ -183,13 +183,11 @@ class Merge {
     const auto* const masks = static_cast<const uint8_t*>(image_.masks);
     pieces_.resize(order_.size() * bands_);
     std::vector<int64_t> areas(pieces_.size());
-    torch::stable::parallel_for(0, pieces_.size(), 4, [&](int64_t begin, int64_t end) {
+    for_each(int64_t(pieces_.size()), band_pixels(0) / 8, [&](int64_t job, int64_t) {
       uint64_t words[kBandWords];
-      for (int64_t job = begin; job < end; ++job) {
-        const int64_t rank = job / bands_, band = job % bands_, count = band_pixels(band);
-        areas[job] = pack(masks + order_[rank] * pixels_ + band * kBand, count, words);
-        if (areas[job]) keep(words, (count + 63) / 64, pieces_[job]);
-      }
+      const int64_t rank = job / bands_, band = job % bands_, count = band_pixels(band);
+      areas[job] = pack(masks + order_[rank] * pixels_ + band * kBand, count, words);
+      if (areas[job]) keep(words, (count + 63) / 64, pieces_[job]);
     });
     areas_.assign(order_.size(), 0);
     for (size_t job = 0; job < areas.size(); ++job) areas_[job / bands_] += areas[job];
@@ -198,9 +196,10 @@ class Merge {
   void pack_boxes() {
     pieces_.resize(order_.size() * bands_);
     areas_.assign(order_.size(), 0);
-    torch::stable::parallel_for(0, order_.size(), 1, [&](int64_t begin, int64_t end) {
+    // A box may cover the image; most cover little of it.
+    for_each(int64_t(order_.size()), pixels_ / 8, [&](int64_t rank, int64_t) {
       std::vector<uint64_t> words(kBandWords);
-      for (int64_t rank = begin; rank < end; ++rank) areas_[rank] = pack_box(rank, words.data());
+      areas_[rank] = pack_box(rank, words.data());
     });
   }
 
@@ -307,19 +306,17 @@ class Merge {
     const auto slot_of = [&](Label label) {
       return uint64_t(int64_t(label)) < uint64_t(limit) ? slot[label] : 0;
     };
-    torch::stable::parallel_for(0, bands_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t band = begin; band < end; ++band) {
-        int64_t* const own = counts.data() + band * slots;
-        const Label* const labels = semantic + band * kBand;
-        for (int64_t i = 0; i < band_pixels(band); i += 64) {
-          const int64_t count = std::min<int64_t>(64, band_pixels(band) - i);
-          uint64_t free = ~taken_[band * kBandWords + i / 64];
-          if (count < 64) free &= (uint64_t(1) << count) - 1;
-          if (count == 64 && all_equal(labels + i))
-            own[slot_of(labels[i])] += __builtin_popcountll(free);
-          else
-            for (; free; free &= free - 1) ++own[slot_of(labels[i + __builtin_ctzll(free)])];
-        }
+    for_each(bands_, band_pixels(0), [&](int64_t band, int64_t) {
+      int64_t* const own = counts.data() + band * slots;
+      const Label* const labels = semantic + band * kBand;
+      for (int64_t i = 0; i < band_pixels(band); i += 64) {
+        const int64_t count = std::min<int64_t>(64, band_pixels(band) - i);
+        uint64_t free = ~taken_[band * kBandWords + i / 64];
+        if (count < 64) free &= (uint64_t(1) << count) - 1;
+        if (count == 64 && all_equal(labels + i))
+          own[slot_of(labels[i])] += __builtin_popcountll(free);
+        else
+          for (; free; free &= free - 1) ++own[slot_of(labels[i + __builtin_ctzll(free)])];
       }
     });
     std::vector<int32_t> ids(slots, 0);
@@ -332,28 +329,26 @@ class Merge {
       ids[s] = int32_t(++next);
       row[0] = next, row[1] = stuff_[s - 1], row[2] = area, row[3] = -1;
     }
-    torch::stable::parallel_for(0, bands_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t band = begin; band < end; ++band) {
-        const Label* const labels = semantic + band * kBand;
-        int32_t* const map = image_.map + band * kBand;
-        const int64_t pixels = band_pixels(band);
-        for (int64_t i = 0; i < pixels; i += 64) {
-          const int64_t count = std::min<int64_t>(64, pixels - i);
-          if (count == 64 && all_equal(labels + i))
-            std::fill_n(map + i, 64, ids[slot_of(labels[i])]);
+    for_each(bands_, band_pixels(0), [&](int64_t band, int64_t) {
+      const Label* const labels = semantic + band * kBand;
+      int32_t* const map = image_.map + band * kBand;
+      const int64_t pixels = band_pixels(band);
+      for (int64_t i = 0; i < pixels; i += 64) {
+        const int64_t count = std::min<int64_t>(64, pixels - i);
+        if (count == 64 && all_equal(labels + i))
+          std::fill_n(map + i, 64, ids[slot_of(labels[i])]);
+        else
+          for (int64_t k = i; k < i + count; ++k) map[k] = ids[slot_of(labels[k])];
+      }
+      for (size_t n = 0; n < accepted_.size(); ++n) {
+        const Piece& part = piece(accepted_[n], band);
+        for (size_t w = 0; w < part.words.size(); ++w) {
+          int32_t* const at = map + (part.first + w) * 64;
+          uint64_t word = part.words[w];
+          if (word == ~uint64_t(0))
+            std::fill_n(at, 64, int32_t(n) + 1);
           else
-            for (int64_t k = i; k < i + count; ++k) map[k] = ids[slot_of(labels[k])];
-        }
-        for (size_t n = 0; n < accepted_.size(); ++n) {
-          const Piece& part = piece(accepted_[n], band);
-          for (size_t w = 0; w < part.words.size(); ++w) {
-            int32_t* const at = map + (part.first + w) * 64;
-            uint64_t word = part.words[w];
-            if (word == ~uint64_t(0))
-              std::fill_n(at, 64, int32_t(n) + 1);
-            else
-              for (; word; word &= word - 1) at[__builtin_ctzll(word)] = int32_t(n) + 1;
-          }
+            for (; word; word &= word - 1) at[__builtin_ctzll(word)] = int32_t(n) + 1;
         }
       }
     });

@@ -183,12 +183,13 @@ PYSEG_INLINE bool pool_maximum(const Field<const Real>& field, const Axis<Real>&
           for (int n = 0; n < N; ++n, from += kLanes<Real>) {
             __builtin_prefetch(from + ahead);
             Vector<Real> value = load(from);
-            if constexpr (Samples) {  // a neighbour of weight 0 is the pixel itself
-              const Vector<Real> lower = load(from + down);
-              const Vector<Real> top = value + broadcast(tx) * (load(from + right) - value);
-              const Vector<Real> bottom =
-                  lower + broadcast(tx) * (load(from + down + right) - lower);
-              value = top + broadcast(ty) * (bottom - top);
+            if constexpr (Samples) {  // weighed, for a difference of infinities would be NaN
+              Vector<Real> lower = load(from + down);
+              if (tx > 0) {
+                value = broadcast(1 - tx) * value + broadcast(tx) * load(from + right);
+                lower = broadcast(1 - tx) * lower + broadcast(tx) * load(from + down + right);
+              }
+              if (ty > 0) value = broadcast(1 - ty) * value + broadcast(ty) * lower;
             }
             if constexpr (Exact) {
               const auto wins = (value > best[n]) | (value != value);

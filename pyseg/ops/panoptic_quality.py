@@ -95,6 +95,8 @@ def panoptic_quality(
         ("prediction_boundary", prediction_boundary),
         ("target_boundary", target_boundary),
     ):
+        if mask is not None:
+            _native.check_tensors(**{name: mask})
         if mask is not None and (
             mask.dtype != torch.bool or mask.shape != target.shape or mask.device != target.device
         ):
@@ -102,6 +104,9 @@ def panoptic_quality(
                 f"{name} must be bool {list(target.shape)} on {target.device}, got "
                 f"{mask.dtype} {list(mask.shape)} on {mask.device}"
             )
+    num_classes = _native.integer("num_classes", num_classes)
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
     prediction_segments = _by_id("prediction_segments", prediction_segments, 2, num_classes)
     target_segments = _by_id("target_segments", target_segments, 4, num_classes)
     _native.require("panoptic_quality", target)
@@ -151,7 +156,7 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
             raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
         if not 0 <= row[1] < num_classes:
             raise ValueError(
-                f"{name} has class {row[1]}; there are {num_classes} classes, from 0 on"
+                f"{name} has class {row[1]}; num_classes is {num_classes}, they count from 0"
             )
         if columns == 4 and row[2] < 1:
             raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")
