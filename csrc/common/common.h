@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "inline.h"
 #include "simd_level.h"
 
 // A function under this macro is compiled once per instruction set and chosen when the library is
@@ -30,7 +31,6 @@
 #else
 #define PYSEG_MULTIVERSION
 #endif
-#define PYSEG_INLINE inline __attribute__((always_inline))
 
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \
