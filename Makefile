@@ -83,7 +83,7 @@ wheel-check: wheel  ## it installs where nothing can compile, and does the main 
 	bash tests/wheel_check.sh
 
 gpu-check:  ## on a machine with a GPU, of the wheel in dist/: results in build/gpu-check/
-	$(PYTHON) tests/gpu_check.py
+	$(PYTHON) tests/gpu_check.py $(PARTS)
 
 # Another Python and torch than .venv's, as a GPU machine has that somebody else set up.
 REHEARSAL := build/rehearsal
@@ -95,7 +95,7 @@ $(REHEARSAL)/.installed:
 	touch $@
 
 gpu-check-rehearsal: wheel $(REHEARSAL)/.installed  ## all of gpu-check but the kernels, on the CPU
-	$(REHEARSAL)/bin/python tests/gpu_check.py --rehearse
+	$(REHEARSAL)/bin/python tests/gpu_check.py --rehearse $(PARTS)
 
 clean:
 	rm -rf build dist *.egg-info demo pyseg/*.so

@@ -118,10 +118,12 @@ torch.cuda.synchronize()
 # new_empty filled with NaN, as the tests have it, would be initialised memory.
 UNFILLED = "import torch.utils.deterministic as d; d.fill_uninitialized_memory = False; "
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-OUR_KERNELS = "kns=_cu_"  # the mangled names of all of them have it: they are local to x.cu files
+# Part of every mangled name of ours: local to a file x.cu, or in our namespace.
+OUR_KERNELS = ("_cu_", "pyseg")
 NCU = ["--clock-control", "none", "--target-processes", "all", "--kernel-name-base", "mangled"]
-NCU += ["--kernel-name", "regex:_cu_", "--launch-count", "40", "--csv", "--page", "raw"]
+NCU += ["--kernel-name", f"regex:({'|'.join(OUR_KERNELS)})", "--launch-count", "40"]
 NCU += ["--section", "SpeedOfLight", "--section", "Occupancy", "--section", "LaunchStats"]
+NCU += ["--csv", "--page", "raw"]
 
 
 class Check:
@@ -494,7 +496,9 @@ def tool_path(name, *folders):
 
 def sanitizer_command(path, tool):
     options = ["--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
-    return [path, *options, "--kernel-name", OUR_KERNELS]
+    for part in OUR_KERNELS:
+        options += ["--kernel-name", f"kns={part}"]
+    return [path, *options]
 
 
 def first_middle_last(ids):
