@@ -144,15 +144,15 @@ def integer(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """An argument as a float; infinity is a number, NaN and text are none."""
-    if not isinstance(value, (int, float)):
-        try:
-            value = None if isinstance(value, str) else float(value)
-        except (TypeError, ValueError):
-            value = None
-    if value is None or value != value:
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return value
+    """An argument as a float, which may be infinite or NaN; text is none."""
+    if isinstance(value, (int, float)):
+        return value
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def flag(name: str, value: Any) -> bool:

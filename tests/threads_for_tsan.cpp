@@ -5,6 +5,7 @@
 // kernels call these functions through torch's C interface and get them in torch's place. Everything
 // else is as it is: which part of the range goes to which worker, and that regions do not nest.
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <thread>
@@ -47,8 +48,12 @@ int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
     return 0;
   }
   const int64_t share = (end - begin + workers - 1) / workers;
-  const auto run = [=](int64_t number) {
+  // All begin together: else the first has done small work before the second is there.
+  std::atomic<int64_t> missing{workers};
+  const auto run = [=, &missing](int64_t number) {
     const int64_t first = begin + number * share;
+    missing.fetch_sub(1, std::memory_order_relaxed);
+    while (missing.load(std::memory_order_relaxed) > 0) std::this_thread::yield();
     inside = true, worker = uint32_t(number);
     if (first < end) function(first, std::min(end, first + share), context);
     inside = false, worker = 0;

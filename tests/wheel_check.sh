@@ -11,7 +11,7 @@ wheel=${1:-$(ls -t "$root"/dist/pyseg_toolkit-*.whl 2>/dev/null | head -n 1)}
 wheel=$(realpath "$wheel")
 echo "== $wheel"
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+trap "$(command -v rm) -rf '$work'" EXIT
 
 "$python" - "$wheel" "$root" <<'PY'
 import re, sys, zipfile
@@ -50,7 +50,7 @@ for name, content in libraries.items():
 print(f"{len(names)} files, {wheel.stat().st_size / 1e6:.1f} MB; no tests, no sources of kernels")
 PY
 
-"$python" -m venv "$work/bare"
+"$python" -m venv --without-pip "$work/bare"
 "$python" - "$work" <<'PY'
 import sys, sysconfig
 from pathlib import Path
@@ -59,7 +59,7 @@ work = Path(sys.argv[1])
 (work / "packages").mkdir()
 for path in Path(sysconfig.get_path("purelib")).iterdir():
     name = path.name.lower()
-    if "pyseg" not in name and not name.endswith(".pth") and name not in ("pip", "setuptools"):
+    if "pyseg" not in name and not name.endswith(".pth"):
         (work / "packages" / path.name).symlink_to(path)
 (site,) = (work / "bare" / "lib").glob("python*/site-packages")
 (site / "dependencies.pth").write_text(f"{work / 'packages'}\n")
@@ -105,5 +105,7 @@ for spec in ("streetnet", "streetnet+crf"):
 PY
 echo "== pyseg demo"
 pyseg demo --output "$work/demo"
-[ "$(find "$work/demo" -name '*.png' 2>/dev/null | wc -l)" -ge 3 ]
+for file in comparison.png overlay.png scores.json; do
+  [ -s "$work/demo/$file" ] || { echo "pyseg demo wrote no $file"; exit 1; }
+done
 echo "wheel check: all well"

@@ -6,7 +6,6 @@
 
 #include <array>
 #include <cstring>
-#include <limits>
 
 #include "../confusion_matrix/count_cells.h"
 
@@ -82,8 +81,7 @@ struct Disc {
 
 // The rows of a map that hold a class's contour; none at first.
 struct Rows {
-  int64_t first = std::numeric_limits<int64_t>::max();
-  int64_t last = std::numeric_limits<int64_t>::min();
+  int64_t first = int64_t(1) << 60, last = -first;  // none: far from any, and no difference overflows
 
   void add(const Rows& other) {
     first = std::min(first, other.first), last = std::max(last, other.last);

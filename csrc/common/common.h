@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "inline.h"
 #include "simd_level.h"
 
 // A function under this macro is compiled once per instruction set and chosen when the library is
@@ -30,7 +31,6 @@
 #else
 #define PYSEG_MULTIVERSION
 #endif
-#define PYSEG_INLINE inline __attribute__((always_inline))
 
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \
@@ -106,7 +106,9 @@ void for_each(int64_t items, int64_t cost, Work work) {
   const int64_t workers = std::min<int64_t>(items, threads);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
+      // Relaxed: items are independent of each other, and the region's end orders what they wrote.
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+        work(item, worker);
   });
 }
 

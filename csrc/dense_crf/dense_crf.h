@@ -14,6 +14,7 @@
 
 namespace pyseg {
 
+constexpr int kMaxClasses = 256;
 constexpr int kMaxFeatures = 8;
 
 // How names of vertices pack into 64 bits: the remainder lowest, then the quotients.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -158,6 +159,9 @@ def panoptic_merge(
         raise ValueError(f"at most {MAX_STUFF} stuff_classes are possible, got {len(stuff)}")
     score_threshold = _native.number("score_threshold", score_threshold)
     overlap_threshold = _native.number("overlap_threshold", overlap_threshold)
+    for name, threshold in (("score", score_threshold), ("overlap", overlap_threshold)):
+        if math.isnan(threshold):
+            raise ValueError(f"{name}_threshold must not be NaN")
     stuff_area = _native.integer("stuff_area", stuff_area)
     _native.require("panoptic_merge", masks)
 

@@ -62,7 +62,8 @@ def panoptic_quality(
 
     Returns:
         `PanopticCounts`. Maps that their lists of segments do not describe raise on the CPU. On
-        CUDA they are counted in ``problems``, so that nothing waits for the device.
+        CUDA they are counted in ``problems``, so that nothing waits for the device; the lists
+        travel with the launch of a kernel, so a CUDA graph repeats those it was captured with.
 
     Raises:
         ValueError: shapes, dtypes or devices are not as above; ids that are negative, 0 or listed
@@ -114,8 +115,8 @@ def panoptic_quality(
         *torch.ops.pyseg.panoptic_quality(
             prediction,
             target,
-            prediction_segments.to(target.device),
-            target_segments.to(target.device),
+            prediction_segments,
+            target_segments,
             num_classes,
             prediction_boundary,
             target_boundary,
@@ -156,7 +157,7 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
             raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
         if not 0 <= row[1] < num_classes:
             raise ValueError(
-                f"{name} has class {row[1]}; num_classes is {num_classes}, they count from 0"
+                f"{name} has class {row[1]}; there are {num_classes} (num_classes), from 0 on"
             )
         if columns == 4 and row[2] < 1:
             raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")

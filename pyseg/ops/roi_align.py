@@ -74,7 +74,9 @@ def roi_align(
         >>> roi_align(ramp, [torch.tensor([[4.0, 4, 8, 8]])], 2, aligned=True)[0, 0, 0]
         tensor([4.5000, 6.5000])
     """
-    return _pool([input], boxes, output_size, [spatial_scale], sampling_ratio, aligned, mode)
+    how = _mode(mode)
+    scales = [spatial_scale]
+    return _pool("input", [input], boxes, output_size, scales, sampling_ratio, aligned, how)
 
 
 def roi_warp(
@@ -121,7 +123,7 @@ def roi_pool(
     Empty bins are 0. NaN is the largest value, as in ``torch.nn.MaxPool2d`` (torchvision leaves it
     out).
     """
-    return _pool([input], boxes, output_size, [spatial_scale], 0, False, "pixels")
+    return _pool("input", [input], boxes, output_size, [spatial_scale], 0, False, PIXELS)
 
 
 def multi_scale_roi_align(
@@ -152,34 +154,38 @@ def multi_scale_roi_align(
         As `roi_align`; ValueError too where levels do not match each other or ``spatial_scales``.
     """
     return _pool(
+        "levels",
         _listed("levels", levels),
         boxes,
         output_size,
         _listed("spatial_scales", spatial_scales),
         sampling_ratio,
         aligned,
-        mode,
+        _mode(mode),
         canonical_size,
         canonical_level,
     )
 
 
+def _mode(mode: str) -> int:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f'mode must be "avg" or "max", got {mode!r}')
+    return MODES[mode]
+
+
 def _pool(
+    name: str,
     levels: list[Tensor],
     boxes: Boxes,
     output_size: int | Sequence[int],
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    mode: str,
+    mode: int,
     canonical_size: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    if len(levels) == 1:
-        _native.check_tensors(input=levels[0])
-    else:
-        _native.check_tensors(levels=levels)
-    name = "input" if len(levels) == 1 else "levels"
+    _native.check_tensors(**{name: levels[0] if name == "input" else levels})
     if not 1 <= len(levels) <= 8:
         raise ValueError(f"levels must be 1 to 8 feature maps, got {len(levels)}")
     first = levels[0]
@@ -210,8 +216,6 @@ def _pool(
             f"output_size must be one or two integers of at least 1, got {output_size}"
         )
     aligned = _native.flag("aligned", aligned)
-    if not isinstance(mode, str) or (mode not in MODES and mode != "pixels"):
-        raise ValueError(f'mode must be "avg" or "max", got {mode!r}')
     sampling_ratio = _native.integer("sampling_ratio", sampling_ratio)
     if sampling_ratio > MAX_SAMPLING_RATIO:
         raise ValueError(
@@ -233,7 +237,7 @@ def _pool(
         size,
         sampling_ratio,
         aligned,
-        MODES.get(mode, PIXELS),
+        mode,
         canonical_size,
         canonical_level,
     )
@@ -248,12 +252,12 @@ def _listed(name: str, value: Any) -> list:
 
 def _check_scales(scales: Sequence[float]) -> None:
     # Positions are float32 but for float64: a scale that is 0 or infinite there is no scale.
-    scales = [_native.number("spatial_scale", scale) for scale in scales]
+    what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
+    scales = [_native.number(what, scale) for scale in scales]
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not all(smallest <= scale <= largest for scale in scales) or any(
         finer <= coarser for finer, coarser in itertools.pairwise(scales)
     ):
-        what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
         order = "" if len(scales) == 1 else " and fall from level to level"
         got = scales[0] if len(scales) == 1 else list(scales)
         raise ValueError(f"{what} must be positive{order}, got {got}, as float32")

@@ -155,7 +155,6 @@ class Run:
             seed = self.options.seed
             print(f"\ninterrupted; go on with: --seed {seed} --first {first} --cases {rest}")
             return 2
-        self._progress(last=True)
         return 1 if self.failed else 0
 
     def _kill(self) -> None:
@@ -200,12 +199,12 @@ class Run:
             flush=True,
         )
 
-    def _progress(self, last: bool = False) -> None:
+    def _progress(self) -> None:
         waiting = sum(b - a for a, b, _ in self.chunks)
         running = sum(w.last - w.place()[0] for w in self.workers)
         done = self.options.cases - waiting - running
         step = max(1, self.options.cases // 20)
-        if last or done >= self.done + step:
+        if done >= self.done + step or self.done < done == self.options.cases:
             self.done = done
             rate = done / max(time.monotonic() - self.began, 1e-9)
             print(

@@ -190,19 +190,8 @@ def upsample_confusion(draw: Draw) -> None:
             "logits": lambda: wrong_logits(draw, logits),
             "target": lambda: draw.choice(
                 (
-                    *NO_TENSORS,
-                    target[None],
-                    target.float(),
-                    target.bool(),
-                    target.repeat(2, 1, 1)[1:],
-                )
-                if n != 1
-                else (
-                    *NO_TENSORS,
-                    target[None],
-                    target.float(),
-                    target.bool(),
-                    target.repeat(2, 1, 1),
+                    *(*NO_TENSORS, target[None], target.float(), target.bool()),
+                    target.new_zeros((n + 1, *size)),
                 )
             ),
             "ignore_index": lambda: no_integer(draw),
@@ -380,11 +369,10 @@ def wrong_head(draw: Draw, arguments: dict, classes: int) -> None:
     else:
         options = [*NO_TENSORS, good[None], good.to(torch.complex64), good.bool()]
         if name == "labels":
-            options += [good.float(), torch.cat([good, good, good[..., :1]], -1)[..., :-1][..., :0]]
-            options = options[:-1] if good.shape[-1] == 0 else options
+            options += [good.float(), good.new_zeros((*good.shape[:-1], good.shape[-1] + 1))]
             if good.numel():
                 high = good.clone(memory_format=torch.contiguous_format)
-                high.view(-1)[-1] = min(classes, 127) if classes <= 127 else 127
+                high.view(-1)[-1] = classes
                 options += [high, good * 0 - 2]
         elif name == "logits":
             options += [good[..., :0], good.new_zeros((0, *good.shape[1:]))[None]]

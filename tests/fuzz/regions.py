@@ -332,9 +332,7 @@ def wrong_regions(draw: Draw, function, arguments: dict, images: int) -> None:
                         torch.cat([good, row * 0 + value])
                         for value in (images, -1, torch.nan, 1000000000.0)
                     ),
-                    torch.cat([good, row + row.new_tensor([[0.5, 0, 0, 0, 0]])])
-                    if False
-                    else torch.cat([good, row - row.new_tensor([[3, 0, 0, 0, 0]])]),
+                    torch.cat([good, row - row.new_tensor([[3, 0, 0, 0, 0]])]),
                 )
             )
     elif name == "output_size":
@@ -360,12 +358,13 @@ def wrong_regions(draw: Draw, function, arguments: dict, images: int) -> None:
     elif name == "aligned":
         bad = draw.choice((None, "yes", [1, 2], 2.5))
     elif name == "mode":
-        bad = draw.choice((None, "mean", 3, "AVG", "", [], ["avg"]))
+        bad = draw.choice((None, "mean", 3, "AVG", "pixels", "", [], ["avg"]))
     elif name == "canonical_size":
-        bad = draw.choice((0, -1, float("inf") if False else 0.0, no_number(draw)))
+        bad = draw.choice((0, -1, -0.0, no_number(draw)))
     else:
         bad = draw.choice((2**31, -(2**40), no_integer(draw)))
-    draw.refuses(function, name, **{**arguments, name: bad})
+    parts = ("spatial_scale",) if name == "spatial_scales" else ()
+    draw.refuses(function, name, parts=parts, **{**arguments, name: bad})
 
 
 # --- deformable convolution -------------------------------------------------------------------
