@@ -25,7 +25,7 @@ RESERVED = 1 << 10  # of shared memory, by the system, in every block
 # The most dynamic shared memory, in bytes, that kernels are launched with, and whether they ask
 # for more than the default limit (cudaFuncAttributeMaxDynamicSharedMemorySize).
 DYNAMIC = {
-    "locate_kernel": (64 << 10, True),  # of dense_crf; that of deform_conv2d has none
+    "locate_kernel": (63 << 10, True),  # of dense_crf; that of deform_conv2d has none
     "pass_kernel": (64 << 10, True),
     "back_kernel": (64 << 10, True),
     "combine_kernel": (4 << 10, False),

@@ -35,9 +35,10 @@ using Key = unsigned long long;  // of a vertex: kernel, image, name
 constexpr int kBuildThreads = 128;
 constexpr int kBuildWarps = kBuildThreads / 32;
 constexpr int kPassThreads = 256;
-constexpr int kRow = 64;  // most entries that one thread sums
-constexpr int kSharedBytes = 64 << 10;
-constexpr int kProbes = 256;  // in a table that is at most half full
+constexpr int kRow = 64;                // most entries that one thread sums
+constexpr int kSharedBytes = 64 << 10;  // all that a block has on compute capability 7.5
+constexpr int kLocateBytes = 63 << 10;  // of it, as locate_kernel has static arrays too
+constexpr int kProbes = 256;            // in a table that is at most half full
 constexpr int kMostBlocks = 4096;
 constexpr int kFewRows = 64;      // more than these are summed by a block together
 constexpr int kTogether = 8;      // kernels that are prepared in one launch
@@ -947,7 +948,7 @@ struct Lattice {
       tiling.tile_height = shape[0], tiling.tile_width = shape[1];
       tiling.pixels = shape[0] * shape[1];
       if (tile_bytes(buffers) <= kSharedBytes && tiling.pixels * tiling.entries < 1 << 16 &&
-          locate_bytes(tiling.pixels, most) <= kSharedBytes)
+          locate_bytes(tiling.pixels, most) <= kLocateBytes)
         break;
     }
     tiling.height = int(height), tiling.width = int(width), tiling.images = int(images);
@@ -1034,7 +1035,7 @@ void Lattice<Real>::locate(int l, const Real* features, int planes, const Table&
   for (int i = 0; i < D; ++i) scales.at[i] = Real(feature_scale(i, kernel.sigmas[i], kernel.blur));
   const auto launched = locate_kernel<Real, D, kGrid>;
   STD_CUDA_CHECK(
-      cudaFuncSetAttribute(launched, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+      cudaFuncSetAttribute(launched, cudaFuncAttributeMaxDynamicSharedMemorySize, kLocateBytes));
   PYSEG_LAUNCH(launched, unsigned(tiling.tiles()), kBuildThreads,
                locate_bytes(tiling.pixels, kernel.entries), stream, tiling, kernel, scales, l,
                names + l, features, planes, table, capacity, counters, entries);
