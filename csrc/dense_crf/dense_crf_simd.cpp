@@ -19,9 +19,7 @@
 #include "tile_passes.h"
 
 #include "../common/level.h"  // after all others
-#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-#endif
 
 namespace pyseg::crf::PYSEG_LEVEL {
 
@@ -50,14 +48,14 @@ PYSEG_INLINE Vector<Real, N> fused(Vector<Real, N> a, Vector<Real, N> b, Vector<
   return a * b + c;
 }
 
-template <class T>
-PYSEG_INLINE T larger(T a, T b) {
+template <int N>
+PYSEG_INLINE Vector<Real, N> larger(Vector<Real, N> a, Vector<Real, N> b) {
 #if defined(PYSEG_AVX512)
-  if constexpr (sizeof(T) == 64) return (T)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (N == 16) return (Vector<Real, N>)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(PYSEG_AVX2)
-  if constexpr (sizeof(T) == 32) return (T)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (N == 8) return (Vector<Real, N>)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 16) return (T)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (sizeof(a) == 16) return (Vector<Real, N>)_mm_max_ps((__m128)a, (__m128)b);
 #endif
   return a > b ? a : b;
 }
@@ -79,7 +77,7 @@ PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
   return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, (__m512)p, n);
 #else
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger(x, low);
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger<N>(x, low);
   const Vector<float, N> magic = broadcast<N>(12582912.0f);
   const Vector<float, N> shifted = fused<N>(inside, log2e, magic);
   const Vector<float, N> f = fused<N>(inside, log2e, magic - shifted);
@@ -562,7 +560,7 @@ PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int cou
     for (int c = 0; c < classes; ++c, unary += a.plane) {
       const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
       __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
-      largest = larger(largest, logit);
+      largest = larger<kRegister>(largest, logit);
       store<kRegister>(planes + kRegister * c, logit);
     }
   } else {
@@ -571,7 +569,7 @@ PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int cou
       const Pixels energy = load_some(unary, count);
       __builtin_prefetch(unary + a.image_width, 0, 2);
       bad += energy * Real(0);
-      largest = larger(largest, -energy);
+      largest = larger<kRegister>(largest, -energy);
       store<kRegister>(planes + kRegister * c, -energy);
     }
     if (a.not_finite)
@@ -746,14 +744,14 @@ void add_products(const Real* a, const Real* b, const Real* factors, int apart, 
 // The smallest and largest of n values; false where one is not finite.
 bool range_of(const Real* values, int64_t n, double& low, double& high) {
   Pixels least = broadcast<kRegister>(values[0]), most = least, bad{};
-  const auto take = [&](Pixels v) __attribute__((always_inline)) {
+  int64_t step = kRegister;
+  for (int64_t i = 0; i < n; i += step) {
+    if (n - i < kRegister) step = 1;
+    const Pixels v = step == 1 ? broadcast<kRegister>(values[i]) : load<kRegister>(values + i);
     least = v < least ? v : least;
-    most = larger(v, most);
+    most = larger<kRegister>(v, most);
     bad += v * Real(0);
-  };
-  int64_t i = 0;
-  for (; i + kRegister <= n; i += kRegister) take(load<kRegister>(values + i));
-  for (; i < n; ++i) take(broadcast<kRegister>(values[i]));
+  }
   low = least[0], high = most[0];
   bool finite = true;
   for (int lane = 0; lane < kRegister; ++lane) {

@@ -707,8 +707,8 @@ def test_device_bad_input(device, generator):
 def check_device_gradients(device, unary, image, tolerance=1e-5, **options):
     given = arguments(unary, image, **options)
     gradient = torch.randn(unary.shape, generator=torch.Generator().manual_seed(1)).to(unary)
-    results = device.ops.dense_crf_backward(*on(device, (gradient, *given)))
-    expected = torch.ops.pyseg.dense_crf_backward(gradient, *given)
+    results = device.ops._dense_crf_backward(*on(device, (gradient, *given)))
+    expected = torch.ops.pyseg._dense_crf_backward(gradient, *given)
     for result, wanted in zip(results, expected, strict=True):
         assert result.shape == wanted.shape
         largest = float(wanted.abs().max()) if wanted.numel() else 0.0
@@ -768,7 +768,7 @@ def test_while_a_graph_is_captured(emulated, generator):
     with settings(capturing=1):  # waiting for the stream would raise
         assert torch.equal(emulated.dense_crf(*given), expected)
         assert torch.equal(emulated.dense_crf(*others), expected_others)
-        gradients = emulated.dense_crf_backward(given[0], *given)
+        gradients = emulated._dense_crf_backward(given[0], *given)
         for bad in (0, 1):  # the unary, then the features
             wrong = list(given)
             wrong[bad] = wrong[bad].clone()
@@ -779,7 +779,7 @@ def test_while_a_graph_is_captured(emulated, generator):
         given = arguments(unary, image, features=(kernel,), quality="high")
         with pytest.raises(RuntimeError, match="trap"):  # more vertices than there is room for
             emulated.dense_crf(*given)
-    again = emulated.dense_crf_backward(first[0], *first)
+    again = emulated._dense_crf_backward(first[0], *first)
     for gradient, wanted in zip(gradients, again, strict=True):
         assert torch.equal(gradient, wanted)
 
@@ -994,7 +994,7 @@ def test_opcheck_of_the_gradient(generator):
     arguments = (torch.rand(2, 4, 20, 33), unary, image.float(), torch.tensor([3.0, 10.0]))
     for compatibility in (None, 1 - torch.eye(4)):
         torch.library.opcheck(
-            torch.ops.pyseg.dense_crf_backward.default,
+            torch.ops.pyseg._dense_crf_backward.default,
             (*arguments, compatibility, *KERNELS, 2, 1, False, 2, 0.2, 1),
         )
 
@@ -1003,7 +1003,7 @@ def test_bad_gradient():
     unary = torch.zeros(1, 4, 5, 6)
     for gradient in (torch.zeros(1, 4, 5, 7), torch.zeros(1, 4, 5, 6, dtype=torch.double)):
         with pytest.raises(ValueError, match=r"gradient must be \[1, 4, 5, 6\]"):
-            torch.ops.pyseg.dense_crf_backward(
+            torch.ops.pyseg._dense_crf_backward(
                 gradient, unary, unary, torch.ones(2), None, *KERNELS, 2, 1, True, 2, 0.2, 1
             )
 
