@@ -138,7 +138,8 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
   Tile& tile = tiles_[index];
   uint16_t* const rows = pixel_rows_.get() + tile.first_pixel * entries_;
   Real* const weights = slice_.get() + tile.first_pixel * entries_;
-  Real feature[kMaxFeatures * kTileWidth], weight[(kMaxFeatures + 1) * kTileWidth];
+  Real feature[kMaxFeatures * kTileWidth] = {};  // read in whole vectors
+  Real weight[(kMaxFeatures + 1) * kTileWidth];
   uint64_t vertices[(kMaxFeatures + 1) * kTileWidth];
   tile.rows = 0;
   for (int l = 0; l < kernels_; ++l) {

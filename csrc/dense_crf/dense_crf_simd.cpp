@@ -761,25 +761,82 @@ bool range_of(const Real* values, int64_t n, double& low, double& high) {
   return finite;
 }
 
+// `find_simplex` of dense_crf.h, of as many points as a register holds and to the same bits: of its
+// comparisons g++ makes branches where there are no masks.
+using Integers = decltype(Pixels{} < Pixels{});  // a comparison gives -1 where it holds
+
+template <int D>
+PYSEG_INLINE void find_simplices(const Pixels (&feature)[D], Pixels (&weight)[D + 1],
+                                 Integers (&first)[D], Integers (&rank)[D + 1]) {
+  constexpr Real kRound = sizeof(Real) == 4 ? Real(12582912.0) : Real(6755399441055744.0);
+  Pixels offset[D + 1], quotient[D + 1], sum{}, excess{};
+#pragma GCC unroll 9
+  for (int i = D; i > 0; --i) {
+    offset[i] = sum - Real(i) * feature[i - 1];
+    sum += feature[i - 1];
+  }
+  offset[0] = sum;
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) {
+    quotient[i] = (offset[i] + kRound) - kRound;
+    offset[i] -= quotient[i];
+    excess += quotient[i];
+  }
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) rank[i] = __builtin_convertvector(excess, Integers);
+#pragma GCC unroll 9
+  for (int i = 0; i < D; ++i)
+#pragma GCC unroll 9
+    for (int j = i + 1; j <= D; ++j) {
+      const Integers less = offset[i] < offset[j];
+      rank[i] -= less;
+      rank[j] += less + 1;
+    }
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) {
+    const Integers step = (rank[i] > D) - (rank[i] < 0);
+    rank[i] += step * (D + 1);
+    offset[i] -= __builtin_convertvector(step, Pixels);
+    if (i < D) first[i] = __builtin_convertvector(quotient[i], Integers) + step;
+  }
+  Pixels sorted[D + 1];
+#pragma GCC unroll 9
+  for (int r = 0; r <= D; ++r) {
+    sorted[r] = Pixels{};
+#pragma GCC unroll 9
+    for (int i = 0; i <= D; ++i) sorted[r] += (Pixels)((rank[i] == r) & (Integers)offset[i]);
+  }
+  weight[0] = Real(1) + sorted[D] - sorted[0];
+#pragma GCC unroll 9
+  for (int k = 1; k <= D; ++k) weight[k] = sorted[D - k] - sorted[D + 1 - k];
+}
+
+// Up to kTileWidth points; whole vectors of them are read and written.
 template <int D>
 void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
                 uint64_t* vertices) {
   const VertexNames names = vertex_names;  // a copy, which no store of the loop can change
-#ifdef __clang__
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep  // without it the checks for overlap are too many, and nothing is vectorised
-#endif
-  for (int p = 0; p < points; ++p) {
-    Real feature[D], weight[D + 1];
-    uint64_t vertex[D + 1];
+  for (int p = 0; p < points; p += kRegister) {
+    Pixels feature[D], weight[D + 1];
+    Integers first[D], rank[D + 1];
 #pragma GCC unroll 9
-    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
-    locate<D, Real>(feature, names, weight, vertex);
+    for (int i = 0; i < D; ++i) feature[i] = load<kRegister>(features + i * kTileWidth + p);
+    find_simplices<D>(feature, weight, first, rank);
 #pragma GCC unroll 9
-    for (int k = 0; k <= D; ++k) {
-      weights[k * kTileWidth + p] = weight[k];
-      vertices[k * kTileWidth + p] = vertex[k];
+    for (int k = 0; k <= D; ++k) store<kRegister>(weights + k * kTileWidth + p, weight[k]);
+    for (int lane = 0; lane < kRegister; ++lane) {
+      uint64_t name = 0, steps[16] = {};  // of the coordinate that has each rank
+#pragma GCC unroll 9
+      for (int i = 0; i < D; ++i) {
+        name += uint64_t(int64_t(first[i][lane]) - names.low[i]) * names.unit[i];
+        steps[rank[i][lane] & 15] += names.unit[i];  // always inside
+      }
+      vertices[p + lane] = name;
+#pragma GCC unroll 9
+      for (int k = 1; k <= D; ++k) {
+        name += 1 - steps[D + 1 - k];
+        vertices[k * kTileWidth + p + lane] = name;
+      }
     }
   }
 }
