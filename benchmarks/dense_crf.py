@@ -67,6 +67,24 @@ def test_480x360x11(compare, threads, quality):
     )
 
 
+@pytest.mark.parametrize("photo", [True, False], ids=["photo", "noise"])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_small_images(compare, size, photo):
+    """No two pixels of noise share a vertex: the most that a lattice can have to build."""
+    unary, image = make_inputs(5, 360, 480)
+    if not photo:
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randint(0, 256, image.shape, generator=generator, dtype=torch.uint8)
+    unary, image = (t[:, :, :size, :size].contiguous() for t in (unary, image))
+    compare(
+        ours=lambda: dense_crf(unary, image, iterations=ITERATIONS),
+        peer=pydensecrf(unary, image),
+        peer_name="pydensecrf",
+        threads=1,
+        goal=1,
+    )
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_2048x1024x19(compare, threads):
     unary, image = make_inputs(19, 1024, 2048)

@@ -1,4 +1,4 @@
-// The arguments of dense_crf and dense_crf_backward, for CPU and CUDA alike.
+// The arguments of dense_crf and _dense_crf_backward, for CPU and CUDA alike.
 #pragma once
 
 #include <algorithm>

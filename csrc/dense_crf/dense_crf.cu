@@ -101,5 +101,5 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cuda(
 
 PYSEG_DEVICE_LIBRARY(m) {
   m.impl("dense_crf", TORCH_BOX(&dense_crf_cuda));
-  m.impl("dense_crf_backward", TORCH_BOX(&dense_crf_backward_cuda));
+  m.impl("_dense_crf_backward", TORCH_BOX(&dense_crf_backward_cuda));
 }

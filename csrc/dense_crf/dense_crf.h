@@ -44,12 +44,15 @@ PYSEG_HOST_DEVICE double round_small(double x) {
   return (x + 6755399441055744.0) - 6755399441055744.0;
 }
 
+// Of a point's simplex: barycentric weights, the quotients of vertex 0 and the order in which
+// coordinates fall by d + 1 on the way to the other vertices: first the one of the highest rank.
+//
 // Feature i must come multiplied by the square root of the lattice's variance and divided by
 // sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Nothing branches, so that a loop over
 // this function vectorises.
 template <int D, class T>
-PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T (&weight)[D + 1],
-                              uint64_t (&name)[D + 1]) {
+PYSEG_HOST_DEVICE void find_simplex(const T (&feature)[D], T (&weight)[D + 1],
+                                    int32_t (&first)[D], int (&rank)[D + 1]) {
   T offset[D + 1];  // position in the hyperplane, in units of d + 1; then less its rounding
   T sum = 0;
   PYSEG_UNROLL
@@ -66,7 +69,6 @@ PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T
     offset[i] -= quotient[i];
     excess += quotient[i];
   }
-  int rank[D + 1];
   PYSEG_UNROLL
   for (int i = 0; i <= D; ++i) rank[i] = int(excess);
   PYSEG_UNROLL
@@ -78,16 +80,13 @@ PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T
       rank[j] += 1 - less;
     }
   }
-  uint64_t first = 0, unit[D];
-  PYSEG_UNROLL
-  for (int i = 0; i < D; ++i) unit[i] = names.unit[i];
   PYSEG_UNROLL
   for (int i = 0; i <= D; ++i) {  // back to a vertex whose coordinates sum to 0
     const int step = int(rank[i] < 0) - int(rank[i] > D);
     rank[i] += step * (D + 1);
     quotient[i] += T(step);
     offset[i] -= T(step);
-    if (i < D) first += uint64_t(int32_t(quotient[i]) - names.low[i]) * unit[i];
+    if (i < D) first[i] = int32_t(quotient[i]);
   }
   T sorted[D + 1];
   PYSEG_UNROLL
@@ -97,15 +96,36 @@ PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T
     for (int i = 0; i <= D; ++i) sorted[r] += T(int(rank[i] == r)) * offset[i];
   }
   weight[0] = T(1) + sorted[D] - sorted[0];
-  name[0] = first;
+  PYSEG_UNROLL
+  for (int k = 1; k <= D; ++k) weight[k] = sorted[D - k] - sorted[D + 1 - k];
+}
+
+template <int D>
+PYSEG_HOST_DEVICE void name_simplex(const int32_t (&first)[D], const int (&rank)[D + 1],
+                                    const VertexNames& names, uint64_t (&name)[D + 1]) {
+  uint64_t unit[D];
+  name[0] = 0;
+  PYSEG_UNROLL
+  for (int i = 0; i < D; ++i) {
+    unit[i] = names.unit[i];
+    name[0] += uint64_t(first[i] - names.low[i]) * unit[i];
+  }
   PYSEG_UNROLL
   for (int k = 1; k <= D; ++k) {
-    weight[k] = sorted[D - k] - sorted[D + 1 - k];
     uint64_t step = 0;
     PYSEG_UNROLL
     for (int i = 0; i < D; ++i) step += (uint64_t(0) - uint64_t(rank[i] == D + 1 - k)) & unit[i];
     name[k] = name[k - 1] - step + 1;
   }
+}
+
+template <int D, class T>
+PYSEG_HOST_DEVICE void locate(const T (&feature)[D], const VertexNames& names, T (&weight)[D + 1],
+                              uint64_t (&name)[D + 1]) {
+  int32_t first[D];
+  int rank[D + 1];
+  find_simplex<D, T>(feature, weight, first, rank);
+  name_simplex<D>(first, rank, names, name);
 }
 
 // How a lattice is blurred: `passes` times along each axis, by (spread, 1 - 2 spread, spread).

@@ -19,9 +19,7 @@
 #include "tile_passes.h"
 
 #include "../common/level.h"  // after all others
-#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-#endif
 
 namespace pyseg::crf::PYSEG_LEVEL {
 
@@ -50,14 +48,14 @@ PYSEG_INLINE Vector<Real, N> fused(Vector<Real, N> a, Vector<Real, N> b, Vector<
   return a * b + c;
 }
 
-template <class T>
-PYSEG_INLINE T larger(T a, T b) {
+template <int N>
+PYSEG_INLINE Vector<Real, N> larger(Vector<Real, N> a, Vector<Real, N> b) {
 #if defined(PYSEG_AVX512)
-  if constexpr (sizeof(T) == 64) return (T)_mm512_max_ps((__m512)a, (__m512)b);
+  if constexpr (N == 16) return (Vector<Real, N>)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(PYSEG_AVX2)
-  if constexpr (sizeof(T) == 32) return (T)_mm256_max_ps((__m256)a, (__m256)b);
+  if constexpr (N == 8) return (Vector<Real, N>)_mm256_max_ps((__m256)a, (__m256)b);
 #elif defined(__SSE2__)
-  if constexpr (sizeof(T) == 16) return (T)_mm_max_ps((__m128)a, (__m128)b);
+  if constexpr (sizeof(a) == 16) return (Vector<Real, N>)_mm_max_ps((__m128)a, (__m128)b);
 #endif
   return a > b ? a : b;
 }
@@ -79,7 +77,7 @@ PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
   return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, (__m512)p, n);
 #else
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger(x, low);
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger<N>(x, low);
   const Vector<float, N> magic = broadcast<N>(12582912.0f);
   const Vector<float, N> shifted = fused<N>(inside, log2e, magic);
   const Vector<float, N> f = fused<N>(inside, log2e, magic - shifted);
@@ -562,7 +560,7 @@ PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int cou
     for (int c = 0; c < classes; ++c, unary += a.plane) {
       const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
       __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
-      largest = larger(largest, logit);
+      largest = larger<kRegister>(largest, logit);
       store<kRegister>(planes + kRegister * c, logit);
     }
   } else {
@@ -571,7 +569,7 @@ PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int cou
       const Pixels energy = load_some(unary, count);
       __builtin_prefetch(unary + a.image_width, 0, 2);
       bad += energy * Real(0);
-      largest = larger(largest, -energy);
+      largest = larger<kRegister>(largest, -energy);
       store<kRegister>(planes + kRegister * c, -energy);
     }
     if (a.not_finite)
@@ -746,14 +744,14 @@ void add_products(const Real* a, const Real* b, const Real* factors, int apart, 
 // The smallest and largest of n values; false where one is not finite.
 bool range_of(const Real* values, int64_t n, double& low, double& high) {
   Pixels least = broadcast<kRegister>(values[0]), most = least, bad{};
-  const auto take = [&](Pixels v) __attribute__((always_inline)) {
+  int64_t step = kRegister;
+  for (int64_t i = 0; i < n; i += step) {
+    if (n - i < kRegister) step = 1;
+    const Pixels v = step == 1 ? broadcast<kRegister>(values[i]) : load<kRegister>(values + i);
     least = v < least ? v : least;
-    most = larger(v, most);
+    most = larger<kRegister>(v, most);
     bad += v * Real(0);
-  };
-  int64_t i = 0;
-  for (; i + kRegister <= n; i += kRegister) take(load<kRegister>(values + i));
-  for (; i < n; ++i) take(broadcast<kRegister>(values[i]));
+  }
   low = least[0], high = most[0];
   bool finite = true;
   for (int lane = 0; lane < kRegister; ++lane) {
@@ -763,25 +761,82 @@ bool range_of(const Real* values, int64_t n, double& low, double& high) {
   return finite;
 }
 
+// `find_simplex` of dense_crf.h, of as many points as a register holds and to the same bits: of its
+// comparisons g++ makes branches where there are no masks.
+using Integers = decltype(Pixels{} < Pixels{});  // a comparison gives -1 where it holds
+
+template <int D>
+PYSEG_INLINE void find_simplices(const Pixels (&feature)[D], Pixels (&weight)[D + 1],
+                                 Integers (&first)[D], Integers (&rank)[D + 1]) {
+  constexpr Real kRound = sizeof(Real) == 4 ? Real(12582912.0) : Real(6755399441055744.0);
+  Pixels offset[D + 1], quotient[D + 1], sum{}, excess{};
+#pragma GCC unroll 9
+  for (int i = D; i > 0; --i) {
+    offset[i] = sum - Real(i) * feature[i - 1];
+    sum += feature[i - 1];
+  }
+  offset[0] = sum;
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) {
+    quotient[i] = (offset[i] + kRound) - kRound;
+    offset[i] -= quotient[i];
+    excess += quotient[i];
+  }
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) rank[i] = __builtin_convertvector(excess, Integers);
+#pragma GCC unroll 9
+  for (int i = 0; i < D; ++i)
+#pragma GCC unroll 9
+    for (int j = i + 1; j <= D; ++j) {
+      const Integers less = offset[i] < offset[j];
+      rank[i] -= less;
+      rank[j] += less + 1;
+    }
+#pragma GCC unroll 9
+  for (int i = 0; i <= D; ++i) {
+    const Integers step = (rank[i] > D) - (rank[i] < 0);
+    rank[i] += step * (D + 1);
+    offset[i] -= __builtin_convertvector(step, Pixels);
+    if (i < D) first[i] = __builtin_convertvector(quotient[i], Integers) + step;
+  }
+  Pixels sorted[D + 1];
+#pragma GCC unroll 9
+  for (int r = 0; r <= D; ++r) {
+    sorted[r] = Pixels{};
+#pragma GCC unroll 9
+    for (int i = 0; i <= D; ++i) sorted[r] += (Pixels)((rank[i] == r) & (Integers)offset[i]);
+  }
+  weight[0] = Real(1) + sorted[D] - sorted[0];
+#pragma GCC unroll 9
+  for (int k = 1; k <= D; ++k) weight[k] = sorted[D - k] - sorted[D + 1 - k];
+}
+
+// Up to kTileWidth points; whole vectors of them are read and written.
 template <int D>
 void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
                 uint64_t* vertices) {
   const VertexNames names = vertex_names;  // a copy, which no store of the loop can change
-#ifdef __clang__
-#pragma clang loop vectorize(assume_safety)
-#else
-#pragma GCC ivdep  // without it the checks for overlap are too many, and nothing is vectorised
-#endif
-  for (int p = 0; p < points; ++p) {
-    Real feature[D], weight[D + 1];
-    uint64_t vertex[D + 1];
+  for (int p = 0; p < points; p += kRegister) {
+    Pixels feature[D], weight[D + 1];
+    Integers first[D], rank[D + 1];
 #pragma GCC unroll 9
-    for (int i = 0; i < D; ++i) feature[i] = features[i * kTileWidth + p];
-    locate<D, Real>(feature, names, weight, vertex);
+    for (int i = 0; i < D; ++i) feature[i] = load<kRegister>(features + i * kTileWidth + p);
+    find_simplices<D>(feature, weight, first, rank);
 #pragma GCC unroll 9
-    for (int k = 0; k <= D; ++k) {
-      weights[k * kTileWidth + p] = weight[k];
-      vertices[k * kTileWidth + p] = vertex[k];
+    for (int k = 0; k <= D; ++k) store<kRegister>(weights + k * kTileWidth + p, weight[k]);
+    for (int lane = 0; lane < kRegister; ++lane) {
+      uint64_t name = 0, steps[16] = {};  // of the coordinate that has each rank
+#pragma GCC unroll 9
+      for (int i = 0; i < D; ++i) {
+        name += uint64_t(int64_t(first[i][lane]) - names.low[i]) * names.unit[i];
+        steps[rank[i][lane] & 15] += names.unit[i];  // always inside
+      }
+      vertices[p + lane] = name;
+#pragma GCC unroll 9
+      for (int k = 1; k <= D; ++k) {
+        name += 1 - steps[D + 1 - k];
+        vertices[k * kTileWidth + p + lane] = name;
+      }
     }
   }
 }

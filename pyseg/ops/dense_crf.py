@@ -346,7 +346,7 @@ def _(unary, features, weights, compatibility, *parameters):
     return torch.empty_like(unary, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("pyseg::dense_crf_backward")
+@torch.library.register_fake("pyseg::_dense_crf_backward")
 def _(gradient, unary, features, weights, compatibility, *parameters):
     return (
         torch.empty_like(unary, memory_format=torch.contiguous_format),
@@ -364,7 +364,7 @@ def _backward(ctx, gradient):
     compatibility = ctx.saved_tensors[3]
     if ctx.needs_input_grad[1]:
         raise NotImplementedError("dense_crf has no gradient for image and features: detach() them")
-    unary, weights, mixing = torch.ops.pyseg.dense_crf_backward(
+    unary, weights, mixing = torch.ops.pyseg._dense_crf_backward(
         gradient, *ctx.saved_tensors, *ctx.parameters
     )
     rest = (None,) * len(ctx.parameters)
@@ -376,7 +376,7 @@ def _backward_twice(ctx, *gradients):
 
 
 torch.library.register_autograd("pyseg::dense_crf", _backward, setup_context=_remember)
-torch.library.register_autograd("pyseg::dense_crf_backward", _backward_twice)
+torch.library.register_autograd("pyseg::_dense_crf_backward", _backward_twice)
 
 
 def reference(

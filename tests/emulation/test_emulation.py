@@ -142,7 +142,7 @@ for classes, compatibility, quality in [(5, None, (2, 0.2, 1)), (3, torch.eye(3)
                  normalization, self_term, *quality)
         yield ops.dense_crf(*given)
         if normalization > 1:
-            yield ops.dense_crf_backward(gradient, *given)
+            yield ops._dense_crf_backward(gradient, *given)
 """,
 }
 OPS = [source.stem for source in emulation.kernels()]

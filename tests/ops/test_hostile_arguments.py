@@ -191,7 +191,7 @@ def test_iterations_are_not_cut_to_32_bits(operators, iterations):
     with pytest.raises(ValueError, match="iterations must be an integer of 32 bits"):
         operators.dense_crf(unary, *kernel, *options)
     with pytest.raises(ValueError, match="iterations must be an integer of 32 bits"):
-        operators.dense_crf_backward(unary, unary, *kernel, *options)
+        operators._dense_crf_backward(unary, unary, *kernel, *options)
 
 
 def test_no_iterations_build_no_lattice(operators):
@@ -201,7 +201,7 @@ def test_no_iterations_build_no_lattice(operators):
     q = operators.dense_crf(unary, *kernel, 0, 1, True, *QUALITY["default"])
     torch.testing.assert_close(q, torch.softmax(-unary, 1))
     gradient = torch.randn(unary.shape)
-    grads = operators.dense_crf_backward(gradient, unary, *kernel, 0, 1, True, *QUALITY["default"])
+    grads = operators._dense_crf_backward(gradient, unary, *kernel, 0, 1, True, *QUALITY["default"])
     leaf = unary.clone().requires_grad_()
     torch.softmax(-leaf, 1).backward(gradient)
     torch.testing.assert_close(grads[0], leaf.grad)
