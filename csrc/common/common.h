@@ -19,6 +19,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "inline.h"
 #include "simd_level.h"
 
 // A function under this macro is compiled once per instruction set and chosen when the library is
@@ -30,7 +31,6 @@
 #else
 #define PYSEG_MULTIVERSION
 #endif
-#define PYSEG_INLINE inline __attribute__((always_inline))
 
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \
@@ -67,17 +67,6 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-}
-
-// 64 bytes, each 0 or 1, to bits.
-PYSEG_INLINE uint64_t bits_of(const uint8_t* flags) {
-  uint64_t word = 0;
-  for (int k = 0; k < 8; ++k) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + 8 * k, 8);
-    word |= (eight * 0x0102040810204080u) >> 56 << (8 * k);
-  }
-  return word;
 }
 
 // An integer argument as int, where a larger one would silently become another number.
