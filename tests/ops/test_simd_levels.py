@@ -68,8 +68,9 @@ def gradients(function, *leaves):
 
 def boundary_mask(generator):
     for dtype in INTEGERS:
-        labels = blobs(generator, 4, 2, 37, 131).to(dtype)
         for distance in (1, 5, 130):  # the last needs wider counters
+            size = (37, 131) if distance < 130 else (5, 9)
+            labels = blobs(generator, 4, 2, *size).to(dtype)
             yield (
                 lambda labels=labels, d=distance: ops.boundary_mask(labels, d),
                 equal,
@@ -80,7 +81,8 @@ def boundary_mask(generator):
 
 def boundary_match(generator):
     for dtype, classes in [*((dtype, 5) for dtype in INTEGERS), (torch.int16, 300)]:
-        maps = [blobs(generator, classes, 2, 31, 77).to(dtype) for _ in range(2)]
+        size = (31, 77) if classes < 300 else (7, 19)
+        maps = [blobs(generator, classes, 2, *size).to(dtype) for _ in range(2)]
         for radius in (1.5, 20):
             yield (
                 lambda maps=maps, n=classes, r=radius: ops.boundary_match(*maps, n, r, -1).counts,
