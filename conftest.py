@@ -1,17 +1,19 @@
 """`pytest --benchmark` runs benchmarks/ instead of the tests, and compares us with our peers.
 
-A benchmark calls the fixture `compare`. Each run is stored in .benchmarks/; benchmarks/results/
-holds the committed baselines, one per processor and torch version, which `--save-baseline` writes.
-A ratio more than 20 % under the baseline fails the run.
+A benchmark calls the fixture `compare`, on a GPU `gpu.compare`. Each run is stored in .benchmarks/;
+benchmarks/results/ holds the committed baselines, one per processor or GPU and torch version, which
+`--save-baseline` writes. A ratio more than 20 % under the baseline fails the run.
 """
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -31,15 +33,29 @@ def pytest_addoption(parser):
         action="store_true",
         help="with --benchmark: make this run the baseline of this processor and torch",
     )
+    group.addoption(
+        "--rehearse",
+        action="store_true",
+        help="with --benchmark: GPU benchmarks run once on the CPU, are checked and not timed",
+    )
+    group.addoption(
+        "--log-json",
+        metavar="FILE",
+        help="append a line for every test that begins and ends, with what a benchmark measured; "
+        "tests that FILE has already do not run again",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.stash[RESULTS] = {}
     config.stash[PROBLEMS] = []
+    if config.option.log_json and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Log(Path(config.option.log_json)))
     if not config.option.benchmark:
-        if config.option.save_baseline:
-            raise pytest.UsageError("--save-baseline needs --benchmark")
+        for option in ("save_baseline", "rehearse"):
+            if getattr(config.option, option):
+                raise pytest.UsageError(f"--{option.replace('_', '-')} needs --benchmark")
         return
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError(
@@ -76,18 +92,85 @@ def _cpu_model():
 
 
 def _commit():
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    return found.stdout.strip() or None
+    """Of git, or of PYSEG_COMMIT where the sources came without their history."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return os.environ.get("PYSEG_COMMIT")
+    return found.stdout.strip() or os.environ.get("PYSEG_COMMIT")
 
 
-def _file_name(torch_version):
-    slug = re.sub(r"[^a-z0-9]+", "-", _cpu_model().lower()).strip("-")
-    return f"{slug}-torch{torch_version}.json"
+def _simd_level():
+    from pyseg import _native
+
+    return _native.simd_level()
+
+
+def _file_name(processor, torch_version, level):
+    slug = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
+    return f"{slug}-torch{torch_version}{f'-{level}' if level else ''}.json"
+
+
+class Log:
+    """Writes what is known at once, so that neither a crash nor a time limit takes it away."""
+
+    def __init__(self, path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.known = {json.loads(line)["test"] for line in lines}
+        self.reports = []
+
+    def write(self, **entry):
+        with self.path.open("a") as file:  # one write, so that processes may share the file
+            file.write(json.dumps(entry) + "\n")
+
+    def pytest_sessionstart(self, session):
+        self.session = session
+
+    def pytest_collection_modifyitems(self, config, items):
+        again = [item for item in items if item.nodeid in self.known]
+        if again:
+            config.hook.pytest_deselected(items=again)
+            items[:] = [item for item in items if item.nodeid not in self.known]
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.reports = []
+        self.write(test=nodeid, outcome="started")
+
+    def pytest_runtest_logreport(self, report):
+        self.reports.append(report)
+        if report.when != "teardown":
+            return
+        outcomes = [r.outcome for r in self.reports]
+        outcome = next((o for o in ("failed", "skipped") if o in outcomes), "passed")
+        entry = {
+            "test": report.nodeid,
+            "outcome": outcome,
+            "seconds": round(sum(r.duration for r in self.reports), 3),
+            **dict(report.user_properties),
+        }
+        culprit = next((r for r in self.reports if r.outcome == outcome != "passed"), None)
+        if culprit is not None:
+            crash = getattr(culprit.longrepr, "reprcrash", None)
+            text = crash.message if crash else str(culprit.longrepr)
+            entry["message"] = text[:1000]
+        if outcome == "failed" and _device_is_lost():
+            entry["device_lost"] = True
+            self.session.shouldstop = "the device is lost to this process: run again for the rest"
+        self.write(**entry)
+
+
+def _device_is_lost():
+    """After an illegal access or a trap every further CUDA call of the process fails."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 @pytest.fixture
@@ -101,25 +184,15 @@ def compare(request, benchmark):
         goal: the ratio (the peer's median / ours) that we want here; printed, not enforced.
         check: called with both results before timing; it asserts that they agree.
         rounds: repetitions, each of which runs the peer and then us.
-        device: with "cuda" a repetition is 50 calls without a pause, and waits for the device.
     """
     import torch
 
-    def run(*, ours, peer, peer_name, threads, goal=None, check=None, rounds=7, device="cpu"):
-        calls = 50 if device == "cuda" else 1
+    def run(*, ours, peer, peer_name, threads, goal=None, check=None, rounds=7):
         peer_seconds = []
 
-        def repeat(function):
-            for _ in range(calls):
-                function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-
         def time_the_peer():
-            if device == "cuda":
-                torch.cuda.synchronize()
             start = time.perf_counter()
-            repeat(peer)
+            peer()
             peer_seconds.append(time.perf_counter() - start)
 
         before = torch.get_num_threads()
@@ -128,13 +201,13 @@ def compare(request, benchmark):
             result, expected = ours(), peer()  # warms up, too
             if check is not None:
                 check(result, expected)
-            benchmark.pedantic(lambda: repeat(ours), setup=time_the_peer, rounds=rounds)
+            benchmark.pedantic(ours, setup=time_the_peer, rounds=rounds)
         finally:
             torch.set_num_threads(before)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        ours_ms = 1e3 * benchmark.stats.stats.median / calls
-        peer_ms = 1e3 * statistics.median(peer_seconds) / calls
+        ours_ms = 1e3 * benchmark.stats.stats.median
+        peer_ms = 1e3 * statistics.median(peer_seconds)
         entry = {
             "ours_ms": round(ours_ms, 5),
             "peer": peer_name,
@@ -142,17 +215,296 @@ def compare(request, benchmark):
             "ratio": round(peer_ms / ours_ms, 3),
             "goal": goal,
             "threads": threads,
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "device": "cpu",
         }
         benchmark.extra_info.update(
             entry,
             cpu=_cpu_model(),
             torch=torch.__version__,
-            peer_rounds_ms=[1e3 * s / calls for s in peer_seconds],
+            peer_rounds_ms=[1e3 * s for s in peer_seconds],
         )
-        request.config.stash[RESULTS][f"{request.path.stem}::{request.node.name}"] = entry
+        _keep(request, entry)
 
     return run
+
+
+def _untimed(config):
+    return config.option.rehearse or getattr(config.option, "benchmark_disable", False)
+
+
+def _keep(request, entry):
+    request.config.stash[RESULTS][f"{request.path.stem}::{request.node.name}"] = entry
+    request.node.user_properties.append(("benchmark", entry))
+
+
+@pytest.fixture
+def gpu(request):
+    """For benchmarks of CUDA kernels: see `Gpu`. Skips where there is no device."""
+    import torch
+
+    torch.compiler.reset()  # a peer compiled for another test is not to count as recompiled
+    if request.config.option.rehearse:
+        return Gpu(request, None)
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return Gpu(request, Cuda())
+
+
+class Gpu:
+    """Times functions of tensors by what the device does, without the host that launches it.
+
+    Attributes:
+        device: where the inputs belong: "cuda"; "cpu" under --rehearse.
+    """
+
+    def __init__(self, request, clock):
+        self.request, self.clock = request, clock
+        self.device = "cuda" if clock else "cpu"
+
+    def compile(self, function):
+        """The peer that torch makes of a plain formulation."""
+        import torch
+
+        backend = "inductor" if self.clock else "eager"
+        return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+    def compare(
+        self,
+        *,
+        ours,
+        peer,
+        peer_name,
+        inputs=(),
+        peer_inputs=None,
+        peer_runs="captured",
+        goal=None,
+        goal_ms=None,
+        check=None,
+        rounds=7,
+    ):
+        """Times both, interleaved; once each and untimed under --rehearse and --benchmark-disable.
+
+        Args:
+            ours, peer: functions of ``inputs`` that do the same work; they return tensors.
+            peer_name: what ``peer`` is, for the table.
+            inputs: arguments of both: tensors, also within lists, tuples and dicts. They are copied
+                until they exceed the cache, and every call gets the next copy.
+            peer_inputs: the peer's, where they differ.
+            peer_runs: "captured" in a graph where it can be, "eager" by itself, or on the "host".
+            goal: the ratio (the peer's median / ours) that we want here; printed, not enforced.
+            goal_ms: the time that we want on an H200; likewise.
+            check: called with both results, eager and replayed ones; it asserts that they agree.
+            rounds: repetitions, each of which runs the peer and then us.
+        """
+        import torch
+
+        peer_inputs = inputs if peer_inputs is None else peer_inputs
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            result, expected = ours(*inputs), peer(*peer_inputs)
+            if check is not None:
+                check(result, expected)
+            if self.clock is None or _untimed(self.request.config):
+                self.request.node.user_properties.append(("ran_once_on", self.device))
+                return
+            copies = rotation(inputs, self.clock.cache_bytes)
+            mine = Timed(ours, copies, self.clock)
+            if peer_runs == "host":
+                other = Timed(peer, [peer_inputs], Host())
+            else:
+                peer_copies = rotation(peer_inputs, self.clock.cache_bytes)
+                other = Timed(peer, peer_copies, self.clock, capture=peer_runs == "captured")
+            if check is not None:
+                check(mine.result, other.result)
+            times = [(other.round(), mine.round()) for _ in range(rounds)]
+        finally:
+            torch.set_num_threads(before)
+        peer_ms, ours_ms = map(statistics.median, zip(*times, strict=True))
+        entry = {
+            "ours_ms": round(ours_ms, 5),
+            "peer": peer_name,
+            "peer_ms": round(peer_ms, 5),
+            "ratio": round(peer_ms / ours_ms, 3),
+            "goal": goal,
+            "threads": 1,
+            "device": self.clock.name,
+            "goal_ms": goal_ms,
+            "ours_eager_ms": round(mine.eager_ms, 5),
+            "peer_eager_ms": round(other.eager_ms, 5),
+            "ours_how": mine.how,
+            "peer_how": other.how,
+            "input_copies": len(copies),
+            "ours_rounds_ms": [round(ours, 5) for _, ours in times],
+            "peer_rounds_ms": [round(peer, 5) for peer, _ in times],
+        }
+        _keep(self.request, entry)
+
+
+def each_tensor(function, value):
+    """``value`` with ``function`` of every tensor in it, also within tuples, lists and dicts."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(each_tensor(function, part) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(each_tensor(function, part) for part in value)
+    if isinstance(value, dict):
+        return type(value)((key, each_tensor(function, part)) for key, part in value.items())
+    return value
+
+
+def rotation(inputs, cache_bytes, most=64):
+    """``inputs`` and copies of them: together twice the cache, so that no call finds it warm."""
+    sizes = []
+    each_tensor(lambda tensor: sizes.append(tensor.nbytes), inputs)
+    wanted = math.ceil(2 * cache_bytes / max(sum(sizes), 1)) if sizes else 1
+    copies = min(max(wanted, 1), most) - 1
+    return [inputs] + [each_tensor(lambda tensor: tensor.clone(), inputs) for _ in range(copies)]
+
+
+class Timed:
+    """A function ready to be timed on a clock: by a graph of many calls, where it can be captured.
+
+    Attributes:
+        result: what the function returned; after a capture, what replaying wrote.
+        eager_ms: a call among calls, with Python, dispatcher and launches.
+        how: "graph"; "events", that is of eager calls, where a graph cannot be; or "wall".
+    """
+
+    ROUND_MS, GRAPH_MS, MOST_CALLS = 50, 10, 500
+
+    def __init__(self, function, copies, clock, capture=True):
+        self.function, self.copies, self.clock = function, copies, clock
+        self.calls, self.how = 1, clock.how
+        self.result = function(*copies[0])
+        if not clock.holds(self.result):
+            raise TypeError(f"timed on {clock.name}, but no result is there: {self.result!r}")
+        first_ms = clock.wall_ms(self.run)
+        self.calls = self._calls_in(self.ROUND_MS, first_ms)
+        again = 3 if first_ms < 500 else 0  # the slow ones are timed often enough as it is
+        eager = [clock.wall_ms(self.run) / self.calls for _ in range(again)]
+        self.eager_ms = statistics.median(eager or [first_ms])
+        if capture and clock.captures and not clock.waits(lambda: function(*copies[0])):
+            self._capture()
+
+    def _calls_in(self, wanted_ms, call_ms):
+        """A number of calls that takes so long, and uses every copy equally often."""
+        calls = min(max(wanted_ms / max(call_ms, 1e-6), 1), self.MOST_CALLS)
+        return math.ceil(calls / len(self.copies)) * len(self.copies) if calls > 1 else 1
+
+    def run(self):
+        for k in range(self.calls):
+            self.result = self.function(*self.copies[k % len(self.copies)])
+
+    def _capture(self):
+        eager_calls = self.calls
+        self.calls = self._calls_in(self.GRAPH_MS, self.eager_ms)
+        try:
+            replay = self.clock.capture(self.run)
+        except RuntimeError as error:
+            self.how = f"events; no capture: {str(error).splitlines()[0]}"
+            self.calls = eager_calls
+            self.run()
+            return
+        # The graph must do the work itself: what is there now is not to pass for its result.
+        self.clock.poison(self.result)
+        replay()
+        self.how = "graph"
+        replays = max(1, round(self.ROUND_MS / max(self.clock.device_ms(replay), 1e-3)))
+        self.calls *= replays
+        self.run = lambda: [replay() for _ in range(replays)]
+
+    def round(self):
+        """Milliseconds of a call in one more repetition."""
+        return self.clock.device_ms(self.run) / self.calls
+
+
+class Host:
+    """The clock of what runs on the CPU."""
+
+    name, how, captures = "the CPU", "wall", False
+
+    def holds(self, result):
+        return True
+
+    def wall_ms(self, run):
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+
+    device_ms = wall_ms
+
+
+class Cuda:
+    """The clock of the CUDA device."""
+
+    how, captures = "events", True
+
+    def __init__(self):
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        self.name, self.cache_bytes = properties.name, properties.L2_cache_size
+
+    def holds(self, result):
+        found = []
+        each_tensor(lambda tensor: found.append(tensor.is_cuda), result)
+        return any(found)
+
+    def wall_ms(self, run):
+        import torch
+
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def device_ms(self, run):
+        import torch
+
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    def waits(self, run):
+        """Whether torch waits for the device in it. Found out beforehand: a capture that fails
+        half-way may leave the process without a usable allocator."""
+        import torch
+
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        except RuntimeError as error:
+            if "synchroniz" in str(error):
+                return True
+            raise
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return False
+
+    def capture(self, run):
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is made once per stream is made before
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay
+
+    def poison(self, result):
+        each_tensor(lambda t: t.detach().fill_(math.nan if t.is_floating_point() else 113), result)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -166,37 +518,47 @@ def pytest_sessionfinish(session, exitstatus):
     if not config.option.benchmark or config.option.collectonly:
         return
     results, problems = config.stash[RESULTS], config.stash[PROBLEMS]
-    if results:
-        import torch
-
-        name = _file_name(torch.__version__.split("+")[0])
-        baseline_path = ROOT / "benchmarks" / "results" / name
-        stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
-        baseline = stored.get("results", {})
-        now = datetime.datetime.now(datetime.timezone.utc)
-        run = {
-            "date": f"{now:%Y-%m-%d}",
-            "commit": _commit(),
-            "cpu": _cpu_model(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "results": dict(sorted(results.items())),
-        }
-        if config.option.save_baseline:
-            run["results"] = dict(sorted({**baseline, **results}.items()))
-            path = baseline_path
-        else:
-            problems += _losses(results, baseline)
-            path = ROOT / ".benchmarks" / f"{now:%Y%m%dT%H%M%S}-{name}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(run, indent=1) + "\n")
-        config.stash[PROBLEMS] = problems
-        config.benchmark_file = path.relative_to(ROOT)
-    elif not getattr(config.option, "benchmark_disable", False):
+    config.benchmark_files = []
+    for device in sorted({entry["device"] for entry in results.values()}):
+        these = {name: entry for name, entry in results.items() if entry["device"] == device}
+        config.benchmark_files.append(_store(config, device, these))
+    if not results and not _untimed(config):
         problems.append("no benchmark ran: nothing was compared")
     if problems and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _store(config, device, results):
+    """Writes the results of one device, as its baseline or beside it; returns the file."""
+    import torch
+
+    # A level that PYSEG_SIMD lowered is another baseline.
+    level = os.environ.get("PYSEG_SIMD") if device == "cpu" else None
+    processor = _cpu_model() if device == "cpu" else device
+    name = _file_name(processor, torch.__version__.split("+")[0], level)
+    baseline_path = ROOT / "benchmarks" / "results" / name
+    stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
+    baseline = stored.get("results", {})
+    now = datetime.datetime.now(datetime.timezone.utc)
+    run = {
+        "date": f"{now:%Y-%m-%d}",
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "simd": _simd_level(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "results": dict(sorted(results.items())),
+    }
+    if config.option.save_baseline:
+        run["results"] = dict(sorted({**baseline, **results}.items()))
+        path = baseline_path
+    else:
+        config.stash[PROBLEMS] += _losses(results, baseline)
+        path = ROOT / ".benchmarks" / f"{now:%Y%m%dT%H%M%S}-{name}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=1) + "\n")
+    return path.relative_to(ROOT)
 
 
 def _losses(results, baseline):
@@ -216,15 +578,25 @@ def pytest_terminal_summary(terminalreporter, config):
     if results:
         terminalreporter.section("ratios")
         width = max(len(name) for name in results)
-        header = f"{'':{width}}  {'ours ms':>9}  {'peer ms':>9}  {'ratio':>7}  {'goal':>5}  peer"
+        header = f"{'':{width}}  {'ours ms':>9}  {'peer ms':>9}  {'ratio':>7}  {'goal':>8}  peer"
         terminalreporter.write_line(header)
         for name, entry in sorted(results.items()):
-            goal = "" if entry["goal"] is None else f"{entry['goal']:g}"
+            goal, goal_ms = entry["goal"], entry.get("goal_ms")
+            missed = (goal is not None and entry["ratio"] < goal) or (
+                goal_ms is not None and entry["ours_ms"] > goal_ms
+            )
+            wanted = "" if goal is None else f"{goal:g}x"
+            wanted = wanted if goal_ms is None else f"{goal_ms:g} ms"
             terminalreporter.write_line(
                 f"{name:{width}}  {entry['ours_ms']:9.3f}  {entry['peer_ms']:9.3f}  "
-                f"{entry['ratio']:6.1f}x  {goal:>5}  {entry['peer']}",
-                yellow=entry["goal"] is not None and entry["ratio"] < entry["goal"],
+                f"{entry['ratio']:6.1f}x  {wanted:>8}  {entry['peer']}",
+                yellow=missed,
             )
-        terminalreporter.write_line(f"stored in {config.benchmark_file}")
+        for path in config.benchmark_files:
+            terminalreporter.write_line(f"stored in {path}")
+    if config.option.rehearse:
+        terminalreporter.write_line(
+            "rehearsal on the CPU: no kernel ran on a GPU, nothing was timed"
+        )
     for problem in problems:
         terminalreporter.write_line(problem, red=True)

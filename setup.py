@@ -48,6 +48,8 @@ cuda_home = find_cuda_home()
 if cuda_home:  # before torch.utils.cpp_extension is imported: it guesses from PATH
     os.environ["CUDA_HOME"] = cuda_home
 
+sys.path.insert(0, str(ROOT / "csrc"))
+import source_digest  # noqa: E402
 import torch  # noqa: E402
 from torch.utils import cpp_extension  # noqa: E402
 
@@ -184,7 +186,8 @@ class Build(build_ext):
         linker = shlex.split(os.environ.get("LDFLAGS", ""))
         include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
         libraries = [f"-L{folder}" for folder in cpp_extension.library_paths("cpu")]
-        link = ["-shared", "-Wl,--as-needed", *linker, *libraries, "-lc10", "-ltorch_cpu"]
+        stamp = f"-Wl,--build-id=0x{source_digest.digest()}"  # what an older library lacks
+        link = ["-shared", "-Wl,--as-needed", stamp, *linker, *libraries, "-lc10", "-ltorch_cpu"]
         lines = [
             "ninja_required_version = 1.5",
             f"builddir = {BUILD}",
@@ -199,6 +202,7 @@ class Build(build_ext):
             "  description = link $out",
         ]
         if len(self.extensions) > 1:
+            include = [f"-isystem={folder}" for folder in cpp_extension.include_paths("cpu")]
             nvcc = [f"{cuda_home}/bin/nvcc", *COMMON, *NVCC, *architectures(), *include]
             lines += [
                 "rule nvcc",

@@ -2,16 +2,16 @@
 
 The template of an op's benchmarks: the size that people have, the best peer that they could install
 instead, both on the same number of threads, a goal, and `check`, by which a wrong result is no
-result. `compare` is the fixture of the root conftest.py.
+result. `compare` and `gpu` are fixtures of the root conftest.py.
 """
 
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, max_pool2d, pad
 
 from pyseg.ops import boundary_mask
-from pyseg.ops.boundary_mask import boundary_distance, reference
+from pyseg.ops.boundary_mask import boundary_distance
 
 SIZE = (1024, 2048)
 DISTANCE = boundary_distance(SIZE, 0.02)  # 46
@@ -74,16 +74,22 @@ def test_segments(compare, threads):
     )
 
 
+def by_rows_and_columns(labels):
+    """`boundary_mask.reference` in float32 and separable, as one would write it for a GPU."""
+    values = pad(labels[:, None].float(), [DISTANCE] * 4, value=-torch.inf)
+    window = 2 * DISTANCE + 1
+    largest = max_pool2d(max_pool2d(values, (window, 1), 1), (1, window), 1)
+    smallest = -max_pool2d(max_pool2d(-values, (window, 1), 1), (1, window), 1)
+    return (largest != smallest)[:, 0]
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_cuda(compare, kind):
-    labels = make_map(kind).to("cuda", torch.uint8)
-    compare(
-        ours=lambda: boundary_mask(labels, DISTANCE),
-        peer=lambda: reference(labels, DISTANCE),
-        peer_name="max_pool2d of the labels",
-        threads=1,
+def test_cuda(gpu, kind):
+    gpu.compare(
+        ours=lambda labels: boundary_mask(labels, DISTANCE),
+        peer=gpu.compile(by_rows_and_columns),
+        peer_name="torch.compile of max_pool2d by rows and columns",
+        inputs=(make_map(kind).to(gpu.device, torch.uint8),),
         check=lambda ours, peer: check(ours, peer.cpu()),
-        device="cuda",
     )

@@ -92,15 +92,14 @@ def test_whole_metric(compare, threads):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda(compare):
+def test_cuda(gpu):
     prediction, target = make_maps()
-    on_device = prediction.cuda(), target.cuda()
-    compare(
-        ours=lambda: boundary_match(*on_device, CLASSES, RADIUS).counts,
-        peer=lambda: boundary_match(prediction, target, CLASSES, RADIUS).counts,
+    gpu.compare(
+        ours=lambda p, t: boundary_match(p, t, CLASSES, RADIUS).counts,
+        peer=lambda p, t: boundary_match(p, t, CLASSES, RADIUS).counts,
         peer_name="our CPU kernel",
-        threads=1,
+        peer_runs="host",
+        inputs=(prediction.to(gpu.device), target.to(gpu.device)),
+        peer_inputs=(prediction, target),
         check=lambda ours, peer: torch.testing.assert_close(ours.cpu(), peer, rtol=0, atol=0),
-        device="cuda",
     )

@@ -104,20 +104,22 @@ def test_forward_and_backward(compare, size, threads):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("what", ["forward", "forward_and_backward"])
-def test_cuda(compare, what, size, dtype):
-    tensors = make_inputs(SIZES[size], dtype, "cuda")
-    peer_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    peers = [tensor.to(peer_dtype) for tensor in tensors]
+def test_cuda(gpu, what, size, dtype):
+    # torchvision has no bfloat16, and float16 on CUDA only
+    half = dtype == torch.float16 and gpu.device == "cuda"
+    peer_dtype = torch.float16 if half else torch.float32
     function = gradients if what != "forward" else lambda f, tensors: run(f, *tensors)
-    compare(
-        ours=lambda: function(deform_conv2d, tensors),
-        peer=lambda: function(torchvision_deform_conv2d, peers),
+    inputs = make_inputs(SIZES[size], dtype, gpu.device)
+    goals = {torch.float32: 0.21, torch.bfloat16: 0.08}
+    gpu.compare(
+        ours=lambda *tensors: function(deform_conv2d, tensors),
+        peer=lambda *tensors: function(torchvision_deform_conv2d, tensors),
         peer_name=f"torchvision in {str(peer_dtype).removeprefix('torch.')}",
-        threads=1,
+        inputs=inputs,
+        peer_inputs=[tensor.to(peer_dtype) for tensor in inputs],
+        goal_ms=goals.get(dtype) if (what, size) == ("forward", "64x128") else None,
         check=check_within(1e-3 if dtype == torch.float32 else 5e-2),
-        device="cuda",
     )

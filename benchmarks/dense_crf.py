@@ -79,67 +79,6 @@ def test_2048x1024x19(compare, threads):
     )
 
 
-# There is no other dense CRF on CUDA. Goals on an H200: 3.0 ms at 1024x2048x19, 0.25 ms at
-# 480x360x11, a batch of 8 in at most 8 times as long.
-ON_CUDA = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-    pytest.mark.parametrize(("classes", "height", "width"), [(19, 1024, 2048), (11, 360, 480)]),
-]
-
-
-def on_cuda(function):
-    for mark in ON_CUDA:
-        function = mark(function)
-    return function
-
-
-def inputs_on_cuda(classes, height, width, images):
-    """A batch on the device, and a check of its result."""
-    unary, image = make_inputs(classes, height, width)
-    expected = dense_crf(unary, image, iterations=ITERATIONS)
-
-    def check(ours, peer):
-        assert (ours.cpu() - expected).abs().mean() < 1e-4
-        assert torch.equal(ours, peer)
-
-    return *(t.cuda().repeat(images, 1, 1, 1) for t in (unary, image)), check
-
-
-@on_cuda
-def test_cuda_graph(compare, classes, height, width):
-    unary, image, check = inputs_on_cuda(classes, height, width, 1)
-
-    def eager():
-        return dense_crf(unary, image, iterations=ITERATIONS)
-
-    eager()  # loads the kernels, which a capture must not
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = eager()
-
-    def replayed():
-        graph.replay()
-        return result
-
-    compare(ours=replayed, peer=eager, peer_name="no graph", threads=1, check=check, device="cuda")
-
-
-@on_cuda
-def test_cuda_batch_of_8(compare, classes, height, width):
-    unary, image, check = inputs_on_cuda(classes, height, width, 8)
-    compare(
-        ours=lambda: dense_crf(unary, image, iterations=ITERATIONS),
-        peer=lambda: torch.cat(
-            [dense_crf(unary[i : i + 1], image[i : i + 1], iterations=ITERATIONS) for i in range(8)]
-        ),
-        peer_name="one by one",
-        threads=1,
-        goal=1,
-        check=check,
-        device="cuda",
-    )
-
-
 @pytest.mark.parametrize("size", [(11, 360, 480), (19, 1024, 2048)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_backward(compare, threads, size):
@@ -160,4 +99,80 @@ def test_backward(compare, threads, size):
         peer_name="its forward pass",
         threads=threads,
         goal=0.4,
+    )
+
+
+# There is no other dense CRF on CUDA.
+def on_cuda(function):
+    sizes = pytest.mark.parametrize("size", [(19, 1024, 2048), (11, 360, 480)], ids=str)
+    return pytest.mark.gpu(sizes(function))
+
+
+def inputs_on(device, size, images):
+    """A batch on the device, and a check of its result."""
+    unary, image = make_inputs(*size)
+    expected = dense_crf(unary, image, iterations=ITERATIONS)
+
+    def check(ours, peer):
+        assert (ours.cpu() - expected).abs().mean() < 1e-4
+        assert torch.equal(ours, peer)
+
+    return [t.to(device).repeat(images, 1, 1, 1) for t in (unary, image)], check
+
+
+def ten_iterations(unary, image):
+    return dense_crf(unary, image, iterations=ITERATIONS)
+
+
+@on_cuda
+def test_cuda_graph(gpu, size):
+    """A graph has room for the busiest image; without one the host waits for the true size."""
+    inputs, check = inputs_on(gpu.device, size, 1)
+    gpu.compare(
+        ours=ten_iterations,
+        peer=ten_iterations,
+        peer_name="no graph",
+        peer_runs="eager",
+        inputs=inputs,
+        goal_ms=3.0 if size[1] == 1024 else 0.25,
+        check=check,
+    )
+
+
+@on_cuda
+def test_cuda_batch_of_8(gpu, size):
+    inputs, check = inputs_on(gpu.device, size, 8)
+
+    def one_by_one(unary, image):
+        return torch.cat([ten_iterations(unary[i : i + 1], image[i : i + 1]) for i in range(8)])
+
+    gpu.compare(
+        ours=ten_iterations,
+        peer=one_by_one,
+        peer_name="one by one",
+        inputs=inputs,
+        goal=1,
+        check=check,
+        rounds=3,
+    )
+
+
+@on_cuda
+def test_cuda_gradients(gpu, size):
+    """Forward and backward; the goal is a backward pass of 2.5 times the forward one."""
+    (unary, image), _ = inputs_on(gpu.device, size, 1)
+    weight = torch.tensor(10.0, device=gpu.device)
+
+    def gradients(unary, image, weight):
+        leaves = [t.detach().requires_grad_() for t in (unary, weight)]
+        kernels = ((80.0, 13.0, leaves[1]),)
+        q = dense_crf(leaves[0], image, bilateral=kernels, iterations=ITERATIONS)
+        return torch.autograd.grad(q, leaves, torch.ones_like(q))
+
+    gpu.compare(
+        ours=gradients,
+        peer=lambda unary, image, weight: ten_iterations(unary, image),
+        peer_name="its forward pass",
+        inputs=(unary, image, weight),
+        goal=1 / 3.5,
     )

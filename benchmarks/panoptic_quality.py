@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from pyseg.image import write_panoptic
 from pyseg.metrics.panoptic import Panoptic, score_files
+from pyseg.ops import panoptic_quality
 from pyseg.types import Segment, Segments
 
 SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
@@ -76,7 +77,11 @@ def numpy_panoptic_quality(prediction, target, predicted, targets):
 
 
 def check(ours, peer):
-    counts = ours.state()["counts"].cpu().double().numpy()
+    check_counts(ours.state()["counts"], peer)
+
+
+def check_counts(counts, peer):
+    counts = counts.cpu().double().numpy()
     counts[:, 3] /= 2**40
     assert np.allclose(counts, peer, rtol=0, atol=1e-9)
 
@@ -139,15 +144,16 @@ def test_files(compare, tmp_path, threads):
     )
 
 
+def pairs_of(ids):
+    """(class, instance) of every pixel, as torchmetrics wants it; class CLASSES is void."""
+    return torch.stack([torch.where(ids > 0, ids % CLASSES, CLASSES), ids], -1)[None]
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_torchmetrics(compare, threads):
     functional = pytest.importorskip("torchmetrics.functional.detection")
     prediction, target = (segments(ids) for ids in make_maps())
-    # ids to (class, instance); class CLASSES is void, among the stuff
-    pairs = [
-        torch.stack([torch.where(s.map > 0, s.map % CLASSES, CLASSES), s.map], -1)[None]
-        for s in (prediction, target)
-    ]
+    pairs = [pairs_of(s.map) for s in (prediction, target)]
     compare(
         ours=lambda: scored(prediction, target).compute()["pq"],
         peer=lambda: functional.panoptic_quality(
@@ -160,20 +166,54 @@ def test_torchmetrics(compare, threads):
     )
 
 
+def on_device(prediction, target):
+    """The op as the metric calls it, of maps on the device and lists on the host."""
+    rows = [[item.id, item.label] for item in prediction.items]
+    target_rows = [[item.id, item.label, item.area, 0] for item in target.items]
+
+    def ours(p, t):
+        return panoptic_quality(p, t, torch.tensor(rows), torch.tensor(target_rows), CLASSES).counts
+
+    return ours
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_cuda(compare, kind):
+def test_cuda(gpu, kind):
     prediction, target = (segments(ids) for ids in make_maps(kind))
     p, t = (s.map.numpy().astype(np.uint32) for s in (prediction, target))
     predicted = {item.id: item.label for item in prediction.items}
     targets = {item.id: (item.label, item.area) for item in target.items}
-    on_device = [Segments(s.map.cuda(), s.items) for s in (prediction, target)]
-    compare(
-        ours=lambda: scored(*on_device),
-        peer=lambda: numpy_panoptic_quality(p, t, predicted, targets),
+    gpu.compare(
+        ours=on_device(prediction, target),
+        peer=lambda *maps: numpy_panoptic_quality(*maps, predicted, targets),
         peer_name="panopticapi's algorithm in NumPy, on the CPU",
-        threads=1,
-        check=check,
-        device="cuda",
+        peer_runs="host",
+        inputs=[s.map.to(gpu.device) for s in (prediction, target)],
+        peer_inputs=(p, t),
+        goal_ms=0.025,
+        check=check_counts,
+    )
+
+
+@pytest.mark.gpu
+def test_cuda_torchmetrics(gpu):
+    functional = pytest.importorskip("torchmetrics.functional.detection")
+    prediction, target = (segments(ids) for ids in make_maps())
+    maps = [s.map.to(gpu.device) for s in (prediction, target)]
+
+    def peer(prediction, target):
+        return functional.panoptic_quality(
+            prediction, target, things=set(range(CLASSES)), stuffs={CLASSES}
+        )
+
+    gpu.compare(
+        ours=on_device(prediction, target),
+        peer=peer,
+        peer_name="torchmetrics",
+        peer_runs="eager",
+        inputs=maps,
+        peer_inputs=[pairs_of(ids) for ids in maps],
+        goal_ms=0.025,
+        rounds=2,
     )

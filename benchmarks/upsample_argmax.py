@@ -56,16 +56,21 @@ def test_bfloat16(compare, threads):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_cuda(compare, kind, dtype):
-    logits = make_logits(kind).to("cuda", dtype)
-    compare(
-        ours=lambda: upsample_argmax(logits, SIZE),
-        peer=lambda: reference(logits.float(), SIZE),
-        peer_name="interpolate + argmax in float32",
-        threads=1,
+def test_cuda(gpu, kind, dtype, compiled):
+    logits = make_logits(kind).to(gpu.device, dtype)
+
+    def plain(logits):
+        return reference(logits, SIZE)
+
+    gpu.compare(
+        ours=lambda logits: upsample_argmax(logits, SIZE),
+        peer=gpu.compile(plain) if compiled else plain,
+        peer_name=f"{'torch.compile of ' if compiled else ''}interpolate + argmax in float32",
+        inputs=(logits,),
+        peer_inputs=(logits.float(),),
+        goal_ms=0.012,
         check=check,
-        device="cuda",
     )

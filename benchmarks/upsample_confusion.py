@@ -41,18 +41,29 @@ def test_float32(compare, kind, dtype, threads):
     )
 
 
+def without_waiting(logits, target):
+    """The reference in a form that torch.compile takes whole."""
+    labels = interpolate(logits, target.shape[1:], mode="bilinear").argmax(1)
+    cells = torch.where(target < CLASSES, CLASSES * target.long() + labels, CLASSES**2).flatten()
+    counts = torch.zeros(CLASSES**2 + 1, dtype=torch.int64, device=cells.device)
+    counts.scatter_add_(0, cells, torch.ones_like(cells))
+    return counts[:-1].reshape(1, CLASSES, CLASSES)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["random", "smooth"])
-def test_cuda(compare, kind, dtype):
-    logits, target = (tensor.to("cuda") for tensor in make_case(kind))
+def test_cuda(gpu, kind, dtype, compiled):
+    logits, target = (tensor.to(gpu.device) for tensor in make_case(kind))
     logits, target = logits.to(dtype), target.to(torch.uint8)
-    compare(
-        ours=lambda: upsample_confusion(logits, target),
-        peer=lambda: reference(logits.float(), target),
-        peer_name="interpolate + argmax + bincount in float32",
-        threads=1,
+    how = "torch.compile of interpolate + argmax + scatter_add_"
+    gpu.compare(
+        ours=lambda logits, target: upsample_confusion(logits, target),
+        peer=gpu.compile(without_waiting) if compiled else reference,
+        peer_name=f"{how if compiled else 'interpolate + argmax + bincount'} in float32",
+        inputs=(logits, target),
+        peer_inputs=(logits.float(), target),
+        goal_ms=0.015,
         check=check,
-        device="cuda",
     )

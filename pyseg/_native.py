@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import platform
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 FOLDER = Path(__file__).resolve().parent
@@ -122,6 +125,54 @@ def check_tensors(**named: Any) -> None:
                     f"{one} must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}; "
                     f"pass tensors: {remedy}"
                 )
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument as an int, whether it is Python's or NumPy's.
+
+    Raises:
+        ValueError: it is no integer of 64 bits; torch's own error would be a RuntimeError.
+    """
+    if not isinstance(value, int):
+        try:
+            value = operator.index(value)
+        except TypeError:
+            raise ValueError(f"{name} must be an integer, got {value!r}") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must be an integer of 64 bits, got {value}")
+    return value
+
+
+def number(name: str, value: Any) -> float:
+    """An argument as a float, which may be infinite or NaN; text is none."""
+    if isinstance(value, (int, float)):
+        return value
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """An argument that is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def image_size(name: str, value: Iterable[Any]) -> tuple[int, int]:
+    """An argument that is (height, width)."""
+    try:
+        sides = tuple(value)
+    except TypeError:
+        sides = ()
+    if len(sides) == 2:
+        height, width = (integer(name, side) for side in sides)
+        if 1 <= height < 2**31 and 1 <= width < 2**31:
+            return height, width
+    raise ValueError(f"{name} must be (height, width), both at least 1, got {value}")
 
 
 def simd_level() -> str:

@@ -22,13 +22,14 @@ using torch::stable::Tensor;
 
 constexpr int kThreads = 128;
 constexpr int kTile = 1024;               // columns of a block of the first kernel
+constexpr int kAhead = 4;                 // rows that a thread of the second kernel reads ahead
 constexpr int64_t kMaxDistance = 180000;  // its bits fit 48 KiB of shared memory
 
 // Grid: x counts the tiles of a row, y the rows, z the images.
 template <class T>
-__global__ void find_uniform_kernel(const T* labels,  // [N, H, W]
+__global__ void find_uniform_kernel(const T* __restrict__ labels,  // [N, H, W]
                                     Window window,
-                                    uint8_t* uniform) {  // [N, H, W]
+                                    uint8_t* __restrict__ uniform) {  // [N, H, W]
   // Every thread of the block reaches the ballot and the barrier: no early return above them.
   PYSEG_DYNAMIC_SHARED(uint32_t, changes);  // bit i: column base + i is not like the one before
   const int64_t width = window.width, distance = window.distance;
@@ -58,30 +59,62 @@ __global__ void find_uniform_kernel(const T* labels,  // [N, H, W]
   }
 }
 
-// Grid: x counts blocks of columns, y ranges of rows, z the images.
+// Neighbours in a row, read and written at once.
+template <class T, int Count>
+struct alignas(sizeof(T) * Count) Neighbours {
+  T at[Count];
+};
+
+// As many of one label as are read at once: 4, or 16 bytes of wider ones.
 template <class T>
-__global__ void mark_kernel(const T* labels, const uint8_t* uniform, Window window, int64_t rows,
-                            uint8_t* mask) {
-  const int64_t x = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+constexpr int kNeighbours = sizeof(T) == 8 ? 2 : 4;
+
+// Grid: x counts blocks of columns, y ranges of rows, z the images. A thread has Count columns, and
+// reads a few rows of them before it looks at the first: __restrict__ says that what it writes
+// meanwhile does not change them.
+template <class T, int Count>
+__global__ void __launch_bounds__(kThreads)
+    mark_kernel(const T* __restrict__ labels, const uint8_t* __restrict__ uniform, Window window,
+                int64_t rows, uint8_t* __restrict__ mask) {
+  const int64_t x = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * Count;
   if (x >= window.width) return;
+  using Labels = Neighbours<T, Count>;
+  using Flags = Neighbours<uint8_t, Count>;
   const int64_t image = int64_t(blockIdx.z) * window.height * window.width;
   const int64_t begin = int64_t(blockIdx.y) * rows, last = window.height - 1;
   const int64_t end = begin + rows < window.height ? begin + rows : window.height;
-  int64_t streak = 0;
-  T above = 0;
-  for (int64_t y = begin - window.distance; y < end + window.distance; ++y) {
-    if (window.border && (y < 0 || y > last)) {
-      streak = 0;
-    } else {
-      const int64_t row = y < 0 ? 0 : (y > last ? last : y);
+  const int distance = int(window.distance), full = 2 * distance + 1;
+  int streak[Count];
+  Labels above;
+#pragma unroll
+  for (int k = 0; k < Count; ++k) streak[k] = 0, above.at[k] = 0;
+  for (int64_t top = begin - distance; top < end + distance; top += kAhead) {
+    Labels label[kAhead];
+    Flags flag[kAhead];
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) {
+      const int64_t y = top + r, row = y < 0 ? 0 : (y > last ? last : y);
       const int64_t place = image + row * window.width + x;
-      const T label = labels[place];
-      const int64_t before = label == above ? streak : 0;
-      streak = uniform[place] ? before + 1 : 0;
-      above = label;
+      label[r] = *reinterpret_cast<const Labels*>(labels + place);
+      flag[r] = *reinterpret_cast<const Flags*>(uniform + place);
     }
-    if (y - window.distance >= begin)
-      mask[image + (y - window.distance) * window.width + x] = streak < 2 * window.distance + 1;
+#pragma unroll
+    for (int r = 0; r < kAhead; ++r) {
+      const int64_t y = top + r;
+      if (y >= end + distance) break;
+      const bool outside = window.border && (y < 0 || y > last);
+      Flags marked;
+#pragma unroll
+      for (int k = 0; k < Count; ++k) {
+        const int before = label[r].at[k] == above.at[k] ? streak[k] : 0;
+        // A streak longer than the window says no more than one as long, and does not overflow.
+        streak[k] = !outside && flag[r].at[k] ? min(before + 1, full) : 0;
+        if (!outside) above.at[k] = label[r].at[k];
+        marked.at[k] = streak[k] < full;
+      }
+      if (y - distance >= begin)
+        *reinterpret_cast<Flags*>(mask + image + (y - distance) * window.width + x) = marked;
+    }
   }
 }
 
@@ -105,10 +138,18 @@ void launch(const Tensor& labels, Tensor& uniform, Tensor& mask, const Window& w
       PYSEG_LAUNCH((find_uniform_kernel<T>), grid, kThreads, shared, stream, in + offset, window,
                    flags + offset);
     }
-    const dim3 grid(unsigned((window.width + kThreads - 1) / kThreads),
-                    unsigned((window.height + rows - 1) / rows), count);
-    PYSEG_LAUNCH((mark_kernel<T>), grid, kThreads, 0, stream, in + first * pixels,
-                 flags + first * pixels, window, rows, out + first * pixels);
+    const auto mark = [&](auto kernel, int64_t columns) {
+      const int64_t threads = (window.width + columns - 1) / columns;
+      const dim3 grid(unsigned((threads + kThreads - 1) / kThreads),
+                      unsigned((window.height + rows - 1) / rows), count);
+      PYSEG_LAUNCH(kernel, grid, kThreads, 0, stream, in + first * pixels, flags + first * pixels,
+                   window, rows, out + first * pixels);
+    };
+    constexpr int kCount = kNeighbours<T>;
+    if (window.width % kCount == 0 && reinterpret_cast<uintptr_t>(in) % (sizeof(T) * kCount) == 0)
+      mark(mark_kernel<T, kCount>, kCount);
+    else
+      mark(mark_kernel<T, 1>, 1);
   }
 }
 

@@ -5,7 +5,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "../common/inline.h"
@@ -57,8 +56,7 @@ struct Disc {
 
 // The rows of a map that hold a class's contour; none at first.
 struct Rows {
-  int64_t first = std::numeric_limits<int64_t>::max();
-  int64_t last = std::numeric_limits<int64_t>::min();
+  int64_t first = int64_t(1) << 60, last = -first;  // far from any, and no difference overflows
 
   void add(const Rows& other) {
     first = std::min(first, other.first), last = std::max(last, other.last);

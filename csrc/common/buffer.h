@@ -20,6 +20,7 @@ class Buffer {
     prefer_huge_pages(data_.get(), n * sizeof(T));
   }
   T* get() const { return data_.get(); }
+  T& operator[](int64_t i) const { return data_.get()[i]; }
 
  private:
   static constexpr std::align_val_t kAlignment{64};

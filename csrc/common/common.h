@@ -77,7 +77,10 @@ inline int narrow(const char* name, int64_t value) {
 
 // Below this, in additions of numbers, waking threads takes longer than the work: much longer where
 // other processes keep the cores busy, as then each region waits for the scheduler.
-constexpr int64_t kWorthThreads = int64_t(1) << 18;
+#ifndef PYSEG_WORTH_THREADS  // tests/sanitize.py sets 1: there small inputs are shared out, too
+#define PYSEG_WORTH_THREADS (int64_t(1) << 18)
+#endif
+constexpr int64_t kWorthThreads = PYSEG_WORTH_THREADS;
 
 // Calls work(item, worker) for every item; which worker takes which is left to chance, so that
 // threads that are held up take fewer. `cost`: of an item, in additions, roughly.
@@ -92,7 +95,9 @@ void for_each(int64_t items, int64_t cost, Work work) {
   const int64_t workers = std::min<int64_t>(items, threads);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t item; (item = next.fetch_add(1)) < items;) work(item, worker);
+      // Relaxed: items are independent of each other, and the region's end orders what they wrote.
+      for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;)
+        work(item, worker);
   });
 }
 

@@ -15,3 +15,24 @@
 #else
 #define PYSEG_UNROLL _Pragma("GCC unroll 9")
 #endif
+
+namespace pyseg {
+
+// a * b, rounded: compilers that may fuse it with the sum that follows, as nvcc does, would give
+// CPU and GPU other bits. For whatever decides by comparing, or names by rounding.
+template <class T>
+PYSEG_HOST_DEVICE T product(T a, T b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) == sizeof(float))
+    return __fmul_rn(a, b);
+  else
+    return __dmul_rn(a, b);
+#elif defined(PYSEG_EMULATED)  // also compiled with contraction, to see what it changes
+  volatile T rounded = a * b;
+  return rounded;
+#else                          // compiled without contraction
+  return a * b;
+#endif
+}
+
+}  // namespace pyseg

@@ -1,7 +1,7 @@
 // Where the counts of a confusion matrix go on CUDA: shared by the ops that end in one.
 #pragma once
 
-#include "../common/launch.h"
+#include "../common/zeros.cuh"
 #include "confusion_matrix.h"
 
 namespace {

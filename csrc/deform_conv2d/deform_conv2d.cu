@@ -1,9 +1,10 @@
 // Deformable convolution on CUDA.
 //
-// Forward it is an implicit matrix product: a block of threads gathers the columns of 64 output
-// pixels, some channels of one tap at a time, into shared memory and multiplies them with the
-// weights of 128 outputs there; no matrix of columns exists in global memory. Lanes hold
-// neighbouring channels of an input whose pixels have their channels together.
+// Forward it is an implicit matrix product: a block of threads finds where the taps of 64 output
+// pixels read, then gathers the columns, some channels of one tap at a time, into shared memory and
+// multiplies them with the weights of 128 outputs there; no matrix of columns exists in global
+// memory. Lanes hold neighbouring channels of an input whose pixels have their channels together,
+// and the taps of some channels follow each other, so that what they read lies in the L1 cache.
 //
 // Backward the gradients of the columns, and the columns again, are matrices in global memory,
 // between products of torch's; of as many images at a time as a bound on that memory allows. The
@@ -11,14 +12,13 @@
 // output pixels, found by sorting: nothing is added atomically, and nothing synchronises.
 #include "deform_conv2d.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <mma.h>
-
 #include <algorithm>
+#include <array>
 
 #include "../common/launch.h"
 #include "../common/primitives.cuh"
+#include "../common/transpose.cuh"
+#include "matrix_tiles.cuh"
 
 namespace {
 
@@ -30,12 +30,13 @@ using torch::headeronly::Half;
 constexpr int kThreads = 256;
 constexpr int kPixels = 64;    // output pixels of a block
 constexpr int kOutputs = 128;  // output channels of a block
-constexpr int kStride = kPixels + 4;
-// The most elements of a matrix of columns.
-#ifdef PYSEG_EMULATED
-constexpr int64_t kColumns = 1 << 12;  // so that tests take several portions
+constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+#ifdef PYSEG_EMULATED                   // so that tests take several portions
+constexpr int64_t kColumns = 1 << 12;   // the most elements of a matrix of columns
+constexpr int64_t kTogether = 1 << 12;  // vectors of an input that a launch numbers
 #else
-constexpr int64_t kColumns = int64_t(1) << 28;
+constexpr int64_t kColumns = int64_t(1) << 26;  // 256 MB of float
+constexpr int64_t kTogether = kMost;
 #endif
 
 template <class T>
@@ -47,42 +48,18 @@ struct RealOf<double> {
   using type = double;
 };
 
-template <class T>
-struct alignas(4 * sizeof(T)) Four {
-  T v[4];
+template <class T, int Width>
+struct alignas(Width * sizeof(T)) Pack {
+  T v[Width];
 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-unsigned blocks_for(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
-
-// [batch, rows, columns] -> [batch, columns + extra, rows], zeros in the extra rows. The matrices
-// of the result are in another order: batch = (n, group) of `groups` becomes (group, n).
-template <class T>
-__global__ void transpose_kernel(const T* __restrict__ in, int rows, int64_t columns, int extra,
-                                 int64_t batches, int groups, T* __restrict__ out) {
-  __shared__ T tile[32][33];
-  const int64_t out_rows = columns + extra, tiles = (out_rows + 31) / 32;
-  const int64_t batch = blockIdx.x / tiles, first = blockIdx.x % tiles * 32;
-  const int64_t out_batch = batch % groups * (batches / groups) + batch / groups;
-  const int top = int(blockIdx.y) * 32, x = int(threadIdx.x) % 32;
-  for (int y = int(threadIdx.x) / 32; y < 32; y += kThreads / 32) {
-    const bool inside = top + y < rows && first + x < columns;
-    tile[y][x] = inside ? in[(batch * rows + top + y) * columns + first + x] : T(0);
-  }
-  __syncthreads();
-  for (int y = int(threadIdx.x) / 32; y < 32; y += kThreads / 32)
-    if (first + y < out_rows && top + x < rows)
-      out[(out_batch * out_rows + first + y) * rows + top + x] = tile[x][y];
+unsigned blocks(int64_t count) {
+  PYSEG_CHECK(count <= kMost, "a tensor is too large for one launch: pass fewer images at once");
+  return unsigned(count);
 }
-
-template <class T>
-void transpose(const T* in, int64_t batches, int64_t rows, int64_t columns, int extra,
-               int64_t groups, T* out, cudaStream_t stream) {
-  const dim3 grid(unsigned(batches * ceil_div(columns + extra, 32)), unsigned(ceil_div(rows, 32)));
-  PYSEG_LAUNCH((transpose_kernel<T>), grid, kThreads, 0, stream, in, int(rows), columns, extra,
-               batches, int(groups), out);
-}
+unsigned blocks_for(int64_t threads) { return blocks(ceil_div(threads, kThreads)); }
 
 // [outputs, channels, taps] -> [groups, outputs, taps, channels], or with the outputs last.
 template <class T>
@@ -127,6 +104,9 @@ struct Shape {
         plane(p.plane()),
         out_plane(p.out_plane()),
         pixels(images * p.out_plane()) {}
+
+  // Whether `n` channels, of an input or of columns, can be read at once wherever some begin.
+  bool reads(int n) const { return group_channels % n == 0 && offset_channels % n == 0; }
 };
 
 template <class Real>
@@ -140,11 +120,10 @@ struct Sample {
   }
 };
 
-// Where tap t of an offset group reads for output pixel `pixel`, counted over the images.
+// Where tap t of an offset group reads for pixel p of an output image.
 template <class T, class Real>
-__device__ Sample<Real> locate(const T* offset, const T* mask, const Shape& s, int64_t pixel,
-                               int offset_group, int t) {
-  const int64_t image = pixel / s.out_plane, p = pixel % s.out_plane;
+__device__ Sample<Real> locate(const T* offset, const T* mask, const Shape& s, int64_t image,
+                               int64_t p, int offset_group, int t) {
   const int64_t at = (image * s.offset_groups + offset_group) * s.taps + t;
   const Real y =
       Real(int(p / s.out_width) * s.stride_y - s.padding_y + t / s.kernel_width * s.dilation_y);
@@ -158,21 +137,102 @@ __device__ Sample<Real> locate(const T* offset, const T* mask, const Shape& s, i
   return sample;
 }
 
-// Grid: x counts tiles of output pixels, y tiles of outputs, group by group.
-template <class T, class Real>
-__global__ void __launch_bounds__(kThreads)
+// Where the pixels of a block of the forward kernels lie: they follow each other, through images.
+struct Pixels {
+  int64_t first, image, p;  // the first one; its image, where in it
+  __device__ Pixels(const Shape& s, int64_t tile)
+      : first(tile * kPixels), image(first / s.out_plane), p(first % s.out_plane) {}
+  // Of pixel i of the block; past the last one, that one again.
+  __device__ void find(const Shape& s, int i, int64_t* its_image, int64_t* its_p) const {
+    const int64_t last = s.pixels - 1 - first;
+    *its_image = image, *its_p = p + (i < last ? i : last);
+    while (*its_p >= s.out_plane) *its_p -= s.out_plane, ++*its_image;
+  }
+};
+
+// Where the taps of a block's pixels read, some taps at a time: vectors of Width channels, counted
+// from the input's first one.
+template <class Real, int Taps>
+struct Samples {
+  Pack<unsigned, 4> from[Taps * kPixels];
+  Pack<Real, 4> weight[Taps * kPixels];
+
+  template <int Width, class T>
+  __device__ void find(const T* offset, const T* mask, const Shape& s, const Pixels& pixels,
+                       int offset_group, int first_tap, int taps) {
+    const unsigned vectors = unsigned(s.channels / Width);
+    for (int i = int(threadIdx.x); i < taps * kPixels; i += kThreads) {
+      int64_t image, p;
+      pixels.find(s, i % kPixels, &image, &p);
+      const Sample<Real> sample =
+          locate<T, Real>(offset, mask, s, image, p, offset_group, first_tap + i / kPixels);
+      const unsigned before = unsigned(image) * unsigned(s.plane + 1);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        from[i].v[k] = (before + unsigned(sample.corners.index[k])) * vectors;
+        weight[i].v[k] = sample.weight(k);
+      }
+    }
+  }
+
+  // What tap and pixel `i` read from the vector of channels that `input` is moved to.
+  template <class T, int Width>
+  __device__ void read(const Pack<T, Width>* input, int i, Real (&values)[Width]) const {
+    const Pack<unsigned, 4> its_from = from[i];
+    const Pack<Real, 4> its_weight = weight[i];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const Pack<T, Width> corner = input[its_from.v[k]];
+#pragma unroll
+      for (int j = 0; j < Width; ++j) values[j] += its_weight.v[k] * Real(corner.v[j]);
+    }
+  }
+};
+
+// Copies rows of a tap's weights [channels, outputs] into shared memory, 0 beyond both.
+template <int Width, int Depth, class Real, class T>
+__device__ void copy_weights(const T* matrix, int rows, int outputs, int row_outputs, Real* to,
+                             int stride) {
+  constexpr int kLanes = kOutputs / Width, kRows = kThreads / kLanes;  // at once
+  const int first = int(threadIdx.x) / kLanes, o = int(threadIdx.x) % kLanes * Width;
+  if (o >= outputs) rows = 0;
+  const T* from = matrix + int64_t(first) * row_outputs + o;
+  to += first * stride + o;
+#pragma unroll(Depth / kRows <= 8 ? Depth / kRows : 4)
+  for (int i = 0; i < Depth / kRows; ++i) {
+    Pack<T, Width> part{};
+    if (first + i * kRows < rows) part = *reinterpret_cast<const Pack<T, Width>*>(from);
+    from += kRows * int64_t(row_outputs);
+    if constexpr (std::is_same_v<T, Real>) {
+      *reinterpret_cast<Pack<T, Width>*>(to + i * kRows * stride) = part;
+    } else {
+#pragma unroll
+      for (int j = 0; j < Width; ++j) to[i * kRows * stride + j] = Real(part.v[j]);
+    }
+  }
+}
+
+// Grid: tiles of outputs, group by group, then tiles of output pixels. Width: channels, and
+// outputs, that are loaded together.
+template <class T, class Real, int Width>
+__global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1)
     forward_kernel(const T* __restrict__ input,  // [N, plane + 1, C]
                    const T* __restrict__ offset, const T* __restrict__ mask,
                    const T* __restrict__ weight,  // [groups, taps, C / groups, O / groups]
                    const T* __restrict__ bias, Shape s, T* __restrict__ output) {  // [N, O, plane]
   constexpr int kDepth = 128 / sizeof(Real);  // channels at a time: a line of the cache
-  __shared__ __align__(32) Real columns[kDepth * kStride];
+  constexpr int kTaps = sizeof(Real) == 4 ? 9 : 4;
+  constexpr int kLanes = kDepth / Width, kRows = kThreads / kLanes;  // of a pixel; pixels at once
+  using Four = Pack<Real, 4>;
+  // [channel, pixel], of which fours of pixels are exchanged within each channel's row, so that
+  // neither those who write a pixel's channels wait for each other nor those who read four pixels.
+  __shared__ __align__(32) Real columns[kDepth * kPixels];
   __shared__ __align__(32) Real weights[kDepth * kOutputs];
-  __shared__ int corner_index[4 * kPixels];
-  __shared__ Real corner_weight[4 * kPixels];
-  const int tiles = (s.group_outputs + kOutputs - 1) / kOutputs;
-  const int group = int(blockIdx.y) / tiles, first_output = int(blockIdx.y) % tiles * kOutputs;
-  const int64_t first_pixel = int64_t(blockIdx.x) * kPixels;
+  __shared__ Samples<Real, kTaps> samples;
+  const int tiles = (s.group_outputs + kOutputs - 1) / kOutputs, all_tiles = s.groups * tiles;
+  const int group = int(blockIdx.x % all_tiles) / tiles;
+  const int first_output = int(blockIdx.x % all_tiles) % tiles * kOutputs;
+  const Pixels pixels(s, blockIdx.x / all_tiles);
   const int thread = int(threadIdx.x);
   const int across = thread % 16, down = thread / 16;  // which outputs, which pixels
   Real sums[8][4];
@@ -183,51 +243,49 @@ __global__ void __launch_bounds__(kThreads)
   for (int start = group * s.group_channels; start < group_end;) {
     const int offset_group = start / s.offset_channels;
     const int end = min(group_end, (offset_group + 1) * s.offset_channels);
-    for (int t = 0; t < s.taps; ++t) {
+    for (int first_tap = 0; first_tap < s.taps; first_tap += kTaps) {
+      const int taps = min(kTaps, s.taps - first_tap);
       __syncthreads();
-      if (thread < kPixels) {
-        const int64_t pixel = min(first_pixel + thread, s.pixels - 1);
-        const Sample<Real> sample = locate<T, Real>(offset, mask, s, pixel, offset_group, t);
-        for (int i = 0; i < 4; ++i) {
-          corner_index[i * kPixels + thread] = sample.corners.index[i];
-          corner_weight[i * kPixels + thread] = sample.weight(i);
-        }
-      }
+      samples.template find<Width>(offset, mask, s, pixels, offset_group, first_tap, taps);
       for (int c = start; c < end; c += kDepth) {
-        __syncthreads();
-        const int k = thread % kDepth;
-        for (int p = thread / kDepth; p < kPixels; p += kThreads / kDepth) {
-          const int64_t image = min(first_pixel + p, s.pixels - 1) / s.out_plane;
-          const T* from = input + image * (s.plane + 1) * s.channels + c + k;
-          Real value = Real(0);
-          if (c + k < end)
+        for (int t = 0; t < taps; ++t) {
+          __syncthreads();
+          const int k = thread % kLanes * Width;
+          const auto* const from = reinterpret_cast<const Pack<T, Width>*>(input) + (c + k) / Width;
+#pragma unroll(Width == 1 ? 2 : kPixels / kRows)
+          for (int i = 0; i < kPixels / kRows; ++i) {
+            const int p = thread / kLanes + i * kRows;
+            Real values[Width] = {};
+            if (c + k < end) samples.read(from, t * kPixels + p, values);
+            const int place = ((p / 4) ^ (k / 4 % 8)) * 4 + p % 4;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              value += corner_weight[i * kPixels + p] *
-                       Real(from[int64_t(corner_index[i * kPixels + p]) * s.channels]);
-          columns[k * kStride + p] = value;
-        }
-        const T* matrix = weight + ((int64_t(group) * s.taps + t) * s.group_channels + c -
-                                    group * s.group_channels) *
-                                       s.group_outputs;
-        for (int i = thread; i < kDepth * kOutputs; i += kThreads) {
-          const int row = i / kOutputs, o = first_output + i % kOutputs;
-          const bool inside = c + row < end && o < s.group_outputs;
-          weights[i] = inside ? Real(matrix[int64_t(row) * s.group_outputs + o]) : Real(0);
-        }
-        __syncthreads();
-#pragma unroll 8
-        for (int depth = 0; depth < kDepth; ++depth) {
-          const Four<Real> right =
-              *reinterpret_cast<const Four<Real>*>(columns + depth * kStride + 4 * down);
+            for (int j = 0; j < Width; ++j) columns[(k + j) * kPixels + place] = values[j];
+          }
+          const T* const matrix =
+              weight + ((int64_t(group) * s.taps + first_tap + t) * s.group_channels + c -
+                        group * s.group_channels) *
+                           s.group_outputs;
+          copy_weights<Width, kDepth>(matrix + first_output, end - c,
+                                      s.group_outputs - first_output, s.group_outputs, weights,
+                                      kOutputs);
+          __syncthreads();
+#pragma unroll 2
+          for (int quad = 0; quad < kDepth / 4; ++quad) {
+            const Real* const right_rows = columns + quad * 4 * kPixels + 4 * (down ^ (quad % 8));
+            const Real* const left_rows = weights + quad * 4 * kOutputs + 4 * across;
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const Four<Real> left = *reinterpret_cast<const Four<Real>*>(
-                weights + depth * kOutputs + half * (kOutputs / 2) + 4 * across);
+            for (int depth = 0; depth < 4; ++depth) {
+              const Four right = *reinterpret_cast<const Four*>(right_rows + depth * kPixels);
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
+              for (int half = 0; half < 2; ++half) {
+                const Four left = *reinterpret_cast<const Four*>(left_rows + depth * kOutputs +
+                                                                 half * (kOutputs / 2));
 #pragma unroll
-              for (int j = 0; j < 4; ++j) sums[4 * half + i][j] += left.v[i] * right.v[j];
+                for (int i = 0; i < 4; ++i)
+#pragma unroll
+                  for (int j = 0; j < 4; ++j) sums[4 * half + i][j] += left.v[i] * right.v[j];
+              }
+            }
           }
         }
       }
@@ -236,160 +294,118 @@ __global__ void __launch_bounds__(kThreads)
   }
 
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int o = first_output + i / 4 * (kOutputs / 2) + 4 * across + i % 4;
-    if (o >= s.group_outputs) continue;
-    const int64_t channel = int64_t(group) * s.group_outputs + o;
-    const Real start = bias ? Real(bias[channel]) : Real(0);
+  for (int j = 0; j < 4; ++j) {
+    if (pixels.first + 4 * down + j >= s.pixels) break;
+    int64_t image, p;
+    pixels.find(s, 4 * down + j, &image, &p);
+    const int64_t first = group * s.group_outputs + first_output + 4 * across;
+    T* const to = output + (image * s.groups * s.group_outputs + first) * s.out_plane + p;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int64_t pixel = first_pixel + 4 * down + j;
-      if (pixel < s.pixels)
-        output[(pixel / s.out_plane * s.groups * s.group_outputs + channel) * s.out_plane +
-               pixel % s.out_plane] = T(start + sums[i][j]);
+    for (int i = 0; i < 8; ++i) {
+      const int o = i / 4 * (kOutputs / 2) + i % 4;
+      if (first_output + 4 * across + o < s.group_outputs)
+        to[o * s.out_plane] = T(sums[i][j] + (bias ? Real(bias[first + o]) : Real(0)));
     }
   }
 }
 
-template <class T>
-struct TensorCore;
-template <>
-struct TensorCore<Half> {
-  using type = __half;
-};
-template <>
-struct TensorCore<BFloat16> {
-  using type = __nv_bfloat16;
-};
-
-template <class T, int Width>
-struct alignas(Width * sizeof(T)) Pack {
-  T v[Width];
-};
-
 // The same in half precision. The columns are rounded to it, and multiplied by tensor cores: each
-// warp has 32 outputs and 32 pixels. Width: channels, and outputs, that are loaded together.
+// warp has 32 outputs and 32 pixels.
 template <class T, int Width>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     forward_tensor_kernel(const T* __restrict__ input,  // [N, plane + 1, C]
                           const T* __restrict__ offset, const T* __restrict__ mask,
                           const T* __restrict__ weight,  // [groups, taps, C / groups, O / groups]
                           const T* __restrict__ bias, Shape s,
                           T* __restrict__ output) {  // [N, O, plane]
 #if defined(PYSEG_EMULATED) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  namespace wmma = nvcuda::wmma;
-  using Number = typename TensorCore<T>::type;
-  constexpr int kDepth = 64, kColumnStride = kDepth + 8, kWeightStride = kOutputs + 8;
-  __shared__ __align__(32) T columns[kPixels * kColumnStride];  // [pixel, channel]
-  __shared__ __align__(32) T weights[kDepth * kWeightStride];   // [channel, output]
-  __shared__ __align__(32) float stage[kThreads / 32 * 256];    // a fragment of each warp
-  __shared__ int corner_index[4 * kPixels];
-  __shared__ float corner_weight[4 * kPixels];
-  const int tiles = (s.group_outputs + kOutputs - 1) / kOutputs;
-  const int group = int(blockIdx.y) / tiles, first_output = int(blockIdx.y) % tiles * kOutputs;
-  const int64_t first_pixel = int64_t(blockIdx.x) * kPixels;
+  // Rows of an odd number of 16 bytes: those that ldmatrix reads together lie in different banks.
+  constexpr int kDepth = 64, kColumnStride = kDepth + 8, kWeightStride = kOutputs + 8, kTaps = 9;
+  constexpr int kLanes = kDepth / Width, kRows = kThreads / kLanes;  // of a pixel; pixels at once
+  __shared__ __align__(32) T columns[kPixels * kColumnStride];       // [pixel, channel]
+  __shared__ __align__(32) T weights[kDepth * kWeightStride];        // [channel, output]
+  __shared__ Samples<float, kTaps> samples;
+  const int tiles = (s.group_outputs + kOutputs - 1) / kOutputs, all_tiles = s.groups * tiles;
+  const int group = int(blockIdx.x % all_tiles) / tiles;
+  const int first_output = int(blockIdx.x % all_tiles) % tiles * kOutputs;
+  const Pixels pixels(s, blockIdx.x / all_tiles);
   const int thread = int(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const int warp_output = warp % 4 * 32, warp_pixel = warp / 4 * 32;
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sums[2][2];
-  for (auto& row : sums)
-    for (auto& sum : row) wmma::fill_fragment(sum, 0.0f);
+  // What this lane names of the matrices that are loaded together: of the weights those of outputs
+  // 0 and 8 in channels 0, then 8; of the columns those of channels 0 and 8 in pixels 0, then 8.
+  const T* const left_row =
+      weights + (lane / 16 * 8 + lane % 8) * kWeightStride + warp_output + lane / 8 % 2 * 8;
+  const T* const right_row =
+      columns + (warp_pixel + lane / 16 * 8 + lane % 8) * kColumnStride + lane / 8 % 2 * 8;
+  float sums[2][4][4] = {};  // of 16 outputs and 8 pixels each
 
   const int group_end = (group + 1) * s.group_channels;
   for (int start = group * s.group_channels; start < group_end;) {
     const int offset_group = start / s.offset_channels;
     const int end = min(group_end, (offset_group + 1) * s.offset_channels);
-    for (int t = 0; t < s.taps; ++t) {
+    for (int first_tap = 0; first_tap < s.taps; first_tap += kTaps) {
+      const int taps = min(kTaps, s.taps - first_tap);
       __syncthreads();
-      if (thread < kPixels) {
-        const int64_t pixel = min(first_pixel + thread, s.pixels - 1);
-        const Sample<float> sample = locate<T, float>(offset, mask, s, pixel, offset_group, t);
-        for (int i = 0; i < 4; ++i) {
-          corner_index[i * kPixels + thread] = sample.corners.index[i];
-          corner_weight[i * kPixels + thread] = sample.weight(i);
-        }
-      }
+      samples.template find<Width>(offset, mask, s, pixels, offset_group, first_tap, taps);
       for (int c = start; c < end; c += kDepth) {
-        __syncthreads();
-        constexpr int kAcross = kDepth / Width;
-        const int k = thread % kAcross * Width;
-#pragma unroll 4
-        for (int p = thread / kAcross; p < kPixels; p += kThreads / kAcross) {
-          const int64_t image = min(first_pixel + p, s.pixels - 1) / s.out_plane;
-          const T* from = input + image * (s.plane + 1) * s.channels + c + k;
-          float values[Width] = {};
-          if (c + k < end)
+        for (int t = 0; t < taps; ++t) {
+          __syncthreads();
+          const int k = thread % kLanes * Width;
+          const auto* const from = reinterpret_cast<const Pack<T, Width>*>(input) + (c + k) / Width;
+#pragma unroll 2
+          for (int i = 0; i < kPixels / kRows; ++i) {
+            const int p = thread / kLanes + i * kRows;
+            float values[Width] = {};
+            if (c + k < end) samples.read(from, t * kPixels + p, values);
+            Pack<T, Width> rounded;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const Pack<T, Width> corner = *reinterpret_cast<const Pack<T, Width>*>(
-                  from + int64_t(corner_index[i * kPixels + p]) * s.channels);
-#pragma unroll
-              for (int j = 0; j < Width; ++j)
-                values[j] += corner_weight[i * kPixels + p] * float(corner.v[j]);
-            }
-          Pack<T, Width> rounded;
-#pragma unroll
-          for (int j = 0; j < Width; ++j) rounded.v[j] = T(values[j]);
-          *reinterpret_cast<Pack<T, Width>*>(columns + p * kColumnStride + k) = rounded;
-        }
-        const T* matrix = weight + ((int64_t(group) * s.taps + t) * s.group_channels + c -
-                                    group * s.group_channels) *
-                                       s.group_outputs;
-#pragma unroll 4
-        for (int i = thread; i < kDepth * kOutputs / Width; i += kThreads) {
-          const int row = i / (kOutputs / Width), o = i % (kOutputs / Width) * Width;
-          Pack<T, Width> part;
-#pragma unroll
-          for (int j = 0; j < Width; ++j) part.v[j] = T(0.0f);
-          if (c + row < end && first_output + o < s.group_outputs)
-            part = *reinterpret_cast<const Pack<T, Width>*>(
-                matrix + int64_t(row) * s.group_outputs + first_output + o);
-          *reinterpret_cast<Pack<T, Width>*>(weights + row * kWeightStride + o) = part;
-        }
-        __syncthreads();
-#pragma unroll
-        for (int depth = 0; depth < kDepth; depth += 16) {
-          wmma::fragment<wmma::matrix_a, 16, 16, 16, Number, wmma::col_major> left[2];
-          wmma::fragment<wmma::matrix_b, 16, 16, 16, Number, wmma::col_major> right[2];
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            wmma::load_matrix_sync(left[i],
-                                   reinterpret_cast<const Number*>(weights + depth * kWeightStride +
-                                                                   warp_output + 16 * i),
-                                   kWeightStride);
-            wmma::load_matrix_sync(right[i],
-                                   reinterpret_cast<const Number*>(
-                                       columns + (warp_pixel + 16 * i) * kColumnStride + depth),
-                                   kColumnStride);
+            for (int j = 0; j < Width; ++j) rounded.v[j] = T(values[j]);
+            *reinterpret_cast<Pack<T, Width>*>(columns + p * kColumnStride + k) = rounded;
           }
+          const T* const matrix =
+              weight + ((int64_t(group) * s.taps + first_tap + t) * s.group_channels + c -
+                        group * s.group_channels) *
+                           s.group_outputs;
+          copy_weights<Width, kDepth>(matrix + first_output, end - c,
+                                      s.group_outputs - first_output, s.group_outputs, weights,
+                                      kWeightStride);
+          __syncthreads();
 #pragma unroll
-          for (int i = 0; i < 2; ++i)
+          for (int depth = 0; depth < kDepth; depth += 16) {
+            unsigned left[2][4], right[2][4];
 #pragma unroll
-            for (int j = 0; j < 2; ++j) wmma::mma_sync(sums[i][j], left[i], right[j], sums[i][j]);
+            for (int i = 0; i < 2; ++i) {
+              matrix_tiles::load<true>(left[i], left_row + depth * kWeightStride + 16 * i);
+              matrix_tiles::load<false>(right[i], right_row + 16 * i * kColumnStride + depth);
+            }
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+                matrix_tiles::multiply_add<T>(
+                    sums[i][j], left[i],
+                    reinterpret_cast<const unsigned (&)[2]>(right[j / 2][j % 2 * 2]));
+          }
         }
       }
     }
     start = end;
   }
 
-  float* const square = stage + warp * 256;  // [output, pixel]
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+  for (int j = 0; j < 8; ++j) {
+    const int its_pixel = warp_pixel + j / 2 * 8 + lane % 4 * 2 + j % 2;
+    if (pixels.first + its_pixel >= s.pixels) continue;
+    int64_t image, p;
+    pixels.find(s, its_pixel, &image, &p);
+    const int64_t first = group * s.group_outputs + first_output + warp_output + lane / 4;
+    T* const to = output + (image * s.groups * s.group_outputs + first) * s.out_plane + p;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      __syncwarp();
-      wmma::store_matrix_sync(square, sums[i][j], 16, wmma::mem_row_major);
-      __syncwarp();
-      const int64_t pixel = first_pixel + warp_pixel + 16 * j + lane % 16;
-      if (pixel >= s.pixels) continue;  // of 16 lanes: they meet the others at the next __syncwarp
-      for (int row = lane / 16; row < 16; row += 2) {
-        const int o = first_output + warp_output + 16 * i + row;
-        if (o >= s.group_outputs) break;
-        const int64_t channel = int64_t(group) * s.group_outputs + o;
-        output[(pixel / s.out_plane * s.groups * s.group_outputs + channel) * s.out_plane +
-               pixel % s.out_plane] =
-            T(square[row * 16 + lane % 16] + (bias ? float(bias[channel]) : 0.0f));
-      }
-    }
+    for (int i = 0; i < 4; ++i)
+      if (first_output + warp_output + lane / 4 + 8 * i < s.group_outputs)
+        to[8 * i * s.out_plane] =
+            T(sums[i / 2][j / 2][i % 2 * 2 + j % 2] + (bias ? float(bias[first + 8 * i]) : 0.0f));
+  }
 #endif
 }
 
@@ -407,65 +423,81 @@ void forward(const Problem& p, const Tensor& input, const Tensor& offset, const 
              const std::optional<Tensor>& bias, const std::optional<Tensor>& mask, Tensor& output,
              cudaStream_t stream) {
   using Real = typename RealOf<T>::type;
-  const Shape s(p, p.images);
+  const Shape all(p, p.images);
   Tensor laid_out = torch::stable::new_empty(input, {p.images, p.plane() + 1, p.channels});
   transpose(data<T>(input), p.images, p.channels, p.plane(), 1, 1, mutable_data<T>(laid_out),
             stream);
   Tensor matrix = torch::stable::new_empty(weight, weight.sizes());
   PYSEG_LAUNCH((pack_kernel<T>), blocks_for(weight.numel()), kThreads, 0, stream, data<T>(weight),
-               s.group_outputs, s.group_channels, s.taps, weight.numel(), true,
+               all.group_outputs, all.group_channels, all.taps, weight.numel(), true,
                mutable_data<T>(matrix));
-  const dim3 grid(unsigned(ceil_div(s.pixels, kPixels)),
-                  unsigned(p.groups * ceil_div(s.group_outputs, kOutputs)));
+  const auto run = [&](auto kernel, int width) {
+    const int64_t image = (p.plane() + 1) * p.channels;
+    PYSEG_CHECK(image / width < int64_t(1) << 32, "an image of ", image,
+                " elements is too large: split its channels");
+    const int64_t together = std::clamp<int64_t>(kTogether / (image / width), 1, p.images);
+    for (int64_t start = 0; start < p.images; start += together) {
+      const Shape s(p, std::min(together, p.images - start));
+      const int64_t samples = p.offset_groups * p.tap_count() * p.out_plane();
+      const int64_t tiles = p.groups * ceil_div(s.group_outputs, kOutputs);
+      PYSEG_LAUNCH(kernel, blocks(ceil_div(s.pixels, kPixels) * tiles), kThreads, 0, stream,
+                   data<T>(laid_out) + start * image, data<T>(offset) + start * 2 * samples,
+                   mask ? data<T>(mask) + start * samples : nullptr, data<T>(matrix), data<T>(bias),
+                   s, mutable_data<T>(output) + start * p.outputs * p.out_plane());
+    }
+  };
   if constexpr (sizeof(T) == 2) {
-    if (has_tensor_cores(s)) {
-      const bool fours =
-          s.group_channels % 4 == 0 && s.offset_channels % 4 == 0 && s.group_outputs % 4 == 0;
-      const auto launch = [&](auto kernel) {
-        PYSEG_LAUNCH(kernel, grid, kThreads, 0, stream, data<T>(laid_out), data<T>(offset),
-                     data<T>(mask), data<T>(matrix), data<T>(bias), s, mutable_data<T>(output));
-      };
-      if (fours)
-        launch(&forward_tensor_kernel<T, 4>);
+    if (has_tensor_cores(all)) {
+      if (all.reads(8) && all.group_outputs % 8 == 0)
+        run(&forward_tensor_kernel<T, 8>, 8);
       else
-        launch(&forward_tensor_kernel<T, 1>);
+        run(&forward_tensor_kernel<T, 1>, 1);
       return;
     }
   }
-  PYSEG_LAUNCH((forward_kernel<T, Real>), grid, kThreads, 0, stream, data<T>(laid_out),
-               data<T>(offset), data<T>(mask), data<T>(matrix), data<T>(bias), s,
-               mutable_data<T>(output));
+  if constexpr (sizeof(T) == 4) {
+    if (all.reads(4) && all.group_outputs % 4 == 0) {
+      run(&forward_kernel<T, Real, 4>, 4);
+      return;
+    }
+  }
+  run(&forward_kernel<T, Real, 1>, 1);
 }
 
 // The input pixels that every tap reads, and with which weights: entry ((image, offset group, p,
 // t), corner). A key counts (image, offset group, input pixel).
 template <class T, class Real>
 __global__ void locate_kernel(const T* __restrict__ offset, const T* __restrict__ mask, Shape s,
-                              int64_t total, uint64_t* __restrict__ keys,
-                              uint32_t* __restrict__ entries, Real* __restrict__ weights) {
+                              int64_t total, Pack<uint32_t, 4>* __restrict__ keys,
+                              Pack<uint32_t, 4>* __restrict__ entries,
+                              Pack<Real, 4>* __restrict__ weights) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= total) return;
   const int64_t p = at % s.out_plane;
   const int t = int(at / s.out_plane % s.taps);
   const int64_t group = at / s.out_plane / s.taps;  // (image, offset group)
-  const Sample<Real> sample = locate<T, Real>(
-      offset, mask, s, group / s.offset_groups * s.out_plane + p, int(group % s.offset_groups), t);
-  const int64_t entry = ((group * s.out_plane + p) * s.taps + t) * 4;
+  const Sample<Real> sample =
+      locate<T, Real>(offset, mask, s, group / s.offset_groups, p, int(group % s.offset_groups), t);
+  const int64_t entry = (group * s.out_plane + p) * s.taps + t;
+  Pack<uint32_t, 4> its_keys, its_entries;
+  Pack<Real, 4> its_weights;
   for (int i = 0; i < 4; ++i) {
-    keys[entry + i] = uint64_t(group * (s.plane + 1) + sample.corners.index[i]);
-    entries[entry + i] = uint32_t(entry + i);
-    weights[entry + i] = sample.weight(i);
+    its_keys.v[i] = uint32_t(group * (s.plane + 1) + sample.corners.index[i]);
+    its_entries.v[i] = uint32_t(4 * entry + i);
+    its_weights.v[i] = sample.weight(i);
   }
+  keys[entry] = its_keys, entries[entry] = its_entries, weights[entry] = its_weights;
 }
 
 // A warp per (image, offset group, output pixel, tap): the columns again, and the gradients of
-// offset and mask.
-template <class T, class Real>
+// offset and mask. A lane reads Width channels at once.
+template <class T, class Real, int Width>
 __global__ void columns_kernel(const T* __restrict__ input,  // [N, plane + 1, C]
                                const T* __restrict__ offset, const T* __restrict__ mask,
                                const T* __restrict__ column_gradients,  // [groups, pixels, taps, c]
                                Shape s, int64_t total, T* __restrict__ columns,
                                T* __restrict__ grad_offset, T* __restrict__ grad_mask) {
+  using Vector = Pack<T, Width>;
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int lane = int(threadIdx.x) % 32;
   if (at >= total) return;  // the whole warp
@@ -473,23 +505,34 @@ __global__ void columns_kernel(const T* __restrict__ input,  // [N, plane + 1, C
   const int64_t p = at / s.taps % s.out_plane, group = at / s.taps / s.out_plane;
   const int64_t image = group / s.offset_groups, pixel = image * s.out_plane + p;
   const int offset_group = int(group % s.offset_groups);
-  const Sample<Real> sample = locate<T, Real>(offset, mask, s, pixel, offset_group, t);
-  const T* from = input + image * (s.plane + 1) * s.channels;
-  Real dots[4] = {};
-  for (int i = lane; i < s.offset_channels; i += 32) {
+  const Sample<Real> sample = locate<T, Real>(offset, mask, s, image, p, offset_group, t);
+  const T* corner[4];
+  Real weight[4], dots[4] = {};
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    corner[k] = input + (image * (s.plane + 1) + sample.corners.index[k]) * s.channels;
+    weight[k] = sample.weight(k);
+  }
+  for (int i = lane * Width; i < s.offset_channels; i += 32 * Width) {
     const int c = offset_group * s.offset_channels + i;
     const int64_t where =
         ((int64_t(c / s.group_channels) * s.pixels + pixel) * s.taps + t) * s.group_channels +
         c % s.group_channels;
-    const Real gradient = Real(column_gradients[where]);
-    Real column = Real(0);
+    const Vector gradient = *reinterpret_cast<const Vector*>(column_gradients + where);
+    Real column[Width] = {};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      const Real value = Real(from[int64_t(sample.corners.index[k]) * s.channels + c]);
-      dots[k] += gradient * value;
-      column += sample.weight(k) * value;
+      const Vector value = *reinterpret_cast<const Vector*>(corner[k] + c);
+#pragma unroll
+      for (int j = 0; j < Width; ++j) {
+        dots[k] += Real(gradient.v[j]) * Real(value.v[j]);
+        column[j] += weight[k] * Real(value.v[j]);
+      }
     }
-    columns[where] = T(column);
+    Vector rounded;
+#pragma unroll
+    for (int j = 0; j < Width; ++j) rounded.v[j] = T(column[j]);
+    *reinterpret_cast<Vector*>(columns + where) = rounded;
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k)
@@ -507,58 +550,84 @@ __global__ void columns_kernel(const T* __restrict__ input,  // [N, plane + 1, C
   if (grad_mask) grad_mask[out] = T(top + ty * (bottom - top));
 }
 
-// The first of the sorted keys that is not less.
-__device__ int64_t lower_bound(const uint64_t* keys, int64_t n, uint64_t key) {
-  int64_t low = 0;
-  while (n > 0) {
-    const int64_t half = n / 2;
-    if (keys[low + half] < key)
-      low += half + 1, n -= half + 1;
-    else
-      n = half;
-  }
-  return low;
+struct Span {
+  int begin, end;
+};
+
+// Where the sorted keys that are equal begin and end; those that there are none of keep (0, 0).
+__global__ void spans_kernel(const uint32_t* __restrict__ keys, int64_t count,
+                             Span* __restrict__ spans) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const uint32_t key = keys[i];
+  if (i == 0 || keys[i - 1] != key) spans[key].begin = int(i);
+  if (i + 1 == count || keys[i + 1] != key) spans[key].end = int(i) + 1;
 }
 
-// A warp per (image, offset group, input pixel).
-template <class T, class Real>
-__global__ void input_gradient_kernel(const uint64_t* __restrict__ keys,
-                                      const uint32_t* __restrict__ entries, int64_t count,
+// A warp per (image, offset group, input pixel), a lane per Width channels.
+template <class T, class Real, int Width>
+__global__ void input_gradient_kernel(const Span* __restrict__ spans,
+                                      const uint32_t* __restrict__ entries,
                                       const Real* __restrict__ weights,
                                       const T* __restrict__ column_gradients, Shape s,
                                       int64_t total, T* __restrict__ gradient) {  // [N, plane, C]
+  using Vector = Pack<T, Width>;
   const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
   const int lane = int(threadIdx.x) % 32;
-  if (at >= total) return;
+  if (at >= total) return;  // the whole warp
   const int64_t group = at / s.plane, pixel = at % s.plane, image = group / s.offset_groups;
-  const uint64_t key = uint64_t(group * (s.plane + 1) + pixel);
-  const int64_t begin = lower_bound(keys, count, key);
-  const int64_t end = begin + lower_bound(keys + begin, count - begin, key + 1);
-  for (int i = lane; i < s.offset_channels; i += 32) {
-    const int c = int(group % s.offset_groups) * s.offset_channels + i;
-    const T* from = column_gradients +
-                    int64_t(c / s.group_channels) * s.pixels * s.taps * s.group_channels +
-                    c % s.group_channels;
-    Real sum = Real(0);
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t entry = entries[j], sample = entry / 4;  // (image, offset group, p, t)
-      const int64_t row = sample - (group - image) * s.out_plane * s.taps;  // (image, p, t)
-      sum += weights[entry] * Real(from[row * s.group_channels]);
+  const Span span = spans[group * (s.plane + 1) + pixel];
+  // Of entries (image, offset group, p, t, corner) to rows (image, p, t).
+  const uint32_t skipped = uint32_t((group - image) * s.out_plane * s.taps);
+  for (int i = 0; i < s.offset_channels; i += 32 * Width) {
+    const int in_group = i + lane * Width;
+    const int c = int(group % s.offset_groups) * s.offset_channels +
+                  (in_group < s.offset_channels ? in_group : 0);
+    const T* const from = column_gradients +
+                          int64_t(c / s.group_channels) * s.pixels * s.taps * s.group_channels +
+                          c % s.group_channels;
+    Real sums[Width] = {};
+    for (int first = span.begin; first < span.end; first += 32) {
+      const int count = min(32, span.end - first);
+      uint32_t row = 0;
+      Real weight = Real(0);
+      if (lane < count) {
+        const uint32_t entry = entries[first + lane];
+        row = entry / 4 - skipped, weight = weights[entry];
+      }
+#pragma unroll 4
+      for (int j = 0; j < count; ++j) {
+        const uint32_t its_row = __shfl_sync(~0u, row, j);
+        const Real its_weight = __shfl_sync(~0u, weight, j);
+        const Vector value =
+            *reinterpret_cast<const Vector*>(from + int64_t(its_row) * s.group_channels);
+#pragma unroll
+        for (int k = 0; k < Width; ++k) sums[k] += its_weight * Real(value.v[k]);
+      }
     }
-    gradient[(image * s.plane + pixel) * s.channels + c] = T(sum);
+    if (in_group >= s.offset_channels) continue;
+    Vector rounded;
+#pragma unroll
+    for (int k = 0; k < Width; ++k) rounded.v[k] = T(sums[k]);
+    *reinterpret_cast<Vector*>(gradient + (image * s.plane + pixel) * s.channels + c) = rounded;
   }
 }
 
-// sums[o, c, t] += part[group, t, c, o]
+// sums[o, c, t] (+)= part[group, t, c, o], as T after the last portion.
 template <class T, class Real>
-__global__ void add_weights_kernel(const T* __restrict__ part, Shape s, int64_t total,
-                                   Real* __restrict__ sums) {
+__global__ void add_weights_kernel(const T* __restrict__ part, Shape s, int64_t total, bool first,
+                                   bool last, Real* __restrict__ sums, T* __restrict__ result) {
   const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (at >= total) return;
   const int t = int(at % s.taps), c = int(at / s.taps % s.group_channels);
   const int64_t output = at / s.taps / s.group_channels;
   const int64_t group = output / s.group_outputs, o = output % s.group_outputs;
-  sums[at] += Real(part[((group * s.taps + t) * s.group_channels + c) * s.group_outputs + o]);
+  const Real sum = (first ? Real(0) : sums[at]) +
+                   Real(part[((group * s.taps + t) * s.group_channels + c) * s.group_outputs + o]);
+  if (last)
+    result[at] = T(sum);
+  else
+    sums[at] = sum;
 }
 
 // A block per output.
@@ -567,15 +636,35 @@ __global__ void bias_kernel(const T* __restrict__ grad, int64_t images, int64_t 
                             int64_t plane, T* __restrict__ sums) {
   __shared__ typename BlockReduce<Real, kThreads>::TempStorage storage;
   Real sum = Real(0);
-  for (int64_t i = threadIdx.x; i < images * plane; i += kThreads)
-    sum += Real(grad[(i / plane * outputs + blockIdx.x) * plane + i % plane]);
+  for (int64_t image = 0; image < images; ++image) {
+    const T* const from = grad + (image * outputs + blockIdx.x) * plane;
+    for (int64_t i = threadIdx.x; i < plane; i += kThreads) sum += Real(from[i]);
+  }
   const Real total = BlockReduce<Real, kThreads>(storage).Sum(sum);
   if (threadIdx.x == 0) sums[blockIdx.x] = T(total);
+}
+
+// out = a b, of batches of matrices. Autocast would turn the operands of `matmul` into another
+// dtype than the kernels read; it leaves out-variants alone.
+void multiply(const Tensor& a, const Tensor& b, Tensor& out) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
+                                    torch::stable::detail::from(out)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 struct Gradients {
   Tensor input, offset, weight, bias, mask;
 };
+
+void check_sizes(const Problem& p) {
+  PYSEG_CHECK(4 * p.offset_groups * p.out_plane() * p.tap_count() <= kMost &&
+                  p.offset_groups * (p.plane() + 1) <= kMost,
+              "the gradients of an image of ", p.height, " x ", p.width, " pixels with ",
+              p.offset_groups * p.tap_count(), " offsets for each of ", p.out_plane(),
+              " outputs are more than 2^31 numbers: split the image");
+}
 
 template <class T>
 void backward(const Problem& p, const Tensor& grad, const Tensor& input, const Tensor& offset,
@@ -586,20 +675,22 @@ void backward(const Problem& p, const Tensor& grad, const Tensor& input, const T
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
   const int64_t depth = taps * p.group_channels(),
                 image_samples = p.offset_groups * out_plane * taps;
-  PYSEG_LAUNCH((bias_kernel<T, Real>), unsigned(p.outputs), kThreads, 0, stream, data<T>(grad),
+  PYSEG_LAUNCH((bias_kernel<T, Real>), blocks(p.outputs), kThreads, 0, stream, data<T>(grad),
                p.images, p.outputs, out_plane, mutable_data<T>(out.bias));
   Tensor matrix = torch::stable::new_empty(weight, {p.groups, p.group_outputs(), depth});
   PYSEG_LAUNCH((pack_kernel<T>), blocks_for(weight.numel()), kThreads, 0, stream, data<T>(weight),
                int(p.group_outputs()), int(p.group_channels()), int(taps), weight.numel(), false,
                mutable_data<T>(matrix));
-  Tensor weight_sums = torch::stable::new_zeros(weight, weight.sizes(), real);
-  const int64_t together =
-      std::clamp<int64_t>(std::min(kColumns / (p.channels * taps * out_plane),
-                                   std::numeric_limits<int32_t>::max() / (4 * image_samples)),
-                          1, p.images);
+  const int64_t together = std::clamp<int64_t>(
+      std::min({kColumns / (p.channels * taps * out_plane), kMost / (4 * image_samples),
+                kMost / (p.offset_groups * (plane + 1))}),
+      1, p.images);
+  Tensor weight_sums =
+      torch::stable::new_empty(weight, {together < p.images ? weight.numel() : 0}, real);
   for (int64_t start = 0; start < p.images; start += together) {
     const int64_t images = std::min(together, p.images - start);
     const Shape s(p, images);
+    const bool fours = sizeof(T) <= 4 && s.reads(4);
     const T* offsets = data<T>(offset) + start * 2 * image_samples;
     const T* masks = mask ? data<T>(mask) + start * image_samples : nullptr;
     Tensor laid_out = torch::stable::new_empty(input, {images, plane + 1, p.channels});
@@ -608,49 +699,64 @@ void backward(const Problem& p, const Tensor& grad, const Tensor& input, const T
     Tensor gradient_rows = torch::stable::new_empty(grad, {p.groups, s.pixels, p.group_outputs()});
     transpose(data<T>(grad) + start * p.outputs * out_plane, images * p.groups, p.group_outputs(),
               out_plane, 0, p.groups, mutable_data<T>(gradient_rows), stream);
-    const Tensor column_gradients = torch::stable::matmul(gradient_rows, matrix);
+    Tensor column_gradients = torch::stable::new_empty(grad, {p.groups, s.pixels, depth});
+    multiply(gradient_rows, matrix, column_gradients);
 
     const int64_t samples = images * image_samples;
     Tensor columns = torch::stable::new_empty(input, {p.groups, s.pixels, depth});
-    PYSEG_LAUNCH((columns_kernel<T, Real>), blocks_for(samples * 32), kThreads, 0, stream,
-                 data<T>(laid_out), offsets, masks, data<T>(column_gradients), s, samples,
-                 mutable_data<T>(columns), mutable_data<T>(out.offset) + start * 2 * image_samples,
-                 mask ? mutable_data<T>(out.mask) + start * image_samples : nullptr);
-    const Tensor part =
-        torch::stable::matmul(torch::stable::transpose(columns, 1, 2), gradient_rows);
-    PYSEG_LAUNCH((add_weights_kernel<T, Real>), blocks_for(weight.numel()), kThreads, 0, stream,
-                 data<T>(part), s, weight.numel(), mutable_data<Real>(weight_sums));
+    const auto fill_columns = [&](auto kernel) {
+      PYSEG_LAUNCH(kernel, blocks_for(samples * 32), kThreads, 0, stream, data<T>(laid_out),
+                   offsets, masks, data<T>(column_gradients), s, samples, mutable_data<T>(columns),
+                   mutable_data<T>(out.offset) + start * 2 * image_samples,
+                   mask ? mutable_data<T>(out.mask) + start * image_samples : nullptr);
+    };
+    Tensor part = torch::stable::new_empty(weight, {p.groups, depth, p.group_outputs()});
 
-    const int64_t count = samples * 4;
+    const int64_t count = samples * 4, keys_count = images * p.offset_groups * (plane + 1);
     const auto scratch = [&](int64_t bytes) {
       return torch::stable::new_empty(input, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
     };
-    Tensor keys = scratch(count * 8), sorted_keys = scratch(count * 8);
+    Tensor keys = scratch(count * 4), sorted_keys = scratch(count * 4);
     Tensor entries = scratch(count * 4), sorted_entries = scratch(count * 4);
     Tensor weights = scratch(count * int64_t(sizeof(Real)));
+    Tensor spans = scratch(keys_count * int64_t(sizeof(Span)));
     PYSEG_LAUNCH((locate_kernel<T, Real>), blocks_for(samples), kThreads, 0, stream, offsets, masks,
-                 s, samples, mutable_data<uint64_t>(keys), mutable_data<uint32_t>(entries),
-                 mutable_data<Real>(weights));
+                 s, samples, (mutable_data<Pack<uint32_t, 4>>(keys)),
+                 (mutable_data<Pack<uint32_t, 4>>(entries)),
+                 (mutable_data<Pack<Real, 4>>(weights)));
     int bits = 1;
-    while ((images * p.offset_groups * (plane + 1)) >> bits) ++bits;
+    while (keys_count >> bits) ++bits;
     std::vector<Tensor> temporaries;
     sort_pairs(
         [&](size_t bytes) -> void* {
           temporaries.push_back(scratch(int64_t(bytes)));
           return temporaries.back().mutable_data_ptr();
         },
-        data<uint64_t>(keys), mutable_data<uint64_t>(sorted_keys), data<uint32_t>(entries),
+        data<uint32_t>(keys), mutable_data<uint32_t>(sorted_keys), data<uint32_t>(entries),
         mutable_data<uint32_t>(sorted_entries), count, stream, 0, bits);
+    STD_CUDA_CHECK(cudaMemsetAsync(spans.mutable_data_ptr(), 0, keys_count * sizeof(Span), stream));
+    PYSEG_LAUNCH(spans_kernel, blocks_for(count), kThreads, 0, stream, data<uint32_t>(sorted_keys),
+                 count, mutable_data<Span>(spans));
     Tensor input_gradient = torch::stable::new_empty(input, {images, plane, p.channels});
     const int64_t inputs = images * p.offset_groups * plane;
-    PYSEG_LAUNCH((input_gradient_kernel<T, Real>), blocks_for(inputs * 32), kThreads, 0, stream,
-                 data<uint64_t>(sorted_keys), data<uint32_t>(sorted_entries), count,
-                 data<Real>(weights), data<T>(column_gradients), s, inputs,
-                 mutable_data<T>(input_gradient));
+    const auto fill_input = [&](auto kernel) {
+      PYSEG_LAUNCH(kernel, blocks_for(inputs * 32), kThreads, 0, stream, data<Span>(spans),
+                   data<uint32_t>(sorted_entries), data<Real>(weights), data<T>(column_gradients),
+                   s, inputs, mutable_data<T>(input_gradient));
+    };
+    if constexpr (sizeof(T) <= 4) {
+      if (fours)
+        fill_columns(&columns_kernel<T, Real, 4>), fill_input(&input_gradient_kernel<T, Real, 4>);
+    }
+    if (!fours)
+      fill_columns(&columns_kernel<T, Real, 1>), fill_input(&input_gradient_kernel<T, Real, 1>);
+    multiply(torch::stable::transpose(columns, 1, 2), gradient_rows, part);
+    PYSEG_LAUNCH((add_weights_kernel<T, Real>), blocks_for(weight.numel()), kThreads, 0, stream,
+                 data<T>(part), s, weight.numel(), start == 0, start + together >= p.images,
+                 mutable_data<Real>(weight_sums), mutable_data<T>(out.weight));
     transpose(data<T>(input_gradient), images, plane, p.channels, 0, 1,
               mutable_data<T>(out.input) + start * p.channels * plane, stream);
   }
-  torch::stable::copy_(out.weight, weight_sums);
 }
 
 template <class Run>
@@ -668,8 +774,8 @@ Tensor deform_conv2d_cuda(const Tensor& input, const Tensor& offset, const Tenso
                           const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                           std::vector<int64_t> stride, std::vector<int64_t> padding,
                           std::vector<int64_t> dilation) {
+  const DeviceScope device(input, offset, weight, bias, mask);
   const Problem p = describe(input, offset, weight, bias, mask, stride, padding, dilation);
-  const DeviceScope device(input);
   Tensor output = torch::stable::new_empty(input, {p.images, p.outputs, p.out_height, p.out_width});
   if (output.numel() == 0) return output;
   for_type(input, [&]<class T>(T) {
@@ -683,16 +789,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cuda(
     const Tensor& grad, const Tensor& input, const Tensor& offset, const Tensor& weight,
     const std::optional<Tensor>& mask, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation) {
+  const DeviceScope device(input, grad, offset, weight, mask);
   const Problem p = describe(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
   check_gradient(p, grad, input);
-  const DeviceScope device(input);
-  const auto like = [](const Tensor& tensor) {
-    return torch::stable::new_empty(tensor, tensor.sizes());
+  check_sizes(p);
+  const bool some = grad.numel() != 0;
+  const auto like = [&](const Tensor& tensor) {
+    return some ? torch::stable::new_empty(tensor, tensor.sizes())
+                : torch::stable::new_zeros(tensor, tensor.sizes());
   };
-  Gradients out{like(input), like(offset), torch::stable::new_zeros(weight, weight.sizes()),
-                torch::stable::new_zeros(weight, {p.outputs}),
+  Gradients out{like(input), like(offset), like(weight),
+                some ? torch::stable::new_empty(weight, {p.outputs})
+                     : torch::stable::new_zeros(weight, {p.outputs}),
                 mask ? like(*mask) : torch::stable::new_empty(input, {0})};
-  if (grad.numel() != 0)
+  if (some)
     for_type(input, [&]<class T>(T) {
       backward<T>(p, packed(grad), packed(input), packed(offset), packed(weight), packed(mask), out,
                   device.stream);

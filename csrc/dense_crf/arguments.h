@@ -12,7 +12,6 @@
 
 namespace pyseg {
 
-constexpr int kMaxClasses = 256;
 constexpr int64_t kMaxEntries = 512;  // of a pixel
 
 // Beyond this the sum of a large image's messages would overflow; false for NaN too.

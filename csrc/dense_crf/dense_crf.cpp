@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "../common/buffer.h"
 #include "../common/common.h"
 #include "arguments.h"
 #include "tile_passes.h"
@@ -39,48 +40,36 @@ constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a t
 constexpr int64_t kMaxVertices = int64_t(1) << 30;
 constexpr uint64_t kNoName = ~uint64_t(0);
 
-// AVX2 has no loops of its own: of these vectors of 64 bytes g++ 12 makes code for it that goes
-// through the stack and mostly takes 1.1 to 1.8 times as long as the generic one. double, which
-// checks gradients, is generic too.
+// double, which checks gradients, has one level.
 template <class Real>
-RowFunctions<Real> row_functions(int width) {
-#ifdef PYSEG_X86_LEVELS
+LevelFunctions<Real> level_functions() {
   if constexpr (sizeof(Real) == 4)
-    if (simd_level() == SimdLevel::v4) return v4::functions_for<Real>(width);
-#endif
-  return generic::functions_for<Real>(width);
+    return PYSEG_AT_LEVEL(functions<float>)();
+  else
+    return generic::functions<double>();
 }
 
-template <class Real>
-Locate<Real> locate_function(int features) {
-#ifdef PYSEG_X86_LEVELS
-  if constexpr (sizeof(Real) == 4)
-    if (simd_level() == SimdLevel::v4) return v4::locate_for<Real>(features);
-#endif
-  return generic::locate_for<Real>(features);
-}
+// A row of classes, padded so that few vectors hold it: in a lattice, whose size matters, and in
+// the memory of a tile, whose alignment matters.
+struct RowSize {
+  int classes, padded, stride;
 
-// Classes of a row in a lattice, padded so that few vectors hold it.
-template <class Real>
-int row_width(int classes) {
-  if (sizeof(Real) == 4)
-    for (const int width : {4, 8, 16, 20, 24, 32})
-      if (classes <= width) return width;
-  return classes <= 4 ? 4 : (classes + 15) / 16 * 16;
-}
+  template <class Real>
+  static RowSize of(int classes, const LevelFunctions<Real>& functions) {
+    int padded = classes <= 4 ? 4 : (classes + 15) / 16 * 16;
+    if (sizeof(Real) == 4)
+      for (const int few : {24, 20, 16, 8, 4})
+        if (classes <= few) padded = few;
+    const int lanes = functions.lanes;
+    return {classes, padded, padded < lanes ? padded : (padded + lanes - 1) / lanes * lanes};
+  }
+};
 
 // Calls work(begin, end) for pieces of a range of cheap items.
 template <class Work>
 void for_ranges(int64_t items, int64_t piece, int64_t cost, Work work) {
   for_each((items + piece - 1) / piece, std::min(items, piece) * cost,
            [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
-}
-
-template <class T>
-std::unique_ptr<T[]> uninitialised(int64_t n) {
-  std::unique_ptr<T[]> memory(new T[n]);
-  prefer_huge_pages(memory.get(), n * sizeof(T));
-  return memory;
 }
 
 // Vertex name -> number, by open addressing.
@@ -176,19 +165,19 @@ std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
   return tiles;
 }
 
-// Rows that one thread works on, in parts that begin where cache lines do.
+// Rows that one thread works on.
 template <class Real>
 struct Scratch {
   Scratch(const std::vector<int64_t>& rows, int stride) {
+    const auto elements = [&](int64_t count) { return (count * stride + 15) / 16 * 16; };
     int64_t all = 0;
-    for (const int64_t count : rows) all += count;
-    memory = std::make_unique<Real[]>(all * stride + 16);
+    for (const int64_t count : rows) all += elements(count);
+    memory = Buffer<Real>(all);
     Real* next = memory.get();
-    while (reinterpret_cast<uintptr_t>(next) % 64) ++next;
-    for (const int64_t count : rows) parts.push_back(next), next += count * stride;
+    for (const int64_t count : rows) parts.push_back(next), next += elements(count);
   }
-  std::unique_ptr<Real[]> memory;
-  std::vector<Real*> parts;
+  Buffer<Real> memory;
+  std::vector<Real*> parts;  // each begins where a cache line does
 };
 
 // Messages are matrix^T times the blurred sums, -compatibility times a kernel's weight; rows of
@@ -205,61 +194,13 @@ std::vector<Real> mixing_matrix(const Real* compatibility, int classes, int stri
   return matrix;
 }
 
-// products[i, j] += sum of a[v, i] * b[v, j] over rows that are `width` apart; `matrix` false: only
-// their trace, into products[0]. With `factors`, `apart` each, of the rows.
-template <class Real>
-PYSEG_MULTIVERSION void add_products(const Real* a, const Real* b, const Real* factors, int apart,
-                                     int64_t count, int width, int classes, bool matrix,
-                                     Real* products) {
-  for (int64_t v = 0; v < count; ++v, a += width, b += width) {
-    const Real of_row = factors ? factors[v * apart] : 1;
-    if (matrix) {
-      for (int i = 0; i < classes; ++i) {
-        Real* const row = products + i * classes;
-        const Real factor = of_row * a[i];
-#pragma omp simd
-        for (int j = 0; j < classes; ++j) row[j] += factor * b[j];
-      }
-    } else {
-      Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int j = 0; j < classes; ++j) sum += a[j] * b[j];
-      products[0] += of_row * sum;
-    }
-  }
-}
-
-// Pixels' rows of classes into the rows of their vertices, with their weights; and back.
-template <class Real>
-PYSEG_MULTIVERSION void splat_pixels(const Real* pixels, const uint16_t* rows, const Real* weights,
-                                     int64_t count, int entries, int width, Real* to) {
-  for (int64_t i = 0; i < count; ++i, pixels += width)
-    for (int k = 0; k < entries; ++k) {
-      Real* const row = to + int64_t(*rows++) * width;
-      const Real weight = *weights++;
-#pragma omp simd
-      for (int c = 0; c < width; ++c) row[c] += weight * pixels[c];
-    }
-}
-template <class Real>
-PYSEG_MULTIVERSION void slice_pixels(const Real* from, const uint16_t* rows, const Real* weights,
-                                     int64_t count, int entries, int width, Real* pixels) {
-  for (int64_t i = 0; i < count; ++i, pixels += width)
-    for (int k = 0; k < entries; ++k) {
-      const Real* const row = from + int64_t(*rows++) * width;
-      const Real weight = *weights++;
-#pragma omp simd
-      for (int c = 0; c < width; ++c) pixels[c] += weight * row[c];
-    }
-}
-
 // The lattices of one image, and mean-field inference on them.
 template <class Real>
 class Crf {
  public:
   struct History {                              // of all iterations, which `backward` needs
-    std::vector<std::unique_ptr<Real[]>> sums;  // blurred, of occupied vertices: small next to Q
-    std::vector<std::unique_ptr<Real[]>> q;     // [pixels, row width], only without self terms
+    std::vector<Buffer<Real>> sums;  // blurred, of occupied vertices: small next to Q
+    std::vector<Buffer<Real>> q;     // [pixels, padded], only without self terms
   };
 
   Crf(const Settings& settings, int64_t height, int64_t width)
@@ -304,18 +245,17 @@ class Crf {
   void chain(int kernel, const std::vector<int32_t>& neighbours);
   void normalize();
   template <class Visit>
-  void filter(const Real* partial, const RowFunctions<Real>& functions, int width, bool transposed,
+  void filter(const Real* partial, int padded, bool transposed,
               Visit visit, Real* values) const;
-  void mix(const RowFunctions<Real>& functions, int kernel, int64_t count,
-           const std::vector<Real>& matrix, Real weight, int classes, int width,
-           Real* values) const;
+  void mix(int kernel, int64_t count, const std::vector<Real>& matrix, Real weight,
+           const RowSize& row, Real* values) const;
   void add_gradients(int kernel, const Real* messages, const Real* sums, const Real* factors,
                      int64_t count, double scale, const Real* compatibility, Real weight,
-                     int classes, int width, double* weight_gradients,
+                     int classes, int padded, double* weight_gradients,
                      double* compatibility_gradient) const;
-  std::unique_ptr<Real[]> self_shares(const Real* weights) const;
+  Buffer<Real> self_shares(const Real* weights) const;
   std::vector<Scratch<Real>> scratch(int row_sets, int stride) const;
-  TilePass<Real> tile_pass(const Tile& tile, const Real* unary, int classes, int stride) const;
+  TilePass<Real> tile_pass(const Tile& tile, const Real* unary, const RowSize& row) const;
   // The largest number of a worker that gets a tile, and one more.
   int64_t workers() const {
     return std::min<int64_t>(tiles_.size(), torch::stable::get_num_threads());
@@ -330,36 +270,22 @@ class Crf {
   Settings settings_;
   const int64_t height_, width_;
   const int kernels_;
+  const LevelFunctions<Real> functions_ = level_functions<Real>();
   int entries_ = 0;
   std::vector<Tile> tiles_;
   std::vector<std::vector<Axis>> grids_;     // [kernels] x and y, or none
   std::vector<GridPass<Real>> grid_passes_;  // [tiles, kernels with a grid]
   std::vector<VertexNames> names_;
-  std::vector<Locate<Real>> locate_;           // [kernels]
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
-  std::unique_ptr<uint16_t[]> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
-  std::unique_ptr<Real[]> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
-  std::unique_ptr<Real[]> self_;               // [pixels, kernels] of Q in a pixel's own message
-  std::unique_ptr<int32_t[]> row_vertex_;      // [rows of all tiles] vertex
+  Buffer<uint16_t> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
+  Buffer<Real> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
+  Buffer<Real> self_;               // [pixels, kernels] of Q in a pixel's own message
+  Buffer<int32_t> row_vertex_;      // [rows of all tiles] vertex
   std::vector<int64_t> first_vertex_;          // [kernels + 1]; vertex 0 is the one that is absent
   std::vector<int64_t> occupied_;              // [kernels] those that pixels touch; they come first
   std::vector<std::vector<Chains>> chains_;    // [kernels][blurs that differ]
   std::vector<int32_t> starts_, vertex_rows_;  // rows of each vertex, in the order of tiles
 };
-
-// The smallest and largest of n values; false where one is not finite.
-template <class Real>
-PYSEG_MULTIVERSION bool range_of(const Real* values, int64_t n, double& low, double& high) {
-  Real least = values[0], most = values[0], bad = 0;
-#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : bad)
-  for (int64_t i = 0; i < n; ++i) {
-    least = values[i] < least ? values[i] : least;
-    most = values[i] > most ? values[i] : most;
-    bad += values[i] * Real(0);
-  }
-  low = least, high = most;
-  return bad == 0;
-}
 
 template <class Real>
 VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features) const {
@@ -370,7 +296,7 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
     low[i] = 0, high[i] = double(channel == -2 ? width_ : height_) - 1;
     if (channel >= 0) {
       const int64_t pixels = height_ * width_;
-      PYSEG_CHECK(range_of(features + channel * pixels, pixels, low[i], high[i]),
+      PYSEG_CHECK(functions_.range_of(features + channel * pixels, pixels, low[i], high[i]),
                   "image or features hold NaN or infinity");
     }
     const double scale = feature_scale(i, kernel.sigmas[i], kernel.blur);
@@ -398,7 +324,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
     }
     const Kernel& kernel = settings_.kernels[l];
     const int d = kernel.features;
-    const Locate<Real> locate = locate_[l];
+    const auto locate = functions_.locate[d - 1];
     Part& part = parts_[l][index];
     VertexTable& table = tables[l];
     table.clear();
@@ -629,8 +555,8 @@ void Crf<Real>::chain(int l, const std::vector<int32_t>& neighbours) {
 template <class Real>
 void Crf<Real>::build(const Real* features) {
   const int64_t pixels = height_ * width_;
-  pixel_rows_ = uninitialised<uint16_t>(pixels * entries_);
-  slice_ = uninitialised<Real>(pixels * entries_);
+  pixel_rows_ = Buffer<uint16_t>(pixels * entries_);
+  slice_ = Buffer<Real>(pixels * entries_);
   parts_.assign(kernels_, std::vector<Part>(tiles_.size()));
   names_.resize(kernels_);
   grids_.resize(kernels_);
@@ -639,7 +565,6 @@ void Crf<Real>::build(const Real* features) {
                                     [](const Kernel& kernel) { return kernel.grid; }));
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
-    locate_.push_back(locate_function<Real>(kernel.features));
     if (!kernel.grid) {
       names_[l] = name_vertices(kernel, features);
       continue;
@@ -656,7 +581,7 @@ void Crf<Real>::build(const Real* features) {
     tile.first_row = rows;
     rows += tile.rows;
   }
-  row_vertex_ = uninitialised<int32_t>(rows);
+  row_vertex_ = Buffer<int32_t>(rows);
   first_vertex_.assign(kernels_ + 1, 0);
   occupied_.resize(kernels_);
   chains_.resize(kernels_);
@@ -702,20 +627,18 @@ void Crf<Real>::build(const Real* features) {
   parts_.clear();
 }
 
-// Sums the tiles' rows of each vertex of a pixel into `values` [vertices, width], whose row 0 holds
+// Sums the tiles' rows of each vertex of a pixel into `values` [vertices, padded], whose row 0 holds
 // zeros, calls visit(kernel) and blurs them. Blurs along different axes do not commute where
 // vertices are absent: the transposed filter takes them in reverse order.
 template <class Real>
 template <class Visit>
-void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions, int width,
-                       bool transposed, Visit visit, Real* values) const {
-  const int n = width / 16;
+void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit visit, Real* values) const {
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int64_t base = first_vertex_[l];
-    for_ranges(occupied_[l], kPiece, 2 * width, [&](int64_t begin, int64_t end) {
-      functions.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
-                        values, n, width);
+    for_ranges(occupied_[l], kPiece, 2 * padded, [&](int64_t begin, int64_t end) {
+      functions_.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
+                        padded, values);
     });
     visit(l);
     const int axes = kernel.axes, blurs = axes * kernel.blur.passes;
@@ -729,11 +652,11 @@ void Crf<Real>::filter(const Real* partial, const RowFunctions<Real>& functions,
       const Chains& chains = chains_[l][list];
       const Link* const links = chains.links.data();
       const int64_t pieces = int64_t(chains.pieces.size()) - 1;
-      const int64_t cost = 3 * width * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
+      const int64_t cost = 3 * padded * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
       for_each(pieces, cost, [&](int64_t i, int64_t) {
         // A piece ends with the end of a chain.
-        functions.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
-                       transposed, Real(kernel.side(axis)), n, width);
+        functions_.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
+                       transposed, Real(kernel.side(axis)), padded);
       });
     }
   }
@@ -746,27 +669,27 @@ void Crf<Real>::normalize() {
   const Normalization how = settings_.normalization;
   const bool self_term = settings_.self_term;
   if ((how == Normalization::none && self_term) || kernels_ == 0) return;
-  const int width = row_width<Real>(1);
+  const int padded = RowSize::of(1, functions_).padded;
   const int64_t vertices = first_vertex_[kernels_];
-  std::vector<Real> partial(vertex_rows_.size() * width), values(vertices * width);
+  std::vector<Real> partial(vertex_rows_.size() * padded), values(vertices * padded);
   const int64_t tile_rows = int64_t(vertex_rows_.size()) / int64_t(tiles_.size());
-  for_each(tiles_.size(), width * tile_rows, [&](int64_t t, int64_t) {
-    Real* row = partial.data() + tiles_[t].first_row * width;
+  for_each(tiles_.size(), padded * tile_rows, [&](int64_t t, int64_t) {
+    Real* row = partial.data() + tiles_[t].first_row * padded;
     for (int l = 0; l < kernels_; ++l)
-      for (const Real one : parts_[l][t].ones) *row = one, row += width;
+      for (const Real one : parts_[l][t].ones) *row = one, row += padded;
   });
-  filter(partial.data(), row_functions<Real>(width), width, false, [](int) {}, values.data());
+  filter(partial.data(), padded, false, [](int) {}, values.data());
   if (how == Normalization::before || how == Normalization::after)
-    splat_ = uninitialised<Real>(height_ * width_ * entries_);
-  if (!self_term) self_ = uninitialised<Real>(height_ * width_ * kernels_);
+    splat_ = Buffer<Real>(height_ * width_ * entries_);
+  if (!self_term) self_ = Buffer<Real>(height_ * width_ * kernels_);
   for_each(tiles_.size(), 4 * tile_pixels() * entries_, [&](int64_t t, int64_t) {
     const Tile& tile = tiles_[t];
     std::vector<Real> sums(tile.rows);
     for (int64_t i = 0; i < tile.rows; ++i)
-      sums[i] = values[int64_t(row_vertex_[tile.first_row + i]) * width];
+      sums[i] = values[int64_t(row_vertex_[tile.first_row + i]) * padded];
     const int64_t begin = tile.first_pixel * entries_;
     const int64_t end = begin + int64_t(tile.width) * tile.height * entries_;
-    if (splat_) std::copy(slice_.get() + begin, slice_.get() + end, splat_.get() + begin);
+    if (splat_.get()) std::copy(slice_.get() + begin, slice_.get() + end, splat_.get() + begin);
     Real* const weights = how == Normalization::before ? splat_.get() : slice_.get();
     for (int l = 0; l < kernels_; ++l) {
       const Kernel& kernel = settings_.kernels[l];
@@ -797,34 +720,36 @@ void Crf<Real>::normalize() {
 
 // Turns blurred sums of one kernel, or their gradients, into messages.
 template <class Real>
-void Crf<Real>::mix(const RowFunctions<Real>& functions, int l, int64_t count,
-                    const std::vector<Real>& matrix, Real weight, int classes, int width,
-                    Real* values) const {
+void Crf<Real>::mix(int l, int64_t count, const std::vector<Real>& matrix, Real weight,
+                    const RowSize& row, Real* values) const {
   const Real factor = weight * kernel_scale(settings_.kernels[l]);
-  const int64_t cost = width * (matrix.empty() ? 1 : classes);
+  const int64_t cost = row.padded * (matrix.empty() ? 1 : row.classes);
   for_ranges(count, kPiece, cost, [&](int64_t begin, int64_t end) {
-    functions.mix(values, matrix.empty() ? nullptr : matrix.data(), factor, begin, end, width / 16,
-                  width, classes);
+    functions_.mix(values + begin * row.padded, matrix.empty() ? nullptr : matrix.data(), factor,
+                   end - begin, row.padded, row.stride, row.classes);
   });
 }
 
-// For each thread: `row_sets` times the rows of the largest tile, then two lines of pixels.
+// For each thread: `row_sets` times the rows of the largest tile, then the buffer of a TilePass.
 template <class Real>
 std::vector<Scratch<Real>> Crf<Real>::scratch(int row_sets, int stride) const {
   int64_t rows = 0;
   for (const Tile& tile : tiles_) rows = std::max(rows, tile.rows);
   std::vector<int64_t> sizes(row_sets, rows);
-  sizes.push_back(2 * kTileWidth);
+  sizes.push_back(kBufferRows);
   std::vector<Scratch<Real>> scratches;
-  for (int64_t i = 0; i < workers(); ++i) scratches.emplace_back(sizes, stride);
+  for (int64_t i = 0; i < workers(); ++i) {
+    scratches.emplace_back(sizes, stride);
+    std::fill_n(scratches.back().parts.back(), kBufferRows * stride, Real(0));
+  }
   return scratches;
 }
 
 // Of a pixel's own Q in its message, before the compatibility, for these weights of the kernels.
 template <class Real>
-std::unique_ptr<Real[]> Crf<Real>::self_shares(const Real* weights) const {
-  if (!self_) return nullptr;
-  auto shares = uninitialised<Real>(height_ * width_);
+Buffer<Real> Crf<Real>::self_shares(const Real* weights) const {
+  if (!self_.get()) return {};
+  Buffer<Real> shares(height_ * width_);
   for_ranges(height_ * width_, 1 << 14, 2 * kernels_, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       shares[i] = 0;
@@ -836,16 +761,17 @@ std::unique_ptr<Real[]> Crf<Real>::self_shares(const Real* weights) const {
 
 // What all passes over a tile have in common.
 template <class Real>
-TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int classes,
-                                    int stride) const {
+TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary,
+                                    const RowSize& row) const {
   const int64_t entry = tile.first_pixel * entries_;
   TilePass<Real> pass{};
   pass.unary = unary + tile.y * width_ + tile.x;
   pass.rows = pixel_rows_.get() + entry;
   pass.slice = slice_.get() + entry;
-  pass.splat = (splat_ ? splat_ : slice_).get() + entry;
+  pass.splat = (splat_.get() ? splat_ : slice_).get() + entry;
   pass.plane = height_ * width_, pass.image_width = width_;
-  pass.classes = classes, pass.stride = stride, pass.entries = entries_;
+  pass.classes = row.classes, pass.padded = row.padded, pass.stride = row.stride;
+  pass.entries = entries_;
   pass.width = tile.width, pass.height = tile.height;
   const int64_t grids = grid_passes_.size() / tiles_.size();
   pass.grids = {grid_passes_.data() + (&tile - tiles_.data()) * grids, int(grids)};
@@ -855,68 +781,65 @@ TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, int cla
 template <class Real>
 void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compatibility,
                       int classes, Real* q, History* history) const {
-  const int width = row_width<Real>(classes), stride = (width + 15) / 16 * 16, n = width / 16;
-  const RowFunctions<Real> functions = row_functions<Real>(width);
+  const RowSize row = RowSize::of(classes, functions_);
+  const int padded = row.padded, stride = row.stride;
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
-  // Q's memory is free until the last pass: in between it holds unary in the order of tiles.
-  Real* const copy = q && iterations > 1 ? q : nullptr;
   const int64_t occupied = std::accumulate(occupied_.begin(), occupied_.end(), int64_t(0));
-  const auto partial = uninitialised<Real>(rows * width);
-  const auto values = uninitialised<Real>(vertices * width);
-  if (vertices) std::fill_n(values.get(), width, Real(0));
+  const Buffer<Real> partial(rows * padded);
+  const Buffer<Real> values(vertices * padded);
+  if (vertices) std::fill_n(values.get(), padded, Real(0));
   const std::vector<Real> matrix = mixing_matrix(compatibility, classes, stride, false);
-  const auto self = self_shares(weights);
-  const int64_t row_elements = self ? height_ * width_ * width : 0;
-  const auto own_rows = uninitialised<Real>(history ? 0 : row_elements);
+  const Buffer<Real> shares = self_shares(weights);
+  const Real* const self = shares.get();  // null with the self terms
+  const int64_t row_elements = self ? height_ * width_ * padded : 0;
+  const Buffer<Real> own_rows(history ? 0 : row_elements);
   Real* before = own_rows.get();
   const auto scratches = scratch(2, stride);
   std::atomic<bool> not_finite{false};
   for (int step = 0; step <= iterations; ++step) {
     const bool first = step == 0, last = step == iterations;
     if (last && !q) break;
-    if (history && self) history->q.push_back(uninitialised<Real>(row_elements));
+    if (history && self) history->q.push_back(Buffer<Real>(row_elements));
     Real* const after = history && self ? history->q.back().get() : before;
-    for_each(tiles_.size(), pass_cost(width), [&](int64_t t, int64_t worker) {
+    for_each(tiles_.size(), pass_cost(padded), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
       if (!first)
-        functions.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, own[0], n,
-                         width);
-      if (!last) std::fill_n(own[1], tile.rows * stride, Real(0));
+        functions_.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, padded, stride,
+                          own[0]);
+      Real* const sums = partial.get() + tile.first_row * padded;  // of this tile
+      Real* const out = stride == padded ? sums : own[1];
+      if (!last) std::fill_n(out, tile.rows * stride, Real(0));
       bool bad = false;
-      TilePass<Real> pass = tile_pass(tile, unary, classes, stride);
+      TilePass<Real> pass = tile_pass(tile, unary, row);
       pass.q = last ? q + tile.y * width_ + tile.x : nullptr;
-      Real* const own_copy = copy ? copy + tile.first_pixel * classes : nullptr;
-      pass.copy = first ? own_copy : nullptr;
-      pass.copied = first || last ? nullptr : own_copy;
       pass.in = first ? nullptr : own[0];
-      pass.out = last ? nullptr : own[1];
+      pass.out = last ? nullptr : out;
       if (self) {
-        pass.self = self.get() + tile.first_pixel;
+        pass.self = self + tile.first_pixel;
         pass.matrix = matrix.empty() ? nullptr : matrix.data();
-        pass.before = before + tile.first_pixel * width;
-        pass.after = after + tile.first_pixel * width;
+        pass.before = before + tile.first_pixel * padded;
+        pass.after = after + tile.first_pixel * padded;
       }
       pass.buffer = own[2];
-      pass.not_finite = &bad;
-      functions.tile(pass);
+      pass.not_finite = first ? &bad : nullptr;
+      functions_.tile(pass);
       if (bad) not_finite = true;
-      if (!last)
-        functions.pack(own[1], tile.rows, partial.get() + tile.first_row * width, n, width);
+      if (!last && out != sums) functions_.pack(out, tile.rows, padded, stride, sums);
     });
     PYSEG_CHECK(!not_finite,
                 "unary holds NaN or infinity; it must be -log(probability): clamp the "
                 "probabilities, for example p.clamp_min(1e-6).log().neg()");
     if (last) break;
     before = after;
-    filter(partial.get(), functions, width, false, [](int) {}, values.get());
-    if (history) history->sums.push_back(uninitialised<Real>(occupied * width));
+    filter(partial.get(), padded, false, [](int) {}, values.get());
+    if (history) history->sums.push_back(Buffer<Real>(occupied * padded));
     Real* kept = history ? history->sums.back().get() : nullptr;
     for (int l = 0; l < kernels_; ++l) {
-      Real* const own = values.get() + first_vertex_[l] * width;
-      if (history) kept = std::copy_n(own, occupied_[l] * width, kept);
-      mix(functions, l, occupied_[l], matrix, weights[l], classes, width, own);
+      Real* const own = values.get() + first_vertex_[l] * padded;
+      if (history) kept = std::copy_n(own, occupied_[l] * padded, kept);
+      mix(l, occupied_[l], matrix, weights[l], row, own);
     }
   }
 }
@@ -925,47 +848,36 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
 // of their weight times the filtered Q. Not of grids, and with the self terms.
 template <class Real>
 void Crf<Real>::messages(const Real* q, const Real* weights, int classes, Real* out) const {
-  const int width = row_width<Real>(classes);
-  const RowFunctions<Real> functions = row_functions<Real>(width);
-  const int64_t plane = height_ * width_, vertices = first_vertex_[kernels_];
-  const int64_t cost = tile_pixels() * width * (entries_ + 4);
-  const auto partial = uninitialised<Real>(int64_t(vertex_rows_.size()) * width);
-  const auto values = uninitialised<Real>(vertices * width);
-  std::fill_n(values.get(), width, Real(0));
-  const Real* const splat = (splat_ ? splat_ : slice_).get();
-  for_each(tiles_.size(), cost, [&](int64_t t, int64_t) {
-    const Tile& tile = tiles_[t];
-    std::vector<Real> line(int64_t(tile.width) * width);
-    Real* const rows = partial.get() + tile.first_row * width;
-    std::fill_n(rows, tile.rows * width, Real(0));
-    for (int y = 0; y < tile.height; ++y) {
-      const Real* const from = q + (tile.y + y) * width_ + tile.x;
-      for (int c = 0; c < classes; ++c)
-        for (int x = 0; x < tile.width; ++x) line[x * width + c] = from[c * plane + x];
-      const int64_t entry = (tile.first_pixel + int64_t(y) * tile.width) * entries_;
-      splat_pixels(line.data(), pixel_rows_.get() + entry, splat + entry, tile.width, entries_,
-                   width, rows);
-    }
+  const RowSize row = RowSize::of(classes, functions_);
+  const int padded = row.padded, stride = row.stride;
+  const int64_t vertices = first_vertex_[kernels_];
+  const int64_t cost = tile_pixels() * padded * (entries_ + 4);
+  const Buffer<Real> partial(int64_t(vertex_rows_.size()) * padded), values(vertices * padded);
+  std::fill_n(values.get(), padded, Real(0));
+  const auto scratches = scratch(1, stride);
+  const auto each_tile = [&](auto visit) {
+    for_each(tiles_.size(), cost, [&](int64_t t, int64_t worker) {
+      const Tile& tile = tiles_[t];
+      TilePass<Real> pass = tile_pass(tile, q, row);
+      pass.buffer = scratches[worker].parts[1];
+      visit(tile, pass, scratches[worker].parts[0]);
+    });
+  };
+  each_tile([&](const Tile& tile, TilePass<Real>& pass, Real* rows) {
+    std::fill_n(rows, tile.rows * stride, Real(0));
+    pass.out = rows;
+    functions_.splat_tile(pass);
+    functions_.pack(rows, tile.rows, padded, stride, partial.get() + tile.first_row * padded);
   });
-  filter(partial.get(), functions, width, false, [](int) {}, values.get());
+  filter(partial.get(), padded, false, [](int) {}, values.get());
   for (int l = 0; l < kernels_; ++l)
-    mix(functions, l, occupied_[l], {}, weights[l], classes, width,
-        values.get() + first_vertex_[l] * width);
-  for_each(tiles_.size(), cost, [&](int64_t t, int64_t) {
-    const Tile& tile = tiles_[t];
-    std::vector<Real> line(int64_t(tile.width) * width), rows(tile.rows * width);
-    for (int64_t i = 0; i < tile.rows; ++i)
-      std::copy_n(values.get() + int64_t(row_vertex_[tile.first_row + i]) * width, width,
-                  rows.data() + i * width);
-    for (int y = 0; y < tile.height; ++y) {
-      std::fill(line.begin(), line.end(), Real(0));
-      const int64_t entry = (tile.first_pixel + int64_t(y) * tile.width) * entries_;
-      slice_pixels(rows.data(), pixel_rows_.get() + entry, slice_.get() + entry, tile.width,
-                   entries_, width, line.data());
-      Real* const to = out + (tile.y + y) * width_ + tile.x;
-      for (int c = 0; c < classes; ++c)
-        for (int x = 0; x < tile.width; ++x) to[c * plane + x] = line[x * width + c];
-    }
+    mix(l, occupied_[l], {}, weights[l], row, values.get() + first_vertex_[l] * padded);
+  each_tile([&](const Tile& tile, TilePass<Real>& pass, Real* rows) {
+    functions_.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, padded, stride,
+                      rows);
+    pass.in = rows;
+    pass.q = out + tile.y * width_ + tile.x;
+    functions_.slice_tile(pass);
   });
 }
 
@@ -975,19 +887,20 @@ template <class Real>
 void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* compatibility,
                          int classes, const Real* gradient, Real* unary_gradient,
                          double* weight_gradients, double* compatibility_gradient) const {
-  const int width = row_width<Real>(classes), stride = (width + 15) / 16 * 16, n = width / 16;
-  const RowFunctions<Real> functions = row_functions<Real>(width);
+  const RowSize row = RowSize::of(classes, functions_);
+  const int padded = row.padded, stride = row.stride;
   const int64_t vertices = kernels_ ? first_vertex_[kernels_] : 0, rows = vertex_rows_.size();
   const int iterations = kernels_ ? settings_.iterations : 0;
   History history;
   infer(unary, weights, compatibility, classes, nullptr, &history);
-  const auto self = self_shares(weights);
-  const auto slopes = uninitialised<Real>(self ? height_ * width_ * width : 0);
-  const auto partial = uninitialised<Real>(rows * width);
-  const auto messages = uninitialised<Real>(vertices * width);
-  const auto gradients = uninitialised<Real>(vertices * width);
+  const Buffer<Real> shares = self_shares(weights);
+  const Real* const self = shares.get();  // null with the self terms
+  const Buffer<Real> slopes(self ? height_ * width_ * padded : 0);
+  const Buffer<Real> partial(rows * padded);
+  const Buffer<Real> messages(vertices * padded);
+  const Buffer<Real> gradients(vertices * padded);
   for (Real* const buffer : {messages.get(), gradients.get()})
-    if (vertices) std::fill_n(buffer, width, Real(0));
+    if (vertices) std::fill_n(buffer, padded, Real(0));
   const auto matrix = mixing_matrix(compatibility, classes, stride, false);
   const auto transposed = mixing_matrix(compatibility, classes, stride, true);
   const auto scratches = scratch(3, stride);
@@ -995,54 +908,55 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
     const bool first = step == 0, last = step == iterations;
     const Real* kept = first ? nullptr : history.sums[step - 1].get();
     const Real* const q = first || !self ? nullptr : history.q[step - 1].get();
-    for (int l = 0; l < kernels_ && !first; ++l, kept += occupied_[l - 1] * width) {
-      Real* const own = messages.get() + first_vertex_[l] * width;
-      std::copy_n(kept, occupied_[l] * width, own);
-      mix(functions, l, occupied_[l], matrix, weights[l], classes, width, own);
+    for (int l = 0; l < kernels_ && !first; ++l, kept += occupied_[l - 1] * padded) {
+      Real* const own = messages.get() + first_vertex_[l] * padded;
+      std::copy_n(kept, occupied_[l] * padded, own);
+      mix(l, occupied_[l], matrix, weights[l], row, own);
     }
-    for_each(tiles_.size(), 2 * pass_cost(width), [&](int64_t t, int64_t worker) {
+    for_each(tiles_.size(), 2 * pass_cost(padded), [&](int64_t t, int64_t worker) {
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
       const int32_t* const vertex = row_vertex_.get() + tile.first_row;
+      Real* const sums = partial.get() + tile.first_row * padded;
+      Real* const out = stride == padded ? sums : own[1];
       if (!first) {
-        functions.gather(messages.get(), vertex, tile.rows, own[0], n, width);
-        std::fill_n(own[1], tile.rows * stride, Real(0));
+        functions_.gather(messages.get(), vertex, tile.rows, padded, stride, own[0]);
+        std::fill_n(out, tile.rows * stride, Real(0));
       }
-      if (!last) functions.gather(gradients.get(), vertex, tile.rows, own[2], n, width);
+      if (!last) functions_.gather(gradients.get(), vertex, tile.rows, padded, stride, own[2]);
       const int64_t corner = tile.y * width_ + tile.x;
       TileBackward<Real> backward{};
-      backward.pass = tile_pass(tile, unary, classes, stride);
+      backward.pass = tile_pass(tile, unary, row);
       backward.pass.in = first ? nullptr : own[0];
-      backward.pass.out = first ? nullptr : own[1];
+      backward.pass.out = first ? nullptr : out;
       if (self) {
-        backward.pass.self = self.get() + tile.first_pixel;
+        backward.pass.self = self + tile.first_pixel;
         backward.pass.matrix = matrix.empty() ? nullptr : matrix.data();
-        backward.pass.before = first ? nullptr : q + tile.first_pixel * width;
-        backward.kept = slopes.get() + tile.first_pixel * width;
+        backward.pass.before = first ? nullptr : q + tile.first_pixel * padded;
+        backward.kept = slopes.get() + tile.first_pixel * padded;
         backward.transposed = transposed.empty() ? nullptr : transposed.data();
       }
       backward.pass.buffer = own[3];
       backward.gradient = last ? gradient + corner : nullptr;
       backward.back = last ? nullptr : own[2];
       backward.unary_gradient = unary_gradient + corner;
-      functions.tile_backward(backward);
-      if (!first)
-        functions.pack(own[1], tile.rows, partial.get() + tile.first_row * width, n, width);
+      functions_.tile_backward(backward);
+      if (!first && out != sums) functions_.pack(out, tile.rows, padded, stride, sums);
     });
     if (first) break;
     for (int l = 0; l < kernels_ && self; ++l)
       add_gradients(l, slopes.get(), q, self_.get() + l, height_ * width_, -1, compatibility,
-                    weights[l], classes, width, weight_gradients, compatibility_gradient);
+                    weights[l], classes, padded, weight_gradients, compatibility_gradient);
     kept = history.sums[step - 1].get();
     const auto visit = [&](int l) {
-      Real* const own = gradients.get() + first_vertex_[l] * width;
+      Real* const own = gradients.get() + first_vertex_[l] * padded;
       add_gradients(l, own, kept, nullptr, occupied_[l], kernel_scale(settings_.kernels[l]),
-                    compatibility, weights[l], classes, width, weight_gradients,
+                    compatibility, weights[l], classes, padded, weight_gradients,
                     compatibility_gradient);
-      kept += occupied_[l] * width;
-      mix(functions, l, occupied_[l], transposed, weights[l], classes, width, own);
+      kept += occupied_[l] * padded;
+      mix(l, occupied_[l], transposed, weights[l], row, own);
     };
-    filter(partial.get(), functions, width, true, visit, gradients.get());
+    filter(partial.get(), padded, true, visit, gradients.get());
   }
 }
 
@@ -1052,7 +966,7 @@ void Crf<Real>::backward(const Real* unary, const Real* weights, const Real* com
 template <class Real>
 void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums, const Real* factors,
                               int64_t count, double scale, const Real* compatibility, Real weight,
-                              int classes, int width, double* weight_gradients,
+                              int classes, int padded, double* weight_gradients,
                               double* compatibility_gradient) const {
   constexpr int64_t kParts = 16, kExact = 1024;  // so many products are summed in Real
   const int64_t size = compatibility ? classes * classes : 1;
@@ -1062,9 +976,9 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums, con
     for (int64_t begin = count * part / kParts, end = count * (part + 1) / kParts; begin < end;
          begin += kExact) {
       std::fill(few.begin(), few.end(), Real(0));
-      add_products(messages + begin * width, sums + begin * width,
+      functions_.add_products(messages + begin * padded, sums + begin * padded,
                    factors ? factors + begin * kernels_ : nullptr, kernels_,
-                   std::min(kExact, end - begin), width, classes, compatibility != nullptr,
+                   std::min(kExact, end - begin), padded, classes, compatibility != nullptr,
                    few.data());
       for (int64_t i = 0; i < size; ++i) products[part * size + i] += few[i];
     }

@@ -14,6 +14,7 @@
 
 namespace pyseg {
 
+constexpr int kMaxClasses = 256;
 constexpr int kMaxFeatures = 8;
 
 // How names of vertices pack into 64 bits: the remainder lowest, then the quotients.
@@ -24,6 +25,7 @@ struct VertexNames {
   uint64_t unit[kMaxFeatures + 1];  // one step of a quotient; 0 for the coordinate left out
   uint64_t all;                     // one step of every quotient
   uint64_t remainder;               // mask of the remainder
+  int bits;                         // of a name
 
   // The neighbour one step along `axis` (0 .. d), where that coordinate falls by d.
   PYSEG_HOST_DEVICE uint64_t after(uint64_t name, int axis) const {
@@ -40,22 +42,6 @@ struct VertexNames {
 PYSEG_HOST_DEVICE float round_small(float x) { return (x + 12582912.0f) - 12582912.0f; }
 PYSEG_HOST_DEVICE double round_small(double x) {
   return (x + 6755399441055744.0) - 6755399441055744.0;
-}
-
-// a * b, rounded: nvcc would fuse it with the sum that follows, and CUDA name other vertices.
-PYSEG_HOST_DEVICE float product(float a, float b) {
-#ifdef __CUDA_ARCH__
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-PYSEG_HOST_DEVICE double product(double a, double b) {
-#ifdef __CUDA_ARCH__
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
 }
 
 // Feature i must come multiplied by the square root of the lattice's variance and divided by
@@ -162,6 +148,7 @@ PYSEG_HOST_DEVICE bool name_vertices(int features, const double* low, const doub
     bits += needed;
     fits = fits && bits < available && least > -4e6 && most < 4e6;  // NaN does not fit
   }
+  names.bits = bits;
   return fits;
 }
 
@@ -241,6 +228,7 @@ PYSEG_HOST_DEVICE bool name_grid(const Kernel& kernel, int height, int width, in
     names.unit[i] = uint64_t(1) << bits;
     for (int64_t left = cells - 1; left > 0; left >>= 1) ++bits;
   }
+  names.bits = bits;
   return bits < available;
 }
 

@@ -1,11 +1,11 @@
-// The inner loops of the dense CRF on the CPU, in vectors of the compiler. setup.py compiles this file
-// once per instruction set, for PYSEG_REAL float and, at the generic level alone, double: vector
-// types are lowered to the target in force where they are written, so target_clones would leave
-// them at its default.
+// The inner loops of the dense CRF on the CPU, in vectors of the compiler that are as long as the
+// registers of the level: 16 floats with AVX-512, 8 with AVX2, 4 elsewhere. setup.py compiles this
+// file once per level for PYSEG_REAL float and, at the generic level alone, double.
 //
-// Rows of classes are padded: to `Blocks` vectors of 16 and a tail of `Tail` in the lattice, whose
-// size matters, and to whole vectors in the buffers of a tile, whose alignment matters.
-// Blocks = -1: the number of blocks is an argument.
+// What a lattice has of a vertex, and a tile of a pixel, is a row of classes, padded (`padded`).
+// Loops over rows keep parts of up to 32 classes in registers; a wider row is done part by part.
+// The softmax turns the rows of as many pixels as a register holds into one vector per class. So
+// nothing is summed across a register, and no exponential is taken of padding.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -19,102 +19,75 @@
 #include "tile_passes.h"
 
 #include "../common/level.h"  // after all others
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
+#endif
 
 namespace pyseg::crf::PYSEG_LEVEL {
 
-#define PYSEG_BYTES 64  // the length of vectors is named everywhere, so that this is of none
+#define PYSEG_BYTES PYSEG_REGISTER
 #include "../common/vectors_simd.h"
 #undef PYSEG_BYTES
 
-// 16 vectors of 16: rows become columns.
-template <class Real>
-PYSEG_INLINE void transpose(Vector<Real, 16> (&v)[16]) {
-  Vector<Real, 16> t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28,
-                                   13, 29);
-    t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27,
-                                       14, 30, 15, 31);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {  // column 4 g + 2 j + (0, 1) of the four rows, in group g
-      v[i + 2 * j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8,
-                                             9, 24, 25, 12, 13, 28, 29);
-      v[i + 2 * j + 1] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 18, 19, 6, 7, 22, 23,
-                                                 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const Vector<Real, 16> a = v[i], b = v[i + 4], c = v[i + 8], d = v[i + 12];
-    const Vector<Real, 16> ab =
-        __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    const Vector<Real, 16> AB =
-        __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    const Vector<Real, 16> cd =
-        __builtin_shufflevector(c, d, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-    const Vector<Real, 16> CD =
-        __builtin_shufflevector(c, d, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    t[i] = __builtin_shufflevector(ab, cd, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    t[i + 4] =
-        __builtin_shufflevector(AB, CD, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-    t[i + 8] = __builtin_shufflevector(ab, cd, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29,
-                                       30, 31);
-    t[i + 12] = __builtin_shufflevector(AB, CD, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28,
-                                        29, 30, 31);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
+namespace {
+
+using Real = PYSEG_REAL;
+
+constexpr int kRegister = std::max<int>(4, PYSEG_REGISTER / sizeof(Real));  // numbers in a vector
+using Pixels = Vector<Real, kRegister>;
+using Quarter = Vector<Real, 4>;
+
+// a * b + c, rounded once where that is one instruction
+template <int N>
+PYSEG_INLINE Vector<Real, N> fused(Vector<Real, N> a, Vector<Real, N> b, Vector<Real, N> c) {
+#if defined(PYSEG_AVX512)
+  if constexpr (N == 16) return (Vector<Real, N>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#endif
+#if defined(PYSEG_AVX512) || defined(PYSEG_AVX2)
+  if constexpr (N == 8) return (Vector<Real, N>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  if constexpr (N == 4) return (Vector<Real, N>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
+#endif
+  return a * b + c;
 }
 
-// 4 vectors of 16: within each quarter, rows become columns.
-template <class Real>
-PYSEG_INLINE void transpose_quarters(Vector<Real, 16> (&v)[4]) {
-  const Vector<Real, 16> a =
-      __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  const Vector<Real, 16> b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
-                                                     11, 27, 14, 30, 15, 31);
-  const Vector<Real, 16> c =
-      __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  const Vector<Real, 16> d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26,
-                                                     11, 27, 14, 30, 15, 31);
-  v[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  v[1] = __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  v[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  v[3] = __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+template <class T>
+PYSEG_INLINE T larger(T a, T b) {
+#if defined(PYSEG_AVX512)
+  if constexpr (sizeof(T) == 64) return (T)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(PYSEG_AVX2)
+  if constexpr (sizeof(T) == 32) return (T)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  if constexpr (sizeof(T) == 16) return (T)_mm_max_ps((__m128)a, (__m128)b);
+#endif
+  return a > b ? a : b;
 }
 
 // exp(x) for x <= 0, within 1e-7; 0 below -70, where products with barycentric weights would become
 // denormal. The polynomial is 2^f within 8e-8 of it for |f| <= 1/2.
 template <int N>
 PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
-  constexpr float kLog2e = 1.44269504f;
   constexpr float kTerms[] = {1.327647129e-3f, 9.675540961e-3f, 5.550713092e-2f,
                               2.402212024e-1f, 6.931469440e-1f, 1.0f};
-#ifdef PYSEG_AVX512
-  if constexpr (N == 16) {
-    const __m512 v = (__m512)x, scaled = _mm512_mul_ps(v, _mm512_set1_ps(kLog2e));
-    const __m512 n = _mm512_roundscale_ps(scaled, 0);
-    const __m512 f = _mm512_fmsub_ps(v, _mm512_set1_ps(kLog2e), n);
-    __m512 p = _mm512_set1_ps(kTerms[0]);
-#pragma GCC unroll 5
-    for (int i = 1; i < 6; ++i) p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(kTerms[i]));
-    const __mmask16 inside = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-70.0f), _CMP_GT_OQ);
-    return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, p, n);
-  }
-#endif
-  typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f), inside = x > low ? x : low;
-  const Vector<float, N> shifted = inside * kLog2e + 12582912.0f;
-  const Vector<float, N> f = inside * kLog2e - (shifted - 12582912.0f);
+  const Vector<float, N> log2e = broadcast<N>(1.44269504f);
   Vector<float, N> p = broadcast<N>(kTerms[0]);
+#ifdef PYSEG_AVX512
+  const __m512 v = (__m512)x, n = _mm512_roundscale_ps(_mm512_mul_ps(v, (__m512)log2e), 0);
+  const Vector<float, N> f = (Vector<float, N>)_mm512_fmsub_ps(v, (__m512)log2e, n);
 #pragma GCC unroll 5
-  for (int i = 1; i < 6; ++i) p = p * f + kTerms[i];
-  const Vector<float, N> value = (Vector<float, N>)((Integers)p + ((Integers)shifted << 23));
-  return x > low ? value : Vector<float, N>{};
+  for (int i = 1; i < 6; ++i) p = fused<N>(p, f, broadcast<N>(kTerms[i]));
+  const __mmask16 inside = _mm512_cmp_ps_mask(v, _mm512_set1_ps(-70.0f), _CMP_GT_OQ);
+  return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, (__m512)p, n);
+#else
+  typedef int Integers __attribute__((vector_size(N * sizeof(int))));
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger(x, low);
+  const Vector<float, N> magic = broadcast<N>(12582912.0f);
+  const Vector<float, N> shifted = fused<N>(inside, log2e, magic);
+  const Vector<float, N> f = fused<N>(inside, log2e, magic - shifted);
+#pragma GCC unroll 5
+  for (int i = 1; i < 6; ++i) p = fused<N>(p, f, broadcast<N>(kTerms[i]));
+  const Integers value = (Integers)p + ((Integers)shifted << 23);
+  return (Vector<float, N>)(value & (Integers)(x > low));
+#endif
 }
 
 template <int N>
@@ -123,696 +96,682 @@ PYSEG_INLINE Vector<double, N> exponential(Vector<double, N> x) {
   return x;
 }
 
-template <class Real, int Blocks, int Tail>
-struct Loops {
-  static constexpr int kBlocks = Blocks < 0 ? kMaxBlocks : Blocks;
-  static constexpr int kTail = Tail ? Tail : 4;
-  using Block = Vector<Real, 16>;
-  using Rest = Vector<Real, kTail>;
-
-  struct Row {
-    Block block[kBlocks ? kBlocks : 1];
-    Rest rest;
-  };
-
-  // a * b + c, rounded once where that is one instruction
-  template <int N>
-  static PYSEG_INLINE Vector<Real, N> fused(Vector<Real, N> a, Vector<Real, N> b,
-                                            Vector<Real, N> c) {
-#ifdef PYSEG_AVX512
-    if constexpr (std::is_same_v<Real, float>) {
-      if constexpr (N == 16)
-        return (Vector<Real, N>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-      if constexpr (N == 8)
-        return (Vector<Real, N>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-      if constexpr (N == 4) return (Vector<Real, N>)_mm_fmadd_ps((__m128)a, (__m128)b, (__m128)c);
-    }
-#endif
-    return a * b + c;
+// 4 vectors: within each quarter, rows become columns.
+template <int N>
+PYSEG_INLINE void transpose_quarters(Vector<Real, N> (&v)[4]) {
+  if constexpr (N == 4) {
+    const auto a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
+    const auto b = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+    const auto c = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+    const auto d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+    v[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+    v[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+    v[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+    v[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+  } else if constexpr (N == 8) {
+    const auto a = __builtin_shufflevector(v[0], v[1], 0, 8, 1, 9, 4, 12, 5, 13);
+    const auto b = __builtin_shufflevector(v[0], v[1], 2, 10, 3, 11, 6, 14, 7, 15);
+    const auto c = __builtin_shufflevector(v[2], v[3], 0, 8, 1, 9, 4, 12, 5, 13);
+    const auto d = __builtin_shufflevector(v[2], v[3], 2, 10, 3, 11, 6, 14, 7, 15);
+    v[0] = __builtin_shufflevector(a, c, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[1] = __builtin_shufflevector(a, c, 2, 3, 10, 11, 6, 7, 14, 15);
+    v[2] = __builtin_shufflevector(b, d, 0, 1, 8, 9, 4, 5, 12, 13);
+    v[3] = __builtin_shufflevector(b, d, 2, 3, 10, 11, 6, 7, 14, 15);
+  } else {
+    const auto a = __builtin_shufflevector(v[0], v[1], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12,
+                                           28, 13, 29);
+    const auto b = __builtin_shufflevector(v[0], v[1], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27,
+                                           14, 30, 15, 31);
+    const auto c = __builtin_shufflevector(v[2], v[3], 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12,
+                                           28, 13, 29);
+    const auto d = __builtin_shufflevector(v[2], v[3], 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27,
+                                           14, 30, 15, 31);
+    v[0] = __builtin_shufflevector(a, c, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    v[1] =
+        __builtin_shufflevector(a, c, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    v[2] = __builtin_shufflevector(b, d, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    v[3] =
+        __builtin_shufflevector(b, d, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   }
+}
 
-  static PYSEG_INLINE int blocks(int argument) { return Blocks < 0 ? argument : Blocks; }
-
-  static PYSEG_INLINE Rest first(Block block) {
-    if constexpr (kTail == 8)
-      return __builtin_shufflevector(block, block, 0, 1, 2, 3, 4, 5, 6, 7);
+// A vector of N / 4 quarters, 4 * stride apart; and back.
+template <int N>
+PYSEG_INLINE Vector<Real, N> load_quarters(const Real* from, int64_t stride) {
+  if constexpr (N == 4) {
+    return load<4>(from);
+  } else {
+    const auto low = load_quarters<N / 2>(from, stride);
+    const auto high = load_quarters<N / 2>(from + N / 2 * stride, stride);
+    if constexpr (N == 8)
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
     else
-      return __builtin_shufflevector(block, block, 0, 1, 2, 3);
-  }
-
-  static PYSEG_INLINE void get(Row& row, const Real* from, int n) {
-    for (int b = 0; b < blocks(n); ++b) row.block[b] = load<16>(from + 16 * b);
-    if (Tail) row.rest = load<kTail>(from + 16 * blocks(n));
-  }
-  static PYSEG_INLINE void put(const Row& row, Real* to, int n) {
-    for (int b = 0; b < blocks(n); ++b) store<16>(to + 16 * b, row.block[b]);
-    if (Tail) store<kTail>(to + 16 * blocks(n), row.rest);
-  }
-  // row += factor * from
-  static PYSEG_INLINE void add(Row& row, Real factor, const Real* from, int n) {
-    const Block f = broadcast<16>(factor);
-    for (int b = 0; b < blocks(n); ++b)
-      row.block[b] = fused<16>(f, load<16>(from + 16 * b), row.block[b]);
-    if (Tail) row.rest = fused<kTail>(first(f), load<kTail>(from + 16 * blocks(n)), row.rest);
-  }
-  static PYSEG_INLINE void add(Row& row, Real factor, const Row& from, int n) {
-    const Block f = broadcast<16>(factor);
-    for (int b = 0; b < blocks(n); ++b) row.block[b] = fused<16>(f, from.block[b], row.block[b]);
-    if (Tail) row.rest = fused<kTail>(first(f), from.rest, row.rest);
-  }
-  // to += factor * row
-  static PYSEG_INLINE void accumulate(const Row& row, Real factor, Real* to, int n) {
-    const Block f = broadcast<16>(factor);
-    for (int b = 0; b < blocks(n); ++b)
-      store<16>(to + 16 * b, fused<16>(f, row.block[b], load<16>(to + 16 * b)));
-    if (Tail) {
-      Real* const end = to + 16 * blocks(n);
-      store<kTail>(end, fused<kTail>(first(f), row.rest, load<kTail>(end)));
-    }
-  }
-
-  // 16 pixels' rows of classes, `stride` apart, to one vector of pixels per class; and back.
-  static PYSEG_INLINE void to_planes(const Real* rows, int stride, int n, Real* planes) {
-    for (int b = 0; b < blocks(n); ++b) {
-      Block v[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = load<16>(rows + i * stride + 16 * b);
-      transpose<Real>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store<16>(planes + 16 * (16 * b + i), v[i]);
-    }
-    for (int c = 16 * blocks(n); c < 16 * blocks(n) + Tail; c += 4) {
-      Block v[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Real* const row = rows + i * stride + c;
-        const auto low = __builtin_shufflevector(load<4>(row), load<4>(row + 4 * stride), 0, 1, 2,
-                                                 3, 4, 5, 6, 7);
-        const auto high = __builtin_shufflevector(
-            load<4>(row + 8 * stride), load<4>(row + 12 * stride), 0, 1, 2, 3, 4, 5, 6, 7);
-        v[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
-                                       15);
-      }
-      transpose_quarters<Real>(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) store<16>(planes + 16 * (c + i), v[i]);
-    }
-  }
-
-  static PYSEG_INLINE void to_rows(const Real* planes, int n, Real* rows, int stride) {
-    for (int b = 0; b < blocks(n); ++b) {
-      Block v[16];
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) v[i] = load<16>(planes + 16 * (16 * b + i));
-      transpose<Real>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) store<16>(rows + i * stride + 16 * b, v[i]);
-    }
-    for (int c = 16 * blocks(n); c < 16 * blocks(n) + Tail; c += 4) {
-      Block v[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[i] = load<16>(planes + 16 * (c + i));
-      transpose_quarters<Real>(v);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        Real* const row = rows + i * stride + c;
-        store<4>(row, __builtin_shufflevector(v[i], v[i], 0, 1, 2, 3));
-        store<4>(row + 4 * stride, __builtin_shufflevector(v[i], v[i], 4, 5, 6, 7));
-        store<4>(row + 8 * stride, __builtin_shufflevector(v[i], v[i], 8, 9, 10, 11));
-        store<4>(row + 12 * stride, __builtin_shufflevector(v[i], v[i], 12, 13, 14, 15));
-      }
-    }
-  }
-
-  static PYSEG_INLINE Block load_some(const Real* from, int count) {
-    if (count == 16) return load<16>(from);
-    Block some{};
-    for (int i = 0; i < count; ++i) some[i] = from[i];
-    return some;
-  }
-  static PYSEG_INLINE void store_some(Real* to, Block block, int count) {
-    if (count == 16)
-      store<16>(to, block);
-    else
-      for (int i = 0; i < count; ++i) to[i] = block[i];
-  }
-
-  // Of four rows at once, their tails in vectors of their own.
-  static constexpr int kTails = Tail == 8 ? 2 : 1;
-  using Four = Vector<Real, 4>;
-
-  static PYSEG_INLINE void join_tails(const Row (&row)[4], Block (&tails)[kTails]) {
-    if constexpr (Tail == 4) {
-      const auto low = __builtin_shufflevector(row[0].rest, row[1].rest, 0, 1, 2, 3, 4, 5, 6, 7);
-      const auto high = __builtin_shufflevector(row[2].rest, row[3].rest, 0, 1, 2, 3, 4, 5, 6, 7);
-      tails[0] =
-          __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else if constexpr (Tail == 8) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
-        tails[i] = __builtin_shufflevector(row[2 * i].rest, row[2 * i + 1].rest, 0, 1, 2, 3, 4, 5,
-                                           6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    }
-  }
-
-  static PYSEG_INLINE void part_tails(const Block (&tails)[kTails], Row (&row)[4]) {
-    if constexpr (Tail == 4) {
-      row[0].rest = __builtin_shufflevector(tails[0], tails[0], 0, 1, 2, 3);
-      row[1].rest = __builtin_shufflevector(tails[0], tails[0], 4, 5, 6, 7);
-      row[2].rest = __builtin_shufflevector(tails[0], tails[0], 8, 9, 10, 11);
-      row[3].rest = __builtin_shufflevector(tails[0], tails[0], 12, 13, 14, 15);
-    } else if constexpr (Tail == 8) {
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        row[2 * i].rest = __builtin_shufflevector(tails[i], tails[i], 0, 1, 2, 3, 4, 5, 6, 7);
-        row[2 * i + 1].rest =
-            __builtin_shufflevector(tails[i], tails[i], 8, 9, 10, 11, 12, 13, 14, 15);
-      }
-    }
-  }
-
-  // Each row's number, for its lanes of the tails.
-  static PYSEG_INLINE Block to_tails(Four four, int number) {
-    const auto twice = __builtin_shufflevector(four, four, 0, 1, 2, 3, 4, 5, 6, 7);
-    const Block all =
-        __builtin_shufflevector(twice, twice, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    if (Tail == 4)
-      return __builtin_shufflevector(all, all, 0, 0, 0, 0, 5, 5, 5, 5, 10, 10, 10, 10, 15, 15, 15,
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
                                      15);
-    if (number == 0)
-      return __builtin_shufflevector(all, all, 0, 0, 0, 0, 4, 4, 4, 4, 9, 9, 9, 9, 13, 13, 13, 13);
-    return __builtin_shufflevector(all, all, 2, 2, 2, 2, 6, 6, 6, 6, 11, 11, 11, 11, 15, 15, 15,
-                                   15);
   }
-
-  // What `combine` makes of all lanes of each row.
-  template <class Combine>
-  static PYSEG_INLINE Four reduce(const Block (&v)[4], const Block (&tails)[kTails],
-                                  Combine combine) {
-    Block quarters;  // each holds one number of every row
-    if constexpr (Blocks != 0) {
-      Block pairs[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
-        pairs[i] = combine(__builtin_shufflevector(v[2 * i], v[2 * i + 1], 0, 16, 1, 17, 4, 20, 5,
-                                                   21, 8, 24, 9, 25, 12, 28, 13, 29),
-                           __builtin_shufflevector(v[2 * i], v[2 * i + 1], 2, 18, 3, 19, 6, 22, 7,
-                                                   23, 10, 26, 11, 27, 14, 30, 15, 31));
-      quarters = combine(__builtin_shufflevector(pairs[0], pairs[1], 0, 1, 16, 17, 4, 5, 20, 21, 8,
-                                                 9, 24, 25, 12, 13, 28, 29),
-                         __builtin_shufflevector(pairs[0], pairs[1], 2, 3, 18, 19, 6, 7, 22, 23, 10,
-                                                 11, 26, 27, 14, 15, 30, 31));
-    }
-    if constexpr (Tail == 4) {
-      const Block t = __builtin_shufflevector(tails[0], tails[0], 0, 4, 8, 12, 1, 5, 9, 13, 2, 6,
-                                              10, 14, 3, 7, 11, 15);
-      quarters = Blocks ? combine(quarters, t) : t;
-    } else if constexpr (Tail == 8) {
-      const Block t = combine(__builtin_shufflevector(tails[0], tails[1], 0, 8, 16, 24, 1, 9, 17,
-                                                      25, 2, 10, 18, 26, 3, 11, 19, 27),
-                              __builtin_shufflevector(tails[0], tails[1], 4, 12, 20, 28, 5, 13, 21,
-                                                      29, 6, 14, 22, 30, 7, 15, 23, 31));
-      quarters = Blocks ? combine(quarters, t) : t;
-    }
-    const auto halves =
-        combine(__builtin_shufflevector(quarters, quarters, 0, 1, 2, 3, 4, 5, 6, 7),
-                __builtin_shufflevector(quarters, quarters, 8, 9, 10, 11, 12, 13, 14, 15));
-    return combine(__builtin_shufflevector(halves, halves, 0, 1, 2, 3),
-                   __builtin_shufflevector(halves, halves, 4, 5, 6, 7));
+}
+template <int N>
+PYSEG_INLINE void store_quarters(Real* to, int64_t stride, Vector<Real, N> v) {
+  if constexpr (N == 4) {
+    store<4>(to, v);
+  } else if constexpr (N == 8) {
+    store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+    store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else {
+    store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+    store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    store<4>(to + 8 * stride, __builtin_shufflevector(v, v, 8, 9, 10, 11));
+    store<4>(to + 12 * stride, __builtin_shufflevector(v, v, 12, 13, 14, 15));
   }
+}
 
-  // Up to kTileWidth rows of logits become probabilities. All steps of one row in turn would wait
-  // for each other; so one step is done for all rows.
-  static PYSEG_INLINE void softmax(Real* rows, int count, int n, int stride) {
-    const auto larger = [](auto a, auto b) { return a > b ? a : b; };
-    const auto sum = [](auto a, auto b) { return a + b; };
-    Real largest[kTileWidth];
-    for (int x = 0; x < count; x += 4) {
-      Row row[4];
-      Block tails[kTails], all[4];
+// The rows of kRegister pixels, `stride` apart, to one vector per class; and back, with a factor
+// for each pixel. Classes up to the next multiple of 4 come along.
+PYSEG_INLINE void to_planes(const Real* rows, int64_t stride, int classes, Real* planes) {
+  for (int c = 0; c < classes; c += 4) {
+    Pixels v[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        get(row[i], rows + (x + i) * stride, n);
-        all[i] = row[i].block[0];
-        for (int b = 1; b < blocks(n); ++b) all[i] = larger(all[i], row[i].block[b]);
-      }
-      join_tails(row, tails);
-      store<4>(largest + x, reduce(all, tails, larger));
-    }
-    for (int x = 0; x < count; x += 4) {
-      Row row[4];
-      Block tails[kTails], all[4];
+    for (int i = 0; i < 4; ++i) v[i] = load_quarters<kRegister>(rows + i * stride + c, stride);
+    transpose_quarters<kRegister>(v);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        get(row[i], rows + (x + i) * stride, n);
-        const Block most = broadcast<16>(largest[x + i]);
-        all[i] = Block{};
-        for (int b = 0; b < blocks(n); ++b) {
-          row[i].block[b] = exponential<16>(row[i].block[b] - most);
-          all[i] += row[i].block[b];
-        }
-      }
-      if constexpr (Tail != 0) {
-        join_tails(row, tails);
-        const Four most = load<4>(largest + x);
-        for (int i = 0; i < kTails; ++i) tails[i] = exponential<16>(tails[i] - to_tails(most, i));
-      }
-      const Four scale = Real(1) / reduce(all, tails, sum);
-      if constexpr (Tail != 0) {
-        for (int i = 0; i < kTails; ++i) tails[i] *= to_tails(scale, i);
-        part_tails(tails, row);
-      }
+    for (int i = 0; i < 4; ++i) store<kRegister>(planes + kRegister * (c + i), v[i]);
+  }
+}
+PYSEG_INLINE void to_rows(const Real* planes, Pixels factor, int classes, Real* rows,
+                          int64_t stride) {
+  for (int c = 0; c < classes; c += 4) {
+    Pixels v[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const Block factor = broadcast<16>(scale[i]);
-        for (int b = 0; b < blocks(n); ++b) row[i].block[b] *= factor;
-        put(row[i], rows + (x + i) * stride, n);
-      }
+    for (int i = 0; i < 4; ++i) v[i] = load<kRegister>(planes + kRegister * (c + i)) * factor;
+    transpose_quarters<kRegister>(v);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) store_quarters<kRegister>(rows + i * stride + c, stride, v[i]);
+  }
+}
+
+// Of fewer pixels than a vector holds, at the right edge of an image.
+PYSEG_INLINE Pixels load_some(const Real* from, int count) {
+  if (__builtin_expect(count == kRegister, 1)) return load<kRegister>(from);
+  Real some[kRegister] = {};
+  std::memcpy(some, from, count * sizeof(Real));
+  return load<kRegister>(some);
+}
+PYSEG_INLINE void store_some(Real* to, Pixels value, int count) {
+  if (__builtin_expect(count == kRegister, 1)) return store<kRegister>(to, value);
+  Real some[kRegister];
+  store<kRegister>(some, value);
+  std::memcpy(to, some, count * sizeof(Real));
+}
+
+// `Part` classes of a row, in registers.
+template <int Part>
+struct Row {
+  static constexpr int kVectors = Part / kRegister, kRest = Part % kRegister;
+  static constexpr int kTail = kRest ? kRest : 4;
+  static_assert(kRest == 0 || kRest == 4 || kRest == 8);
+  Pixels whole[kVectors ? kVectors : 1];
+  Vector<Real, kTail> rest;
+
+  PYSEG_INLINE void clear() {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) whole[i] = Pixels{};
+    if (kRest) rest = Vector<Real, kTail>{};
+  }
+  PYSEG_INLINE void get(const Real* from) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) whole[i] = load<kRegister>(from + kRegister * i);
+    if (kRest) rest = load<kTail>(from + kRegister * kVectors);
+  }
+  PYSEG_INLINE void put(Real* to) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) store<kRegister>(to + kRegister * i, whole[i]);
+    if (kRest) store<kTail>(to + kRegister * kVectors, rest);
+  }
+  // += factor * from
+  PYSEG_INLINE void add(Real factor, const Real* from) {
+    const Pixels f = broadcast<kRegister>(factor);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i)
+      whole[i] = fused<kRegister>(f, load<kRegister>(from + kRegister * i), whole[i]);
+    if (kRest)
+      rest = fused<kTail>(broadcast<kTail>(factor), load<kTail>(from + kRegister * kVectors), rest);
+  }
+  PYSEG_INLINE void add(Real factor, const Row& from) {
+    const Pixels f = broadcast<kRegister>(factor);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) whole[i] = fused<kRegister>(f, from.whole[i], whole[i]);
+    if (kRest) rest = fused<kTail>(broadcast<kTail>(factor), from.rest, rest);
+  }
+  // to += factor * this
+  PYSEG_INLINE void add_to(Real factor, Real* to) const {
+    const Pixels f = broadcast<kRegister>(factor);
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i)
+      store<kRegister>(to + kRegister * i,
+                       fused<kRegister>(f, whole[i], load<kRegister>(to + kRegister * i)));
+    if (kRest) {
+      Real* const end = to + kRegister * kVectors;
+      store<kTail>(end, fused<kTail>(broadcast<kTail>(factor), rest, load<kTail>(end)));
     }
   }
+};
 
-  // Calls work(count) with the number of a pixel's entries, as a constant where it is a usual one.
-  template <class Work>
-  static PYSEG_INLINE void with_entries(int entries, Work work) {
-    switch (entries) {
-      case 6: return work(std::integral_constant<int, 6>{});
-      case 9: return work(std::integral_constant<int, 9>{});
-      default: return work(entries);
-    }
-  }
+// A line of pixels of a tile, and the lattices' rows that they touch.
+struct Line {
+  const uint16_t* vertices;  // [pixels, entries]
+  const Real* weights;
+  int pixels, entries;
+  int64_t stride;
+};
 
+template <int Part>
+struct Rows {
   // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
-  static PYSEG_INLINE void slice_row(const Real* lattice, const uint16_t* vertices,
-                                     const Real* weights, int width, int entries, int n, int stride,
-                                     bool fresh, Real* rows) {
-    with_entries(entries, [&](auto fixed) {
-      const uint16_t* vertex = vertices;
-      const Real* weight = weights;
-      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
-        Row row{};
-        if (!fresh) get(row, rows + x * stride, n);
-#pragma GCC unroll 9
-        for (int k = 0; k < fixed; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
-        put(row, rows + x * stride, n);
+  static void slice(const Line& line, const Real* lattice, bool fresh, Real* rows) {
+    const int64_t stride = line.stride;
+    const uint16_t* vertex = line.vertices;
+    const Real* weight = line.weights;
+    for (int x = 0; x < line.pixels; ++x, rows += stride) {
+      Row<Part> row;
+      if (fresh)
+        row.clear();
+      else
+        row.get(rows);
+      int k = line.entries;
+      for (; k >= 3; k -= 3, vertex += 3, weight += 3) {  // position has 3, position and RGB 6
+        row.add(weight[0], lattice + vertex[0] * stride);
+        row.add(weight[1], lattice + vertex[1] * stride);
+        row.add(weight[2], lattice + vertex[2] * stride);
       }
-    });
+      for (; k > 0; --k) row.add(*weight++, lattice + *vertex++ * stride);
+      row.put(rows);
+    }
   }
 
   // The lattices' rows += weights times the pixels' rows.
-  static PYSEG_INLINE void splat_row(const Real* rows, const uint16_t* vertices,
-                                     const Real* weights, int width, int entries, int n, int stride,
-                                     Real* lattice) {
-    with_entries(entries, [&](auto fixed) {
-      const uint16_t* vertex = vertices;
-      const Real* weight = weights;
-      for (int x = 0; x < width; ++x, vertex += fixed, weight += fixed) {
-        Row row;
-        get(row, rows + x * stride, n);
-#pragma GCC unroll 9
-        for (int k = 0; k < fixed; ++k) accumulate(row, weight[k], lattice + vertex[k] * stride, n);
+  static void splat(const Line& line, const Real* rows, Real* lattice) {
+    const int64_t stride = line.stride;
+    const uint16_t* vertex = line.vertices;
+    const Real* weight = line.weights;
+    for (int x = 0; x < line.pixels; ++x, rows += stride) {
+      Row<Part> row;
+      row.get(rows);
+      int k = line.entries;
+      for (; k >= 3; k -= 3, vertex += 3, weight += 3) {
+        row.add_to(weight[0], lattice + vertex[0] * stride);
+        row.add_to(weight[1], lattice + vertex[1] * stride);
+        row.add_to(weight[2], lattice + vertex[2] * stride);
       }
-    });
+      for (; k > 0; --k) row.add_to(*weight++, lattice + *vertex++ * stride);
+    }
   }
 
   // On a grid the pixels of one image row between two columns of vertices have the same four, so
   // those are interpolated along y once, and their sums stay in registers. `weights` are of the
   // axes, [pixels, 2] each.
-  static PYSEG_INLINE void slice_grid(const GridPass<Real>& grid, const Real* lattice,
-                                      const Real* const (&weights)[2], int y, int width, int n,
-                                      int stride, bool fresh, Real* rows) {
+  static void slice_grid(const GridPass<Real>& grid, const Real* lattice, const Real* along_x,
+                         const Real* along_y, int y, int width, int64_t stride, bool fresh,
+                         Real* rows) {
     const Real* up =
         lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
-    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
-    Row left, right{};
-    const auto next = [&] {
-      left = right;
-      right = Row{};
-      add(right, above, up, n);
-      add(right, below, up + grid.wide * stride, n);
-      up += stride;
-    };
-    next();
+    const Real above = along_y[2 * y], below = along_y[2 * y + 1];
+    Row<Part> left, right;
+    right.clear();
+    right.add(above, up);
+    right.add(below, up + grid.wide * stride);
     for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
-      next();
-      for (; x < std::min(end, width); ++x) {
-        Row row{};
-        if (!fresh) get(row, rows + x * stride, n);
-        add(row, weights[0][2 * x], left, n);
-        add(row, weights[0][2 * x + 1], right, n);
-        put(row, rows + x * stride, n);
+      up += stride;
+      left = right;
+      right.clear();
+      right.add(above, up);
+      right.add(below, up + grid.wide * stride);
+      for (const int last = std::min(end, width); x < last; ++x, rows += stride) {
+        Row<Part> row;
+        if (fresh)
+          row.clear();
+        else
+          row.get(rows);
+        row.add(along_x[2 * x], left);
+        row.add(along_x[2 * x + 1], right);
+        row.put(rows);
       }
     }
   }
 
-  static PYSEG_INLINE void splat_grid(const GridPass<Real>& grid, const Real* rows,
-                                      const Real* const (&weights)[2], int y, int width, int n,
-                                      int stride, Real* lattice) {
+  static void splat_grid(const GridPass<Real>& grid, const Real* rows, const Real* along_x,
+                         const Real* along_y, int y, int width, int64_t stride, Real* lattice) {
     Real* up =
         lattice + (grid.first_row + (grid.offset[1] + y) / grid.cell[1] * grid.wide) * stride;
-    const Real above = weights[1][2 * y], below = weights[1][2 * y + 1];
-    Row left{}, right{};
-    const auto next = [&] {
-      accumulate(left, above, up, n);
-      accumulate(left, below, up + grid.wide * stride, n);
+    const Real above = along_y[2 * y], below = along_y[2 * y + 1];
+    Row<Part> left, right;
+    left.clear();
+    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
+      right.clear();
+      for (const int last = std::min(end, width); x < last; ++x, rows += stride) {
+        left.add(along_x[2 * x], rows);
+        right.add(along_x[2 * x + 1], rows);
+      }
+      left.add_to(above, up);
+      left.add_to(below, up + grid.wide * stride);
       up += stride;
       left = right;
-      right = Row{};
-    };
-    for (int x = 0, end = grid.cell[0] - grid.offset[0]; x < width; end += grid.cell[0]) {
-      for (; x < std::min(end, width); ++x) {
-        add(left, weights[0][2 * x], rows + x * stride, n);
-        add(right, weights[0][2 * x + 1], rows + x * stride, n);
-      }
-      next();
     }
-    next();
+    left.add_to(above, up);
+    left.add_to(below, up + grid.wide * stride);
   }
 
-  // The grids at one row of a tile; false: there are none.
-  static PYSEG_INLINE bool slice_grids(const TilePass<Real>& a, const Real* lattice,
-                                       bool with_splat_weights, int y, int n, int stride,
-                                       Real* rows) {
-    bool any = false;
-    for (const GridPass<Real>& grid : a.grids) {
-      slice_grid(grid, lattice, with_splat_weights ? grid.splat : grid.slice, y, a.width, n, stride,
-                 !any, rows);
-      any = true;
-    }
-    return any;
-  }
-
-  // All lattices at one row of a tile.
-  static PYSEG_INLINE void slice_all(const TilePass<Real>& a, const Real* lattice,
-                                     bool with_splat_weights, int y, int n, int stride,
-                                     Real* rows) {
-    const bool any = slice_grids(a, lattice, with_splat_weights, y, n, stride, rows);
-    const int64_t at = int64_t(y) * a.width * a.entries;
-    if (a.entries)
-      slice_row(lattice, a.rows + at, (with_splat_weights ? a.splat : a.slice) + at, a.width,
-                a.entries, n, stride, !any, rows);
-  }
-  static PYSEG_INLINE void splat_all(const TilePass<Real>& a, const Real* rows,
-                                     bool with_slice_weights, int y, int n, int stride,
-                                     Real* lattice) {
-    for (const GridPass<Real>& grid : a.grids)
-      splat_grid(grid, rows, with_slice_weights ? grid.slice : grid.splat, y, a.width, n, stride,
-                 lattice);
-    const int64_t at = int64_t(y) * a.width * a.entries;
-    if (a.entries)
-      splat_row(rows, a.rows + at, (with_slice_weights ? a.slice : a.splat) + at, a.width,
-                a.entries, n, stride, lattice);
-  }
-
-  // At one row of a tile: messages, or their gradients, lose what pixels contribute to their own;
-  // `from` holds the tile's pixels as they contributed.
-  static void remove_self(const TilePass<Real>& a, const Real* from, const Real* matrix, int y,
-                          int n, Real* rows) {
-    const int width = Blocks < 0 ? a.stride : 16 * Blocks + Tail;
-    const int64_t first = int64_t(y) * a.width;
-    for (int x = 0; x < a.width; ++x, rows += a.stride) {
-      const Real* const own = from + (first + x) * width;
-      const Real factor = -a.self[first + x];
-      Row row;
-      get(row, rows, n);
+  // At one line of a tile: messages, or their gradients, lose what pixels contribute to their own;
+  // `from` holds the line's pixels as they contributed, `padded` apart, `own` the first class.
+  static void remove_self(const Real* shares, const Real* from, const Real* own, int64_t padded,
+                          const Real* matrix, int classes, int pixels, int64_t stride, Real* rows) {
+    for (int x = 0; x < pixels; ++x, rows += stride, from += padded, own += padded) {
+      const Real factor = -shares[x];
+      Row<Part> row;
+      row.get(rows);
       if (matrix)
-        for (int c = 0; c < a.classes; ++c) add(row, factor * own[c], matrix + c * a.stride, n);
+        for (int c = 0; c < classes; ++c) row.add(factor * own[c], matrix + c * stride);
       else
-        add(row, factor, own, n);
-      put(row, rows, n);
+        row.add(factor, from);
+      row.put(rows);
     }
   }
 
-  // Keeps one row of a tile's pixels for `remove_self`.
-  static void keep(const TilePass<Real>& a, const Real* rows, int y, int n, Real* to) {
-    const int width = Blocks < 0 ? a.stride : 16 * Blocks + Tail;
-    pack(rows, a.width, to + int64_t(y) * a.width * width, n, width);
-  }
-
-  // Energies of one row of a tile as rows of classes, without gaps. The last may be read up to a
-  // lattice's row beyond its classes.
-  static PYSEG_INLINE const Real* unary_row(const TilePass<Real>& a, int y, int n, int stride) {
-    const int classes = a.classes, size = a.width * classes;
-    const int64_t at = int64_t(y) * size;
-    const int width = Blocks < 0 ? 16 * n : 16 * Blocks + Tail;
-    if (a.copied && int64_t(a.height - 1 - y) * size >= width - classes) return a.copied + at;
-    Real* const lines = a.buffer + kTileWidth * stride;
-    if (a.copied) {  // what follows is not ours
-      std::copy_n(a.copied + at, size, lines);
-      return lines;
-    }
-    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    Block bad{};
-    for (int x = 0; x < a.width; x += 16) {
-      const int count = a.width - x < 16 ? a.width - x : 16;
-      const Real* const from = a.unary + y * a.image_width + x;
-      for (int c = 0; c < classes; ++c) {
-        const Block u = load_some(from + c * a.plane, count);
-        bad += u * Real(0);
-        store<16>(planes + 16 * c, u);
-        __builtin_prefetch(from + c * a.plane + a.image_width, 0, 2);  // the row below
-      }
-      for (int c = classes; c < width; ++c) store<16>(planes + 16 * c, Block{});
-      to_rows(planes, n, lines + x * stride, stride);
-    }
-    for (int i = 0; i < 16; ++i)
-      if (bad[i] != bad[i]) *a.not_finite = true;
-    for (int x = 0; x < a.width; ++x) {
-      Row row;
-      get(row, lines + x * stride, n);
-      put(row, lines + x * classes, n);
-    }
-    if (a.copy) std::copy_n(lines, size, a.copy + at);
-    return lines;
-  }
-
-  // Probabilities of one row of a tile: from messages in `rows`, unless they are to be overwritten,
-  // and in `lattice`, unless that is null.
-  static PYSEG_INLINE void softmax_row(const TilePass<Real>& a, const Real* unary, bool messages,
-                                       const Real* lattice, int y, int n, int stride, Real* rows) {
-    constexpr int kAhead = 256;               // pixels
-    constexpr int kLast = Tail ? kTail : 16;  // lanes of a row's last vector
-    const int valid = a.classes - 16 * (Tail ? blocks(n) : blocks(n) - 1);
-    Vector<Real, kLast> number;
-    for (int i = 0; i < kLast; ++i) number[i] = Real(i);
-    const auto holds_class = number < broadcast<kLast>(Real(valid));
-    const auto lowest = broadcast<kLast>(std::numeric_limits<Real>::lowest());
-    const int64_t at = int64_t(y) * a.width * a.entries;
-    with_entries(lattice ? a.entries : 0, [&](auto entries) {
-      for (int x = 0; x < a.width; ++x) {
-        Row row{}, energy;
-        if (messages) get(row, rows + x * stride, n);
-        const uint16_t* const vertex = a.rows + at + x * entries;
-        const Real* const weight = a.slice + at + x * entries;
-#pragma GCC unroll 9
-        for (int k = 0; k < entries; ++k) add(row, weight[k], lattice + vertex[k] * stride, n);
-        get(energy, unary + x * a.classes, n);
-        // No prefetcher sees these streams between all the other accesses.
-        __builtin_prefetch(unary + (x + kAhead) * a.classes);
-        __builtin_prefetch(weight + kAhead * entries);
-        __builtin_prefetch(vertex + kAhead * entries);
-        for (int b = 0; b < blocks(n); ++b) row.block[b] -= energy.block[b];
-        if constexpr (Tail != 0) {
-          row.rest = holds_class ? row.rest - energy.rest : lowest;
-        } else {
-          Block& last = row.block[blocks(n) - 1];
-          last = holds_class ? last : lowest;
-        }
-        put(row, rows + x * stride, n);
-      }
-    });
-    softmax(rows, a.width, n, stride);
-  }
-
-  // One row of a tile of Q.
-  static PYSEG_INLINE void store_q(const TilePass<Real>& a, int y, int n, int stride,
-                                   const Real* rows) {
-    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    for (int x = 0; x < a.width; x += 16) {
-      to_planes(rows + x * stride, stride, n, planes);
-      Real* const to = a.q + y * a.image_width + x;
-      for (int c = 0; c < a.classes; ++c)
-        store_some(to + c * a.plane, load<16>(planes + 16 * c), std::min(16, a.width - x));
+  // Copies rows: from those of `vertices`, or one after the other.
+  static void gather(const Real* from, const int32_t* vertices, int64_t count, int64_t from_stride,
+                     int64_t stride, Real* to) {
+    for (int64_t i = 0; i < count; ++i, to += stride) {
+      Row<Part> row;
+      row.get(from + vertices[i] * from_stride);
+      row.put(to);
     }
   }
-
-  // One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
-  static void tile(const TilePass<Real>& a) {
-    const int n = a.stride / 16;
-    const int stride = Blocks < 0 ? a.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    for (int y = 0; y < a.height; ++y) {
-      const Real* const unary = unary_row(a, y, n, stride);
-      if (a.in && a.self) {
-        slice_all(a, a.in, false, y, n, stride, a.buffer);
-        remove_self(a, a.before, a.matrix, y, n, a.buffer);
-        softmax_row(a, unary, true, nullptr, y, n, stride, a.buffer);
-      } else {
-        const bool messages = a.in && slice_grids(a, a.in, false, y, n, stride, a.buffer);
-        softmax_row(a, unary, messages, a.in, y, n, stride, a.buffer);
-      }
-      if (a.q) store_q(a, y, n, stride, a.buffer);
-      if (a.out && a.self) keep(a, a.buffer, y, n, a.after);
-      if (a.out) splat_all(a, a.buffer, false, y, n, stride, a.out);
-    }
-  }
-
-  // Up to 16 pixels in one image row: their messages [16, stride] are replaced by the gradients of
-  // the logits; `slopes` [16, stride] are those of Q, unless they come from memory.
-  static void softmax_backward(const TileBackward<Real>& a, int64_t pixel, int count, int n,
-                               int stride, Real* rows, const Real* slopes) {
-    const TilePass<Real>& pass = a.pass;
-    const int classes = pass.classes;
-    Real planes[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    Real gradients[16 * (Blocks < 0 ? kMaxClasses : 16 * kBlocks + Tail)];
-    const auto pixels = [&](const Real* from) { return load_some(from, count); };
-    if (pass.in) to_planes(rows, stride, n, planes);
-    if (a.back) to_planes(slopes, stride, n, gradients);
-    Block largest = broadcast<16>(std::numeric_limits<Real>::lowest());
-    for (int c = 0; c < classes; ++c) {
-      const Block u = pixels(pass.unary + c * pass.plane + pixel);
-      const Block logit = pass.in ? load<16>(planes + 16 * c) - u : -u;
-      largest = logit > largest ? logit : largest;
-      store<16>(planes + 16 * c, logit);
-    }
-    Block sum{}, mean{};
-    for (int c = 0; c < classes; ++c) {
-      const Block e = exponential<16>(load<16>(planes + 16 * c) - largest);
-      const Block g =
-          a.back ? load<16>(gradients + 16 * c) : pixels(a.gradient + c * pass.plane + pixel);
-      sum += e;
-      mean += e * g;
-      store<16>(planes + 16 * c, e);
-      store<16>(gradients + 16 * c, g);
-    }
-    const Block scale = Real(1) / sum;
-    mean *= scale;
-    for (int c = 0; c < classes; ++c) {
-      Real* const to = a.unary_gradient + c * pass.plane + pixel;
-      const Block slope = load<16>(planes + 16 * c) * scale * (load<16>(gradients + 16 * c) - mean);
-      store<16>(planes + 16 * c, slope);
-      const Block total = (a.back ? pixels(to) : Block{}) - slope;
-      store_some(to, total, count);
-    }
-    if (!pass.out) return;
-    for (int c = classes; c < (Blocks < 0 ? 16 * n : 16 * Blocks + Tail); ++c)
-      store<16>(planes + 16 * c, Block{});
-    to_rows(planes, n, rows, stride);
-  }
-
-  // One mean-field update of a tile, backwards: slice the messages and, with the weights of the
-  // splat, the gradients; softmax; splat with the weights of the slice.
-  static void tile_backward(const TileBackward<Real>& a) {
-    const TilePass<Real>& pass = a.pass;
-    const int n = pass.stride / 16, width = pass.width;
-    const int stride = Blocks < 0 ? pass.stride : (16 * Blocks + Tail + 15) / 16 * 16;
-    Real *const logits = pass.buffer, *const slopes = logits + kTileWidth * stride;
-    for (int y = 0; y < pass.height; ++y) {
-      if (pass.in) slice_all(pass, pass.in, false, y, n, stride, logits);
-      if (a.back) slice_all(pass, a.back, true, y, n, stride, slopes);
-      if (pass.in && pass.self) remove_self(pass, pass.before, pass.matrix, y, n, logits);
-      if (a.back && pass.self) remove_self(pass, a.kept, a.transposed, y, n, slopes);
-      for (int x = 0; x < width; x += 16)
-        softmax_backward(a, y * pass.image_width + x, width - x < 16 ? width - x : 16, n, stride,
-                         logits + x * stride, slopes + x * stride);
-      if (pass.out && pass.self) keep(pass, logits, y, n, a.kept);
-      if (pass.out) splat_all(pass, logits, true, y, n, stride, pass.out);
-    }
-  }
-
-  // Lattice rows are `width` apart, those of a tile `stride`.
-  static void gather(const Real* values, const int32_t* vertices, int64_t count, Real* to, int n,
-                     int width) {
-    const int stride = (width + 15) / 16 * 16;
-    for (int64_t i = 0; i < count; ++i) {
-      Row row;
-      get(row, values + int64_t(vertices[i]) * width, n);
-      put(row, to + i * stride, n);
-    }
-  }
-
-  static void pack(const Real* rows, int64_t count, Real* to, int n, int width) {
-    const int stride = (width + 15) / 16 * 16;
-    for (int64_t i = 0; i < count; ++i) {
-      Row row;
-      get(row, rows + i * stride, n);
-      put(row, to + i * width, n);
+  static void copy(const Real* from, int64_t count, int64_t from_stride, int64_t stride, Real* to) {
+    for (int64_t i = 0; i < count; ++i, from += from_stride, to += stride) {
+      Row<Part> row;
+      row.get(from);
+      row.put(to);
     }
   }
 
   // Sums the tiles' rows of each vertex, in the order of tiles.
   static void combine(const Real* partial, const int32_t* starts, const int32_t* rows,
-                      int64_t begin, int64_t end, Real* values, int n, int width) {
+                      int64_t begin, int64_t end, int64_t padded, Real* values) {
+    constexpr int64_t kAhead = 16;
+    const int64_t last = starts[end] - 1;
     for (int64_t v = begin; v < end; ++v) {
-      Row row{};
-      for (int32_t i = starts[v]; i < starts[v + 1]; ++i)
-        add(row, Real(1), partial + int64_t(rows[i]) * width, n);
-      put(row, values + v * width, n);
+      Row<Part> row;
+      row.clear();
+      for (int32_t i = starts[v]; i < starts[v + 1]; ++i) {
+        __builtin_prefetch(partial + rows[std::min<int64_t>(i + kAhead, last)] * padded);
+        row.add(Real(1), partial + rows[i] * padded);
+      }
+      row.put(values + v * padded);
     }
   }
 
   // (side 1 side) along one axis, in place. Links are those of whole chains; see `Link`.
   static void blur(Real* values, const Link* links, const Link* end, bool transposed, Real side,
-                   int n, int width) {
-    const auto row_of = [&](Link link) { return values + int64_t(link.vertex()) * width; };
-    const auto next = [&](Row& row, Link link) {
-      get(row, link.filled(transposed) ? row_of(link) : values, n);
-    };
+                   int64_t padded) {
     constexpr int64_t kAhead = 24;  // lattices do not fit into the second cache
-    Row before{}, row;
-    alignas(64) Real nowhere[16 * kBlocks + kTail];
-    next(row, *links);
+    const Real* const none = values;
+    alignas(64) Real nowhere[Part];
+    Row<Part> before, row, after;
+    before.clear();
+    row.get(links->filled(transposed) ? values + links->vertex() * padded : none);
     for (; links < end; ++links) {
-      Row after, sum = row;
-      next(after, links[1]);
-      __builtin_prefetch(row_of(links[std::min<int64_t>(kAhead, end - links)]));
-      add(sum, side, before, n);
-      add(sum, side, after, n);
-      put(sum, links->vertex() ? row_of(*links) : nowhere, n);
+      const Link next = links[1];
+      after.get(next.filled(transposed) ? values + int64_t(next.vertex()) * padded : none);
+      __builtin_prefetch(values + int64_t(links[std::min<int64_t>(kAhead, end - links)].vertex()) * padded);
+      Row<Part> sum = row;
+      sum.add(side, before);
+      sum.add(side, after);
+      const int64_t vertex = links->vertex();
+      sum.put(vertex ? values + vertex * padded : nowhere);
       before = row, row = after;
     }
   }
 
-  // values = factor * matrix^T values; matrix [classes, stride], or null for the identity
-  static void mix(Real* values, const Real* matrix, Real factor, int64_t begin, int64_t end, int n,
-                  int width, int classes) {
-    const int stride = (width + 15) / 16 * 16;
-    for (int64_t v = begin; v < end; ++v) {
-      Real* const value = values + v * width;
-      Row row{};
-      if (matrix)
-        for (int c = 0; c < classes; ++c) add(row, factor * value[c], matrix + c * stride, n);
-      else
-        add(row, factor, value, n);
-      put(row, value, n);
-    }
-  }
-
-  static RowFunctions<Real> functions() {
-    return {tile, tile_backward, gather, pack, combine, blur, mix};
+  // values = factor * matrix^T values, `from` the first class of each row; no matrix: the identity.
+  static void mix(const Real* matrix, Real factor, const Real* from, int64_t stride, int classes,
+                  Real* to) {
+    Row<Part> row;
+    row.clear();
+    if (matrix)
+      for (int c = 0; c < classes; ++c) row.add(factor * from[c], matrix + c * stride);
+    else
+      row.add(factor, to);
+    row.put(to);
   }
 };
 
-template <class Real>
-RowFunctions<Real> functions_for(int width) {
-  if constexpr (sizeof(Real) == 4) {
-    switch (width) {
-      case 4: return Loops<Real, 0, 4>::functions();
-      case 8: return Loops<Real, 0, 8>::functions();
-      case 16: return Loops<Real, 1, 0>::functions();
-      case 20: return Loops<Real, 1, 4>::functions();
-      case 24: return Loops<Real, 1, 8>::functions();
-      case 32: return Loops<Real, 2, 0>::functions();
-    }
-  } else if (width == 4) {
-    return Loops<Real, 0, 4>::functions();
-  }
-  return Loops<Real, -1, 0>::functions();
+// The functions for a part of a row.
+struct PartFunctions {
+  decltype(&Rows<4>::slice) slice;
+  decltype(&Rows<4>::splat) splat;
+  decltype(&Rows<4>::slice_grid) slice_grid;
+  decltype(&Rows<4>::splat_grid) splat_grid;
+  decltype(&Rows<4>::remove_self) remove_self;
+  decltype(&Rows<4>::gather) gather;
+  decltype(&Rows<4>::copy) copy;
+  decltype(&Rows<4>::combine) combine;
+  decltype(&Rows<4>::blur) blur;
+  decltype(&Rows<4>::mix) mix;
+};
+template <int Part>
+constexpr PartFunctions functions_of() {
+  using R = Rows<Part>;
+  return {R::slice,  R::splat, R::slice_grid, R::splat_grid, R::remove_self,
+          R::gather, R::copy,  R::combine,    R::blur,       R::mix};
 }
 
-template <class Real, int D>
+
+// The parts of a row, from left to right.
+struct Parts {
+  static constexpr bool kFloat = sizeof(Real) == 4;
+  static constexpr int kMost = kFloat ? 32 : 16;
+  int first, left;
+  explicit Parts(int padded) : first(0), left(padded) {}
+  explicit operator bool() const { return left > 0; }
+  void next() { first += kMost, left -= kMost; }
+  const PartFunctions& functions() const {
+    static constexpr PartFunctions of_4 = functions_of<4>(), of_8 = functions_of<kFloat ? 8 : 4>(),
+                                   of_16 = functions_of<16>(),
+                                   of_20 = functions_of<kFloat ? 20 : 16>(),
+                                   of_24 = functions_of<kFloat ? 24 : 16>(),
+                                   of_32 = functions_of<kFloat ? 32 : 16>();
+    switch (left) {
+      case 4: return of_4;
+      case 8: return of_8;
+      case 16: return of_16;
+      case 20: return of_20;
+      case 24: return of_24;
+      default: return of_32;
+    }
+  }
+};
+
+Line line_of(const TilePass<Real>& a, bool with_splat_weights, int y) {
+  const int64_t at = int64_t(y) * a.width * a.entries;
+  return {a.rows + at, (with_splat_weights ? a.splat : a.slice) + at, a.width, a.entries, a.stride};
+}
+
+// All lattices at one line of a tile.
+void slice_all(const TilePass<Real>& a, const Real* lattice, bool with_splat_weights, int y,
+               Real* rows) {
+  for (Parts part(a.padded); part; part.next()) {
+    const PartFunctions& functions = part.functions();
+    bool fresh = true;
+    for (const GridPass<Real>& grid : a.grids) {
+      const Real* const* const weights = with_splat_weights ? grid.splat : grid.slice;
+      functions.slice_grid(grid, lattice + part.first, weights[0], weights[1], y, a.width, a.stride,
+                           fresh, rows + part.first);
+      fresh = false;
+    }
+    if (a.entries)
+      functions.slice(line_of(a, with_splat_weights, y), lattice + part.first, fresh,
+                      rows + part.first);
+  }
+}
+void splat_all(const TilePass<Real>& a, const Real* rows, bool with_slice_weights, int y,
+               Real* lattice) {
+  for (Parts part(a.padded); part; part.next()) {
+    const PartFunctions& functions = part.functions();
+    for (const GridPass<Real>& grid : a.grids) {
+      const Real* const* const weights = with_slice_weights ? grid.slice : grid.splat;
+      functions.splat_grid(grid, rows + part.first, weights[0], weights[1], y, a.width, a.stride,
+                           lattice + part.first);
+    }
+    if (a.entries)
+      functions.splat(line_of(a, !with_slice_weights, y), rows + part.first, lattice + part.first);
+  }
+}
+
+// `from` holds the tile's pixels as they contributed.
+void remove_self(const TilePass<Real>& a, const Real* from, const Real* matrix, int y, Real* rows) {
+  const int64_t first = int64_t(y) * a.width;
+  const Real* const own = from + first * a.padded;
+  for (Parts part(a.padded); part; part.next())
+    part.functions().remove_self(a.self + first, own + part.first, own, a.padded,
+                                 matrix ? matrix + part.first : nullptr, a.classes, a.width,
+                                 a.stride, rows + part.first);
+}
+
+// Rows of a lattice are `padded` apart, those of a tile `stride`.
+void gather(const Real* values, const int32_t* vertices, int64_t count, int padded, int stride,
+            Real* to) {
+  for (Parts part(padded); part; part.next())
+    part.functions().gather(values + part.first, vertices, count, padded, stride, to + part.first);
+}
+void pack(const Real* rows, int64_t count, int padded, int stride, Real* to) {
+  for (Parts part(padded); part; part.next())
+    part.functions().copy(rows + part.first, count, stride, padded, to + part.first);
+}
+
+// Keeps one line of a tile's pixels for `remove_self`.
+void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
+  pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
+}
+
+// Planes of kRegister pixels, from `pixel` of the image's planes on: messages, unless it is the
+// first pass, become exponentials of the logits less the largest. Returns their sums.
+PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int count, Real* planes) {
+  const int classes = a.classes;
+  const Real* unary = a.unary + pixel;
+  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest());
+  if (a.in) {
+    for (int c = 0; c < classes; ++c, unary += a.plane) {
+      const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
+      __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
+      largest = larger(largest, logit);
+      store<kRegister>(planes + kRegister * c, logit);
+    }
+  } else {
+    Pixels bad{};
+    for (int c = 0; c < classes; ++c, unary += a.plane) {
+      const Pixels energy = load_some(unary, count);
+      __builtin_prefetch(unary + a.image_width, 0, 2);
+      bad += energy * Real(0);
+      largest = larger(largest, -energy);
+      store<kRegister>(planes + kRegister * c, -energy);
+    }
+    if (a.not_finite)
+      for (int i = 0; i < kRegister; ++i)
+        if (bad[i] != bad[i]) *a.not_finite = true;
+  }
+  Pixels sum{};
+  for (int c = 0; c < classes; ++c) {
+    const Pixels e = exponential<kRegister>(load<kRegister>(planes + kRegister * c) - largest);
+    sum += e;
+    store<kRegister>(planes + kRegister * c, e);
+  }
+  return sum;
+}
+
+// What `to_rows` takes beyond the classes.
+PYSEG_INLINE void clear_padding(int classes, Real* planes) {
+  for (int c = classes; c % 4; ++c) store<kRegister>(planes + kRegister * c, Pixels{});
+}
+
+// One mean-field update of a tile: slice every lattice, softmax, splat into every lattice.
+void tile(const TilePass<Real>& a) {
+  Real *const rows = a.buffer, *const planes = rows + kTileWidth * a.stride;
+  clear_padding(a.classes, planes);
+  for (int y = 0; y < a.height; ++y) {
+    if (a.in) {
+      slice_all(a, a.in, false, y, rows);
+      if (a.self) remove_self(a, a.before, a.matrix, y, rows);
+    }
+    for (int x = 0; x < a.width; x += kRegister) {
+      const int64_t pixel = y * a.image_width + x;
+      const int count = std::min(kRegister, a.width - x);
+      if (a.in) {
+        to_planes(rows + x * a.stride, a.stride, a.classes, planes);
+        clear_padding(a.classes, planes);
+      }
+      const Pixels scale = Real(1) / exponentials(a, pixel, count, planes);
+      if (a.q) {
+        Real* to = a.q + pixel;
+        for (int c = 0; c < a.classes; ++c, to += a.plane)
+          store_some(to, load<kRegister>(planes + kRegister * c) * scale, count);
+      }
+      if (a.out) to_rows(planes, scale, a.classes, rows + x * a.stride, a.stride);
+    }
+    if (!a.out) continue;
+    if (a.self) keep(a, rows, y, a.after);
+    splat_all(a, rows, false, y, a.out);
+  }
+}
+
+// The same, backwards: slice the messages and, with the weights of the splat, the gradients;
+// softmax; splat with the weights of the slice.
+void tile_backward(const TileBackward<Real>& a) {
+  const TilePass<Real>& pass = a.pass;
+  const int classes = pass.classes;
+  Real *const logits = pass.buffer, *const slopes = logits + kTileWidth * pass.stride;
+  Real *const planes = slopes + kTileWidth * pass.stride,
+              *const gradients = planes + kRegister * pass.stride;
+  for (int y = 0; y < pass.height; ++y) {
+    if (pass.in) slice_all(pass, pass.in, false, y, logits);
+    if (a.back) slice_all(pass, a.back, true, y, slopes);
+    if (pass.in && pass.self) remove_self(pass, pass.before, pass.matrix, y, logits);
+    if (a.back && pass.self) remove_self(pass, a.kept, a.transposed, y, slopes);
+    for (int x = 0; x < pass.width; x += kRegister) {
+      const int64_t pixel = y * pass.image_width + x;
+      const int count = std::min(kRegister, pass.width - x);
+      if (pass.in) to_planes(logits + x * pass.stride, pass.stride, classes, planes);
+      if (a.back) to_planes(slopes + x * pass.stride, pass.stride, classes, gradients);
+      const Pixels scale = Real(1) / exponentials(pass, pixel, count, planes);
+      if (!a.back)
+        for (int c = 0; c < classes; ++c)
+          store<kRegister>(gradients + kRegister * c,
+                           load_some(a.gradient + c * pass.plane + pixel, count));
+      Pixels mean{};
+      for (int c = 0; c < classes; ++c)
+        mean = fused<kRegister>(load<kRegister>(planes + kRegister * c),
+                                load<kRegister>(gradients + kRegister * c), mean);
+      mean *= scale;
+      for (int c = 0; c < classes; ++c) {
+        Real* const to = a.unary_gradient + c * pass.plane + pixel;
+        const Pixels slope = load<kRegister>(planes + kRegister * c) * scale *
+                             (load<kRegister>(gradients + kRegister * c) - mean);
+        store<kRegister>(planes + kRegister * c, slope);
+        store_some(to, (a.back ? load_some(to, count) : Pixels{}) - slope, count);
+      }
+      if (!pass.out) continue;
+      clear_padding(classes, planes);
+      to_rows(planes, broadcast<kRegister>(Real(1)), classes, logits + x * pass.stride,
+              pass.stride);
+    }
+    if (!pass.out) continue;
+    if (pass.self) keep(pass, logits, y, a.kept);
+    splat_all(pass, logits, true, y, pass.out);
+  }
+}
+
+void splat_tile(const TilePass<Real>& a) {
+  Real *const rows = a.buffer, *const planes = rows + kTileWidth * a.stride;
+  clear_padding(a.classes, planes);
+  for (int y = 0; y < a.height; ++y) {
+    for (int x = 0; x < a.width; x += kRegister) {
+      const Real* const from = a.unary + y * a.image_width + x;
+      const int count = std::min(kRegister, a.width - x);
+      for (int c = 0; c < a.classes; ++c)
+        store<kRegister>(planes + kRegister * c, load_some(from + c * a.plane, count));
+      to_rows(planes, broadcast<kRegister>(Real(1)), a.classes, rows + x * a.stride, a.stride);
+    }
+    splat_all(a, rows, false, y, a.out);
+  }
+}
+
+void slice_tile(const TilePass<Real>& a) {
+  Real *const rows = a.buffer, *const planes = rows + kTileWidth * a.stride;
+  for (int y = 0; y < a.height; ++y) {
+    slice_all(a, a.in, false, y, rows);
+    for (int x = 0; x < a.width; x += kRegister) {
+      Real* const to = a.q + y * a.image_width + x;
+      const int count = std::min(kRegister, a.width - x);
+      to_planes(rows + x * a.stride, a.stride, a.classes, planes);
+      for (int c = 0; c < a.classes; ++c)
+        store_some(to + c * a.plane, load<kRegister>(planes + kRegister * c), count);
+    }
+  }
+}
+
+void combine(const Real* partial, const int32_t* starts, const int32_t* rows, int64_t begin,
+             int64_t end, int padded, Real* values) {
+  for (Parts part(padded); part; part.next())
+    part.functions().combine(partial + part.first, starts, rows, begin, end, padded,
+                             values + part.first);
+}
+
+void blur(Real* values, const Link* links, const Link* end, bool transposed, Real side,
+          int padded) {
+  for (Parts part(padded); part; part.next())
+    part.functions().blur(values + part.first, links, end, transposed, side, padded);
+}
+
+// values = factor * matrix^T values; matrix [classes, stride], or null for the identity
+void mix(Real* values, const Real* matrix, Real factor, int64_t count, int padded, int stride,
+         int classes) {
+  Real row[kMaxClasses];
+  for (int64_t v = 0; v < count; ++v, values += padded) {
+    if (matrix) std::copy_n(values, classes, row);
+    for (Parts part(padded); part; part.next())
+      part.functions().mix(matrix ? matrix + part.first : nullptr, factor, row, stride, classes,
+                           values + part.first);
+  }
+}
+
+// products[i, j] += sum of a[v, i] * b[v, j] over rows that are `padded` apart; `matrix` false: only
+// their trace, into products[0]. With `factors`, `apart` each, of the rows.
+void add_products(const Real* a, const Real* b, const Real* factors, int apart, int64_t count,
+                  int padded, int classes, bool matrix, Real* products) {
+  for (int64_t v = 0; v < count; ++v, a += padded, b += padded) {
+    const Real of_row = factors ? factors[v * apart] : 1;
+    if (matrix) {
+      for (int i = 0; i < classes; ++i) {
+        Real* const row = products + i * classes;
+        const Real factor = of_row * a[i];
+#pragma omp simd
+        for (int j = 0; j < classes; ++j) row[j] += factor * b[j];
+      }
+    } else {
+      Quarter sum{};  // padding holds 0
+      for (int j = 0; j < padded; j += 4) sum += load<4>(a + j) * load<4>(b + j);
+      products[0] += of_row * ((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    }
+  }
+}
+
+// The smallest and largest of n values; false where one is not finite.
+bool range_of(const Real* values, int64_t n, double& low, double& high) {
+  Pixels least = broadcast<kRegister>(values[0]), most = least, bad{};
+  const auto take = [&](Pixels v) __attribute__((always_inline)) {
+    least = v < least ? v : least;
+    most = larger(v, most);
+    bad += v * Real(0);
+  };
+  int64_t i = 0;
+  for (; i + kRegister <= n; i += kRegister) take(load<kRegister>(values + i));
+  for (; i < n; ++i) take(broadcast<kRegister>(values[i]));
+  low = least[0], high = most[0];
+  bool finite = true;
+  for (int lane = 0; lane < kRegister; ++lane) {
+    low = std::min(low, double(least[lane])), high = std::max(high, double(most[lane]));
+    finite = finite && bad[lane] == 0;
+  }
+  return finite;
+}
+
+template <int D>
 void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
                 uint64_t* vertices) {
   const VertexNames names = vertex_names;  // a copy, which no store of the loop can change
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
 #pragma GCC ivdep  // without it the checks for overlap are too many, and nothing is vectorised
+#endif
   for (int p = 0; p < points; ++p) {
     Real feature[D], weight[D + 1];
     uint64_t vertex[D + 1];
@@ -827,15 +786,24 @@ void locate_run(const Real* features, const VertexNames& vertex_names, int point
   }
 }
 
-template <class Real>
-Locate<Real> locate_for(int features) {
-  constexpr Locate<Real> functions[kMaxFeatures] = {
-      locate_run<Real, 1>, locate_run<Real, 2>, locate_run<Real, 3>, locate_run<Real, 4>,
-      locate_run<Real, 5>, locate_run<Real, 6>, locate_run<Real, 7>, locate_run<Real, 8>};
-  return functions[features - 1];
-}
+}  // namespace
 
-template RowFunctions<PYSEG_REAL> functions_for<PYSEG_REAL>(int);
-template Locate<PYSEG_REAL> locate_for<PYSEG_REAL>(int);
+template <>
+LevelFunctions<PYSEG_REAL> functions<PYSEG_REAL>() {
+  return {kRegister,
+          tile,
+          tile_backward,
+          gather,
+          pack,
+          combine,
+          blur,
+          mix,
+          splat_tile,
+          slice_tile,
+          add_products,
+          range_of,
+          {locate_run<1>, locate_run<2>, locate_run<3>, locate_run<4>, locate_run<5>,
+           locate_run<6>, locate_run<7>, locate_run<8>}};
+}
 
 }  // namespace pyseg::crf::PYSEG_LEVEL

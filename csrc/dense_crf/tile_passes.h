@@ -1,17 +1,18 @@
 // What dense_crf.cpp shares with its inner loops, which are compiled once per instruction set.
 #pragma once
 
+#include <cstdint>
 #include <vector>
 
-#include "../common/common.h"
-#include "arguments.h"
+#include "../common/inline.h"
+#include "../common/simd_level.h"
 #include "dense_crf.h"
 
 namespace pyseg::crf {
 
 constexpr int kTileWidth = 128;
 constexpr int kTileHeight = 64;
-constexpr int kMaxBlocks = kMaxClasses / 16;
+constexpr int kBufferRows = 2 * kTileWidth + 2 * 16;  // two lines of pixels, then planes of a few
 
 // A kernel's grid in a tile: rows of the tile, `wide` in each row of the grid.
 template <class Real>
@@ -32,8 +33,6 @@ struct Grids {
 template <class Real>
 struct TilePass {
   const Real* unary;     // the tile's corner in [C, H, W]
-  Real* copy;            // where unary is copied to, [pixels, C], or null
-  const Real* copied;    // if it was: read it in order
   Real* q;               // the same place of the result; null but in the last pass
   const Real* in;        // [tile rows, stride] messages at the vertices; null in the first pass
   Real* out;             // [tile rows, stride] sums at the vertices; null in the last pass
@@ -43,12 +42,12 @@ struct TilePass {
   Grids<Real> grids;
   const Real* self;    // [pixels] share of their own Q in messages, to be taken out, or null
   const Real* matrix;  // for that: mixing_matrix(), or null
-  const Real* before;  // [pixels, row width] the last pass's Q
+  const Real* before;  // [pixels, padded] the last pass's Q
   Real* after;         // the same of this pass, may be the same memory
-  Real* buffer;        // [2, kTileWidth, stride] scratch
-  bool* not_finite;
+  Real* buffer;        // [kBufferRows, stride] scratch, zeros beyond `padded`
+  bool* not_finite;    // set in the first pass where unary is not; or null
   int64_t plane, image_width;
-  int classes, stride, entries, width, height;
+  int classes, padded, stride, entries, width, height;
 };
 
 // The same pass when gradients flow back: `out` takes those of the messages, and `q` is not used.
@@ -58,7 +57,7 @@ struct TileBackward {
   const Real* gradient;  // of Q, the tile's corner in [C, H, W]; null where `back` has it
   const Real* back;      // [tile rows, stride] gradients of the sums that Q was splat into, or null
   Real* unary_gradient;  // the corner in [C, H, W]; what is there is added to if `back` is not null
-  Real* kept;            // [pixels, row width] gradients of messages: the later pass's, then ours
+  Real* kept;            // [pixels, padded] gradients of messages: the later pass's, then ours
   const Real* transposed;  // as pass.matrix
 };
 
@@ -85,31 +84,34 @@ struct Chains {
   std::vector<int64_t> pieces;  // for threads, whole chains: where they begin, and the end
 };
 
+// The loops of a level; rows of classes are `padded` numbers in a lattice, `stride` in a tile.
 template <class Real>
-struct RowFunctions {
+struct LevelFunctions {
+  int lanes;  // numbers in a vector
   void (*tile)(const TilePass<Real>&);
   void (*tile_backward)(const TileBackward<Real>&);
-  void (*gather)(const Real*, const int32_t*, int64_t, Real*, int, int);
-  void (*pack)(const Real*, int64_t, Real*, int, int);
-  void (*combine)(const Real*, const int32_t*, const int32_t*, int64_t, int64_t, Real*, int, int);
-  void (*blur)(Real*, const Link*, const Link*, bool, Real, int, int);
-  void (*mix)(Real*, const Real*, Real, int64_t, int64_t, int, int, int);
+  void (*gather)(const Real* values, const int32_t* vertices, int64_t count, int padded, int stride,
+                 Real* to);
+  void (*pack)(const Real* rows, int64_t count, int padded, int stride, Real* to);
+  void (*combine)(const Real* partial, const int32_t* starts, const int32_t* rows, int64_t begin,
+                  int64_t end, int padded, Real* values);
+  void (*blur)(Real* values, const Link* begin, const Link* end, bool transposed, Real side,
+               int padded);
+  void (*mix)(Real* values, const Real* matrix, Real factor, int64_t count, int padded, int stride,
+              int classes);
+  // `out` += the splat of pass.unary, and pass.q = the slice of `in`.
+  void (*splat_tile)(const TilePass<Real>&);
+  void (*slice_tile)(const TilePass<Real>&);
+  void (*add_products)(const Real* a, const Real* b, const Real* factors, int apart, int64_t count,
+                       int padded, int classes, bool matrix, Real* products);
+  bool (*range_of)(const Real* values, int64_t n, double& low, double& high);
+  // Of points [D, kTileWidth], D from 1: weights and names of their vertices, [D + 1, kTileWidth].
+  void (*locate[kMaxFeatures])(const Real* points, const VertexNames&, int count, Real* weights,
+                               uint64_t* names);
 };
 
-// Of points [D, kTileWidth]: weights and names of their vertices, [D + 1, kTileWidth].
-template <class Real>
-using Locate = void (*)(const Real*, const VertexNames&, int, Real*, uint64_t*);
-
-// The loops of an instruction set: dense_crf_simd.cpp, compiled for it.
-#define PYSEG_DECLARE(level)                   \
-  namespace level {                            \
-  template <class Real>                        \
-  RowFunctions<Real> functions_for(int width); \
-  template <class Real>                        \
-  Locate<Real> locate_for(int features);       \
-  }
-PYSEG_DECLARE(v4)
-PYSEG_DECLARE(generic)
-#undef PYSEG_DECLARE
+PYSEG_DECLARE_LEVELS(template <class Real> LevelFunctions<Real> functions();
+                     template <> LevelFunctions<float> functions<float>();
+                     template <> LevelFunctions<double> functions<double>();)
 
 }  // namespace pyseg::crf

@@ -118,72 +118,77 @@ Tensor panoptic_head_cpu(const Tensor& logits,  // [N, C, h, w] float32, stuff c
   std::vector<std::unique_ptr<Worker>> workers(torch::stable::get_num_threads());
   constexpr int64_t kRun = 4;  // groups that follow each other share a row
   const int64_t runs = (count + kRun - 1) / kRun;
-  for_each(images * runs, kRun * kRows * width * (classes + 4), [&](int64_t item, int64_t number) {
-    if (!workers[number]) {
-      workers[number] = std::make_unique<Worker>();
-      workers[number]->top.resize(classes * stride),
-          workers[number]->bottom.resize(classes * stride);
-      workers[number]->mask_row.resize(cells);
-    }
-    auto& [top, bottom, mask_row, bottom_row, best] = *workers[number];
-    const auto load = [&](int64_t n, int64_t y, std::vector<float>& to) {
-      for (int64_t c = 0; c < classes; ++c)
-        kernels.stretch(in + ((n * classes + c) * low_height + y) * low_width, columns.low.data(),
-                        columns.high.data(), columns.t.data(), int(width), to.data() + c * stride);
-    };
-    const int64_t begin = item / runs * count + item % runs * kRun;
-    const int64_t end = std::min(begin + kRun, (item / runs + 1) * count);
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t n = job / count, y = groups[job % count];
-      const int64_t upper = row_low[y], lower = std::min(upper + 1, low_height - 1);
-      if (bottom_row == n * low_height + upper)
-        top.swap(bottom);
-      else
-        load(n, upper, top);
-      load(n, lower, bottom);
-      bottom_row = n * low_height + lower;
-      for (int64_t start = 0; start < width; start += kTile) {
-        const int across = int(std::min<int64_t>(kTile, width - start));
-        for (int64_t row = y; row < groups[job % count + 1]; ++row) {
-          const float ty = row_t[row];
-          kernels.best_classes(top.data() + start, bottom.data() + start, stride, int(classes),
-                               int(stuff), ty, across, &best);
-          std::fill_n(best.value_at, kTile, -1);
-          std::fill_n(best.outside, kTile, -1);
-          std::fill_n(best.inside, kTile, 0.0f);
-          std::fill_n(best.value, kTile, 0.0f);
-          bool all_outside = false;  // every column has an instance elsewhere
-          for (const Instance& instance : present[n]) {
-            const PixelBox& box = instance.box;
-            int from = std::max(0, box.left - int(start));
-            int to = std::min(across, box.left + box.width - int(start));
-            if (!box.has_row(int(row)) || from >= to) from = to = 0;
-            if (!all_outside && to - from < across) {
-              for (int i = 0; i < across; ++i)
-                if ((i < from || i >= to) && best.outside[i] < 0) best.outside[i] = instance.index;
-              all_outside = from == to;
-            }
-            if (from == to) continue;
-            int low;
-            float t;
-            source_index<float>(row - box.top, float(cells) / float(box.height), cells, &low, &t);
-            const float* const cell_row = instance.mask + low * cells;
-            const float* const next = instance.mask + std::min<int64_t>(low + 1, cells - 1) * cells;
-            for (int64_t i = 0; i < cells; ++i)
-              mask_row[i] = cell_row[i] + t * (next[i] - cell_row[i]);
-            const int skip = int(start) + from - instance.first;
-            kernels.add_instance(top.data() + instance.label * stride + start,
-                                 bottom.data() + instance.label * stride + start, ty,
-                                 mask_row.data(), instance.low.data() + skip,
-                                 instance.high.data() + skip, instance.t.data() + skip, from, to,
-                                 instance.index, &best);
-          }
-          kernels.choose(&best, across, int(stuff), int(instances),
-                         target + (n * height + row) * width + start);
-        }
-      }
-    }
-  });
+  for_each(images * runs, 2 * kRun * kRows * width * (classes + instances),
+           [&](int64_t item, int64_t number) {
+             if (!workers[number]) {
+               workers[number] = std::make_unique<Worker>();
+               workers[number]->top.resize(classes * stride),
+                   workers[number]->bottom.resize(classes * stride);
+               workers[number]->mask_row.resize(cells);
+             }
+             auto& [top, bottom, mask_row, bottom_row, best] = *workers[number];
+             const auto load = [&](int64_t n, int64_t y, std::vector<float>& to) {
+               for (int64_t c = 0; c < classes; ++c)
+                 kernels.stretch(in + ((n * classes + c) * low_height + y) * low_width,
+                                 columns.low.data(), columns.high.data(), columns.t.data(),
+                                 int(width), to.data() + c * stride);
+             };
+             const int64_t begin = item / runs * count + item % runs * kRun;
+             const int64_t end = std::min(begin + kRun, (item / runs + 1) * count);
+             for (int64_t job = begin; job < end; ++job) {
+               const int64_t n = job / count, y = groups[job % count];
+               const int64_t upper = row_low[y], lower = std::min(upper + 1, low_height - 1);
+               if (bottom_row == n * low_height + upper)
+                 top.swap(bottom);
+               else
+                 load(n, upper, top);
+               load(n, lower, bottom);
+               bottom_row = n * low_height + lower;
+               for (int64_t start = 0; start < width; start += kTile) {
+                 const int across = int(std::min<int64_t>(kTile, width - start));
+                 for (int64_t row = y; row < groups[job % count + 1]; ++row) {
+                   const float ty = row_t[row];
+                   kernels.best_classes(top.data() + start, bottom.data() + start, stride,
+                                        int(classes), int(stuff), ty, across, &best);
+                   std::fill_n(best.value_at, kTile, -1);
+                   std::fill_n(best.outside, kTile, -1);
+                   std::fill_n(best.inside, kTile, 0.0f);
+                   std::fill_n(best.value, kTile, 0.0f);
+                   bool all_outside = false;  // every column has an instance elsewhere
+                   for (const Instance& instance : present[n]) {
+                     const PixelBox& box = instance.box;
+                     int from = std::max(0, box.left - int(start));
+                     int to = std::min(across, box.left + box.width - int(start));
+                     if (!box.has_row(int(row)) || from >= to) from = to = 0;
+                     if (!all_outside && to - from < across) {
+                       for (int i = 0; i < across; ++i)
+                         if ((i < from || i >= to) && best.outside[i] < 0)
+                           best.outside[i] = instance.index;
+                       all_outside = from == to;
+                     }
+                     if (from == to) continue;
+                     int low;
+                     float t;
+                     source_index<float>(row - box.top, float(cells) / float(box.height), cells,
+                                         &low, &t);
+                     const float* const cell_row = instance.mask + low * cells;
+                     const float* const next =
+                         instance.mask + std::min<int64_t>(low + 1, cells - 1) * cells;
+                     for (int64_t i = 0; i < cells; ++i)
+                       mask_row[i] = cell_row[i] + t * (next[i] - cell_row[i]);
+                     const int skip = int(start) + from - instance.first;
+                     kernels.add_instance(top.data() + instance.label * stride + start,
+                                          bottom.data() + instance.label * stride + start, ty,
+                                          mask_row.data(), instance.low.data() + skip,
+                                          instance.high.data() + skip, instance.t.data() + skip,
+                                          from, to, instance.index, &best);
+                   }
+                   kernels.choose(&best, across, int(stuff), int(instances),
+                                  target + (n * height + row) * width + start);
+                 }
+               }
+             }
+           });
   return out;
 }
 

@@ -89,7 +89,7 @@ class Merge {
     const auto* const masks = static_cast<const uint8_t*>(image_.masks);
     pieces_.resize(order_.size() * bands_);
     std::vector<int64_t> areas(pieces_.size());
-    for_each(int64_t(pieces_.size()), kBand / 8, [&](int64_t job, int64_t) {
+    for_each(int64_t(pieces_.size()), band_pixels(0) / 8, [&](int64_t job, int64_t) {
       uint64_t words[kBandWords];
       const int64_t rank = job / bands_, band = job % bands_, count = band_pixels(band);
       areas[job] = pack(masks + order_[rank] * pixels_ + band * kBand, count, words);
@@ -223,7 +223,7 @@ class Merge {
     const auto slot_of = [&](Label label) {
       return uint64_t(int64_t(label)) < uint64_t(limit) ? slot[label] : 0;
     };
-    for_each(bands_, kBand, [&](int64_t band, int64_t) {
+    for_each(bands_, band_pixels(0), [&](int64_t band, int64_t) {
       int64_t* const own = counts.data() + band * slots;
       const Label* const labels = semantic + band * kBand;
       for (int64_t i = 0; i < band_pixels(band); i += 64) {
@@ -246,7 +246,7 @@ class Merge {
       ids[s] = int32_t(++next);
       row[0] = next, row[1] = stuff_[s - 1], row[2] = area, row[3] = -1;
     }
-    for_each(bands_, kBand, [&](int64_t band, int64_t) {
+    for_each(bands_, band_pixels(0), [&](int64_t band, int64_t) {
       const Label* const labels = semantic + band * kBand;
       int32_t* const map = image_.map + band * kBand;
       const int64_t pixels = band_pixels(band);

@@ -32,7 +32,7 @@ PYSEG_HOST_DEVICE CellRange pixels_of_box(float from, float to, int cells, int s
 // Pixel -> the lower of its two cells, -1 to M - 1 (cells -1 and M are 0), and the distance from
 // it; a pixel out of reach gets cell -2.
 PYSEG_HOST_DEVICE int cell_of_pixel(int pixel, float from, float to, int cells, float* t) {
-  const float at = (float(pixel) + 0.5f - from) / (to - from) * float(cells) - 0.5f;
+  const float at = product((float(pixel) + 0.5f - from) / (to - from), float(cells)) - 0.5f;
   const float floor = std::floor(at);
   *t = at - floor;
   return floor < -1.0f || !(floor < float(cells)) ? -2 : int(floor);

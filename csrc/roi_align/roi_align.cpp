@@ -210,6 +210,13 @@ void touch(Map& map, const Real* box, int64_t (&centre)[2]) {
   }
 }
 
+// Else a level is contiguous; then its strides say little: of a dimension of 1 they may be anything.
+bool channels_last(const Tensor& level) {
+  const int64_t channels = level.size(1);
+  return channels > 1 && level.stride(1) == 1 && level.stride(3) == channels &&
+         level.stride(2) == channels * level.size(3);
+}
+
 template <class Real>
 Problem make_problem(const std::vector<Tensor>& levels, const Tensor& boxes,
                      const std::vector<double>& scales, const std::vector<int64_t>& output_size,
@@ -226,7 +233,7 @@ Problem make_problem(const std::vector<Tensor>& levels, const Tensor& boxes,
       Map map{int64_t(l), image, level.size(2), level.size(3), scales[l], nullptr, 0, {}};
       map.data = static_cast<const char*>(level.const_data_ptr()) +
                  image * level.stride(0) * level.element_size();
-      map.pixel_stride = level.stride(3);
+      map.pixel_stride = channels_last(level) ? p.channels : 1;
       map.touched.resize((map.plane() + kTile - 1) / kTile);
       p.maps.push_back(std::move(map));
     }
@@ -452,12 +459,8 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
 // Levels that are neither contiguous nor channels_last are copied.
 std::vector<Tensor> arranged(const std::vector<Tensor>& levels) {
   std::vector<Tensor> result;
-  for (const Tensor& level : levels) {
-    const int64_t channels = level.size(1);
-    const bool last = channels > 1 && level.stride(1) == 1 && level.stride(3) == channels &&
-                      level.stride(2) == channels * level.size(3);
-    result.push_back(last ? level : torch::stable::contiguous(level));
-  }
+  for (const Tensor& level : levels)
+    result.push_back(channels_last(level) ? level : torch::stable::contiguous(level));
   return result;
 }
 

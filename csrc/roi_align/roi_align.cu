@@ -1,11 +1,11 @@
 // Pooling of regions of interest on CUDA: RoIAlign (average or maximum of samples) and RoIPool, all
 // levels of a pyramid in one launch.
 //
-// Forward, a thread has one bin and four channels, of which the samples' positions are computed
-// once. Backward, a block has a tile of a feature map: it collects, in order, the regions that
-// reach it and gathers their gradients, so that nothing is added atomically and the result does not
-// depend on the order of anything. A region that is NaN or of no image has the result NaN and no
-// gradient.
+// Forward, a thread has a bin or two and four channels; averages have the positions of a bin's
+// samples in shared memory, and read four channels at once where a level has them together.
+// Backward, a block has a tile of a feature map: it collects, in order, the regions that reach it
+// and gathers their gradients, so that nothing is added atomically and the result does not depend
+// on the order of anything. A region that is NaN or of no image has the result NaN and no gradient.
 #include "roi_align.h"
 
 #include <algorithm>
@@ -13,6 +13,7 @@
 
 #include "../common/launch.h"
 #include "../common/primitives.cuh"
+#include "../common/transpose.cuh"
 
 namespace {
 
@@ -21,10 +22,12 @@ using namespace pyseg;
 constexpr int kThreads = 256;
 constexpr int kChannels = 32;  // of a block
 constexpr int kQuads = kChannels / 4;
-constexpr int kBins = 64;  // of a block, forward
-constexpr int kSide = 8;   // of a backward block's tile of pixels, which with kThreads makes:
-constexpr int kOwn = kChannels * kSide * kSide / kThreads;  // channels of a thread
-constexpr int kBinSide = 16;                                // bins looked at together, backward
+constexpr int kBins = 64;    // of a block, forward
+constexpr int kSamples = 4;  // whose positions along an axis a block has at a time
+constexpr int kItems = kQuads * kBins / kThreads;  // of a thread: a bin and four channels
+constexpr int kSide = 8;  // of a backward block's tile of pixels, which with kThreads makes:
+constexpr int kOwn = kQuads * kSide * kSide / kThreads;  // pixels of a thread, with four channels
+constexpr int kBinSide = 16;                             // bins looked at together, backward
 constexpr int kMaxLevels = int(kMaxRoiLevels);
 static_assert(2 * kSide * kBinSide == kThreads);
 
@@ -34,6 +37,7 @@ struct Level {
   int height, width;
   Real scale;
   int64_t image_stride, channel_stride, row_stride, column_stride;
+  bool adjacent;  // four channels can be read at once
 };
 
 template <class Real>
@@ -41,6 +45,7 @@ struct Problem {
   Level<Real> levels[kMaxLevels];
   int exponents[kMaxLevels];
   int level_count, images, channels, bins_y, bins_x, sampling_ratio, canonical_level;
+  int block_bins;  // of a block, forward: at most kBins
   int64_t regions;
   Real canonical_size;
   bool aligned;
@@ -66,17 +71,163 @@ __device__ Bins<Real> bins_along(const Problem<Real>& p, const Real* box, Real s
 // Which sample or pixel of a bin was the largest: its row and its column.
 __device__ int64_t pack(int64_t row, int64_t column) { return (row << 32) | column; }
 
-// Grid: regions, channels, bins. out: [regions, channels, bins] of T, or of int64 with WithIndex.
-template <class T, class Real, int Mode, bool WithIndex>
+// What a sample lies on along an axis.
+template <class Real>
+struct Position {
+  int pixel;  // the one before it; < 0: it does not count
+  Real t;     // how far from that
+};
+
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+
+// Of bin (by, bx): what its samples at these positions sum to, in four channels.
+template <bool kAdjacent, class T, class Real>
+__device__ void add_samples(const Level<Real>& map, const T* data, int channels, int quad,
+                            const Position<Real>* rows, const Position<Real>* columns,
+                            int row_count, int column_count, Real (&sum)[4]) {
+  const T* const first = data + (kAdjacent ? 4 * quad : quad * map.channel_stride);
+  for (int r = 0; r < row_count; ++r) {
+    const Position<Real> y = rows[r];
+    if (y.pixel < 0) continue;
+    const T* const row = first + y.pixel * map.row_stride;
+    const int64_t down = y.t > Real(0) ? map.row_stride : 0;  // weight 0: the pixel itself
+    for (int c = 0; c < column_count; ++c) {
+      const Position<Real> x = columns[c];
+      if (x.pixel < 0) continue;
+      const T* const at = row + x.pixel * map.column_stride;
+      const int64_t right = x.t > Real(0) ? map.column_stride : 0;
+      const auto take = [&](int v, Real a, Real b, Real c, Real d) {
+        const Real above = a + x.t * (b - a), below = c + x.t * (d - c);
+        sum[v] += above + y.t * (below - above);
+      };
+      if constexpr (kAdjacent) {
+        const auto load = [&](int64_t offset) {
+          return *reinterpret_cast<const Four<T>*>(at + offset);
+        };
+        const Four<T> a = load(0), b = load(right), c = load(down), d = load(down + right);
+        PYSEG_UNROLL
+        for (int v = 0; v < 4; ++v) take(v, Real(a.v[v]), Real(b.v[v]), Real(c.v[v]), Real(d.v[v]));
+      } else {
+        PYSEG_UNROLL
+        for (int v = 0; v < 4; ++v) {
+          if (v * kQuads + quad >= channels) break;
+          const T* const from = at + v * kQuads * map.channel_stride;
+          take(v, Real(from[0]), Real(from[right]), Real(from[down]), Real(from[down + right]));
+        }
+      }
+    }
+  }
+}
+
+// Averages of samples. Grid: regions, channels, bins. out: [regions, channels, bins].
+template <class T, class Real>
 __global__ void __launch_bounds__(kThreads)
-    pool_kernel(Problem<Real> p, const Real* __restrict__ boxes, bool channels_adjacent,
-                void* __restrict__ out) {
-  using Value = std::conditional_t<WithIndex, int64_t, Real>;
+    average_kernel(Problem<Real> p, const Real* __restrict__ boxes, T* __restrict__ out) {
+  __shared__ Real tile[kChannels][kBins + 1];
+  __shared__ Position<Real> positions[2][kBins][kSamples];  // of rows, of columns
+  __shared__ int longest[2];                                // samples of a bin that may count
+  const int64_t region = blockIdx.x;
+  const int first_channel = int(blockIdx.y) * kChannels;
+  const int first_bin = int(blockIdx.z) * p.block_bins;
+  const int bin_count = p.bins_y * p.bins_x, tid = int(threadIdx.x);
+  const int bins = min(p.block_bins, bin_count - first_bin);
+  const int channels = min(kChannels, p.channels - first_channel);
+  const Real* const box = boxes + 5 * region;
+  int level = 0, image = 0;
+  const bool valid = find_map(p, box, &level, &image);
+  const Level<Real> map = p.levels[level];
+  const T* const data = static_cast<const T*>(map.data) + image * map.image_stride +
+                        first_channel * map.channel_stride;
+  // Neighbouring threads read neighbouring memory, whichever way the level lies.
+  const auto quad_of = [&](int item) { return map.adjacent ? item % kQuads : item / bins; };
+  const auto bin_of = [&](int item) { return map.adjacent ? item / kQuads : item % bins; };
+  Real sums[kItems][4] = {};
+  if (valid) {  // for the whole block
+    const Bins<Real> axes[2] = {bins_along(p, box, map.scale, 1), bins_along(p, box, map.scale, 0)};
+    const auto range = [&](int axis, int bin, int64_t* begin, int64_t* end) {
+      const int b = first_bin + bin;
+      sample_range(axes[axis], axis == 0 ? b / p.bins_x : b % p.bins_x, -1,
+                   axis == 0 ? map.height : map.width, begin, end);
+    };
+    if (tid < 2) longest[tid] = 0;
+    __syncthreads();
+    if (tid < 2 * bins) {
+      int64_t begin, end;
+      range(tid % 2, tid / 2, &begin, &end);
+      atomicMax(&longest[tid % 2], int(end > begin ? end - begin : 0));
+    }
+    __syncthreads();
+    const int rows = longest[0], columns = longest[1];
+    for (int row = 0; row < rows; row += kSamples) {
+      for (int column = 0; column < columns; column += kSamples) {
+        for (int i = tid; i < 2 * bins * kSamples; i += kThreads) {
+          const int bin = i / (2 * kSamples), axis = i / kSamples % 2, k = i % kSamples;
+          int64_t begin, end;
+          range(axis, bin, &begin, &end);
+          const int64_t sample = begin + (axis == 0 ? row : column) + k;
+          const int b = first_bin + bin;
+          Position<Real> position{-1, Real(0)};
+          if (sample < end &&
+              !locate(sample_position(axes[axis], axis == 0 ? b / p.bins_x : b % p.bins_x, sample),
+                      axis == 0 ? map.height : map.width, &position.pixel, &position.t))
+            position.pixel = -1;
+          positions[axis][bin][k] = position;
+        }
+        __syncthreads();
+        PYSEG_UNROLL
+        for (int i = 0; i < kItems; ++i) {
+          const int item = tid + i * kThreads;
+          if (item >= kQuads * bins) break;
+          const int quad = quad_of(item), bin = bin_of(item);
+          const Position<Real>*const ys = positions[0][bin], *const xs = positions[1][bin];
+          const int row_count = min(kSamples, rows - row);
+          const int column_count = min(kSamples, columns - column);
+          if (map.adjacent) {
+            if (4 * quad < channels)
+              add_samples<true>(map, data, channels, quad, ys, xs, row_count, column_count,
+                                sums[i]);
+          } else {
+            add_samples<false>(map, data, channels, quad, ys, xs, row_count, column_count, sums[i]);
+          }
+        }
+        __syncthreads();
+      }
+    }
+    const int64_t count = axes[0].samples * axes[1].samples;
+    for (auto& sum : sums)
+      for (Real& value : sum) value /= Real(count > 1 ? count : 1);
+  } else {
+    for (auto& sum : sums)
+      for (Real& value : sum) value = Real(NAN);
+  }
+  PYSEG_UNROLL
+  for (int i = 0; i < kItems; ++i) {
+    const int item = tid + i * kThreads;
+    if (item >= kQuads * bins) break;
+    const int quad = quad_of(item), bin = bin_of(item);
+    for (int v = 0; v < 4; ++v)
+      tile[map.adjacent ? 4 * quad + v : v * kQuads + quad][bin] = sums[i][v];
+  }
+  __syncthreads();
+  T* const target = out + (region * p.channels + first_channel) * bin_count + first_bin;
+  for (int i = tid; i < channels * bins; i += kThreads)
+    target[int64_t(i / bins) * bin_count + i % bins] = T(tile[i / bins][i % bins]);
+}
+
+// Maxima. Grid: regions, channels, bins. out: [regions, channels, bins] of T, or with kWithIndex of
+// int64: which one it was.
+template <class T, class Real, int Mode, bool kWithIndex>
+__global__ void __launch_bounds__(kThreads)
+    maximum_kernel(Problem<Real> p, const Real* __restrict__ boxes, void* __restrict__ out) {
+  using Value = std::conditional_t<kWithIndex, int64_t, Real>;
   __shared__ Value tile[kChannels][kBins + 1];
   const int64_t region = blockIdx.x;
-  const int first_channel = int(blockIdx.y) * kChannels, first_bin = int(blockIdx.z) * kBins;
+  const int first_channel = int(blockIdx.y) * kChannels, first_bin = int(blockIdx.z) * p.block_bins;
   const int bin_count = p.bins_y * p.bins_x;
-  const int bins = min(kBins, bin_count - first_bin);
+  const int bins = min(p.block_bins, bin_count - first_bin);
   const int channels = min(kChannels, p.channels - first_channel);
   const Real* box = boxes + 5 * region;
   int level = 0, image = 0;
@@ -89,17 +240,14 @@ __global__ void __launch_bounds__(kThreads)
     ys = bins_along(p, box, map.scale, 1), xs = bins_along(p, box, map.scale, 0);
   for (int item = int(threadIdx.x); item < kQuads * bins; item += kThreads) {
     // Neighbouring threads read neighbouring memory, whichever way the tensor lies.
-    const int quad = channels_adjacent ? item % kQuads : item / bins;
-    const int bin = channels_adjacent ? item / kQuads : item % bins;
+    const int quad = map.channel_stride == 1 ? item % kQuads : item / bins;
+    const int bin = map.channel_stride == 1 ? item / kQuads : item % bins;
     const int by = (first_bin + bin) / p.bins_x, bx = (first_bin + bin) % p.bins_x;
     Real sum[4] = {};
     int64_t best[4] = {-1, -1, -1, -1};
     const auto take = [&](int v, Real value, int64_t row, int64_t column) {
-      if (Mode == kAverageOfSamples) {
-        sum[v] += value;
-      } else if (best[v] < 0 || value > sum[v] || value != value) {
+      if (best[v] < 0 || value > sum[v] || value != value)
         sum[v] = value, best[v] = pack(row, column);
-      }
     };
     if (!valid) {
       for (int v = 0; v < 4; ++v) sum[v] = Real(NAN);
@@ -141,20 +289,16 @@ __global__ void __launch_bounds__(kThreads)
           }
         }
       }
-      if (Mode == kAverageOfSamples) {
-        const int64_t count = ys.samples * xs.samples;
-        for (int v = 0; v < 4; ++v) sum[v] /= Real(count > 1 ? count : 1);
-      }
     }
     for (int v = 0; v < 4; ++v) {
-      if constexpr (WithIndex)
+      if constexpr (kWithIndex)
         tile[v * kQuads + quad][bin] = best[v];
       else
         tile[v * kQuads + quad][bin] = sum[v];
     }
   }
   __syncthreads();
-  using Out = std::conditional_t<WithIndex, int64_t, T>;
+  using Out = std::conditional_t<kWithIndex, int64_t, T>;
   Out* const target =
       static_cast<Out*>(out) + (region * p.channels + first_channel) * bin_count + first_bin;
   for (int i = int(threadIdx.x); i < channels * bins; i += kThreads)
@@ -186,14 +330,16 @@ __device__ Real bin_weight(const Bins<Real>& bins, int64_t bin, int size, int pi
 template <class T, class Real, int Mode>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(Problem<Real> p, const Real* __restrict__ boxes, int level,
-                  const T* __restrict__ gradient,       // [regions, channels, bins]
-                  const int64_t* __restrict__ largest,  // the same, or null for averages
+                  const T* __restrict__ gradient,       // [regions, bins, channels]
+                  const int64_t* __restrict__ largest,  // [regions, channels, bins], for maxima
                   T* __restrict__ out) {                // [images, channels, height, width]
   using Scan = BlockScan<int, kThreads>;
   __shared__ typename Scan::TempStorage scan_storage;
   __shared__ int listed[kThreads];
-  __shared__ Real weights[2][kSide][kBinSide];  // of rows, of columns
-  __shared__ unsigned bin_masks[2][kSide];      // of the weights that are not 0
+  // Of rows, of columns; the one half is filled while the other is still read.
+  __shared__ Real weights[2][2][kSide][kBinSide];
+  __shared__ unsigned bin_masks[2][2][kSide];  // of the weights that are not 0
+  __shared__ Real gathered[kChannels][kSide * kSide + 1];
   const int tid = int(threadIdx.x), lane = tid % 32;
   const int height = p.levels[level].height, width = p.levels[level].width;
   const Real scale = p.levels[level].scale;
@@ -201,10 +347,13 @@ __global__ void __launch_bounds__(kThreads)
   const int tile = int(blockIdx.x) % (tiles_x * tiles_y);
   const int image = int(blockIdx.x) / (tiles_x * tiles_y);
   const int first_y = tile / tiles_x * kSide, first_x = tile % tiles_x * kSide;
-  const int y = tid / kSide % kSide, x = tid % kSide;  // of this thread, within the tile
-  const int first_channel = int(blockIdx.y) * kChannels + tid / (kSide * kSide) * kOwn;
+  // This thread's channels, and its pixels within the tile, which lie under each other.
+  const int quad = tid % kQuads, x = tid / kQuads % kSide, first_row = tid / kQuads / kSide * kOwn;
+  const int block_channel = int(blockIdx.y) * kChannels, first_channel = block_channel + 4 * quad;
   const int bin_count = p.bins_y * p.bins_x;
-  Real sum[kOwn] = {};
+  const bool vectors = p.channels % 4 == 0;
+  Real sums[kOwn][4] = {};
+  int half = 0;
   for (int64_t base = 0; base < p.regions; base += kThreads) {
     int reaches = 0;
     if (base + tid < p.regions) {
@@ -250,83 +399,146 @@ __global__ void __launch_bounds__(kThreads)
                 weight = bin_weight(axis == 0 ? ys : xs, bin, size, pixel);
               }
             }
-            weights[axis][at][b] = weight;
+            weights[half][axis][at][b] = weight;
             const unsigned mask = __ballot_sync(0xffffffffu, weight != Real(0));
             if (lane % kBinSide == 0)
-              bin_masks[axis][at] = (mask >> (lane / kBinSide * kBinSide)) & 0xffffu;
+              bin_masks[half][axis][at] = (mask >> (lane / kBinSide * kBinSide)) & 0xffffu;
           }
           __syncthreads();
-          for (unsigned rows = bin_masks[0][y]; rows; rows &= rows - 1) {
-            const int r = __ffs(int(rows)) - 1;
-            for (unsigned columns = bin_masks[1][x]; columns; columns &= columns - 1) {
-              const int c = __ffs(int(columns)) - 1;
-              const int64_t bin = int64_t(by0 + r) * p.bins_x + bx0 + c;
-              const int64_t from = (region * p.channels + first_channel) * bin_count + bin;
-              const Real weight = weights[0][y][r] * weights[1][x][c];
-              for (int v = 0; v < kOwn; ++v) {
-                if (first_channel + v >= p.channels) break;
-                const int64_t at = from + int64_t(v) * bin_count;
+          PYSEG_UNROLL
+          for (int own = 0; own < kOwn; ++own) {
+            const int y = first_row + own;
+            if (first_channel >= p.channels) break;
+            for (unsigned rows = bin_masks[half][0][y]; rows; rows &= rows - 1) {
+              const int r = __ffs(int(rows)) - 1;
+              for (unsigned columns = bin_masks[half][1][x]; columns; columns &= columns - 1) {
+                const int c = __ffs(int(columns)) - 1;
+                const int bin = (by0 + r) * p.bins_x + bx0 + c;
+                const Real weight = weights[half][0][y][r] * weights[half][1][x][c];
+                const T* const from =
+                    gradient + (region * bin_count + bin) * p.channels + first_channel;
                 if constexpr (Mode == kAverageOfSamples) {
-                  sum[v] += weight * Real(gradient[at]);
+                  Four<T> four{};
+                  if (vectors) {
+                    four = *reinterpret_cast<const Four<T>*>(from);
+                  } else {
+                    PYSEG_UNROLL
+                    for (int v = 0; v < 4; ++v)
+                      if (first_channel + v < p.channels) four.v[v] = from[v];
+                  }
+                  PYSEG_UNROLL
+                  for (int v = 0; v < 4; ++v) sums[own][v] += weight * Real(four.v[v]);
                 } else {
-                  const int64_t best = largest[at];
-                  if (best < 0) continue;
-                  const int64_t row = best >> 32, column = best & 0xffffffff;
-                  Real share;
-                  if constexpr (Mode == kMaximumOfPixels)
-                    share = row == first_y + y && column == first_x + x ? Real(1) : Real(0);
-                  else
-                    share = sample_weight(ys, by0 + r, row, height, first_y + y) *
-                            sample_weight(xs, bx0 + c, column, width, first_x + x);
-                  if (share != Real(0)) sum[v] += share * Real(gradient[at]);
+                  PYSEG_UNROLL
+                  for (int v = 0; v < 4; ++v) {
+                    if (first_channel + v >= p.channels) break;
+                    const int64_t best =
+                        largest[(region * p.channels + first_channel + v) * bin_count + bin];
+                    if (best < 0) continue;
+                    const int64_t row = best >> 32, column = best & 0xffffffff;
+                    Real share;
+                    if constexpr (Mode == kMaximumOfPixels)
+                      share = row == first_y + y && column == first_x + x ? Real(1) : Real(0);
+                    else
+                      share = sample_weight(ys, by0 + r, row, height, first_y + y) *
+                              sample_weight(xs, bx0 + c, column, width, first_x + x);
+                    if (share != Real(0)) sums[own][v] += share * Real(from[v]);
+                  }
                 }
               }
             }
           }
-          __syncthreads();
+          half ^= 1;
         }
       }
     }
     __syncthreads();  // before `listed` and the scan's storage are used again
   }
-  if (first_y + y >= height || first_x + x >= width) return;
-  for (int v = 0; v < kOwn; ++v) {
-    const int channel = first_channel + v;
-    if (channel < p.channels)
-      out[((int64_t(image) * p.channels + channel) * height + first_y + y) * width + first_x + x] =
-          T(sum[v]);
+  PYSEG_UNROLL
+  for (int own = 0; own < kOwn; ++own)
+    for (int v = 0; v < 4; ++v)
+      gathered[4 * quad + v][(first_row + own) * kSide + x] = sums[own][v];
+  __syncthreads();
+  for (int i = tid; i < kChannels * kSide * kSide; i += kThreads) {
+    const int channel = block_channel + i / (kSide * kSide);
+    const int pixel = i % (kSide * kSide), py = first_y + pixel / kSide,
+              px = first_x + pixel % kSide;
+    if (channel < p.channels && py < height && px < width)
+      out[((int64_t(image) * p.channels + channel) * height + py) * width + px] =
+          T(gathered[i / (kSide * kSide)][pixel]);
   }
 }
 
-template <class Real>
+template <class T, class Real>
 Problem<Real> make_problem(const std::vector<Tensor>& levels, const Tensor& boxes,
                            const std::vector<double>& scales,
                            const std::vector<int64_t>& output_size, int64_t sampling_ratio,
                            bool aligned, double canonical_size, int64_t canonical_level) {
+  constexpr uintptr_t alignment = sizeof(Four<T>);
   Problem<Real> p{};
   p.level_count = int(levels.size());
   for (size_t l = 0; l < levels.size(); ++l) {
     const Tensor& level = levels[l];
     p.levels[l] = {level.const_data_ptr(), int(level.size(2)), int(level.size(3)), Real(scales[l]),
                    level.stride(0),        level.stride(1),    level.stride(2),    level.stride(3)};
+    const int64_t image_stride = level.size(0) > 1 ? level.stride(0) : 0;
+    p.levels[l].adjacent = level.stride(1) == 1 && level.size(1) % 4 == 0 &&
+                           image_stride % 4 == 0 && level.stride(2) % 4 == 0 &&
+                           level.stride(3) % 4 == 0 &&
+                           reinterpret_cast<uintptr_t>(level.const_data_ptr()) % alignment == 0;
     p.exponents[l] = int(std::lround(-std::log2(scales[l])));
   }
   p.images = int(levels[0].size(0)), p.channels = int(levels[0].size(1));
   p.bins_y = int(output_size[0]), p.bins_x = int(output_size[1]);
   p.sampling_ratio = int(sampling_ratio), p.aligned = aligned, p.regions = boxes.size(0);
+  const int bins = p.bins_y * p.bins_x, blocks = (bins + kBins - 1) / kBins;
+  p.block_bins = (bins + blocks - 1) / blocks;  // about as many in each
   p.canonical_size = Real(canonical_size), p.canonical_level = int(canonical_level);
   return p;
 }
 
-template <class T, class Real, int Mode, bool WithIndex>
+// Levels whose pixels do not have their channels together are copied so that they have, where so
+// many samples are read that 32 bytes for each number of one are more than that.
+template <class T, class Real>
+std::vector<Tensor> lay_out(Problem<Real>& p, const std::vector<Tensor>& levels,
+                            cudaStream_t stream) {
+  std::vector<Tensor> copies;
+  int64_t pixels = 0;
+  for (const Tensor& level : levels) pixels += level.size(0) * level.size(2) * level.size(3);
+  const int64_t samples = p.sampling_ratio > 0 ? int64_t(p.sampling_ratio) * p.sampling_ratio : 4;
+  const bool worth = double(p.regions) * p.bins_y * p.bins_x * 4 * double(samples) > pixels / 2;
+  for (size_t l = 0; worth && p.channels % 4 == 0 && l < levels.size(); ++l) {
+    Level<Real>& level = p.levels[l];
+    if (level.adjacent) continue;
+    const Tensor packed = torch::stable::contiguous(levels[l]);
+    const int64_t plane = int64_t(level.height) * level.width;
+    copies.push_back(torch::stable::new_empty(packed, {packed.numel()}));
+    T* const data = static_cast<T*>(copies.back().mutable_data_ptr());
+    transpose(static_cast<const T*>(packed.const_data_ptr()), packed.size(0), p.channels, plane, 0,
+              1, data, stream);
+    level.data = data, level.adjacent = true;
+    level.image_stride = p.channels * plane, level.channel_stride = 1;
+    level.row_stride = int64_t(p.channels) * level.width, level.column_stride = p.channels;
+  }
+  return copies;
+}
+
+template <class T, class Real, int Mode, bool kWithIndex>
 void launch_pool(const Problem<Real>& p, const Tensor& boxes, void* out, cudaStream_t stream) {
   if (p.regions == 0) return;
-  const int bins = p.bins_y * p.bins_x;
-  const dim3 grid(unsigned(p.regions), unsigned((p.channels + kChannels - 1) / kChannels),
-                  unsigned((bins + kBins - 1) / kBins));
-  const bool channels_adjacent = p.levels[0].channel_stride == 1 && p.channels > 1;
-  PYSEG_LAUNCH((pool_kernel<T, Real, Mode, WithIndex>), grid, kThreads, 0, stream, p,
-               static_cast<const Real*>(boxes.const_data_ptr()), channels_adjacent, out);
+  const int channel_blocks = (p.channels + kChannels - 1) / kChannels;
+  const int bin_blocks = (p.bins_y * p.bins_x + p.block_bins - 1) / p.block_bins;
+  PYSEG_CHECK(p.regions < int64_t(1) << 31 && channel_blocks < 65536 && bin_blocks < 65536,
+              "boxes, channels or output_size are too many for one launch: ", p.regions, ", ",
+              p.channels, " and ", p.bins_y, " x ", p.bins_x);
+  const dim3 grid(unsigned(p.regions), unsigned(channel_blocks), unsigned(bin_blocks));
+  const Real* const regions = static_cast<const Real*>(boxes.const_data_ptr());
+  if constexpr (Mode == kAverageOfSamples)
+    PYSEG_LAUNCH((average_kernel<T, Real>), grid, kThreads, 0, stream, p, regions,
+                 static_cast<T*>(out));
+  else
+    PYSEG_LAUNCH((maximum_kernel<T, Real, Mode, kWithIndex>), grid, kThreads, 0, stream, p, regions,
+                 out);
 }
 
 template <class Run>
@@ -352,7 +564,7 @@ Tensor roi_align_cuda(const std::vector<Tensor>& levels, const Tensor& boxes,
                       const std::vector<double>& scales, const std::vector<int64_t>& output_size,
                       int64_t sampling_ratio, bool aligned, int64_t mode, double canonical_size,
                       int64_t canonical_level) {
-  const pyseg::DeviceScope device(boxes);
+  const pyseg::DeviceScope device(boxes, levels);
   check_levels(levels);
   Tensor out;
   dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
@@ -361,8 +573,10 @@ Tensor roi_align_cuda(const std::vector<Tensor>& levels, const Tensor& boxes,
     out = torch::stable::new_empty(
         levels[0], {boxes.size(0), levels[0].size(1), output_size[0], output_size[1]});
     const Tensor regions = torch::stable::contiguous(boxes);
-    const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
-                                      canonical_size, canonical_level);
+    auto p = make_problem<T, Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
+                                   canonical_size, canonical_level);
+    std::vector<Tensor> copies;
+    if constexpr (Mode == kAverageOfSamples) copies = lay_out<T>(p, levels, device.stream);
     launch_pool<T, Real, Mode, false>(p, regions, out.mutable_data_ptr(), device.stream);
   });
   return out;
@@ -374,7 +588,7 @@ std::vector<Tensor> roi_align_backward_cuda(const Tensor& gradient,
                                             const std::vector<int64_t>& output_size,
                                             int64_t sampling_ratio, bool aligned, int64_t mode,
                                             double canonical_size, int64_t canonical_level) {
-  const pyseg::DeviceScope device(boxes);
+  const pyseg::DeviceScope device(boxes, gradient, levels);
   check_levels(levels);
   std::vector<Tensor> results;
   dispatch(levels[0].scalar_type(), mode, [&]<class T, class Real, int Mode>() {
@@ -383,8 +597,12 @@ std::vector<Tensor> roi_align_backward_cuda(const Tensor& gradient,
     check_region_gradient(gradient, levels, boxes, output_size);
     const Tensor regions = torch::stable::contiguous(boxes);
     const Tensor g = torch::stable::contiguous(gradient);
-    const auto p = make_problem<Real>(levels, regions, scales, output_size, sampling_ratio, aligned,
-                                      canonical_size, canonical_level);
+    Tensor by_bin = torch::stable::new_empty(g, {g.numel()});
+    transpose(static_cast<const T*>(g.const_data_ptr()), g.size(0), g.size(1),
+              g.size(2) * g.size(3), 0, 1, static_cast<T*>(by_bin.mutable_data_ptr()),
+              device.stream);
+    const auto p = make_problem<T, Real>(levels, regions, scales, output_size, sampling_ratio,
+                                         aligned, canonical_size, canonical_level);
     Tensor largest =
         torch::stable::new_empty(g, {Mode == kAverageOfSamples ? 0 : g.numel()}, ScalarType::Long);
     if constexpr (Mode != kAverageOfSamples)
@@ -395,11 +613,13 @@ std::vector<Tensor> roi_align_backward_cuda(const Tensor& gradient,
       if (result.numel() == 0) continue;
       const int64_t tiles = int64_t((p.levels[l].height + kSide - 1) / kSide) *
                             ((p.levels[l].width + kSide - 1) / kSide);
-      const dim3 grid(unsigned(tiles * p.images),
-                      unsigned((p.channels + kChannels - 1) / kChannels));
+      const int64_t channel_blocks = (p.channels + kChannels - 1) / kChannels;
+      PYSEG_CHECK(tiles * p.images < int64_t(1) << 31 && channel_blocks < 65536,
+                  "levels are too large for one launch: ", shape(levels[l]));
+      const dim3 grid(unsigned(tiles * p.images), unsigned(channel_blocks));
       PYSEG_LAUNCH((gather_kernel<T, Real, Mode>), grid, kThreads, 0, device.stream, p,
                    static_cast<const Real*>(regions.const_data_ptr()), int(l),
-                   static_cast<const T*>(g.const_data_ptr()),
+                   static_cast<const T*>(by_bin.const_data_ptr()),
                    static_cast<const int64_t*>(largest.const_data_ptr()),
                    static_cast<T*>(result.mutable_data_ptr()));
     }

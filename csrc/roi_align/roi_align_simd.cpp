@@ -133,12 +133,13 @@ PYSEG_INLINE bool pool_maximum(const Field<const Real>& field, const Pixels<Real
           for (int n = 0; n < N; ++n, from += kLanes<Real>) {
             if (n % kPerLine == 0) __builtin_prefetch(from + ahead);
             Vector<Real> value = load(from);
-            if constexpr (Samples) {  // a neighbour of weight 0 is the pixel itself
-              const Vector<Real> lower = load(from + down);
-              const Vector<Real> top = fma(broadcast(tx), load(from + right) - value, value);
-              const Vector<Real> bottom =
-                  fma(broadcast(tx), load(from + down + right) - lower, lower);
-              value = fma(broadcast(ty), bottom - top, top);
+            if constexpr (Samples) {  // weighed, for a difference of infinities would be NaN
+              Vector<Real> lower = load(from + down);
+              if (tx > 0) {
+                value = fma(broadcast(tx), load(from + right), broadcast(1 - tx) * value);
+                lower = fma(broadcast(tx), load(from + down + right), broadcast(1 - tx) * lower);
+              }
+              if (ty > 0) value = fma(broadcast(ty), lower, broadcast(1 - ty) * value);
             }
             if constexpr (Exact) {
               const auto wins = (value > best[n]) | (value != value);

@@ -2,9 +2,6 @@
 // order of anything.
 #include "upsample_argmax.cuh"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -17,12 +14,14 @@ template <class In, class T, class Out, int Rows>
 __global__ void __launch_bounds__(kThreads)
     upsample_argmax_kernel(const In* __restrict__ logits,  // [N, C, h, w], strided
                            Shape<T> shape,
-                           Out* __restrict__ labels) {  // [N, H, W]
+                           const int16_t* __restrict__ known,  // [N, h, w] or null
+                           Out* __restrict__ labels) {         // [N, H, W]
   const int blocks = (shape.out_width + kThreads - 1) / kThreads;
   const int x = int(blockIdx.x) % blocks * kThreads + int(threadIdx.x);
   if (x >= shape.out_width) return;
   Out* out = labels + (int64_t(blockIdx.y) * shape.out_height) * shape.out_width + x;
-  classify_column<In, T, Rows>(logits + blockIdx.y * shape.image_stride, shape,
+  if (known) known += int64_t(blockIdx.y) * shape.height * shape.width;
+  classify_column<In, T, Rows>(logits + blockIdx.y * shape.image_stride, shape, known,
                                int(blockIdx.x) / blocks, x, [&](int y, int end, const int* label) {
 #pragma unroll
                                  for (int r = 0; r < Rows; ++r)
@@ -33,22 +32,25 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class In, class T, class Out, int Rows>
 void launch_rows(const Tensor& logits, Tensor& labels, cudaStream_t stream) {
-  const auto shape = make_shape<T>(logits, labels.size(1), labels.size(2), Rows);
+  const auto shape = make_shape<In, T>(logits, labels.size(1), labels.size(2), Rows);
+  const std::optional<Tensor> best = best_classes<In, T>(logits, shape, stream);
+  const int16_t* const known = best ? static_cast<const int16_t*>(best->const_data_ptr()) : nullptr;
   const int64_t blocks = (shape.out_width + kThreads - 1) / kThreads;
-  const int64_t images = logits.size(0);
+  const int64_t images = logits.size(0), pixels = int64_t(shape.height) * shape.width;
   const In* in = static_cast<const In*>(logits.const_data_ptr());
   Out* out = static_cast<Out*>(labels.mutable_data_ptr());
   for (int64_t first = 0; first < images; first += 65535) {  // the limit of gridDim.y
     const dim3 grid(unsigned(blocks * shape.jobs()),
                     unsigned(std::min<int64_t>(65535, images - first)));
     PYSEG_LAUNCH((upsample_argmax_kernel<In, T, Out, Rows>), grid, kThreads, 0, stream,
-                 in + first * shape.image_stride, shape,
+                 in + first * shape.image_stride, shape, known ? known + first * pixels : nullptr,
                  out + first * shape.out_height * shape.out_width);
   }
 }
 
 template <class In, class T, class Out>
-void launch(const Tensor& logits, Tensor& labels, cudaStream_t stream) {
+void launch(const Tensor& given, Tensor& labels, cudaStream_t stream) {
+  const Tensor logits = walkable<In>(given);
   switch (rows_per_thread(logits.size(2), labels.size(1))) {
     case 8: launch_rows<In, T, Out, 8>(logits, labels, stream); break;
     case 4: launch_rows<In, T, Out, 4>(logits, labels, stream); break;

@@ -8,25 +8,29 @@
 // the corners, so that infinities and NaN come out as they should.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "../common/host_device.h"
 
 namespace pyseg {
 
-// Output index -> the lower of its two source indices, and how far it is from there to the next.
-template <class T>
-PYSEG_HOST_DEVICE void source_index(int64_t output, T scale, int64_t inputs, int* low, T* t) {
-  T source = scale * (T(output) + T(0.5)) - T(0.5);
+// Output index -> the lower of its two source indices, and how far it is from there to the next. In
+// the index's own type: on a GPU conversions of 64 bits take long.
+template <class T, class Index>
+PYSEG_HOST_DEVICE void source_index(Index output, T scale, std::type_identity_t<Index> inputs,
+                                    int* low, T* t) {
+  T source = product(scale, T(output) + T(0.5)) - T(0.5);
   source = source < T(0) ? T(0) : source;
-  const int64_t floor = int64_t(source);
+  const Index floor = Index(source);
   *low = int(floor < inputs - 1 ? floor : inputs - 1);
   *t = floor < inputs - 1 ? source - T(floor) : T(0);  // the last source pixel has no next
 }
 
 template <class T>
 PYSEG_HOST_DEVICE bool tame(T logit) {
-  return (logit < T(0) ? -logit : logit) < T(1e37);
+  return std::fabs(logit) < T(1e37);
 }
 
 // A neighbour of weight 0 does not count, even if it is infinite.

@@ -47,6 +47,7 @@ def boundary_mask(labels: Tensor, distance: int, border: bool = True) -> Tensor:
         raise ValueError(
             f"labels must be [N, H, W] integers, got {labels.dtype} {list(labels.shape)}"
         )
+    distance, border = _native.integer("distance", distance), _native.flag("border", border)
     if distance < 1:
         raise ValueError(f"distance must be at least 1 pixel, got {distance}")
     _native.require("boundary_mask", labels)  # a CUDA tensor without CUDA kernels: says what to do

@@ -63,6 +63,9 @@ def boundary_match(
         raise ValueError(
             f"prediction is on {prediction.device}, target on {target.device}: move one of them"
         )
+    num_classes = _native.integer("num_classes", num_classes)
+    ignore_index = _native.integer("ignore_index", ignore_index)
+    radius = _native.number("radius", radius)
     if not 1 <= num_classes <= 4096:
         raise ValueError(f"num_classes must be 1 to 4096, got {num_classes}")
     if not 0 <= radius < 4096:

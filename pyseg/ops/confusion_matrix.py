@@ -60,6 +60,8 @@ def confusion_counts(
         raise ValueError(
             f"prediction is on {prediction.device}, target on {target.device}: move one of them"
         )
+    num_classes = _native.integer("num_classes", num_classes)
+    ignore_index = _native.integer("ignore_index", ignore_index)
     if not 1 <= num_classes <= 4096:
         raise ValueError(f"num_classes must be 1 to 4096, got {num_classes}")
     _native.require("confusion_matrix", target)

@@ -71,7 +71,11 @@ def deform_conv2d(
         True
     """
     named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
+    tensors = {
+        name: tensor
+        for name, tensor in named.items()
+        if tensor is not None or name not in ("bias", "mask")
+    }
     _native.check_tensors(**tensors)
     device = input.device
     for name, tensor in tensors.items():
@@ -102,7 +106,7 @@ def deform_conv2d(
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) and v >= least for v in pair):
+    if len(pair) != 2 or not all(isinstance(v, int) and least <= v < 2**31 for v in pair):
         raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
     return pair[0], pair[1]
 

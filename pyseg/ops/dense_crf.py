@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,6 +21,7 @@ NORMALIZATION = {"none": 0, "symmetric": 1, "before": 2, "after": 3}
 X, Y = -2, -1  # channels of a kernel that are no planes of the features
 MAX_CLASSES = 256
 MAX_FEATURES = 8
+MAX_WEIGHT = 1e15
 MAX_ITERATIONS = 10_000  # mean field settles within tens of steps
 
 
@@ -130,21 +130,16 @@ def dense_crf(
         raise ValueError(f"unary has no pixels: {list(unary.shape)}")
     if not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"unary must have 1 to {MAX_CLASSES} classes, got {list(unary.shape)}")
-    if not isinstance(iterations, int):  # a NumPy integer, perhaps
-        try:
-            iterations = operator.index(iterations)
-        except TypeError:
-            raise ValueError(f"iterations must be an integer, got {iterations!r}") from None
+    iterations = _native.integer("iterations", iterations)
     if not 0 <= iterations <= MAX_ITERATIONS:
         raise ValueError(f"iterations must be 0 to {MAX_ITERATIONS}, got {iterations}")
-    if quality not in QUALITY:
+    if not isinstance(quality, str) or quality not in QUALITY:
         raise ValueError(f"quality must be one of {', '.join(QUALITY)}, got {quality!r}")
-    if normalization not in NORMALIZATION:
+    if not isinstance(normalization, str) or normalization not in NORMALIZATION:
         raise ValueError(
             f"normalization must be one of {', '.join(NORMALIZATION)}, got {normalization!r}"
         )
-    if not isinstance(self_term, bool):
-        raise ValueError(f"self_term must be True or False, got {self_term!r}")
+    self_term = _native.flag("self_term", self_term)
     dtype = torch.float64 if unary.dtype == torch.float64 else torch.float32
     kernels = _kernels(unary, image, gaussian, bilateral, features, dtype)
     if compatibility is not None:
@@ -192,10 +187,26 @@ def _sigmas(name: str, given, count: int) -> list[float]:
     values = list(given) if isinstance(given, Sequence) else [given] * count
     if len(values) != count:
         raise ValueError(f"{name} must be one number or {count}, got {given}")
+    values = [_native.number(name, value) for value in values]
     for value in values:
         if not 0 < value < float("inf"):
             raise ValueError(f"{name} must be positive, got {given}")
     return [float(value) for value in values]
+
+
+def _each(name: str, given, form: str) -> list[tuple]:
+    """The kernels of an argument, each as long as ``form``, which says what it consists of."""
+    count = form.count(",") + 1
+    try:
+        kernels = [tuple(kernel) for kernel in given]
+    except TypeError:
+        raise ValueError(
+            f"{name} must be a list of {form}, got a {type(given).__name__} of something else"
+        ) from None
+    for i, kernel in enumerate(kernels):
+        if len(kernel) != count:
+            raise ValueError(f"{name}[{i}] must be {form}, got {len(kernel)} values")
+    return kernels
 
 
 def _kernels(unary, image, gaussian, bilateral, features, dtype) -> Kernels:
@@ -215,35 +226,37 @@ def _kernels(unary, image, gaussian, bilateral, features, dtype) -> Kernels:
             if weight.numel() != 1:
                 raise ValueError(f"{name}: weight must have one element, got {list(weight.shape)}")
             _check_device(f"{name}: weight", weight, unary)
+        else:
+            weight = _native.number(f"{name}: weight", weight)
+            if not abs(weight) <= MAX_WEIGHT:
+                raise ValueError(
+                    f"{name}: weight must be finite and at most 1e15 in magnitude, got {weight}"
+                )
         weights.append(weight)
         sizes.append(len(kernel_channels))
         channels.extend(kernel_channels)
         sigmas.extend(kernel_sigmas)
 
     _check_planes("image", image, unary)
-    for i, kernel in enumerate(gaussian):
+    for i, kernel in enumerate(_each("gaussian", gaussian, "(sigma_xy, weight)")):
         name = f"gaussian[{i}]"
-        if len(kernel) != 2:
-            raise ValueError(f"{name} must be (sigma_xy, weight), got {len(kernel)} values")
         sigma_x, sigma_y = _sigmas(f"{name}: sigma_xy", kernel[0], 2)
         # y before x here and below, as in pydensecrf's create_pairwise_*: the lattice is not quite
         # the same in all directions.
         add(name, kernel[1], [Y, X], [sigma_y, sigma_x])
-    for i, kernel in enumerate(bilateral):
+    for i, kernel in enumerate(_each("bilateral", bilateral, "(sigma_xy, sigma_rgb, weight)")):
         name, bands = f"bilateral[{i}]", image.shape[1]
-        if len(kernel) != 3:
+        if bands > MAX_FEATURES - 2:
             raise ValueError(
-                f"{name} must be (sigma_xy, sigma_rgb, weight), got {len(kernel)} values"
+                f"{name} needs an image of at most {MAX_FEATURES - 2} channels, image has {bands}"
             )
         sigma_x, sigma_y = _sigmas(f"{name}: sigma_xy", kernel[0], 2)
         if not planes:
             planes.append(image)
         sigma_rgb = _sigmas(f"{name}: sigma_rgb", kernel[1], bands)
         add(name, kernel[2], [Y, X, *range(bands)], [sigma_y, sigma_x, *sigma_rgb])
-    for i, kernel in enumerate(features):
+    for i, kernel in enumerate(_each("features", features, "(tensor, sigma, weight)")):
         name, first = f"features[{i}]", sum(p.shape[1] for p in planes)
-        if len(kernel) != 3:
-            raise ValueError(f"{name} must be (tensor, sigma, weight), got {len(kernel)} values")
         _native.check_tensors(**{f"{name}: tensor": kernel[0]})
         _check_planes(name, kernel[0], unary)
         size = kernel[0].shape[1]

@@ -37,7 +37,8 @@ def panoptic_head(
 
     Args:
         logits: [C, h, w] or [N, C, h, w] floating point, the ``num_stuff`` stuff classes first;
-            computed in float32. A NaN never wins.
+            computed in float32. A NaN never wins; between pixels of which one is infinite or above
+            1.7e38 the logits are NaN.
         masks: [K, M, M] or [N, K, M, M] floating point, logits of the instances' own class.
         boxes: [K, 4] or [N, K, 4] xyxy in pixels of the result. A box with a NaN, or whose right or
             bottom edge comes first, has no pixel.
@@ -70,14 +71,14 @@ def panoptic_head(
             f"logits must be [C, h, w] or [N, C, h, w] with classes and pixels, got "
             f"{list(logits.shape)}"
         )
+    num_stuff = _native.integer("num_stuff", num_stuff)
     _check(logits, masks, boxes, labels, num_stuff)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (height, width), both at least 1, got {size}")
+    height, width = _native.image_size("size", size)
     _native.require("panoptic_head", logits)
     batched = logits.ndim == 4
     tensors = (logits.float(), masks.float(), boxes.float(), labels.long())
     channels = torch.ops.pyseg.panoptic_head(
-        *(tensor if batched else tensor[None] for tensor in tensors), num_stuff, *size
+        *(tensor if batched else tensor[None] for tensor in tensors), num_stuff, height, width
     )
     return channels if batched else channels[0]
 
@@ -104,7 +105,7 @@ def _check(logits: Tensor, masks: Tensor, boxes: Tensor, labels: Tensor, num_stu
     for name, tensor in (("logits", logits), ("masks", masks), ("boxes", boxes)):
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-    if labels.is_floating_point() or labels.dtype == torch.bool:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integers, got {labels.dtype}")
     if not 0 <= num_stuff <= classes:
         raise ValueError(

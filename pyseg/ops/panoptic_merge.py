@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -148,11 +149,20 @@ def panoptic_merge(
     for name, tensor in (("labels", labels), ("semantic", semantic)):
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} must be integers, got {tensor.dtype}")
-    stuff = [int(label) for label in stuff_classes]
+    try:
+        stuff = [_native.integer("stuff_classes", label) for label in stuff_classes]
+    except TypeError:
+        raise ValueError(f"stuff_classes must be a list of integers, got {stuff_classes}") from None
     if len(set(stuff)) != len(stuff) or any(not 0 <= label < 65536 for label in stuff):
         raise ValueError(f"stuff_classes must be different numbers from 0 to 65535, got {stuff}")
     if len(stuff) > MAX_STUFF:
         raise ValueError(f"at most {MAX_STUFF} stuff_classes are possible, got {len(stuff)}")
+    score_threshold = _native.number("score_threshold", score_threshold)
+    overlap_threshold = _native.number("overlap_threshold", overlap_threshold)
+    for name, threshold in (("score", score_threshold), ("overlap", overlap_threshold)):
+        if math.isnan(threshold):
+            raise ValueError(f"{name}_threshold must not be NaN")
+    stuff_area = _native.integer("stuff_area", stuff_area)
     _native.require("panoptic_merge", masks)
 
     def batch(tensor: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def panoptic_quality(
 
     Returns:
         `PanopticCounts`. Maps that their lists of segments do not describe raise on the CPU. On
-        CUDA they are counted in ``problems``, so that nothing waits for the device.
+        CUDA they are counted in ``problems``, so that nothing waits for the device; the lists
+        travel with the launch of a kernel, so a CUDA graph repeats those it was captured with.
 
     Raises:
         ValueError: shapes, dtypes or devices are not as above; ids that are negative, 0 or listed
@@ -95,6 +96,8 @@ def panoptic_quality(
         ("prediction_boundary", prediction_boundary),
         ("target_boundary", target_boundary),
     ):
+        if mask is not None:
+            _native.check_tensors(**{name: mask})
         if mask is not None and (
             mask.dtype != torch.bool or mask.shape != target.shape or mask.device != target.device
         ):
@@ -102,6 +105,9 @@ def panoptic_quality(
                 f"{name} must be bool {list(target.shape)} on {target.device}, got "
                 f"{mask.dtype} {list(mask.shape)} on {mask.device}"
             )
+    num_classes = _native.integer("num_classes", num_classes)
+    if num_classes < 0:
+        raise ValueError(f"num_classes must not be negative, got {num_classes}")
     prediction_segments = _by_id("prediction_segments", prediction_segments, 2, num_classes)
     target_segments = _by_id("target_segments", target_segments, 4, num_classes)
     _native.require("panoptic_quality", target)
@@ -109,8 +115,8 @@ def panoptic_quality(
         *torch.ops.pyseg.panoptic_quality(
             prediction,
             target,
-            prediction_segments.to(target.device),
-            target_segments.to(target.device),
+            prediction_segments,
+            target_segments,
             num_classes,
             prediction_boundary,
             target_boundary,
@@ -151,7 +157,7 @@ def _by_id(name: str, segments: Tensor, columns: int, num_classes: int) -> Tenso
             raise ValueError(f"{name} lists the id {row[0]}; ids are 1 to 2^31 - 1, 0 is void")
         if not 0 <= row[1] < num_classes:
             raise ValueError(
-                f"{name} has class {row[1]}; there are {num_classes} classes, from 0 on"
+                f"{name} has class {row[1]}; there are {num_classes} (num_classes), from 0 on"
             )
         if columns == 4 and row[2] < 1:
             raise ValueError(f"{name} gives segment {row[0]} an area below 1 pixel")

@@ -74,7 +74,9 @@ def roi_align(
         >>> roi_align(ramp, [torch.tensor([[4.0, 4, 8, 8]])], 2, aligned=True)[0, 0, 0]
         tensor([4.5000, 6.5000])
     """
-    return _pool([input], boxes, output_size, [spatial_scale], sampling_ratio, aligned, mode)
+    how = _mode(mode)
+    scales = [spatial_scale]
+    return _pool("input", [input], boxes, output_size, scales, sampling_ratio, aligned, how)
 
 
 def roi_warp(
@@ -97,12 +99,13 @@ def roi_warp(
     """
     if isinstance(input, Tensor) and input.ndim == 4:
         regions = _regions(input, boxes)
-        edges = regions[:, 1:] * spatial_scale
+        _check_scales([spatial_scale])
+        # cut as the op cuts them: the extent of an infinite box would be NaN
+        edges = (regions[:, 1:] * spatial_scale).clamp(-(2.0**30), 2.0**30)
         # as C's round() does, halves away from zero
         edges = edges.trunc() + edges.sign() * (edges.frac().abs() >= 0.5)
         size = (edges[:, 2:] - edges[:, :2] + 1).clamp(min=1)
         boxes = torch.cat([regions[:, :1], edges[:, :2], edges[:, :2] + size], 1)
-        _check_scales([spatial_scale])
         spatial_scale = 1.0
     return roi_align(input, boxes, output_size, spatial_scale, sampling_ratio, aligned, mode=mode)
 
@@ -120,7 +123,7 @@ def roi_pool(
     Empty bins are 0. NaN is the largest value, as in ``torch.nn.MaxPool2d`` (torchvision leaves it
     out).
     """
-    return _pool([input], boxes, output_size, [spatial_scale], 0, False, "pixels")
+    return _pool("input", [input], boxes, output_size, [spatial_scale], 0, False, PIXELS)
 
 
 def multi_scale_roi_align(
@@ -151,34 +154,38 @@ def multi_scale_roi_align(
         As `roi_align`; ValueError too where levels do not match each other or ``spatial_scales``.
     """
     return _pool(
-        list(levels),
+        "levels",
+        _listed("levels", levels),
         boxes,
         output_size,
-        list(spatial_scales),
+        _listed("spatial_scales", spatial_scales),
         sampling_ratio,
         aligned,
-        mode,
+        _mode(mode),
         canonical_size,
         canonical_level,
     )
 
 
+def _mode(mode: str) -> int:
+    if not isinstance(mode, str) or mode not in MODES:
+        raise ValueError(f'mode must be "avg" or "max", got {mode!r}')
+    return MODES[mode]
+
+
 def _pool(
+    name: str,
     levels: list[Tensor],
     boxes: Boxes,
     output_size: int | Sequence[int],
     scales: list[float],
     sampling_ratio: int,
     aligned: bool,
-    mode: str,
+    mode: int,
     canonical_size: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    if len(levels) == 1:
-        _native.check_tensors(input=levels[0])
-    else:
-        _native.check_tensors(levels=levels)
-    name = "input" if len(levels) == 1 else "levels"
+    _native.check_tensors(**{name: levels[0] if name == "input" else levels})
     if not 1 <= len(levels) <= 8:
         raise ValueError(f"levels must be 1 to 8 feature maps, got {len(levels)}")
     first = levels[0]
@@ -202,18 +209,21 @@ def _pool(
     if len(scales) != len(levels):
         raise ValueError(f"spatial_scales must be {len(levels)}, one per level, got {len(scales)}")
     _check_scales(scales)
-    size = list(output_size) if isinstance(output_size, Sequence) else [output_size] * 2
-    if len(size) != 2 or min(size) < 1:
+    given = output_size if isinstance(output_size, Sequence) else [output_size] * 2
+    size = [_native.integer("output_size", bins) for bins in given]
+    if len(size) != 2 or min(size) < 1 or size[0] * size[1] >= 2**31:
         raise ValueError(
             f"output_size must be one or two integers of at least 1, got {output_size}"
         )
-    if mode not in MODES and mode != "pixels":
-        raise ValueError(f'mode must be "avg" or "max", got {mode!r}')
+    aligned = _native.flag("aligned", aligned)
+    sampling_ratio = _native.integer("sampling_ratio", sampling_ratio)
     if sampling_ratio > MAX_SAMPLING_RATIO:
         raise ValueError(
             f"sampling_ratio must be at most {MAX_SAMPLING_RATIO}, got {sampling_ratio}; "
             "-1 takes one sample per pixel"
         )
+    canonical_size = _native.number("canonical_size", canonical_size)
+    canonical_level = _native.integer("canonical_level", canonical_level)
     if not canonical_size > 0:
         raise ValueError(f"canonical_size must be positive, got {canonical_size}")
     if not -(2**31) <= canonical_level < 2**31:
@@ -227,19 +237,27 @@ def _pool(
         size,
         sampling_ratio,
         aligned,
-        MODES.get(mode, PIXELS),
+        mode,
         canonical_size,
         canonical_level,
     )
 
 
+def _listed(name: str, value: Any) -> list:
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a list, got {value!r}") from None
+
+
 def _check_scales(scales: Sequence[float]) -> None:
     # Positions are float32 but for float64: a scale that is 0 or infinite there is no scale.
+    what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
+    scales = [_native.number(what, scale) for scale in scales]
     smallest, largest = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
     if not all(smallest <= scale <= largest for scale in scales) or any(
         finer <= coarser for finer, coarser in itertools.pairwise(scales)
     ):
-        what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
         order = "" if len(scales) == 1 else " and fall from level to level"
         got = scales[0] if len(scales) == 1 else list(scales)
         raise ValueError(f"{what} must be positive{order}, got {got}, as float32")

@@ -51,10 +51,9 @@ def upsample_argmax(logits: Tensor, size: Sequence[int]) -> Tensor:
         raise ValueError(
             f"logits must have at most 32767 classes (labels are int16), got {logits.shape[1]}"
         )
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"size must be (height, width), both at least 1, got {size}")
+    height, width = _native.image_size("size", size)
     _native.require("upsample_argmax", logits)
-    return torch.ops.pyseg.upsample_argmax(logits, size[0], size[1])
+    return torch.ops.pyseg.upsample_argmax(logits, height, width)
 
 
 @torch.library.register_fake("pyseg::upsample_argmax")

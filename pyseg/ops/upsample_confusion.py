@@ -56,8 +56,11 @@ def upsample_confusion(
         raise ValueError(f"target must hold integer labels, got {target.dtype}; use target.long()")
     if target.ndim != 3 or target.shape[0] != logits.shape[0]:
         raise ValueError(f"target must be [{logits.shape[0]}, H, W], got {list(target.shape)}")
+    if size is not None and 0 not in target.shape[1:]:
+        size = _native.image_size("size", size)
     if size is not None and tuple(size) != tuple(target.shape[1:]):
         raise ValueError(f"size {tuple(size)} is not that of the target, {tuple(target.shape[1:])}")
+    ignore_index = _native.integer("ignore_index", ignore_index)
     if logits.device != target.device:
         raise ValueError(
             f"logits are on {logits.device}, target on {target.device}: move one of them"

@@ -1,10 +1,12 @@
 """What the emulation finds out about our kernels, beyond their results (see tests/ops).
 
-A kernel whose blocks or threads depended on their order would give other bits for another seed; a
-race within a block or an access out of range is reported by a sanitizer, in a process of its own,
-because its run-time must come first.
+A kernel whose blocks or threads depended on their order would give other bits for another seed.
+Races within a block or between blocks, accesses out of range, undefined behaviour and results that
+depend on fused products are found by variants (see `emulation.VARIANTS`), each in a process of its
+own, because its run-time must come first. A dry run finds launches that a device would refuse.
 """
 
+import os
 import platform
 import re
 import shutil
@@ -39,8 +41,9 @@ for shape, dtype, distance in [((2, 9, 1100), torch.uint8, 3), ((1, 40, 33), tor
 """,
     "confusion_matrix": """
 g = torch.Generator().manual_seed(0)
-for classes, shape, dtype in [(5, (2, 5, 430), torch.uint8), (110, (1, 9, 40), torch.int64)]:
+for classes, shape, dtype in [(5, (2, 21, 830), torch.uint8), (110, (1, 9, 440), torch.int64)]:
     labels = torch.randint(-3, classes + 2, (2, *shape), generator=g)  # some out of range
+    labels[:, :, :8] = 1  # flat
     yield ops.confusion_matrix(*labels.to(dtype), classes, 255)
 yield ops.confusion_matrix(*labels[:, :, :1, :1].contiguous(), 1, -1)
 """,
@@ -146,13 +149,13 @@ OPS = [source.stem for source in emulation.kernels()]
 
 
 def test_every_kernel_has_a_case():
-    assert set(OPS) == set(CASES), "add a case to CASES for a new .cu file"
+    assert set(OPS) == set(CASES) == set(LARGE), "add a case to both for a new .cu file"
 
 
-def results(op, operators):
-    """Every tensor that the op's cases return."""
-    scope = {"ops": operators, "torch": torch}
-    body = "".join(f"    {line}\n" for line in CASES[op].splitlines())
+def results(op, operators, table=CASES, names=()):
+    """Every tensor that the op's cases of the table return."""
+    scope = {"ops": operators, "torch": torch, **dict(names)}
+    body = "".join(f"    {line}\n" for line in table[op].splitlines())
     exec(f"def cases():\n{body}", scope)
     outputs = []
     for output in scope["cases"]():
@@ -171,62 +174,257 @@ def test_order_of_blocks_and_threads_does_not_matter(op, seeds):
                 assert torch.equal(got, want), f"seed {seed}"
 
 
-SANITIZED = """
-import sys
-from pathlib import PosixPath
+class Recorder:
+    """Operators that note what they are called with."""
+
+    def __init__(self, operators):
+        self.operators, self.calls = operators, []
+
+    def __getattr__(self, name):
+        operator = getattr(self.operators, name).default
+
+        def call(*arguments):
+            self.calls.append((operator, arguments))
+            return operator(*arguments)
+
+        return call
+
+
+def to_meta_one_by_one(arguments):
+    """The arguments with one tensor moved elsewhere, for each tensor of them and of their lists."""
+    for i, argument in enumerate(arguments):
+        moved = []
+        if isinstance(argument, torch.Tensor):
+            moved = [argument.to("meta")]
+        elif isinstance(argument, list):
+            parts = to_meta_one_by_one(argument)
+            moved = [list(part) for part in parts]
+        for other in moved:
+            yield (*arguments[:i], other, *arguments[i + 1 :])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_tensor_elsewhere_is_refused(op):
+    """A kernel that follows a pointer to the host's memory would lose the process its GPU."""
+    recorder = Recorder(emulation.operators())
+    results(op, recorder)
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)  # as if all tensors were there
+    tried = 0
+    for operator, arguments in recorder.calls:
+        cases = list(to_meta_one_by_one(arguments))
+        for case in cases if len(cases) > 1 else []:
+            tried += 1
+            with pytest.raises(ValueError, match=r"must be on (one device|the CPU)"):
+                operator.redispatch(keys, *case)
+    assert tried or op in ("boundary_mask", "upsample_argmax")  # of one tensor
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_changes_nothing(op):
+    """Kernels of torch that an op calls would otherwise answer in another dtype than it reads."""
+    operators = emulation.operators()
+    expected = results(op, operators)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for got, want in zip(results(op, operators), expected, strict=True):
+            assert got.dtype == want.dtype
+            assert torch.equal(got, want)
+
+
+# Shapes at which an index, a grid or an amount of shared memory may become too large. `empty` takes
+# no memory until it is written to, and in a dry run nothing is.
+LARGE = {
+    "boundary_mask": """
+for shape in [(1, 8192, 8192), (70000, 3, 5), (1, 300000, 40), (1, 40, 400000)]:
+    for distance in (1, 90):
+        yield ops.boundary_mask(empty(shape, torch.uint8), distance, True)
+""",
+    "boundary_match": """
+for shape in [(1, 8192, 8192), (70000, 3, 5), (1, 300000, 40), (1, 40, 300000)]:
+    for classes, squared_radius in ((2, 0), (4096, 4095**2)):
+        labels = empty(shape, torch.uint8)
+        yield ops.boundary_match(labels, labels, classes, squared_radius, 255)
+""",
+    "confusion_matrix": """
+for shape, classes in [((1, 16384, 16384), 19), ((70000, 3, 5), 9), ((2, 300000, 4), 4096)]:
+    labels = empty(shape, torch.uint8)
+    yield ops.confusion_matrix(labels, labels, classes, 255)
+""",
+    "panoptic_head": """
+for low, size in [((2048, 2048), (8192, 8192)), ((9, 9), (300000, 40)), ((300000, 4), (300000, 8))]:
+    yield ops.panoptic_head(empty((1, 150, *low)), empty((1, 1000, 28, 28)), empty((1, 1000, 4)),
+                            empty((1, 1000), torch.int64), 90, *size)
+yield ops.panoptic_head(empty((70000, 2, 1, 1)), empty((70000, 1, 2, 2)), empty((70000, 1, 4)),
+                        empty((70000, 1), torch.int64), 1, 2, 2)
+""",
+    "panoptic_merge": """
+for images, instances, size in [(1, 300, (8192, 8192)), (2, 5000, (300, 400)), (70000, 3, (3, 5)),
+                                (1, 2, (300000, 40))]:
+    scores, labels = empty((images, instances)), empty((images, instances), torch.int64)
+    semantic = empty((images, *size), torch.uint8)
+    parameters = [list(range(512)), 0.5, 0.5, 4096, 0.5]
+    yield ops.panoptic_merge(empty((images, instances, *size), torch.bool), None, scores, labels,
+                             semantic, *parameters)
+    yield ops.panoptic_merge(empty((images, instances, 28, 28)), empty((images, instances, 4)),
+                             scores, labels, semantic, *parameters)
+""",
+    "panoptic_quality": """
+for shape, segments in [((16384, 16384), 100), ((4, 5), 8000), ((300000, 40), 1)]:
+    maps, edges = empty((2, *shape), torch.int32), empty((2, *shape), torch.bool)
+    ids = torch.arange(1, segments + 1)
+    lists = torch.stack([ids, ids], 1), torch.stack([ids, ids, ids, 0 * ids], 1)
+    yield ops.panoptic_quality(*maps, *lists, segments + 1, *edges)
+""",
+    "upsample_argmax": """
+for shape, size in [((1, 256, 1024, 1024), (8192, 8192)), ((70000, 3, 2, 2), (4, 4)),
+                    ((1, 3, 300000, 4), (300000, 9)), ((1, 2, 4, 4), (40, 300000))]:
+    for dtype in (torch.float32, torch.float16):
+        yield ops.upsample_argmax(empty(shape, dtype), *size)
+""",
+    "upsample_confusion": """
+for shape, size in [((1, 256, 1024, 1024), (8192, 8192)), ((70000, 3, 2, 2), (4, 4)),
+                    ((1, 3, 300000, 4), (300000, 9)), ((1, 2, 4, 4), (40, 300000))]:
+    yield ops.upsample_confusion(empty(shape), empty((shape[0], *size), torch.uint8), 255)
+""",
+    "deform_conv2d": """
+for images, size in [(1, (1024, 2048)), (1, (300000, 8)), (70000, (2, 3))]:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [empty((images, 1, *size), dtype), empty((images, 2, *size), dtype),
+                   empty((1, 1, 1, 1), dtype)]
+        geometry = [1, 1], [0, 0], [1, 1]
+        yield ops.deform_conv2d(*tensors, empty((1,), dtype), None, *geometry)
+        grad = empty((images, 1, *size), dtype)
+        yield ops._deform_conv2d_backward(grad, *tensors, None, *geometry)
+""",
+    "roi_align": """
+for shape, boxes in [((1, 256, 2048, 2048), 1000), ((2, 8, 16, 16), 70000), ((70000, 8, 2, 2), 5)]:
+    for output in ([7, 7], [1, 300]):
+        levels, given = [empty(shape)], empty((boxes, 5))
+        options = [1.0], output, 2, True, 0, 8.0, 1
+        yield ops.roi_align(levels, given, *options)
+        grad = empty((boxes, shape[1], *output))
+        yield ops._roi_align_backward(grad, levels, given, *options)
+""",
+    "dense_crf": """
+for images, size, classes in [(1, (1024, 2048), 19), (1, (3000, 4000), 2), (70, (60, 80), 256)]:
+    unary, features = empty((images, classes, *size)), empty((images, 3, *size))
+    kernels = ([2, 5], [-1, -2, -1, -2, 0, 1, 2], [3.0, 3.0, 80.0, 80.0, 80.0, 80.0, 80.0])
+    yield ops.dense_crf(unary, features, empty((2,)), None, *kernels, 2, 2, True, 1, 0.2, 1)
+""",
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_large_shapes_can_be_launched(op):
+    def empty(shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype)
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)  # which would fill what is empty
+    try:
+        with emulation.settings(dry_run=1, capturing=1):  # nothing waits for numbers of the device
+            assert results(op, emulation.operators(), LARGE, {"empty": empty})
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def test_a_launch_that_the_device_refuses_fails_in_a_dry_run(tmp_path):
+    """As boundary_mask would be, had it no loop over 65535 rows at a time."""
+    right = "std::min<int64_t>(65535, window.height - top)"
+    mistaken = mistaken_copy(tmp_path, "boundary_mask", right, "window.height - top")
+    result = run_variant("plain", mistaken, "boundary_mask", cases="LARGE", dry_run=1)
+    assert "grid too large for the device" in result.stderr, result.stderr[-4000:]
+
+
+RUN = """
+import os, sys
 sys.path.insert(0, {here!r})
 import torch
 import pyseg.ops, emulation
 torch.set_num_threads(1)
-emulation.load([{source!r}], sanitizer={which!r})
+emulation.load([__import__("pathlib").Path({source!r})], {variant!r})
 import test_emulation
-test_emulation.results({op!r}, torch.ops.pyseg_emulated)
+test_emulation.results({op!r}, torch.ops.pyseg_emulated, test_emulation.{cases},
+                       {{"empty": lambda shape, dtype=None: torch.empty(shape, dtype=dtype)}})
 print("finished")
 """
 
 
-def run_sanitized(which, source, op):
-    script = SANITIZED.format(here=str(HERE), source=source, which=which, op=op)
+def environment(variant):
+    """Of a process that loads the variant, and the command that has to come first."""
+    if variant in ("plain", "blocks"):
+        return dict(os.environ), []
     # ThreadSanitizer cannot place its shadow memory under the address randomisation of new kernels.
     prefix = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
-    return subprocess.run(
-        [*prefix, sys.executable, "-c", script],
-        text=True,
-        capture_output=True,
-        env=emulation.sanitizer_environment(which),
-    )
+    return emulation.sanitizer_environment(variant), prefix
+
+
+def run_variant(variant, source, op, cases="CASES", **settings):
+    script = RUN.format(here=str(HERE), source=str(source), variant=variant, op=op, cases=cases)
+    variables, prefix = environment(variant)
+    variables |= {f"CUDA_EMULATION_{key.upper()}": str(value) for key, value in settings.items()}
+    command = [*prefix, sys.executable, "-c", script]
+    return subprocess.run(command, text=True, capture_output=True, env=variables)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("which", ["address", "thread"])
-def test_sanitizers_accept_our_kernels(which, op):
-    result = run_sanitized(which, emulation.ROOT / "csrc" / op / f"{op}.cu", op)
+@pytest.mark.parametrize("variant", ["address", "thread", "blocks"])
+def test_variants_accept_our_kernels(variant, op):
+    result = run_variant(variant, emulation.ROOT / "csrc" / op / f"{op}.cu", op)
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-4000:]
     assert "Sanitizer" not in result.stderr, result.stderr[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_contraction_changes_no_result(op):
+    """The tests of the op with products and sums fused, as by nvcc, and under the sanitizers."""
+    variables, prefix = environment("address")
+    variables["PYSEG_EMULATED_VARIANT"] = "address"
+    command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "-x"]
+    command += ["-p", "no:cacheprovider", "-m", "not gpu and not slow", "-k", "emulated"]
+    command += [str(emulation.ROOT / "tests" / "ops" / f"test_{op}.py")]
+    result = subprocess.run(command, text=True, capture_output=True, env=variables)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
 
 
 # A copy of a kernel with a mistake in it shows that the checks above can fail.
 MISTAKES = {
     "thread": (
         "confusion_matrix",
-        "atomicAdd(table + row * width + column, length);",
-        "table[row * width + column] += length;",
-        "data race",
+        "atomicAdd(table + row * width + column, amount);",
+        "table[row * width + column] += amount;",
+        ["data race", "confusion_matrix.cu"],
     ),
-    "address": ("upsample_argmax", "if (y + r < end)", "", "buffer-overflow"),
+    "blocks": (
+        "confusion_matrix",
+        "add_to_image(out, image, classes, cell / width, cell % width, total);",
+        "out.missed[image * classes] += total;",
+        ["race between blocks", "confusion_matrix.cu"],
+    ),
+    "address": (
+        "upsample_argmax",
+        "if (y + r < end)",
+        "",
+        ["buffer-overflow", "upsample_argmax.cu"],
+    ),
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("which", MISTAKES)
-def test_sanitizers_find_a_mistake(which, tmp_path):
-    op, right, wrong, message = MISTAKES[which]
-    folder = emulation.ROOT / "csrc" / op
-    source = (folder / f"{op}.cu").read_text()
+def mistaken_copy(folder, op, right, wrong):
+    source = (emulation.ROOT / "csrc" / op / f"{op}.cu").read_text()
     assert right in source
-    source = re.sub(r'#include "(.+)"', rf'#include "{folder}/\1"', source.replace(right, wrong))
-    mistaken = tmp_path / f"mistaken_{op}.cu"
+    home = emulation.ROOT / "csrc" / op
+    source = re.sub(r'#include "(.+)"', rf'#include "{home}/\1"', source.replace(right, wrong))
+    mistaken = folder / f"mistaken_{op}.cu"
     mistaken.write_text(source)
-    result = run_sanitized(which, mistaken, op)
-    assert message in result.stderr and f"{op}.cu" in result.stderr, result.stderr[-4000:]
+    return mistaken
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", MISTAKES)
+def test_variants_find_a_mistake(variant, tmp_path):
+    op, right, wrong, messages = MISTAKES[variant]
+    result = run_variant(variant, mistaken_copy(tmp_path, op, right, wrong), op)
+    for message in messages:
+        assert message in result.stderr, result.stderr[-4000:]

@@ -41,9 +41,12 @@ def make_case(
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
+    # At whole numbers, to which float may round a position, the gradient of the offset jumps.
+    offset = scale * randn(images, 2 * offset_groups * taps, *out)
+    offset = torch.where((offset - offset.round()).abs() < 1e-3, offset + 2e-3, offset)
     tensors = {
         "input": randn(images, channels, *size),
-        "offset": (scale * randn(images, 2 * offset_groups * taps, *out)),
+        "offset": offset,
         "weight": randn(outputs, channels // groups, *kernel),
         "bias": randn(outputs) if bias else None,
         "mask": randn(images, offset_groups * taps, *out) if mask else None,
@@ -147,6 +150,72 @@ def test_small_kernel_of_an_empty_batch(device):
     gradients = device.ops._deform_conv2d_backward(output, *tensors, None, *geometry)
     assert [g.shape for g in gradients[:4]] == [*(t.shape for t in tensors), (4,)]
     assert not gradients[2].any() and not gradients[3].any()
+
+
+def test_small_kernel_gradients_of_no_outputs(device):
+    tensors = [
+        torch.ones(shape, device=device.name)
+        for shape in ((2, 6, 5, 5), (2, 18, 0, 3), (4, 6, 3, 3))
+    ]
+    grad = torch.zeros(2, 4, 0, 3, device=device.name)
+    gradients = device.ops._deform_conv2d_backward(grad, *tensors, None, [1, 1], [0, 0], [1, 1])
+    assert not any(g.any() for g in gradients[:4])
+
+
+@pytest.mark.parametrize("dtype, other", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_small_kernel_gradients_under_autocast(device, generator, dtype, other):
+    """A layer outside of autocast whose gradient is asked for inside of it."""
+    case = make_case(generator, channels=8, groups=2, dtype=getattr(torch, dtype))
+    args = [arg.to(device.name) if isinstance(arg, torch.Tensor) else arg for arg in case.args]
+    output = device.ops.deform_conv2d(*args)
+    args = [torch.ones_like(output), *args[:3], *args[4:]]
+    expected = device.ops._deform_conv2d_backward(*args)
+    with torch.autocast(device.name, dtype=getattr(torch, other)):
+        got = device.ops._deform_conv2d_backward(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_small_kernel_with_channels_that_are_loaded_alone_or_together(device, generator):
+    """Four and eight channels at once where all groups allow it, else one; the same result."""
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        case = make_case(generator, channels=96, outputs=24, size=(6, 7), dtype=dtype)
+        padded = dict(case.tensors)
+        padded["input"] = torch.cat([padded["input"], torch.ones(2, 1, 6, 7, dtype=dtype)], 1)
+        padded["weight"] = torch.cat([padded["weight"], torch.zeros(24, 1, 3, 3, dtype=dtype)], 1)
+        outputs = [
+            device.ops.deform_conv2d(
+                *(t.to(device.name) for t in tensors.values()), [1, 1], [1, 1], [1, 1]
+            )
+            for tensors in (case.tensors, padded)
+        ]
+        difference = (outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()
+        assert difference <= tolerance
+
+
+@pytest.mark.slow  # half a minute when emulated
+def test_kernel_gradients_of_two_million_pixels(device):
+    """As rows of the transposed input they once exceeded a grid's second dimension."""
+    height, width = 1024, 2049
+    input = torch.zeros(1, 1, height, width, device=device.name)
+    offset = torch.zeros(1, 2, 1, 1, device=device.name)
+    weight = torch.full((1, 1, 1, 1), 3.0, device=device.name)
+    grad = torch.ones(1, 1, 1, 1, device=device.name)
+    offset[0, :, 0, 0] = torch.tensor([height - 1.0, width - 1.0])
+    gradients = device.ops._deform_conv2d_backward(
+        grad, input, offset, weight, None, [1, 1], [0, 0], [1, 1]
+    )
+    assert gradients[0].sum() == 3 and gradients[0][0, 0, -1, -1] == 3
+
+
+def test_kernel_refuses_gradients_of_more_numbers_than_it_can_sort(device):
+    size = 1 << 13
+    tensors = [
+        torch.zeros(1, device=device.name).expand(shape)
+        for shape in ((1, 1, size, size), (1, 18, size, size), (1, 1, 3, 3))
+    ]
+    grad = tensors[0].expand(1, 1, size, size)
+    with pytest.raises(ValueError, match="split the image"):
+        device.ops._deform_conv2d_backward(grad, *tensors, None, [1, 1], [1, 1], [1, 1])
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,7 +24,7 @@ def run_python(code, **environment):
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={"PYTHONPATH": str(ROOT), **os.environ, **environment},
         capture_output=True,
         text=True,
     )

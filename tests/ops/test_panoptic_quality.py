@@ -57,8 +57,8 @@ def run(device, prediction, target, prediction_segments, target_segments, *bound
     return device.ops.panoptic_quality(
         prediction.to(device.name),
         target.to(device.name),
-        by_id(prediction_segments).to(device.name),
-        by_id(target_segments).to(device.name),
+        by_id(prediction_segments),
+        by_id(target_segments),
         CLASSES,
         *boundaries,
     )

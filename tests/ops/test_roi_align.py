@@ -585,6 +585,25 @@ def test_small_kernels_against_the_cpu(device, generator, mode, dtype):
                     assert_close(got.cpu(), expected, 8 * eps)
 
 
+def test_small_kernel_reads_levels_however_they_lie(device, generator):
+    """A layout for each level; more samples than are located at once; several blocks of bins."""
+    flat = torch.randn(2 * 9 * 11 * 20 + 1, generator=generator)
+    levels = [
+        torch.randn(2, 20, 30, 40, generator=generator),
+        torch.randn(2, 40, 17, 13, generator=generator)[:, ::2],
+        torch.randn(2, 20, 7, 9, generator=generator).to(memory_format=torch.channels_last),
+        flat[1:].view(2, 9, 11, 20).permute(0, 3, 1, 2),  # of misaligned channels
+    ]
+    there = [flat.to(device.name)[1:].view(2, 9, 11, 20).permute(0, 3, 1, 2)]
+    there = [*(level.to(device.name) for level in levels[:3]), *there]
+    boxes = random_boxes(generator, 9, 2, torch.tensor([160.0, 120.0]), torch.float32)
+    for count, size, ratio in ((9, [14, 14], 6), (1, [2, 3], 1), (9, [1, 70], 0)):
+        options = [0.5, 0.25, 0.125, 0.0625], size, ratio, True, 0, 32.0, 2
+        got = device.ops.roi_align(there, boxes[:count].to(device.name), *options)
+        expected = torch.ops.pyseg.roi_align(levels, boxes[:count], *options)
+        assert_close(got.cpu(), expected, 1e-5)
+
+
 def test_small_kernel_answers_a_bad_box_with_nan(device, generator):
     level = torch.randn(1, 3, 8, 8, generator=generator).to(device.name)
     good = [0, 1.0, 1, 4, 4]
