@@ -84,7 +84,8 @@ def level_units() -> list[tuple[Path, list[str], str]]:
         for level, real in variants:
             name = "_".join(filter(None, (source.stem, level, real)))
             lines = [f"#define PYSEG_LEVEL {level}", f"#define PYSEG_LEVEL_{level.upper()}"]
-            lines += [f"#define PYSEG_REAL {real}"] if real else []
+            if real:
+                lines += [f"#define PYSEG_REAL {real}", f"#define PYSEG_REAL_{real.upper()}"]
             lines += [f'#include "{source.relative_to(ROOT)}"']
             if level != "generic":  # of what level.h pushes
                 lines += ["#ifdef __clang__", *["#pragma clang attribute pop"] * 2, "#endif"]

@@ -69,17 +69,6 @@ inline void prefer_huge_pages(void* memory, size_t bytes) {
 #endif
 }
 
-// 64 bytes, each 0 or 1, to bits.
-PYSEG_INLINE uint64_t bits_of(const uint8_t* flags) {
-  uint64_t word = 0;
-  for (int k = 0; k < 8; ++k) {
-    uint64_t eight;
-    std::memcpy(&eight, flags + 8 * k, 8);
-    word |= (eight * 0x0102040810204080u) >> 56 << (8 * k);
-  }
-  return word;
-}
-
 // An integer argument as int, where a larger one would silently become another number.
 inline int narrow(const char* name, int64_t value) {
   PYSEG_CHECK(value == int64_t(int(value)), name, " must be an integer of 32 bits, got ", value);

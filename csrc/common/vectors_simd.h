@@ -1,7 +1,11 @@
-// Vectors of the compiler: of N numbers, or of PYSEG_BYTES.
+// Vectors of the compiler: of N numbers, or of PYSEG_BYTES, which is a register of the level.
 //
-// Files of loops include this inside the namespace of an instruction set, and so more than once:
-// vector types are lowered to the target in force where they are written.
+// `<op>_simd.cpp` includes this after level.h, inside the namespace of its level: vector types are
+// lowered to the target in force where they are written.
+
+#ifndef PYSEG_BYTES
+#define PYSEG_BYTES PYSEG_REGISTER
+#endif
 
 template <class T>
 constexpr int64_t kLanes = PYSEG_BYTES / sizeof(T);

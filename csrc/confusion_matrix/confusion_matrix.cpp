@@ -1,52 +1,26 @@
-// Confusion matrix on the CPU. The hot loops, under PYSEG_MULTIVERSION, are in count_cells.h,
-// because another op counts as well.
+// Confusion matrix on the CPU. What it does is in count_cells.h, because another op counts as well.
 #include "count_cells.h"
 
 namespace {
-
-// Adds the counts of images [N, pixels] to `tables` [N, cells].
-template <class T>
-void count_images(const T* prediction, const T* target, int64_t images, int64_t pixels,
-                  const LabelCoder<T>& coder, int64_t* tables) {
-  const int64_t width = coder.num_classes + 2, cells = width * width;
-  const bool narrow = cells <= (int64_t(1) << 16);
-  const int copies = table_copies(cells);
-  // 32-bit counts of a range cannot overflow; the grain keeps a small image on one thread.
-  const int64_t grain = std::max<int64_t>(int64_t(1) << 16, 4 * cells);
-  std::mutex mutex;
-  torch::stable::parallel_for(0, images * pixels, grain, [&](int64_t begin, int64_t end) {
-    std::vector<uint32_t> local(cells * copies);
-    while (begin < end) {
-      const int64_t image = begin / pixels;
-      const int64_t stop = std::min({end, (image + 1) * pixels, begin + (int64_t(1) << 31)});
-      std::fill(local.begin(), local.end(), 0u);
-      if (narrow)
-        count_range<T, T, uint16_t>(prediction + begin, target + begin, stop - begin, coder, coder,
-                                    local.data(), cells, copies);
-      else
-        count_range<T, T, uint32_t>(prediction + begin, target + begin, stop - begin, coder, coder,
-                                    local.data(), cells, copies);
-      add_tables(local, cells, mutex, tables + image * cells);
-      begin = stop;
-    }
-  });
-}
 
 template <class T>
 void confusion_matrix_typed(const Tensor& prediction, const Tensor& target, int64_t classes,
                             int64_t ignore, int64_t* matrix, int64_t* missed) {
   const int64_t images = target.size(0), pixels = target.size(1) * target.size(2);
-  const int64_t width = classes + 2, cells = width * width;
   const LabelCoder<T> coder(classes, ignore);
   const T* p = static_cast<const T*>(prediction.const_data_ptr());
   const T* t = static_cast<const T*>(target.const_data_ptr());
-  std::vector<int64_t> tables(images * cells);
-  count_images<T>(p, t, images, pixels, coder, tables.data());
+  PairCounts counts(images, classes);
+  const int64_t piece = counts.piece(), pieces = (pixels + piece - 1) / piece;
+  for_each(images * pieces, 4 * std::min(piece, pixels), [&](int64_t item, int64_t worker) {
+    const int64_t image = item / pieces, begin = item % pieces * piece;
+    const int64_t at = image * pixels + begin;
+    counts.add(worker, image, p + at, t + at, std::min(piece, pixels - begin), coder);
+  });
   int64_t bad_targets = 0, bad_predictions = 0;
   for (int64_t image = 0; image < images; ++image) {
-    const auto [in_targets, in_predictions] =
-        split_table(tables.data() + image * cells, classes, matrix + image * classes * classes,
-                    missed + image * classes);
+    const auto [in_targets, in_predictions] = split_table(
+        counts.table(image), classes, matrix + image * classes * classes, missed + image * classes);
     bad_targets += in_targets, bad_predictions += in_predictions;
   }
   const int64_t n = images * pixels, row_length = target.size(2);

@@ -9,88 +9,67 @@
 #include <vector>
 
 #include "../common/common.h"
-#include "confusion_matrix.h"
+#include "confusion_matrix_simd.h"
 
 namespace {
 
 using namespace pyseg;
 
-constexpr int64_t kBlock = 512;  // pixels coded at a time: these stay in the L1 cache
-constexpr int64_t kRun = 32;     // pixels that are counted at once where they are all alike
-constexpr int kCopies = 8;       // of a small table of counts
 constexpr int64_t kMaxConfusionClasses = 4096;  // its table of counts has 64 MiB per thread
 
-// A code of a label is as wide as the label where it can be, because changing the width between
-// comparing and selecting costs more than both.
-template <class P, class T, class PCode, class TCode, class Cell>
-PYSEG_MULTIVERSION void encode(const P* __restrict prediction, const T* __restrict target,
-                               int64_t n, LabelCoder<P> columns, LabelCoder<T> rows,
-                               Cell* __restrict cells) {
-  const Cell width = Cell(rows.num_classes + 2);
-  for (int64_t i = 0; i < n; ++i) {
-    const TCode row = rows.template code<TCode>(target[i]);
-    const PCode column = columns.template code<PCode>(prediction[i]);
-    cells[i] = Cell(Cell(Cell(row) * width) + Cell(column));
-  }
-}
+// Counts of pairs of labels, [images, (C + 2)^2]. Every worker has tables of its own, of one image
+// at a time: sums of integers, so it makes no difference who counts what.
+class PairCounts {
+ public:
+  PairCounts(int64_t images, int64_t classes)
+      : cells_((classes + 2) * (classes + 2)),
+        copies_(cells_ <= 4096 ? counting::kTableCopies : 1),
+        tables_(images * cells_),
+        workers_(torch::stable::get_num_threads()) {}
 
-// Adjacent pixels go to different copies of the table: an increment that follows another of the
-// same cell would wait for its store. Meanwhile the labels that `encode` reads next are fetched,
-// or counting and reading memory would take turns.
-template <class P, class T, class Cell, int Copies>
-PYSEG_MULTIVERSION void count(const Cell* cells, int64_t n, uint32_t* table, int64_t table_size,
-                              const P* next_prediction, const T* next_target) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  int64_t i = 0;
-  for (; i + kRun <= n; i += kRun) {
-    for (int64_t k = i; k < i + kRun; k += kLine) {
-      __builtin_prefetch(next_prediction + k);
-      __builtin_prefetch(next_target + k);
+  // Pixels that are worth handing to a worker at once.
+  int64_t piece() const { return std::max<int64_t>(int64_t(1) << 15, 4 * cells_); }
+
+  template <class T>
+  void add(int64_t worker, int64_t image, const T* prediction, const T* target, int64_t n,
+           const LabelCoder<T>& coder) {
+    constexpr int64_t kMost = int64_t(1) << 31;  // which 32 bits can count
+    Worker& own = workers_[worker];
+    if (own.image != image || own.pixels + n > kMost) {
+      flush(own);
+      own.image = image, own.pixels = 0;
+      own.table.assign(cells_ * copies_, 0);
     }
-    const Cell first = cells[i];
-    Cell different = 0;
-    for (int64_t k = 0; k < kRun; ++k) different |= Cell(cells[i + k] ^ first);
-    if (different == 0) {  // label maps are mostly flat
-      table[first] += uint32_t(kRun);
-      continue;
-    }
-    for (int64_t k = 0; k < kRun; k += Copies)
-      for (int copy = 0; copy < Copies; ++copy) ++table[copy * table_size + cells[i + k + copy]];
+    own.pixels += n;
+    counting::count_at_level(prediction, target, n, coder, own.table.data(), cells_, copies_);
   }
-  for (; i < n; ++i) ++table[cells[i]];
-}
 
-// How many copies of a table of (C + 2)^2 counts `count_range` uses.
-inline int table_copies(int64_t cells) { return cells <= 4096 ? kCopies : 1; }
-
-// Adds up n pixels; `table` holds `copies` tables.
-template <class P, class T, class Cell>
-void count_range(const P* prediction, const T* target, int64_t n, const LabelCoder<P>& columns,
-                 const LabelCoder<T>& rows, uint32_t* table, int64_t table_size, int copies) {
-  using PCode = std::make_unsigned_t<P>;
-  using TCode = std::make_unsigned_t<T>;
-  Cell cells[kBlock];
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = std::min(kBlock, n - begin);
-    const P* p = prediction + begin;
-    const T* t = target + begin;
-    if ((sizeof(P) > 1 && sizeof(T) > 1) || rows.num_classes <= 254)
-      encode<P, T, PCode, TCode, Cell>(p, t, size, columns, rows, cells);
-    else
-      encode<P, T, Cell, Cell, Cell>(p, t, size, columns, rows, cells);
-    if (copies == kCopies)
-      count<P, T, Cell, kCopies>(cells, size, table, table_size, p + kBlock, t + kBlock);
-    else
-      count<P, T, Cell, 1>(cells, size, table, table_size, p + kBlock, t + kBlock);
+  // After all were added: the counts of an image.
+  const int64_t* table(int64_t image) {
+    for (Worker& worker : workers_) flush(worker);
+    return tables_.data() + image * cells_;
   }
-}
 
-// Adds a thread's tables of one image to the image's: sums of integers, so in any order.
-inline void add_tables(const std::vector<uint32_t>& local, int64_t cells, std::mutex& mutex,
-                       int64_t* table) {
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (size_t i = 0; i < local.size(); ++i) table[i % cells] += local[i];
-}
+ private:
+  struct Worker {
+    int64_t image = -1, pixels = 0;
+    std::vector<uint32_t> table;
+  };
+
+  void flush(Worker& worker) {
+    if (worker.image < 0) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    int64_t* const table = tables_.data() + worker.image * cells_;
+    for (size_t i = 0; i < worker.table.size(); ++i) table[i % cells_] += worker.table[i];
+    worker.image = -1;
+  }
+
+  const int64_t cells_;
+  const int copies_;
+  std::vector<int64_t> tables_;
+  std::vector<Worker> workers_;
+  std::mutex mutex_;
+};
 
 // Splits a table of (C + 2)^2 counts. Returns how many targets and predictions are out of range.
 inline std::pair<int64_t, int64_t> split_table(const int64_t* table, int64_t classes,

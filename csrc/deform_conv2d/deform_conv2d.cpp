@@ -23,111 +23,21 @@
 
 #include "../common/buffer.h"
 #include "../common/common.h"
+#include "deform_conv2d_simd.h"
 
-#ifdef PYSEG_X86_LEVELS
-#include <immintrin.h>
-#endif
-
+namespace pyseg::deformable {
 namespace {
 
-using namespace pyseg;
-using namespace pyseg::deformable;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int kTile = 96;  // output pixels at a time: whole groups of rows
-constexpr int kBackwardTile = 60;
-constexpr int kRowGroup = 12;  // what PYSEG_ROWS divides
-constexpr int kPadding = 16;   // what the lanes of a vector divide
-
-// Of the kernel, and what positions need of the input.
-struct Taps {
-  int count, width;
-  int dilation_y, dilation_x;
-  int input_height, input_width;
-};
-
-// Positions of the taps at a tile's pixels, for the channels of an offset group.
-template <class Real>
-struct Samples {
-  int taps;
-  int32_t* indices;  // [taps, 4, kTile] corners
-  Real* values;      // [taps, 7, kTile] weights of the corners, ty, tx, mask
-  int32_t* index(int corner, int tap) const { return indices + (tap * 4 + corner) * kTile; }
-  Real* weight(int corner, int tap) const { return values + (tap * 7 + corner) * kTile; }
-  Real* ty(int tap) const { return weight(4, tap); }
-  Real* tx(int tap) const { return weight(5, tap); }
-  Real* scale(int tap) const { return weight(6, tap); }
-};
-
+// The loops of the level in force; of double, which checks gradients, there are generic ones only.
 template <class T>
-using Multiply = void (*)(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t,
-                          const T*, int64_t, T*, int64_t);
-template <class From, class To>
-using Transpose = void (*)(const From*, int64_t, int64_t, int64_t, To*, int64_t);
-
-template <class T, class Real>
-struct Functions {
-  void (*locate)(const T*, const T*, int64_t, const Taps&, const Real*, const Real*, int,
-                 const Samples<Real>&);
-  void (*gather)(const Real*, int64_t, const Samples<Real>&, int, Real*, int64_t);
-  Multiply<Real> multiply;
-  void (*scatter)(const Real*, int64_t, const Samples<Real>&, int, const Real*, Real*, int64_t,
-                  Real*, Real*);
-  void (*offset_gradients)(const Samples<Real>&, int, const Real*, Real*, int64_t);
-  Transpose<T, Real> transpose_in;
-  Transpose<Real, T> transpose_out;
-  // With dot products of bfloat16, else null.
-  void (*gather_pairs)(const uint16_t*, int64_t, const Samples<float>&, int, uint16_t*,
-                       int64_t) = nullptr;
-  Multiply<float> multiply_pairs = nullptr;
-  Transpose<uint16_t, uint16_t> transpose_bits = nullptr;
-};
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-#ifdef PYSEG_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")
-namespace v4_bf16 {
-#define PYSEG_BYTES 64
-#define PYSEG_ROWS 12
-#define PYSEG_BF16
-#include "deform_conv2d_simd.h"
-}  // namespace v4_bf16
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYSEG_BYTES 64
-#define PYSEG_ROWS 12
-#include "deform_conv2d_simd.h"
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYSEG_BYTES 32
-#define PYSEG_ROWS 6
-#include "deform_conv2d_simd.h"
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-namespace generic {
-#define PYSEG_BYTES 16
-#define PYSEG_ROWS 4
-#include "deform_conv2d_simd.h"
-}  // namespace generic
-
-template <class T, class Real>
-Functions<T, Real> functions() {
-#ifdef PYSEG_X86_LEVELS
-  const SimdLevel level = simd_level();
-  if (level == SimdLevel::v4)
-    return __builtin_cpu_supports("avx512bf16") ? v4_bf16::functions<T, Real>()
-                                                : v4::functions<T, Real>();
-  if (level == SimdLevel::v3) return v3::functions<T, Real>();
-#endif
-  return generic::functions<T, Real>();
+Functions<T, WorkType<T>> functions_in_force() {
+  if constexpr (std::is_same_v<T, double>)
+    return generic::functions<double>();
+  else
+    return PYSEG_AT_LEVEL(functions<T>)();
 }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -180,7 +90,7 @@ void base_positions(const Problem& p, int64_t first, int count, Real* y, Real* x
 template <class T, class Stored>
 void lay_out(Transpose<T, Stored> transpose, const T* in, int64_t channels, int64_t plane,
              Stored* out) {
-  transpose(in, plane, channels, plane, out, channels);
+  transpose(in, plane, channels, plane, out, channels, kLine);
   std::fill_n(out + plane * channels, channels + kPadding, Stored(0));
 }
 
@@ -210,7 +120,7 @@ template <class T, class Real, class Column>
 void forward(const Problem& p, const T* input, const T* offset, const T* weight, const T* bias,
              const T* mask, T* output) {
   constexpr int64_t kStep = sizeof(Real) / sizeof(Column);
-  const Functions<T, Real> f = functions<T, Real>();
+  const Functions<T, Real> f = functions_in_force<T>();
   const std::vector<Block> blocks = cut(p);
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
   const int64_t tiles = (out_plane + kTile - 1) / kTile;
@@ -227,7 +137,7 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
   // [depth / kStep, columns, kStep] of each block
   const Buffer<Column> weights(weights_size);
   const int64_t count_of_blocks = int64_t(blocks.size());
-  for_each(count_of_blocks, 2 * weights_size / count_of_blocks, [&](int64_t b, int64_t) {
+  const auto lay_out_weights = [&](int64_t b) {
     const Block& block = blocks[b];
     Column* to = weights.get() + weights_at[b];
     std::fill_n(to, round_up(block.depth, kStep) * columns, Column(0));
@@ -242,7 +152,7 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
           for (int64_t o = start; o < std::min(per_group, start + 16); ++o)
             line[o * kStep] = as_column<Real, Column>(Real(from[o * row + c * taps + t]));
         }
-  });
+  };
 
   const int64_t stride = round_up(deepest, kPadding) + kPadding;  // of a row of columns
   struct Workspace {
@@ -264,8 +174,14 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
     biases.get()[o / per_group * columns + o % per_group] = Real(bias[o]);
   for (int64_t start = 0; start < p.images; start += together) {
     const int64_t images = std::min(together, p.images - start);
-    for_each(images * count_of_blocks, block_size / count_of_blocks, [&](int64_t job, int64_t) {
-      const int64_t image = job / count_of_blocks, b = job % count_of_blocks;
+    // Where threads wait for each other, they wait for the slowest: so the weights come along.
+    const int64_t prepared = start == 0 ? count_of_blocks : 0;
+    const int64_t items = prepared + images * count_of_blocks;
+    const int64_t cost = ((prepared ? 2 * weights_size : 0) + images * block_size) / items;
+    for_each(items, cost, [&](int64_t job, int64_t) {
+      if (job < prepared) return lay_out_weights(job);
+      const int64_t image = (job - prepared) / count_of_blocks;
+      const int64_t b = job % count_of_blocks;
       const T* from = input + ((start + image) * p.channels + blocks[b].first) * plane;
       Column* to = laid_out.get() + image * block_size + block_at[b];
       if constexpr (kStep == 1)
@@ -318,7 +234,8 @@ void forward(const Problem& p, const T* input, const T* offset, const T* weight,
         }
         if (ends)
           f.transpose_out(w.sums.get(), columns, count, per_group,
-                          output + (n * p.outputs + first_output) * out_plane + first, out_plane);
+                          output + (n * p.outputs + first_output) * out_plane + first, out_plane,
+                          kLine);
       }
     });
   }
@@ -332,7 +249,7 @@ struct Outputs {
 template <class T, class Real>
 void backward(const Problem& p, const T* grad, const T* input, const T* offset, const T* weight,
               const T* mask, const Outputs<T>& out) {
-  const Functions<T, Real> f = functions<T, Real>();
+  const Functions<T, Real> f = functions_in_force<T>();
   const std::vector<Block> blocks = cut(p);
   const int64_t count_of_blocks = int64_t(blocks.size());
   const int64_t taps = p.tap_count(), plane = p.plane(), out_plane = p.out_plane();
@@ -343,19 +260,20 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
   // out_plane, padded], and as many rows more as a group of rows may read.
   const int64_t image_size = out_plane * padded;
   const Buffer<Real> gradient(p.groups * p.images * image_size + kRowGroup * padded);
-  for_each(p.groups * p.images * tiles, kTile * padded, [&](int64_t job, int64_t) {
+  const auto lay_out_gradient = [&](int64_t job) {
     const int64_t image = job / tiles, first = job % tiles * kTile;  // group, image
     const int64_t end = std::min(out_plane, first + kTile);
     const T* from =
         grad + (image % p.images * p.outputs + image / p.images * per_group) * out_plane;
     Real* to = gradient.get() + image * image_size;
-    f.transpose_in(from + first, out_plane, per_group, end - first, to + first * padded, padded);
+    f.transpose_in(from + first, out_plane, per_group, end - first, to + first * padded, padded,
+                   kTile);
     for (int64_t i = first; i < end; ++i)
       std::fill(to + i * padded + per_group, to + (i + 1) * padded, Real(0));
-  });
+  };
   std::fill_n(gradient.get() + p.groups * p.images * image_size, kRowGroup * padded, Real(0));
 
-  for_each(p.outputs, p.images * out_plane, [&](int64_t o, int64_t) {
+  const auto add_up_bias = [&](int64_t o) {
     Real sums[16] = {};
     for (int64_t n = 0; n < p.images; ++n) {
       const T* from = grad + (n * p.outputs + o) * out_plane;
@@ -365,7 +283,11 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
       for (; i < out_plane; ++i) sums[0] += Real(from[i]);
     }
     out.bias[o] = T(std::accumulate(sums, sums + 16, Real(0)));
-  });
+  };
+  const int64_t rows = p.groups * p.images * tiles;
+  for_each(
+      rows + p.outputs, 2 * p.outputs * p.images * out_plane / (rows + p.outputs),
+      [&](int64_t job, int64_t) { job < rows ? lay_out_gradient(job) : add_up_bias(job - rows); });
 
   // Several jobs per block where there are few blocks, each with its own images.
   const int64_t parts =
@@ -424,11 +346,11 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
                    weight_gradient.get(), columns, weight_gradient.get(), columns);
       }
       f.transpose_out(input_gradient.get(), block.width, plane, block.width, out.input + plane_at,
-                      plane);
+                      plane, kLine);
     }
   });
 
-  for_each(p.outputs, parts * p.group_channels() * taps, [&](int64_t output, int64_t) {
+  const auto add_up_weights = [&](int64_t output) {
     const int64_t group = output / per_group;
     for (int64_t b = 0; b < count_of_blocks; ++b) {
       const Block& block = blocks[b];
@@ -445,9 +367,8 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
           to[c * taps + t] = T(sum);
         }
     }
-  });
-  const int64_t sum_cost = 3 * out_plane * std::max<int64_t>(1, count_of_blocks / p.offset_groups);
-  for_each(p.images * p.offset_groups * taps, sum_cost, [&](int64_t job, int64_t) {
+  };
+  const auto add_up_offsets = [&](int64_t job) {
     const int64_t t = job % taps, g = job / taps % p.offset_groups;
     const int64_t n = job / taps / p.offset_groups;
     for (int j = 0; j < (mask ? 3 : 2); ++j) {
@@ -465,6 +386,13 @@ void backward(const Problem& p, const T* grad, const T* input, const T* offset, 
         for (int64_t i = 0; i < count; ++i) to[first + i] = T(sums[i]);
       }
     }
+  };
+  const int64_t per_offset_group = std::max<int64_t>(1, count_of_blocks / p.offset_groups);
+  const int64_t sums = p.images * p.offset_groups * taps;
+  const int64_t sums_cost =
+      sums * 3 * out_plane * per_offset_group + parts * p.outputs * p.group_channels() * taps;
+  for_each(sums + p.outputs, sums_cost / (sums + p.outputs), [&](int64_t job, int64_t) {
+    job < sums ? add_up_offsets(job) : add_up_weights(job - sums);
   });
 }
 
@@ -487,7 +415,7 @@ Tensor deform_conv2d_cpu(const Tensor& input_, const Tensor& offset_, const Tens
     case ScalarType::Double: run(double(), double(), double()); break;
     case ScalarType::Half: run(Half(), float(), float()); break;
     case ScalarType::BFloat16:
-      if (functions<BFloat16, float>().multiply_pairs)
+      if (functions_in_force<BFloat16>().multiply_pairs)
         run(BFloat16(), float(), uint16_t());
       else
         run(BFloat16(), float(), float());
@@ -530,6 +458,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward_cpu(
 }
 
 }  // namespace
+}  // namespace pyseg::deformable
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
@@ -542,6 +471,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
-  m.impl("deform_conv2d", TORCH_BOX(&deform_conv2d_cpu));
-  m.impl("_deform_conv2d_backward", TORCH_BOX(&deform_conv2d_backward_cpu));
+  m.impl("deform_conv2d", TORCH_BOX(&pyseg::deformable::deform_conv2d_cpu));
+  m.impl("_deform_conv2d_backward", TORCH_BOX(&pyseg::deformable::deform_conv2d_backward_cpu));
 }

@@ -1,331 +1,71 @@
-// The inner loops of deformable convolution on the CPU, in vectors of the compiler.
-// deform_conv2d.cpp includes this file once per instruction set, in a namespace of its own, with
-//   PYSEG_BYTES  the width of a vector
-//   PYSEG_ROWS   rows of a product at a time: as many sums as fit the registers, two vectors each
-//   PYSEG_BF16   where there are dot products of bfloat16
+// The inner loops of deformable convolution on the CPU: what deform_conv2d.cpp knows of them.
+#pragma once
 
-#include "../common/vectors_simd.h"
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
-// The compiler must not contract a * b + c in this package, so it is spelled out.
-#if PYSEG_BYTES == 64
-PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-PYSEG_INLINE Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) {
-  return (Vector<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-#elif PYSEG_BYTES == 32
-PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-PYSEG_INLINE Vector<double> fma(Vector<double> a, Vector<double> b, Vector<double> c) {
-  return (Vector<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-}
-#else
-template <class V>
-PYSEG_INLINE V fma(V a, V b, V c) {
-  return a * b + c;
-}
-#endif
+#include <cstdint>
+#include <type_traits>
 
-template <class T>
-PYSEG_INLINE T sum(Vector<T> v) {
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
+#include "../common/inline.h"
+#include "../common/simd_level.h"
 
-// What a product multiplies: numbers, or pairs of bfloat16 in the bits of a float.
-template <class T>
-struct Numbers {
-  static PYSEG_INLINE Vector<T> add_product(Vector<T> a, Vector<T> b, Vector<T> c) {
-    return fma(a, b, c);
-  }
+namespace pyseg::deformable {
+
+constexpr int kTile = 96;  // output pixels at a time: whole groups of rows
+constexpr int kBackwardTile = 60;
+constexpr int kRowGroup = 12;  // what PYSEG_ROWS divides
+constexpr int kLine = 16;      // numbers of 4 bytes in a line of the cache
+constexpr int kPadding = 16;   // what the lanes of a vector divide
+
+// Of the kernel, and what positions need of the input.
+struct Taps {
+  int count, width;
+  int dilation_y, dilation_x;
+  int input_height, input_width;
 };
-#ifdef PYSEG_BF16
-struct Pairs {
-  static PYSEG_INLINE Vector<float> add_product(Vector<float> a, Vector<float> b, Vector<float> c) {
-    return (Vector<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
-  }
+
+// Positions of the taps at a tile's pixels, for the channels of an offset group.
+template <class Real>
+struct Samples {
+  int taps;
+  int32_t* indices;  // [taps, 4, kTile] corners
+  Real* values;      // [taps, 7, kTile] weights of the corners, ty, tx, mask
+  int32_t* index(int corner, int tap) const { return indices + (tap * 4 + corner) * kTile; }
+  Real* weight(int corner, int tap) const { return values + (tap * 7 + corner) * kTile; }
+  Real* ty(int tap) const { return weight(4, tap); }
+  Real* tx(int tap) const { return weight(5, tap); }
+  Real* scale(int tap) const { return weight(6, tap); }
 };
-#endif
 
-template <class Kind, int Width, class T>
-PYSEG_INLINE void multiply_panel(int64_t depth, const T* a, int64_t am, int64_t ak, const T* b,
-                                 int64_t bk, const T* start, int64_t sm, T* c, int64_t cm) {
-  Vector<T> sums[PYSEG_ROWS][Width];
-#pragma GCC unroll 12
-  for (int m = 0; m < PYSEG_ROWS; ++m)
-#pragma GCC unroll 2
-    for (int n = 0; n < Width; ++n) sums[m][n] = load(start + m * sm + n * kLanes<T>);
-  for (int64_t k = 0; k < depth; ++k, a += ak, b += bk) {
-    Vector<T> right[Width];
-#pragma GCC unroll 2
-    for (int n = 0; n < Width; ++n) right[n] = load(b + n * kLanes<T>);
-#pragma GCC unroll 12
-    for (int m = 0; m < PYSEG_ROWS; ++m) {
-      const Vector<T> left = broadcast(a[m * am]);
-#pragma GCC unroll 2
-      for (int n = 0; n < Width; ++n) sums[m][n] = Kind::add_product(left, right[n], sums[m][n]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int m = 0; m < PYSEG_ROWS; ++m)
-#pragma GCC unroll 2
-    for (int n = 0; n < Width; ++n) store(c + m * cm + n * kLanes<T>, sums[m][n]);
-}
-
-// c[m, n] = start[m * sm + n] + sum over k of a[m * am + k * ak] b[k * bk + n], for whole groups of
-// rows and whole vectors of columns.
-template <class Kind, class T>
-void multiply(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t am, int64_t ak,
-              const T* b, int64_t bk, const T* start, int64_t sm, T* c, int64_t cm) {
-  int64_t n = 0;
-  for (; n + 2 * kLanes<T> <= columns; n += 2 * kLanes<T>)
-    for (int64_t m = 0; m < rows; m += PYSEG_ROWS)
-      multiply_panel<Kind, 2>(depth, a + m * am, am, ak, b + n, bk, start + m * sm + n, sm,
-                              c + m * cm + n, cm);
-  if (n < columns)
-    for (int64_t m = 0; m < rows; m += PYSEG_ROWS)
-      multiply_panel<Kind, 1>(depth, a + m * am, am, ak, b + n, bk, start + m * sm + n, sm,
-                              c + m * cm + n, cm);
-}
-
-// Storage of another type than the arithmetic: bfloat16, as what it is or as its bits.
 template <class T>
-PYSEG_INLINE Vector<T> load_wide(const T* from) {
-  return load(from);
-}
-template <class T>
-PYSEG_INLINE void store_narrow(T* to, Vector<T> value) {
-  store(to, value);
-}
-#ifdef PYSEG_BF16
-PYSEG_INLINE Vector<float> load_wide(const uint16_t* from) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return (Vector<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
-}
-PYSEG_INLINE void store_narrow(uint16_t* to, Vector<float> value) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)value));
-}
-PYSEG_INLINE void store_narrow(BFloat16* to, Vector<float> value) {
-  store_narrow(reinterpret_cast<uint16_t*>(to), value);
-}
-#endif
+using Multiply = void (*)(int64_t, int64_t, int64_t, const T*, int64_t, int64_t, const T*, int64_t,
+                          const T*, int64_t, T*, int64_t);
 template <class From, class To>
-constexpr bool kTransposesInVectors = std::is_same_v<From, To>;
-#ifdef PYSEG_BF16
-template <>
-constexpr bool kTransposesInVectors<float, BFloat16> = true;
-#endif
-
-// Of two vectors the halves that begin at lane `First`, their lanes in turn.
-template <int First, class V, int... Lanes>
-PYSEG_INLINE V interleave(V a, V b, std::integer_sequence<int, Lanes...>) {
-  constexpr int n = sizeof...(Lanes);
-  return __builtin_shufflevector(a, b, First + Lanes / 2 + Lanes % 2 * n...);
-}
-
-// out[c * out_stride + r] = in[r * in_stride + c]
-template <class From, class To>
-void transpose(const From* in, int64_t in_stride, int64_t rows, int64_t columns, To* out,
-               int64_t out_stride) {
-  int64_t whole_rows = 0, whole_columns = 0;
-  if constexpr (kTransposesInVectors<From, To>) {
-    constexpr int kSide = kLanes<From>;
-    whole_rows = rows / kSide * kSide, whole_columns = columns / kSide * kSide;
-    for (int64_t c = 0; c < whole_columns; c += kSide)
-      for (int64_t r = 0; r < whole_rows; r += kSide) {
-        Vector<From> v[kSide], w[kSide];
-#pragma GCC unroll 32
-        for (int i = 0; i < kSide; ++i) v[i] = load(in + (r + i) * in_stride + c);
-      // Each pass moves one bit of an element's place from its row to its column.
-#pragma GCC unroll 5
-        for (int pass = 1; pass < kSide; pass *= 2) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kSide / 2; ++i) {
-            constexpr auto lanes = std::make_integer_sequence<int, kSide>();
-            w[2 * i] = interleave<0>(v[i], v[i + kSide / 2], lanes);
-            w[2 * i + 1] = interleave<kSide / 2>(v[i], v[i + kSide / 2], lanes);
-          }
-#pragma GCC unroll 32
-          for (int i = 0; i < kSide; ++i) v[i] = w[i];
-        }
-#pragma GCC unroll 32
-        for (int i = 0; i < kSide; ++i) store_narrow(out + (c + i) * out_stride + r, v[i]);
-      }
-  }
-  for (int64_t c = 0; c < columns; ++c)
-    for (int64_t r = c < whole_columns ? whole_rows : 0; r < rows; ++r)
-      out[c * out_stride + r] = To(in[r * in_stride + c]);
-}
-
-// Corners and weights of every tap at the pixels of a tile.
-template <class T, class Real>
-void locate(const T* offset,  // [taps, 2, plane], from the tile's first pixel on
-            const T* mask,    // [taps, plane], or null
-            int64_t plane, const Taps& taps, const Real* base_y, const Real* base_x, int count,
-            const Samples<Real>& samples) {
-  for (int t = 0; t < taps.count; ++t) {
-    const T* __restrict offset_y = offset + 2 * t * plane;
-    const T* __restrict offset_x = offset_y + plane;
-    const T* __restrict modulation = mask ? mask + t * plane : nullptr;
-    const Real tap_y = Real(t / taps.width * taps.dilation_y);
-    const Real tap_x = Real(t % taps.width * taps.dilation_x);
-    int32_t* __restrict index = samples.index(0, t);
-    Real* __restrict weight = samples.weight(0, t);
-    Real* __restrict ty = samples.ty(t);
-    Real* __restrict tx = samples.tx(t);
-    Real* __restrict scale = samples.scale(t);
-    for (int p = 0; p < count; ++p) scale[p] = modulation ? Real(modulation[p]) : Real(1);
-    for (int p = 0; p < count; ++p) {
-      const Corners<Real> c =
-          corners(base_y[p] + tap_y + Real(offset_y[p]), base_x[p] + tap_x + Real(offset_x[p]),
-                  taps.input_height, taps.input_width, taps.input_height * taps.input_width);
-      const Real top = (1 - c.ty) * scale[p], bottom = c.ty * scale[p];
-      index[p] = c.index[0], index[kTile + p] = c.index[1];
-      index[2 * kTile + p] = c.index[2], index[3 * kTile + p] = c.index[3];
-      weight[p] = top * (1 - c.tx), weight[kTile + p] = top * c.tx;
-      weight[2 * kTile + p] = bottom * (1 - c.tx), weight[3 * kTile + p] = bottom * c.tx;
-      ty[p] = c.ty, tx[p] = c.tx;
-    }
-  }
-}
-
-// The columns of a tile: columns[p, t * width + c], channel c of a block at tap t of pixel p. A
-// vector that overlaps the next tap is written before that tap; rows have room for one more.
-template <class Real, class Column>
-void gather(const Column* block,  // [input pixels + 1, width]
-            int64_t width, const Samples<Real>& samples, int count, Column* columns,
-            int64_t stride) {
-  for (int t = 0; t < samples.taps; ++t) {
-    const int32_t* index = samples.index(0, t);
-    const Real* weight = samples.weight(0, t);
-    Column* to = columns + t * width;
-    for (int p = 0; p < count; ++p, to += stride) {
-      const Column* p0 = block + index[p] * width;
-      const Column* p1 = block + index[kTile + p] * width;
-      const Column* p2 = block + index[2 * kTile + p] * width;
-      const Column* p3 = block + index[3 * kTile + p] * width;
-      const Vector<Real> w0 = broadcast(weight[p]), w1 = broadcast(weight[kTile + p]);
-      const Vector<Real> w2 = broadcast(weight[2 * kTile + p]);
-      const Vector<Real> w3 = broadcast(weight[3 * kTile + p]);
-      for (int64_t c = 0; c < width; c += kLanes<Real>)
-        store_narrow(to + c, fma(w3, load_wide(p3 + c),
-                                 fma(w2, load_wide(p2 + c),
-                                     fma(w1, load_wide(p1 + c), w0 * load_wide(p0 + c)))));
-    }
-  }
-}
-
-// From the gradient of the columns: the columns again, the gradient of the block, and per tap and
-// pixel the products of the column's gradient with each of its four corners, [taps, 4, kTile].
-template <class Real>
-void scatter(const Real* block,  // [input pixels + 1, width]
-             int64_t width, const Samples<Real>& samples, int count,
-             const Real* column_gradients,  // [count, stride]
-             Real* columns,                 // [count, stride]
-             int64_t stride, Real* block_gradients, Real* products) {
-  typedef std::conditional_t<sizeof(Real) == 4, int32_t, int64_t> Integer;
-  Vector<Integer> lane;
-  for (int i = 0; i < kLanes<Real>; ++i) lane[i] = i;
-  const int64_t whole = width / kLanes<Real> * kLanes<Real>;
-  // Lanes from here on belong to the next pixel, or to the next tap.
-  const Vector<Integer> inside = lane < (Vector<Integer>{} + Integer(width - whole));
-  for (int t = 0; t < samples.taps; ++t) {
-    const int32_t* index = samples.index(0, t);
-    const Real* weight = samples.weight(0, t);
-    Real* product = products + int64_t(t) * 4 * kTile;
-    for (int p = 0; p < count; ++p) {
-      const Real* g = column_gradients + p * stride + t * width;
-      Real* to = columns + p * stride + t * width;
-      int64_t at[4];
-      Vector<Real> w[4], dots[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        at[i] = index[i * kTile + p] * width;
-        w[i] = broadcast(weight[i * kTile + p]);
-        dots[i] = Vector<Real>{};
-      }
-      for (int64_t c = 0; c < whole; c += kLanes<Real>) {
-        const Vector<Real> gradient = load(g + c);
-        Vector<Real> column{};
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Vector<Real> value = load(block + at[i] + c);
-          dots[i] = fma(gradient, value, dots[i]);
-          column = fma(w[i], value, column);
-        }
-        store(to + c, column);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          Real* target = block_gradients + at[i] + c;
-          store(target, fma(w[i], gradient, load(target)));
-        }
-      }
-      if (whole < width) {
-        const Vector<Real> gradient = load(g + whole);
-        Vector<Real> column{};
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          const Vector<Real> value = load(block + at[i] + whole);
-          const Vector<Real> product = gradient * value;
-          dots[i] += inside ? product : Vector<Real>{};
-          column = fma(w[i], value, column);
-        }
-        store(to + whole, column);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          Real* target = block_gradients + at[i] + whole;
-          const Vector<Real> product = w[i] * gradient;
-          store(target, load(target) + (inside ? product : Vector<Real>{}));
-        }
-      }
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) product[i * kTile + p] = sum<Real>(dots[i]);
-    }
-  }
-}
-
-// Gradients of offsets and mask, [taps, 3, plane] from the tile's first pixel on, of one block.
-template <class Real>
-void offset_gradients(const Samples<Real>& samples, int count, const Real* products,
-                      Real* gradients, int64_t plane) {
-  for (int t = 0; t < samples.taps; ++t) {
-    const Real* __restrict s = products + int64_t(t) * 4 * kTile;
-    const Real* __restrict ty = samples.ty(t);
-    const Real* __restrict tx = samples.tx(t);
-    const Real* __restrict scale = samples.scale(t);
-    Real* __restrict to = gradients + 3 * t * plane;
-    for (int p = 0; p < count; ++p) {
-      const Real s0 = s[p], s1 = s[kTile + p], s2 = s[2 * kTile + p], s3 = s[3 * kTile + p];
-      const Real top = s0 + tx[p] * (s1 - s0), bottom = s2 + tx[p] * (s3 - s2);
-      to[p] = scale[p] * (bottom - top);
-      to[plane + p] = scale[p] * ((s1 - s0) + ty[p] * ((s3 - s2) - (s1 - s0)));
-      to[2 * plane + p] = top + ty[p] * (bottom - top);
-    }
-  }
-}
+using Transpose = void (*)(const From*, int64_t, int64_t, int64_t, To*, int64_t, int64_t);
 
 template <class T, class Real>
-Functions<T, Real> functions() {
-  Functions<T, Real> f;
-  f.locate = &locate<T, Real>;
-  f.gather = &gather<Real, Real>;
-  f.multiply = &multiply<Numbers<Real>, Real>;
-  f.scatter = &scatter<Real>;
-  f.offset_gradients = &offset_gradients<Real>;
-  f.transpose_in = &transpose<T, Real>;
-  f.transpose_out = &transpose<Real, T>;
-#ifdef PYSEG_BF16
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    f.gather_pairs = &gather<float, uint16_t>;
-    f.multiply_pairs = &multiply<Pairs, float>;
-    f.transpose_bits = &transpose<uint16_t, uint16_t>;
-  }
-#endif
-  return f;
-}
-#undef PYSEG_BYTES
-#undef PYSEG_ROWS
-#undef PYSEG_BF16
+struct Functions {
+  void (*locate)(const T*, const T*, int64_t, const Taps&, const Real*, const Real*, int,
+                 const Samples<Real>&);
+  void (*gather)(const Real*, int64_t, const Samples<Real>&, int, Real*, int64_t);
+  Multiply<Real> multiply;
+  void (*scatter)(const Real*, int64_t, const Samples<Real>&, int, const Real*, Real*, int64_t,
+                  Real*, Real*);
+  void (*offset_gradients)(const Samples<Real>&, int, const Real*, Real*, int64_t);
+  // in, its stride, rows, columns, out, its stride, columns from here to the next call
+  Transpose<T, Real> transpose_in;
+  Transpose<Real, T> transpose_out;
+  // With dot products of bfloat16, else null.
+  void (*gather_pairs)(const uint16_t*, int64_t, const Samples<float>&, int, uint16_t*,
+                       int64_t) = nullptr;
+  Multiply<float> multiply_pairs = nullptr;
+  Transpose<uint16_t, uint16_t> transpose_bits = nullptr;
+};
+
+template <class T>
+using WorkType = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+PYSEG_DECLARE_LEVELS(template <class T> Functions<T, WorkType<T>> functions();)
+
+}  // namespace pyseg::deformable

@@ -9,25 +9,16 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
+#include <memory>
 #include <vector>
 
 #include "../common/common.h"
+#include "panoptic_head_simd.h"
 
+namespace pyseg::head {
 namespace {
 
-using namespace pyseg;
-
-constexpr int kTile = 128;  // output columns; a multiple of kLanes
-constexpr int kLanes = 16;
 constexpr int kRows = 8;
-constexpr float kLowest = -std::numeric_limits<float>::infinity();
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef float Unaligned __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t UnalignedInts __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 struct Columns {  // where output columns lie between those of the source
   std::vector<int> low, high;
@@ -40,46 +31,6 @@ struct Columns {  // where output columns lie between those of the source
     }
   }
 };
-
-struct alignas(4 * kLanes) Best {
-  float stuff[kTile], thing[kTile], inside[kTile], value[kTile];
-  int32_t stuff_at[kTile], value_at[kTile], outside[kTile];
-};
-
-struct Loops {
-  void (*stretch)(const float*, const int*, const int*, const float*, int, float*);
-  void (*best_classes)(const float*, const float*, int64_t, int, int, float, int, Best*);
-  void (*add_instance)(const float*, const float*, float, const float*, const int*, const int*,
-                       const float*, int, int, int, Best*);
-  void (*choose)(const Best*, int, int, int, int32_t*);
-};
-
-#ifdef PYSEG_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#include "panoptic_head_simd.h"
-}
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#include "panoptic_head_simd.h"
-}
-#pragma GCC pop_options
-#endif
-namespace generic {
-#include "panoptic_head_simd.h"
-}
-
-const Loops& loops() {
-#ifdef PYSEG_X86_LEVELS
-  const SimdLevel level = simd_level();
-  if (level == SimdLevel::v4) return v4::loops;
-  if (level == SimdLevel::v3) return v3::loops;
-#endif
-  return generic::loops;
-}
 
 struct Instance {
   int index, label;
@@ -117,7 +68,8 @@ Tensor panoptic_head_cpu(const Tensor& logits,  // [N, C, h, w] float32, stuff c
   if (out.numel() == 0) return out;
   const Tensor x = torch::stable::contiguous(logits), m = torch::stable::contiguous(masks),
                b = torch::stable::contiguous(boxes), l = torch::stable::contiguous(labels);
-  const int64_t stride = (width + kLanes - 1) / kLanes * kLanes;  // whole vectors can be read
+  const int64_t stride =
+      (width + kMostLanes - 1) / kMostLanes * kMostLanes;  // whole vectors can be read
   const Columns columns(low_width, width);
   std::vector<int> row_low(height);
   std::vector<float> row_t(height);
@@ -154,76 +106,94 @@ Tensor panoptic_head_cpu(const Tensor& logits,  // [N, C, h, w] float32, stuff c
       present[n].push_back(std::move(instance));
     }
 
-  const Loops& kernels = loops();
+  const Loops& kernels = *PYSEG_AT_LEVEL(loops);
   const float* const in = x.const_data_ptr<float>();
   int32_t* const target = out.mutable_data_ptr<int32_t>();
-  const int64_t cost = 2 * kRows * width * (classes + instances);  // of a group, as for for_each
-  const int64_t grain = std::max<int64_t>(1, kWorthThreads / cost);
-  torch::stable::parallel_for(0, images * count, grain, [&](int64_t begin, int64_t end) {
+  struct Worker {
     // [C, stride] rows of logits stretched to the output's columns.
-    std::vector<float> top(classes * stride), bottom(classes * stride), mask_row(cells);
+    std::vector<float> top, bottom, mask_row;
     int64_t bottom_row = -1;  // counted over all images
     Best best;
-    const auto load = [&](int64_t n, int64_t y, std::vector<float>& to) {
-      for (int64_t c = 0; c < classes; ++c)
-        kernels.stretch(in + ((n * classes + c) * low_height + y) * low_width, columns.low.data(),
-                        columns.high.data(), columns.t.data(), int(width), to.data() + c * stride);
-    };
-    for (int64_t job = begin; job < end; ++job) {
-      const int64_t n = job / count, y = groups[job % count];
-      const int64_t upper = row_low[y], lower = std::min(upper + 1, low_height - 1);
-      if (bottom_row == n * low_height + upper)
-        top.swap(bottom);
-      else
-        load(n, upper, top);
-      load(n, lower, bottom);
-      bottom_row = n * low_height + lower;
-      for (int64_t start = 0; start < width; start += kTile) {
-        const int across = int(std::min<int64_t>(kTile, width - start));
-        for (int64_t row = y; row < groups[job % count + 1]; ++row) {
-          const float ty = row_t[row];
-          kernels.best_classes(top.data() + start, bottom.data() + start, stride, int(classes),
-                               int(stuff), ty, across, &best);
-          std::fill_n(best.value_at, kTile, -1);
-          std::fill_n(best.outside, kTile, -1);
-          std::fill_n(best.inside, kTile, 0.0f);
-          std::fill_n(best.value, kTile, 0.0f);
-          bool all_outside = false;  // every column has an instance elsewhere
-          for (const Instance& instance : present[n]) {
-            const PixelBox& box = instance.box;
-            int from = std::max(0, box.left - int(start));
-            int to = std::min(across, box.left + box.width - int(start));
-            if (!box.has_row(int(row)) || from >= to) from = to = 0;
-            if (!all_outside && to - from < across) {
-              for (int i = 0; i < across; ++i)
-                if ((i < from || i >= to) && best.outside[i] < 0) best.outside[i] = instance.index;
-              all_outside = from == to;
-            }
-            if (from == to) continue;
-            int low;
-            float t;
-            source_index<float>(row - box.top, float(cells) / float(box.height), cells, &low, &t);
-            const float* const cell_row = instance.mask + low * cells;
-            const float* const next = instance.mask + std::min<int64_t>(low + 1, cells - 1) * cells;
-            for (int64_t i = 0; i < cells; ++i)
-              mask_row[i] = cell_row[i] + t * (next[i] - cell_row[i]);
-            const int skip = int(start) + from - instance.first;
-            kernels.add_instance(top.data() + instance.label * stride + start,
-                                 bottom.data() + instance.label * stride + start, ty,
-                                 mask_row.data(), instance.low.data() + skip,
-                                 instance.high.data() + skip, instance.t.data() + skip, from, to,
-                                 instance.index, &best);
-          }
-          kernels.choose(&best, across, int(stuff), int(instances),
-                         target + (n * height + row) * width + start);
-        }
-      }
-    }
-  });
+  };
+  std::vector<std::unique_ptr<Worker>> workers(torch::stable::get_num_threads());
+  constexpr int64_t kRun = 4;  // groups that follow each other share a row
+  const int64_t runs = (count + kRun - 1) / kRun;
+  for_each(images * runs, 2 * kRun * kRows * width * (classes + instances),
+           [&](int64_t item, int64_t number) {
+             if (!workers[number]) {
+               workers[number] = std::make_unique<Worker>();
+               workers[number]->top.resize(classes * stride),
+                   workers[number]->bottom.resize(classes * stride);
+               workers[number]->mask_row.resize(cells);
+             }
+             auto& [top, bottom, mask_row, bottom_row, best] = *workers[number];
+             const auto load = [&](int64_t n, int64_t y, std::vector<float>& to) {
+               for (int64_t c = 0; c < classes; ++c)
+                 kernels.stretch(in + ((n * classes + c) * low_height + y) * low_width,
+                                 columns.low.data(), columns.high.data(), columns.t.data(),
+                                 int(width), to.data() + c * stride);
+             };
+             const int64_t begin = item / runs * count + item % runs * kRun;
+             const int64_t end = std::min(begin + kRun, (item / runs + 1) * count);
+             for (int64_t job = begin; job < end; ++job) {
+               const int64_t n = job / count, y = groups[job % count];
+               const int64_t upper = row_low[y], lower = std::min(upper + 1, low_height - 1);
+               if (bottom_row == n * low_height + upper)
+                 top.swap(bottom);
+               else
+                 load(n, upper, top);
+               load(n, lower, bottom);
+               bottom_row = n * low_height + lower;
+               for (int64_t start = 0; start < width; start += kTile) {
+                 const int across = int(std::min<int64_t>(kTile, width - start));
+                 for (int64_t row = y; row < groups[job % count + 1]; ++row) {
+                   const float ty = row_t[row];
+                   kernels.best_classes(top.data() + start, bottom.data() + start, stride,
+                                        int(classes), int(stuff), ty, across, &best);
+                   std::fill_n(best.value_at, kTile, -1);
+                   std::fill_n(best.outside, kTile, -1);
+                   std::fill_n(best.inside, kTile, 0.0f);
+                   std::fill_n(best.value, kTile, 0.0f);
+                   bool all_outside = false;  // every column has an instance elsewhere
+                   for (const Instance& instance : present[n]) {
+                     const PixelBox& box = instance.box;
+                     int from = std::max(0, box.left - int(start));
+                     int to = std::min(across, box.left + box.width - int(start));
+                     if (!box.has_row(int(row)) || from >= to) from = to = 0;
+                     if (!all_outside && to - from < across) {
+                       for (int i = 0; i < across; ++i)
+                         if ((i < from || i >= to) && best.outside[i] < 0)
+                           best.outside[i] = instance.index;
+                       all_outside = from == to;
+                     }
+                     if (from == to) continue;
+                     int low;
+                     float t;
+                     source_index<float>(row - box.top, float(cells) / float(box.height), cells,
+                                         &low, &t);
+                     const float* const cell_row = instance.mask + low * cells;
+                     const float* const next =
+                         instance.mask + std::min<int64_t>(low + 1, cells - 1) * cells;
+                     for (int64_t i = 0; i < cells; ++i)
+                       mask_row[i] = cell_row[i] + t * (next[i] - cell_row[i]);
+                     const int skip = int(start) + from - instance.first;
+                     kernels.add_instance(top.data() + instance.label * stride + start,
+                                          bottom.data() + instance.label * stride + start, ty,
+                                          mask_row.data(), instance.low.data() + skip,
+                                          instance.high.data() + skip, instance.t.data() + skip,
+                                          from, to, instance.index, &best);
+                   }
+                   kernels.choose(&best, across, int(stuff), int(instances),
+                                  target + (n * height + row) * width + start);
+                 }
+               }
+             }
+           });
   return out;
 }
 
 }  // namespace
+}  // namespace pyseg::head
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
@@ -231,4 +201,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
       "SymInt height, SymInt width) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) { m.impl("panoptic_head", TORCH_BOX(&panoptic_head_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
+  m.impl("panoptic_head", TORCH_BOX(&pyseg::head::panoptic_head_cpu));
+}

@@ -16,95 +16,14 @@
 #include <vector>
 
 #include "../common/common.h"
+#include "panoptic_merge_simd.h"
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
+namespace pyseg::merging {
 namespace {
-
-using namespace pyseg;
 
 constexpr int64_t kBand = 1 << 15;  // pixels; a multiple of 64
 constexpr int64_t kBandWords = kBand / 64;
 constexpr int64_t kMaxLabel = 1 << 16;
-
-// [pixels] bytes to bits; the last word is filled up with zeros. Returns how many are set.
-using Pack = int64_t (*)(const uint8_t*, int64_t, uint64_t*);
-
-PYSEG_INLINE uint64_t pack_rest(const uint8_t* bytes, int64_t count) {
-  uint64_t word = 0;
-  for (int64_t i = 0; i < count; ++i) word |= uint64_t(bytes[i] != 0) << i;
-  return word;
-}
-
-int64_t pack_generic(const uint8_t* bytes, int64_t pixels, uint64_t* words) {
-  int64_t area = 0;
-  for (int64_t i = 0; i < pixels; i += 64) {
-    const int64_t count = std::min<int64_t>(64, pixels - i);
-    uint64_t eights[8] = {}, any = 0;
-    std::memcpy(eights, bytes + i, count);
-    for (const uint64_t eight : eights) any |= eight;
-    uint64_t word = 0;
-    if (any)
-      for (int k = 0; k < 8; ++k) {
-        uint64_t x = eights[k];  // every byte that is not 0 becomes 1
-        x = ((x & 0x7f7f7f7f7f7f7f7fu) + 0x7f7f7f7f7f7f7f7fu) | x;
-        x = (x >> 7) & 0x0101010101010101u;
-        word |= (x * 0x0102040810204080u) >> 56 << (8 * k);
-      }
-    words[i / 64] = word;
-    area += __builtin_popcountll(word);
-  }
-  return area;
-}
-
-#ifdef PYSEG_X86_LEVELS
-__attribute__((target("arch=x86-64-v4"))) int64_t pack_v4(const uint8_t* bytes, int64_t pixels,
-                                                          uint64_t* words) {
-  int64_t area = 0, i = 0;
-  for (; i + 64 <= pixels; i += 64) {
-    const __m512i v = _mm512_loadu_si512(bytes + i);
-    const uint64_t word = _mm512_test_epi8_mask(v, v);
-    words[i / 64] = word;
-    area += __builtin_popcountll(word);
-  }
-  if (i < pixels) {
-    words[i / 64] = pack_rest(bytes + i, pixels - i);
-    area += __builtin_popcountll(words[i / 64]);
-  }
-  return area;
-}
-
-__attribute__((target("arch=x86-64-v3"))) int64_t pack_v3(const uint8_t* bytes, int64_t pixels,
-                                                          uint64_t* words) {
-  int64_t area = 0, i = 0;
-  const __m256i zero = _mm256_setzero_si256();
-  const auto zeros = [&](const uint8_t* at) __attribute__((target("arch=x86-64-v3"))) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-    return uint32_t(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, zero)));
-  };
-  for (; i + 64 <= pixels; i += 64) {
-    const uint64_t word = ~(uint64_t(zeros(bytes + i + 32)) << 32 | zeros(bytes + i));
-    words[i / 64] = word;
-    area += __builtin_popcountll(word);
-  }
-  if (i < pixels) {
-    words[i / 64] = pack_rest(bytes + i, pixels - i);
-    area += __builtin_popcountll(words[i / 64]);
-  }
-  return area;
-}
-#endif
-
-Pack pack_function() {
-#ifdef PYSEG_X86_LEVELS
-  const SimdLevel level = simd_level();
-  if (level == SimdLevel::v4) return pack_v4;
-  if (level == SimdLevel::v3) return pack_v3;
-#endif
-  return pack_generic;
-}
 
 // One image's problem.
 struct Image {
@@ -130,19 +49,6 @@ struct Piece {
   int first = 0;  // word in the band
   std::vector<uint64_t> words;
 };
-
-// Of one row of one instance from cells: its bits, from pixel `first_column` on.
-PYSEG_MULTIVERSION void threshold_row(const float* __restrict low, const float* __restrict high,
-                                      float ty, const int* __restrict cell,
-                                      const float* __restrict tx, int64_t columns, float threshold,
-                                      int64_t cells, float* __restrict row,
-                                      uint8_t* __restrict inside) {
-  for (int64_t i = 0; i < cells + 4; ++i) row[i] = low[i] + ty * (high[i] - low[i]);
-  for (int64_t i = 0; i < columns; ++i) {
-    const float a = row[cell[i] + 2], b = row[cell[i] + 3];
-    inside[i] = a + tx[i] * (b - a) >= threshold;
-  }
-}
 
 class Merge {
  public:
@@ -179,7 +85,7 @@ class Merge {
   }
 
   void pack_masks() {
-    const Pack pack = pack_function();
+    const auto pack = PYSEG_AT_LEVEL(pack);
     const auto* const masks = static_cast<const uint8_t*>(image_.masks);
     pieces_.resize(order_.size() * bands_);
     std::vector<int64_t> areas(pieces_.size());
@@ -196,11 +102,21 @@ class Merge {
   void pack_boxes() {
     pieces_.resize(order_.size() * bands_);
     areas_.assign(order_.size(), 0);
-    // A box may cover the image; most cover little of it.
-    for_each(int64_t(order_.size()), pixels_ / 8, [&](int64_t rank, int64_t) {
-      std::vector<uint64_t> words(kBandWords);
-      areas_[rank] = pack_box(rank, words.data());
+    std::vector<int64_t> costs(order_.size());  // pixels of the boxes
+    for (size_t rank = 0; rank < order_.size(); ++rank) costs[rank] = box_pixels(rank);
+    const int64_t all = std::accumulate(costs.begin(), costs.end(), int64_t(0));
+    const int64_t items = int64_t(order_.size());
+    for_each(items, 8 * all / std::max<int64_t>(1, items), [&](int64_t rank, int64_t) {
+      uint64_t words[kBandWords];
+      areas_[rank] = pack_box(rank, words);
     });
+  }
+
+  int64_t box_pixels(int64_t rank) const {
+    const float* const box = image_.boxes + 4 * order_[rank];
+    const CellRange columns = pixels_of_box(box[0], box[2], int(image_.cells), int(image_.width));
+    const CellRange rows = pixels_of_box(box[1], box[3], int(image_.cells), int(image_.height));
+    return int64_t(std::max(0, columns.last - columns.first)) * std::max(0, rows.last - rows.first);
   }
 
   int64_t pack_box(int64_t rank, uint64_t* words) {
@@ -228,7 +144,8 @@ class Merge {
       for (int64_t i = 0; i < count; ++i) area += __builtin_popcountll(words[i]);
       keep(words, count, piece(rank, band));
     };
-    const Pack pack = pack_function();
+    const auto pack = PYSEG_AT_LEVEL(pack);
+    const auto threshold_row = PYSEG_AT_LEVEL(threshold_row);
     std::vector<uint64_t> bits(across / 64 + 2);
     for (int64_t y = rows.first; y < rows.last; ++y) {
       float ty;
@@ -450,6 +367,7 @@ std::tuple<Tensor, Tensor> panoptic_merge_cpu(
 }
 
 }  // namespace
+}  // namespace pyseg::merging
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
@@ -459,5 +377,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
-  m.impl("panoptic_merge", TORCH_BOX(&panoptic_merge_cpu));
+  m.impl("panoptic_merge", TORCH_BOX(&pyseg::merging::panoptic_merge_cpu));
 }

@@ -3,24 +3,18 @@
 #include "panoptic_quality.h"
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
-#include <mutex>
 #include <optional>
 #include <vector>
 
 #include "../common/common.h"
+#include "panoptic_quality_simd.h"
 
-#ifdef PYSEG_X86_LEVELS
-#include <immintrin.h>
-#endif
-
+namespace pyseg::panoptic {
 namespace {
 
-using namespace pyseg;
-
-constexpr int64_t kBlock = 256;   // pixels that are compared before their changes are counted
 constexpr int64_t kAhead = 1024;  // pixels from what is counted to what is fetched meanwhile
+constexpr int64_t kPiece = int64_t(1) << 15;   // pixels that are worth handing to a thread
 constexpr int64_t kDirect = int64_t(1) << 16;  // ids below are looked up in an array
 constexpr int64_t kMaxCells = int64_t(1) << 26;
 constexpr int64_t kMaxArea = int64_t(1) << 42;  // what `fraction` can take of two
@@ -85,11 +79,9 @@ class Positions {
   std::vector<Slot> slots_;
 };
 
-struct Maps {
-  const int32_t* target;
-  const int32_t* prediction;
-  const uint8_t* target_boundary;  // both or neither
-  const uint8_t* prediction_boundary;
+struct Loops {
+  int64_t (*mark_changes)(const Maps&, int64_t, uint64_t*);
+  void (*list_bits)(const uint64_t*, int64_t, const int32_t*, const int32_t*, int32_t*);
 };
 
 struct Tables {
@@ -98,96 +90,10 @@ struct Tables {
   int64_t* boundary_pairs;
 };
 
-// changed[i]: whether pixel i is not like the one before it, which is there for i = 0 too.
-template <bool Boundary>
-PYSEG_MULTIVERSION void find_changes(Maps maps, int64_t n, uint8_t* __restrict changed) {
-  const int32_t *t = maps.target, *p = maps.prediction;
-  for (int64_t i = 0; i < n; ++i) changed[i] = (t[i] ^ t[i - 1]) | (p[i] ^ p[i - 1]) ? 1 : 0;
-  if (!Boundary) return;
-  const uint8_t *tb = maps.target_boundary, *pb = maps.prediction_boundary;
-  for (int64_t i = 0; i < n; ++i) changed[i] |= uint8_t((tb[i] ^ tb[i - 1]) | (pb[i] ^ pb[i - 1]));
-}
-
-// One bit for every pixel of [0, n) that is not like the one before it; returns how many are set.
-using Mark = int64_t (*)(const Maps& maps, int64_t n, uint64_t* words);
-
-template <bool Boundary>
-int64_t mark_changes(const Maps& maps, int64_t n, uint64_t* words) {
-  alignas(64) uint8_t changed[kBlock];
-  find_changes<Boundary>(maps, n, changed);
-  if (n < kBlock) std::memset(changed + n, 0, kBlock - n);
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; i += 64) {
-    const uint64_t word = bits_of(changed + i);
-    words[i / 64] = word;
-    found += __builtin_popcountll(word);
-  }
-  return found;
-}
-
-#ifdef PYSEG_X86_LEVELS
-#define PYSEG_AVX512 __attribute__((target("arch=x86-64-v4")))
-template <bool Boundary>
-PYSEG_AVX512 int64_t mark_changes_v4(const Maps& maps, int64_t n, uint64_t* words) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t word = 0;
-    for (int64_t k = 0; k < 64; k += 16) {
-      const int64_t rest = std::clamp<int64_t>(n - i - k, 0, 16);
-      const __mmask16 valid = __mmask16((1u << rest) - 1);
-      const int32_t *const t = maps.target + i + k, *const p = maps.prediction + i + k;
-      const __m512i change =
-          _mm512_or_si512(_mm512_xor_si512(_mm512_maskz_loadu_epi32(valid, t),
-                                           _mm512_maskz_loadu_epi32(valid, t - 1)),
-                          _mm512_xor_si512(_mm512_maskz_loadu_epi32(valid, p),
-                                           _mm512_maskz_loadu_epi32(valid, p - 1)));
-      word |= uint64_t(_mm512_test_epi32_mask(change, change)) << k;
-    }
-    if (Boundary) {
-      const __mmask64 valid = n - i >= 64 ? ~uint64_t(0) : (uint64_t(1) << (n - i)) - 1;
-      for (const uint8_t* const at : {maps.target_boundary + i, maps.prediction_boundary + i})
-        word |= _mm512_cmpneq_epi8_mask(_mm512_maskz_loadu_epi8(valid, at),
-                                        _mm512_maskz_loadu_epi8(valid, at - 1));
-    }
-    words[i / 64] = word;
-    found += __builtin_popcountll(word);
-  }
-  return found;
-}
-#endif
-
-template <bool Boundary>
-Mark mark_function() {
-#ifdef PYSEG_X86_LEVELS
-  if (simd_level() == SimdLevel::v4) return mark_changes_v4<Boundary>;
-#endif
-  return mark_changes<Boundary>;
-}
-
-// The set bits as numbers, rising. Eight are written at a time, whether there are as many or not:
-// a branch for each of them would be mispredicted.
-PYSEG_MULTIVERSION void list_bits(const uint64_t* words, int64_t count, const int32_t* next_t,
-                                  const int32_t* next_p, int32_t* places) {
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t k = 64 * i; k < 64 * (i + 1); k += 16) {
-      __builtin_prefetch(next_t + k);
-      __builtin_prefetch(next_p + k);
-    }
-    uint64_t word = words[i];
-    const int found = __builtin_popcountll(word);
-    for (int k = 0; k < found; k += 8)
-      for (int j = k; j < k + 8; ++j) {
-        places[j] = int32_t(64 * i) + std::countr_zero(word);
-        word &= word - 1;
-      }
-    places += found;
-  }
-}
-
 // Maps are mostly flat: only where a run of equal pixels ends is something looked up and counted.
 template <bool Boundary, class Lookup>
-void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup columns, Mark mark,
-                 const Tables& tables) {
+void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup columns,
+                 const Loops& loops, const Tables& tables) {
   const int32_t *const t = maps.target, *const p = maps.prediction;
   const uint8_t *const tb = maps.target_boundary, *const pb = maps.prediction_boundary;
   int64_t *const pairs = tables.pairs, *const boundary_pairs = tables.boundary_pairs;
@@ -206,7 +112,7 @@ void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup co
   int32_t places[kBlock + 8];
   for (int64_t begin = 1; begin < n; begin += kBlock) {
     const int64_t end = std::min(begin + kBlock, n);
-    const int64_t found = mark(
+    const int64_t found = loops.mark_changes(
         {t + begin, p + begin, Boundary ? tb + begin : nullptr, Boundary ? pb + begin : nullptr},
         end - begin, words);
     if (2 * found > kBlock) {
@@ -220,7 +126,7 @@ void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup co
       for (; start + 1 < end; ++start) count(start, 1);
       continue;
     }
-    list_bits(words, (end - begin + 63) / 64, t + begin + kAhead, p + begin + kAhead, places);
+    loops.list_bits(words, (end - begin + 63) / 64, t + begin + kAhead, p + begin + kAhead, places);
     for (int64_t k = 0; k < found; ++k) {
       const int64_t place = begin + places[k];
       count(start, place - start);
@@ -232,13 +138,13 @@ void count_pairs(const Maps& maps, int64_t n, const Lookup rows, const Lookup co
 
 template <bool Boundary>
 void count_range(Maps maps, int64_t begin, int64_t end, const Positions& rows,
-                 const Positions& columns, bool direct, Mark mark, const Tables& tables) {
+                 const Positions& columns, bool direct, const Loops& loops, const Tables& tables) {
   maps.target += begin, maps.prediction += begin;
   if (Boundary) maps.target_boundary += begin, maps.prediction_boundary += begin;
   if (direct)
-    count_pairs<Boundary>(maps, end - begin, rows.direct(), columns.direct(), mark, tables);
+    count_pairs<Boundary>(maps, end - begin, rows.direct(), columns.direct(), loops, tables);
   else
-    count_pairs<Boundary>(maps, end - begin, rows.hashed(), columns.hashed(), mark, tables);
+    count_pairs<Boundary>(maps, end - begin, rows.hashed(), columns.hashed(), loops, tables);
 }
 
 struct Segment {
@@ -368,24 +274,36 @@ std::tuple<Tensor, Tensor> panoptic_quality_cpu(
                   boundary ? static_cast<const uint8_t*>(tb.const_data_ptr()) : nullptr,
                   boundary ? static_cast<const uint8_t*>(pb.const_data_ptr()) : nullptr};
   std::vector<int64_t> pairs(height * width), boundary_pairs(boundary ? height * width : 0);
-  const int64_t grain = std::max<int64_t>(int64_t(1) << 16, 4 * height * width);
-  const Mark mark = boundary ? mark_function<true>() : mark_function<false>();
-  std::mutex mutex;
-  torch::stable::parallel_for(0, t.numel(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<int64_t> local(pairs.size()), boundary_local(boundary_pairs.size());
-    const Tables tables{(height - 1) * width, width - 1, local.data(), boundary_local.data()};
+  const Loops loops{
+      boundary ? PYSEG_AT_LEVEL(mark_changes<true>) : PYSEG_AT_LEVEL(mark_changes<false>),
+      PYSEG_AT_LEVEL(list_bits)};
+  struct Counts {
+    std::vector<int64_t> pairs, boundary_pairs;
+  };
+  std::vector<Counts> workers(torch::stable::get_num_threads());
+  const int64_t pixels = t.numel(), piece = std::max<int64_t>(kPiece, 4 * height * width);
+  const int64_t pieces = (pixels + piece - 1) / piece;
+  for_each(pieces, 4 * std::min(piece, pixels), [&](int64_t item, int64_t worker) {
+    Counts& own = workers[worker];
+    own.pairs.resize(pairs.size()), own.boundary_pairs.resize(boundary_pairs.size());
+    const Tables tables{(height - 1) * width, width - 1, own.pairs.data(),
+                        own.boundary_pairs.data()};
     const auto count = boundary ? count_range<true> : count_range<false>;
-    count(maps, begin, end, rows, columns, direct, mark, tables);
-    const std::lock_guard<std::mutex> lock(mutex);  // sums of integers: any order, same bits
-    for (size_t i = 0; i < pairs.size(); ++i) pairs[i] += local[i];
-    for (size_t i = 0; i < boundary_pairs.size(); ++i) boundary_pairs[i] += boundary_local[i];
+    count(maps, item * piece, std::min(pixels, (item + 1) * piece), rows, columns, direct, loops,
+          tables);
   });
+  for (const Counts& own : workers) {  // sums of integers: who counted what makes no difference
+    for (size_t i = 0; i < own.pairs.size(); ++i) pairs[i] += own.pairs[i];
+    for (size_t i = 0; i < own.boundary_pairs.size(); ++i)
+      boundary_pairs[i] += own.boundary_pairs[i];
+  }
   apply_rules(targets, predictions, pairs, boundary_pairs, counts.mutable_data_ptr<int64_t>(),
               problems.mutable_data_ptr<int64_t>());
   return {counts, problems};
 }
 
 }  // namespace
+}  // namespace pyseg::panoptic
 
 // (counts [C, 4]: true positives, false positives, false negatives, sum of IoUs in 2^-40;
 //  problems [6], see enum Problem)
@@ -397,5 +315,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
-  m.impl("panoptic_quality", TORCH_BOX(&panoptic_quality_cpu));
+  m.impl("panoptic_quality", TORCH_BOX(&pyseg::panoptic::panoptic_quality_cpu));
 }

@@ -21,28 +21,13 @@
 
 #include "../common/buffer.h"
 #include "../common/common.h"
+#include "roi_align_simd.h"
 
+namespace pyseg::regions {
 namespace {
 
-using namespace pyseg;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
-
-constexpr int64_t kBlock = 64;    // channels
-constexpr int64_t kTile = 64;     // pixels
-constexpr int64_t kPadding = 16;  // what the lanes of a vector divide
-
-template <class T>
-using Integer = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
-PYSEG_INLINE float widen(BFloat16 x) { return __builtin_bit_cast(float, uint32_t(x.x) << 16); }
-template <class T>
-PYSEG_INLINE T widen(T x) {
-  return x;
-}
-PYSEG_INLINE float widen(Half x) { return float(x); }
 
 // One feature map of one image, as tensors have it.
 struct Map {
@@ -71,15 +56,12 @@ struct Problem {
   int64_t blocks() const { return (channels + kBlock - 1) / kBlock; }
 };
 
-// What one axis of a region needs: bins as lists of pixels with weights, as samples, or as ranges.
+// Finds them.
 template <class Real>
-struct Axis {
-  std::vector<int> begin;  // of each bin in the lists below, and the end of the last
-  std::vector<int> pixel;
-  std::vector<Real> weight;   // of the pixel; of samples: of the pixel after it
-  std::vector<int> distinct;  // by find_distinct(): the pixels, each once and in order
-  std::vector<int> slot;      // of each in `pixel`: its place there
-  std::vector<int> place;     // the same, of any pixel between the first and the last
+struct Axis : Pixels<Real> {
+  using Pixels<Real>::begin, Pixels<Real>::pixel, Pixels<Real>::weight;
+  using Pixels<Real>::distinct, Pixels<Real>::slot;
+  std::vector<int> place;  // of any pixel between the first and the last, in `distinct`
 
   void clear(int64_t bins) {
     begin.assign(1, 0), begin.reserve(bins + 1);
@@ -169,59 +151,13 @@ void find_bins(const Problem& p, const Map& map, const Real* box, Axis<Real>& y,
     y.samples(bins_y, p.bins_y, map.height), x.samples(bins_x, p.bins_x, map.width);
 }
 
-// The channels of a block at all pixels: those of a pixel together.
-template <class Real>
-struct Field {
-  Real* data;
-  int64_t pixel_stride, row_stride;
-  PYSEG_INLINE Real* at(int64_t y, int64_t x) const {
-    return data + y * row_stride + x * pixel_stride;
-  }
-};
-
-template <class T, class Real>
-struct Functions {
-  // [rows, in_stride] -> [columns, out_stride]: in, its stride, rows, columns, out, its stride
-  void (*lay_out)(const T*, int64_t, int64_t, int64_t, Real*, int64_t);
-  void (*lay_back)(const Real*, int64_t, int64_t, int64_t, T*, int64_t);
-  void (*average)(const Field<const Real>&, const Axis<Real>&, const Axis<Real>&, int64_t, Real*);
-  void (*spread)(const Real*, const Axis<Real>&, const Axis<Real>&, int64_t, Real*,
-                 const Field<Real>&);
-  void (*maximum_of_samples)(const Field<const Real>&, const Axis<Real>&, const Axis<Real>&,
-                             int64_t, Real*, Integer<Real>*);
-  void (*maximum_of_pixels)(const Field<const Real>&, const Axis<Real>&, const Axis<Real>&, int64_t,
-                            Real*, Integer<Real>*);
-};
-
-#ifdef PYSEG_X86_LEVELS
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-namespace v4 {
-#define PYSEG_BYTES 64
-#include "roi_align_simd.h"
-}  // namespace v4
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("arch=x86-64-v3")
-namespace v3 {
-#define PYSEG_BYTES 32
-#include "roi_align_simd.h"
-}  // namespace v3
-#pragma GCC pop_options
-#endif
-namespace generic {
-#define PYSEG_BYTES 16
-#include "roi_align_simd.h"
-}  // namespace generic
-
-template <class T, class Real>
-Functions<T, Real> functions() {
-#ifdef PYSEG_X86_LEVELS
-  const SimdLevel level = simd_level();
-  if (level == SimdLevel::v4) return v4::functions<T, Real>();
-  if (level == SimdLevel::v3) return v3::functions<T, Real>();
-#endif
-  return generic::functions<T, Real>();
+// The loops of the level in force; of double, which checks gradients, there are generic ones only.
+template <class T>
+Functions<T, WorkType<T>> functions_in_force() {
+  if constexpr (std::is_same_v<T, double>)
+    return generic::functions<double>();
+  else
+    return PYSEG_AT_LEVEL(functions<T>)();
 }
 
 template <bool Samples, class Real>
@@ -403,17 +339,17 @@ class Fields {
     Real* to = data_.get() + at_[tile.map] + first * stride;
     if (map.pixel_stride == 1) {
       functions_.lay_out(from + block * kBlock * map.plane() + first, map.plane(), channels, count,
-                         to, stride);
+                         to, stride, kTile);
     } else {
       for (int64_t i = 0; i < count; ++i) {
         const T* pixel = from + (first + i) * map.pixel_stride + block * kBlock;
-        for (int64_t c = 0; c < channels; ++c) to[i * stride + c] = widen(pixel[c]);
+        for (int64_t c = 0; c < channels; ++c) to[i * stride + c] = Real(pixel[c]);
       }
     }
   }
 
   const Problem& problem_;
-  const Functions<T, Real> functions_ = functions<T, Real>();
+  const Functions<T, Real> functions_ = functions_in_force<T>();
   std::vector<Tile> tiles_;
   std::vector<int64_t> at_;
   Buffer<Real> data_;
@@ -421,7 +357,7 @@ class Fields {
 
 template <class T, class Real>
 void forward(const Problem& p, const Real* boxes, T* out) {
-  const Functions<T, Real> f = functions<T, Real>();
+  const Functions<T, Real> f = functions_in_force<T>();
   const auto pool = p.mode == kAverageOfSamples   ? nullptr
                     : p.mode == kMaximumOfSamples ? f.maximum_of_samples
                                                   : f.maximum_of_pixels;
@@ -443,7 +379,7 @@ void forward(const Problem& p, const Real* boxes, T* out) {
       else
         f.average(field, ys, xs, padded(channels), bins);
       f.lay_back(bins, kBlock, p.bins(), channels,
-                 out + (k * p.channels + block * kBlock) * p.bins(), p.bins());
+                 out + (k * p.channels + block * kBlock) * p.bins(), p.bins(), kTile);
     });
   }
 }
@@ -451,7 +387,7 @@ void forward(const Problem& p, const Real* boxes, T* out) {
 template <class T, class Real>
 void backward(const Problem& p, const Real* boxes, const T* gradient,
               const std::vector<T*>& outputs) {  // of each level: [images, channels, height, width]
-  const Functions<T, Real> f = functions<T, Real>();
+  const Functions<T, Real> f = functions_in_force<T>();
   std::unique_ptr<Fields<T, Real>> fields;
   if (p.mode != kAverageOfSamples) fields = std::make_unique<Fields<T, Real>>(p);
   int64_t largest = 0, widest = 0;
@@ -484,7 +420,7 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
       find_bins(p, map, boxes + 5 * k + 1, s.ys, s.xs);
       if (channels < lanes) std::memset(s.bins.get(), 0, p.bins() * kBlock * sizeof(Real));
       f.lay_out(gradient + (k * p.channels + block * kBlock) * p.bins(), p.bins(), channels,
-                p.bins(), s.bins.get(), kBlock);
+                p.bins(), s.bins.get(), kBlock, kTile);
       if (p.mode == kAverageOfSamples) {
         s.xs.find_distinct();
         f.spread(s.bins.get(), s.ys, s.xs, lanes, s.line.get(), field);
@@ -501,7 +437,7 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
       const int64_t first = tile * kTile;
       if (map.touched[tile])
         f.lay_back(s.field.get() + first * lanes, lanes, pixels(tile), channels, out + first,
-                   map.plane());
+                   map.plane(), kTile);
       else
         for (int64_t c = 0; c < channels; ++c)
           std::memset(out + c * map.plane() + first, 0, pixels(tile) * sizeof(T));
@@ -515,7 +451,8 @@ void backward(const Problem& p, const Real* boxes, const T* gradient,
   }
   for (int64_t block = 0; block < blocks; ++block) {  // of which there is one at a time in `fields`
     fields->lay_out(block);
-    for_each(maps, map_cost(p, largest), [&](int64_t m, int64_t worker) { work(m, block, worker); });
+    for_each(maps, map_cost(p, largest),
+             [&](int64_t m, int64_t worker) { work(m, block, worker); });
   }
 }
 
@@ -592,6 +529,7 @@ std::vector<Tensor> roi_align_backward_cpu(const Tensor& gradient,  // [K, C, bi
 }
 
 }  // namespace
+}  // namespace pyseg::regions
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
   m.def(
@@ -605,6 +543,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
-  m.impl("roi_align", TORCH_BOX(&roi_align_cpu));
-  m.impl("_roi_align_backward", TORCH_BOX(&roi_align_backward_cpu));
+  m.impl("roi_align", TORCH_BOX(&pyseg::regions::roi_align_cpu));
+  m.impl("_roi_align_backward", TORCH_BOX(&pyseg::regions::roi_align_backward_cpu));
 }

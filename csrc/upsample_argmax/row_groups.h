@@ -9,86 +9,28 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
+#include <memory>
 #include <vector>
 
 #include "../common/common.h"
 #include "upsample_argmax.h"
+#include "upsample_argmax_simd.h"
 
-namespace {
+namespace pyseg::upsampling {
 
-#ifdef PYSEG_X86_LEVELS
-#define PYSEG_ARCH v4
-#define PYSEG_TARGET __attribute__((target("arch=x86-64-v4")))
-#define PYSEG_BYTES 64
-#define PYSEG_ROWS 8
-#include "classify.inc"
-#define PYSEG_ARCH v3
-#define PYSEG_TARGET __attribute__((target("arch=x86-64-v3")))
-#define PYSEG_BYTES 32
-#define PYSEG_ROWS 4
-#include "classify.inc"
-#endif
-#define PYSEG_ARCH generic
-#define PYSEG_TARGET
-#define PYSEG_BYTES 16
-#define PYSEG_ROWS 4
-#include "classify.inc"
-
-using namespace pyseg;
-
-constexpr int kRows = 8;    // output rows of a group
-constexpr int kTile = 32;   // output columns of a tile
-constexpr int kLanes = 16;  // the most that a vector has
-
-template <class T, class Out>
-struct Kernels {
-  decltype(&generic::expand<T>) expand = &generic::expand<T>;
-  decltype(&generic::classify<T, Out>) classify = &generic::classify<T, Out>;
-
-  Kernels() {
-#ifdef PYSEG_X86_LEVELS
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4"))
-      expand = &v4::expand<T>, classify = &v4::classify<T, Out>;
-    else if (__builtin_cpu_supports("x86-64-v3"))
-      expand = &v3::expand<T>, classify = &v3::classify<T, Out>;
-#endif
+// Calls run() with the loops for logits of a dtype, of the level in force; of double, which checks
+// gradients, there are generic ones only.
+template <class Out, class Run>
+void with_functions(ScalarType type, Run run) {
+  using torch::headeronly::BFloat16;
+  using torch::headeronly::Half;
+  switch (type) {
+    case ScalarType::Float: run(PYSEG_AT_LEVEL(functions<float, Out>)()); break;
+    case ScalarType::Double: run(generic::functions<double, Out>()); break;
+    case ScalarType::Half: run(PYSEG_AT_LEVEL(functions<Half, Out>)()); break;
+    case ScalarType::BFloat16: run(PYSEG_AT_LEVEL(functions<BFloat16, Out>)()); break;
+    default: PYSEG_CHECK(false, "logits must be float16, bfloat16, float32 or float64");
   }
-};
-
-PYSEG_INLINE float widen(float x) { return x; }
-PYSEG_INLINE double widen(double x) { return x; }
-PYSEG_INLINE float widen(torch::headeronly::BFloat16 x) {
-  const uint32_t bits = uint32_t(x.x) << 16;
-  return __builtin_bit_cast(float, bits);
-}
-// Without branches and tables, so that it vectorises: the exponent moves from bias 15 to 127.
-PYSEG_INLINE float widen(torch::headeronly::Half x) {
-  const uint32_t bits = x.x, magnitude = (bits & 0x7fff) << 13;
-  const float finite = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;  // infinities and NaN
-  const uint32_t value = magnitude >= 0x0f800000u ? special : __builtin_bit_cast(uint32_t, finite);
-  const uint32_t with_sign = value | (bits & 0x8000) << 16;
-  return __builtin_bit_cast(float, with_sign);
-}
-
-// One row of every class, as T. Returns whether all of it is tame.
-template <class In, class T>
-PYSEG_MULTIVERSION bool load_rows(const In* __restrict in, int64_t class_stride,
-                                  int64_t column_stride, int64_t classes, int64_t width,
-                                  T* __restrict out, int64_t stride) {
-  int wild = 0;
-  for (int64_t c = 0; c < classes; ++c) {
-    const In* __restrict source = in + c * class_stride;
-    T* __restrict row = out + c * stride;
-    if (column_stride == 1)
-      for (int64_t x = 0; x < width; ++x) row[x] = widen(source[x]);
-    else
-      for (int64_t x = 0; x < width; ++x) row[x] = widen(source[x * column_stride]);
-    for (int64_t x = 0; x < width; ++x) wild |= tame(row[x]) ? 0 : 1;
-  }
-  return wild == 0;
 }
 
 // Where the output columns (or rows) lie between those of the logits; padded for whole tiles.
@@ -123,11 +65,13 @@ void classify_wild(const T* top, const T* bottom, int64_t stride, int64_t classe
 }
 
 // The groups of output rows of all images. Out must hold every class.
-template <class In, class T, class Out>
+template <class T, class Out>
 class RowGroups {
  public:
-  RowGroups(const Tensor& logits, int64_t out_height, int64_t out_width)  // [N, C, h, w]
-      : logits_(logits),
+  RowGroups(const Functions<T, Out>& functions, const Tensor& logits,  // [N, C, h, w]
+            int64_t out_height, int64_t out_width)
+      : functions_(functions),
+        logits_(logits),
         rows_(logits.size(2), out_height),
         columns_(logits.size(3), out_width),
         out_width_(out_width) {
@@ -142,10 +86,20 @@ class RowGroups {
   int64_t first_row(int64_t group) const { return first_[group]; }
   int64_t rows(int64_t group) const { return first_[group + 1] - first_[group]; }
 
-  // How many groups are worth a thread.
-  int64_t grain() const {
-    const int64_t work = logits_.size(1) * (out_width_ * kRows + 4 * logits_.size(3));
-    return std::max<int64_t>(1, (int64_t(1) << 18) / work);
+  // Calls work(image, group, thread's own worker, its number) for every group of all images, in
+  // runs of a few, as groups that follow each other share a row of logits.
+  template <class Work>
+  void for_each_group(Work work) const {
+    constexpr int64_t kRun = 4;
+    const int64_t runs = (count_ + kRun - 1) / kRun;
+    const int64_t cost = kRun * logits_.size(1) * (out_width_ * kRows + 4 * logits_.size(3));
+    std::vector<std::unique_ptr<Worker>> workers(torch::stable::get_num_threads());
+    for_each(logits_.size(0) * runs, cost, [&](int64_t item, int64_t number) {
+      if (!workers[number]) workers[number] = std::make_unique<Worker>(*this);
+      const int64_t first = item % runs * kRun, end = std::min(count_, first + kRun);
+      for (int64_t group = first; group < end; ++group)
+        work(item / runs, group, *workers[number], number);
+    });
   }
 
   // One thread's buffers. Groups that follow each other share a row of logits.
@@ -153,11 +107,12 @@ class RowGroups {
    public:
     explicit Worker(const RowGroups& groups)
         : groups_(groups),
+          functions_(groups.functions_),
           classes_(groups.logits_.size(1)),
           height_(groups.logits_.size(2)),
           width_(groups.logits_.size(3)),
           // `expand` reads a whole vector from any column
-          stride_((width_ + 2 * kLanes - 1) / kLanes * kLanes),
+          stride_((width_ + 2 * kMostLanes - 1) / kMostLanes * kMostLanes),
           top_(classes_ * stride_),
           bottom_(classes_ * stride_),
           top_labels_(stride_),
@@ -201,10 +156,10 @@ class RowGroups {
           continue;
         }
         Out found[kRows * kTile];
-        kernels_.expand(top_.data(), bottom_.data(), stride_, classes_, &columns.low[x],
-                        &columns.t[x], tile, value_.data(), slope_.data(), kTile);
-        kernels_.classify(value_.data(), slope_.data(), kTile, classes_, ty, int(size), kTile,
-                          found, kTile);
+        functions_.expand(top_.data(), bottom_.data(), stride_, classes_, &columns.low[x],
+                          &columns.t[x], tile, value_.data(), slope_.data());
+        functions_.classify(value_.data(), slope_.data(), kTile, classes_, ty, int(size), kTile,
+                            found, kTile);
         for (int64_t r = 0; r < size; ++r)
           std::memcpy(labels + r * out_width + x, found + r * kTile, tile * sizeof(Out));
       }
@@ -214,19 +169,18 @@ class RowGroups {
     // A row of logits, and its best classes. Returns whether it is tame.
     bool load(int64_t image, int64_t y, std::vector<T>& to, std::vector<Out>& best) {
       const Tensor& logits = groups_.logits_;
-      const In* row = static_cast<const In*>(logits.const_data_ptr()) + image * logits.stride(0) +
-                      y * logits.stride(2);
-      const bool is_tame = load_rows<In, T>(row, logits.stride(1), logits.stride(3), classes_,
-                                            width_, to.data(), stride_);
+      const bool is_tame =
+          functions_.load(logits.const_data_ptr(), image * logits.stride(0) + y * logits.stride(2),
+                          logits.stride(1), logits.stride(3), classes_, width_, to.data(), stride_);
       const T zero[kRows] = {};
       if (is_tame)  // with ty = 0 the slope does not matter, but must be finite
-        kernels_.classify(to.data(), to.data(), stride_, classes_, zero, 1, stride_, best.data(),
-                          stride_);
+        functions_.classify(to.data(), to.data(), stride_, classes_, zero, 1, stride_, best.data(),
+                            stride_);
       return is_tame;
     }
 
     const RowGroups& groups_;
-    const Kernels<T, Out> kernels_;
+    const Functions<T, Out> functions_;
     const int64_t classes_, height_, width_, stride_;
     std::vector<T> top_, bottom_;  // the rows of logits above and below
     std::vector<Out> top_labels_, bottom_labels_;
@@ -236,6 +190,7 @@ class RowGroups {
   };
 
  private:
+  const Functions<T, Out> functions_;
   const Tensor logits_;
   const Axis<T> rows_, columns_;
   const int64_t out_width_;
@@ -243,4 +198,4 @@ class RowGroups {
   std::vector<int64_t> first_;  // output row of each group
 };
 
-}  // namespace
+}  // namespace pyseg::upsampling

@@ -2,78 +2,62 @@
 // are counted while they are in the cache; no label map exists.
 #include "upsample_confusion.h"
 
-#include <mutex>
+#include <type_traits>
 
 #include "../confusion_matrix/count_cells.h"
 #include "../upsample_argmax/row_groups.h"
 
+namespace pyseg::upsampling {
 namespace {
 
-struct Counting {
-  const void* target;  // [N, H, W]
-  int64_t classes, ignore, height, width;
-  std::vector<int64_t>& tables;  // [N, (C + 2)^2]
-};
-
-// Adds n pixels from `offset` on.
-template <class P, class T>
-void count_typed(const P* labels, const Counting& counting, int64_t offset, int64_t n,
-                 uint32_t* table, int64_t cells, int copies) {
-  const LabelCoder<P> columns(counting.classes, counting.ignore);
-  const LabelCoder<T> rows(counting.classes, counting.ignore);
-  const T* target = static_cast<const T*>(counting.target) + offset;
-  if (cells <= int64_t(1) << 16)
-    count_range<P, T, uint16_t>(labels, target, n, columns, rows, table, cells, copies);
-  else
-    count_range<P, T, uint32_t>(labels, target, n, columns, rows, table, cells, copies);
+// Labels as the type that they are counted as, in a buffer unless they are of that type already.
+template <class To, class From>
+const To* as(const From* labels, int64_t n, To* buffer) {
+  if constexpr (std::is_same_v<From, To>) return labels;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = To(labels[i]);
+  return buffer;
 }
 
-template <class P>
-decltype(&count_typed<P, uint8_t>) counter(ScalarType target) {
-  switch (target) {
-    case ScalarType::Byte: return &count_typed<P, uint8_t>;
-    case ScalarType::Char: return &count_typed<P, int8_t>;
-    case ScalarType::Short: return &count_typed<P, int16_t>;
-    case ScalarType::Int: return &count_typed<P, int32_t>;
-    case ScalarType::Long: return &count_typed<P, int64_t>;
-    default: PYSEG_CHECK(false, "target must be uint8, int8, int16, int32 or int64");
+// Both kinds of labels are counted as the narrowest type that holds both.
+template <class P, class T>
+void count_typed(PairCounts& counts, int64_t worker, int64_t image, const P* prediction,
+                 const T* target, int64_t n, int64_t classes, int64_t ignore) {
+  using Both =
+      std::conditional_t<std::is_same_v<P, T>, T, std::conditional_t<(sizeof(T) > 2), T, int16_t>>;
+  constexpr int64_t kPiece = 2048;
+  Both p[kPiece], t[kPiece];
+  for (int64_t at = 0; at < n; at += kPiece) {
+    const int64_t size = std::min(kPiece, n - at);
+    counts.add(worker, image, as(prediction + at, size, p), as(target + at, size, t), size,
+               LabelCoder<Both>(classes, ignore));
   }
 }
 
-template <class In, class T, class Out>
-void count_images(const Tensor& logits, ScalarType target, const Counting& counting) {
-  const RowGroups<In, T, Out> groups(logits, counting.height, counting.width);
-  const auto count = counter<Out>(target);
-  const int64_t cells = (counting.classes + 2) * (counting.classes + 2);
-  const int copies = table_copies(cells);
-  const int64_t per_image = groups.count();
-  std::mutex mutex;
-  torch::stable::parallel_for(
-      0, logits.size(0) * per_image, groups.grain(), [&](int64_t begin, int64_t end) {
-        typename RowGroups<In, T, Out>::Worker worker(groups);
-        std::vector<Out> labels(kRows * counting.width);
-        std::vector<uint32_t> local(cells * copies);
-        while (begin < end) {
-          const int64_t image = begin / per_image, stop = std::min(end, (image + 1) * per_image);
-          std::fill(local.begin(), local.end(), 0u);
-          for (; begin < stop; ++begin) {
-            const int64_t group = begin % per_image;
-            worker.classify(image, group, labels.data());
-            const int64_t y = image * counting.height + groups.first_row(group);
-            count(labels.data(), counting, y * counting.width, groups.rows(group) * counting.width,
-                  local.data(), cells, copies);
-          }
-          add_tables(local, cells, mutex, counting.tables.data() + image * cells);
-        }
-      });
-}
-
-template <class In, class T>
-void count_images_as(const Tensor& logits, ScalarType target, const Counting& counting) {
-  if (counting.classes <= 255)  // as in upsample_argmax
-    count_images<In, T, uint8_t>(logits, target, counting);
-  else
-    count_images<In, T, int16_t>(logits, target, counting);
+template <class Out>
+void count_images(PairCounts& counts, const Tensor& logits, const Tensor& target, int64_t ignore) {
+  const int64_t height = target.size(1), width = target.size(2), classes = logits.size(1);
+  std::vector<std::vector<Out>> labels(torch::stable::get_num_threads());
+  with_functions<Out>(logits.scalar_type(), [&](const auto& functions) {
+    const RowGroups groups(functions, logits, height, width);
+    groups.for_each_group([&](int64_t image, int64_t group, auto& rows, int64_t worker) {
+      std::vector<Out>& own = labels[worker];
+      own.resize(kRows * width);
+      rows.classify(image, group, own.data());
+      const int64_t at = (image * height + groups.first_row(group)) * width;
+      const int64_t n = groups.rows(group) * width;
+      const auto count = [&]<class T>(T) {
+        count_typed(counts, worker, image, own.data(),
+                    static_cast<const T*>(target.const_data_ptr()) + at, n, classes, ignore);
+      };
+      switch (target.scalar_type()) {
+        case ScalarType::Byte: count(uint8_t()); break;
+        case ScalarType::Char: count(int8_t()); break;
+        case ScalarType::Short: count(int16_t()); break;
+        case ScalarType::Int: count(int32_t()); break;
+        default: count(int64_t());
+      }
+    });
+  });
 }
 
 template <class T>
@@ -95,25 +79,18 @@ std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cpu(
   Tensor invalid = torch::stable::new_zeros(logits, {images, 2}, ScalarType::Long);
   if (target_labels.numel() == 0) return {matrix, missed, invalid};
   const Tensor target = torch::stable::contiguous(target_labels);
-  const int64_t cells = (classes + 2) * (classes + 2);
-  std::vector<int64_t> tables(images * cells);
-  const Counting counting{target.const_data_ptr(), classes,        ignore_index,
-                          target.size(1),          target.size(2), tables};
   const ScalarType type = target.scalar_type();
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: count_images_as<float, float>(logits, type, counting); break;
-    case ScalarType::Double: count_images_as<double, double>(logits, type, counting); break;
-    case ScalarType::Half:
-      count_images_as<torch::headeronly::Half, float>(logits, type, counting);
-      break;
-    case ScalarType::BFloat16:
-      count_images_as<torch::headeronly::BFloat16, float>(logits, type, counting);
-      break;
-    default: PYSEG_CHECK(false, "logits must be float16, bfloat16, float32 or float64");
-  }
+  PYSEG_CHECK(type == ScalarType::Byte || type == ScalarType::Char || type == ScalarType::Short ||
+                  type == ScalarType::Int || type == ScalarType::Long,
+              "target must be uint8, int8, int16, int32 or int64");
+  PairCounts counts(images, classes);
+  if (classes <= 255)  // as in upsample_argmax
+    count_images<uint8_t>(counts, logits, target, ignore_index);
+  else
+    count_images<int16_t>(counts, logits, target, ignore_index);
   int64_t bad_targets = 0;
   for (int64_t image = 0; image < images; ++image)
-    bad_targets += split_table(tables.data() + image * cells, classes,
+    bad_targets += split_table(counts.table(image), classes,
                                matrix.mutable_data_ptr<int64_t>() + image * classes * classes,
                                missed.mutable_data_ptr<int64_t>() + image * classes)
                        .first;
@@ -128,6 +105,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cpu(
 }
 
 }  // namespace
+}  // namespace pyseg::upsampling
 
 // What confusion_matrix returns for upsample_argmax's labels.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
@@ -137,5 +115,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyseg, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyseg, CPU, m) {
-  m.impl("upsample_confusion", TORCH_BOX(&upsample_confusion_cpu));
+  m.impl("upsample_confusion", TORCH_BOX(&pyseg::upsampling::upsample_confusion_cpu));
 }

@@ -1,0 +1,100 @@
+// The inner loops of boundary_match on the CPU.
+#include "boundary_match_simd.h"
+
+#include "../common/level.h"              // after all others
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
+
+namespace pyseg::contours::PYSEG_LEVEL {
+
+template <class T, class Code>
+bool encode_row(const T* __restrict prediction, const T* __restrict target, int64_t width,
+                const LabelCoder<T>& labels, Code* __restrict predicted, Code* __restrict truth) {
+  const LabelCoder<T> coder = labels;
+  const Code void_code = Code(coder.num_classes), bad = Code(coder.num_classes + 1);
+  int wrong = 0;
+  for (int64_t x = 0; x < width; ++x) {
+    const Code t = coder.template code<Code>(target[x]);
+    const Code p = t == void_code ? void_code : coder.template code<Code>(prediction[x]);
+    truth[x] = t, predicted[x] = p;
+    wrong |= (t == bad) | (p == bad);
+  }
+  return wrong != 0;
+}
+
+template <class Code>
+void keep_contour(const Code* __restrict above, const Code* __restrict row,
+                  const Code* __restrict below, int64_t width, Code classes, Code other,
+                  Code* __restrict contour) {
+  for (int64_t x = 0; x < width; ++x) {
+    const Code code = row[x];
+    const Code left = row[x > 0 ? x - 1 : 0], right = row[x + 1 < width ? x + 1 : x];
+    const bool differs = code != above[x] || code != below[x] || code != left || code != right;
+    contour[x] = differs && code < classes ? code : other;
+  }
+}
+
+template <class Code>
+PYSEG_INLINE bool row_has(const Code* row, Code code,
+                          const std::vector<std::array<uint8_t, kBytes>>& masks) {
+  typedef Code Vector __attribute__((vector_size(kBytes), aligned(alignof(Code)), may_alias));
+  typedef uint64_t Pair __attribute__((vector_size(kBytes)));
+  Pair found = {};
+  for (const auto& mask : masks) {
+    Pair inside;
+    std::memcpy(&inside, mask.data(), kBytes);
+    found |= Pair(*reinterpret_cast<const Vector*>(row) == code) & inside;
+    row += kBytes / sizeof(Code);
+  }
+  return (found[0] | found[1]) != 0;
+}
+
+// Rows from the nearest on, so that most searches end early.
+template <class Code>
+PYSEG_INLINE bool is_near(const Framed<Code>& contour, int64_t y, int64_t x, Code code,
+                          const Disc& disc, const Rows& rows) {
+  if (contour.row(y)[x] == code) return true;
+  const int64_t nearest = std::max<int64_t>({0, rows.first - y, y - rows.last});
+  const int64_t farthest = std::min(disc.radius, std::max(y - rows.first, rows.last - y));
+  for (int64_t dy = nearest; dy <= farthest; ++dy) {
+    const int64_t left = x - disc.half_widths[dy];
+    if ((y - dy >= rows.first && row_has(contour.row(y - dy) + left, code, disc.masks[dy])) ||
+        (y + dy <= rows.last && row_has(contour.row(y + dy) + left, code, disc.masks[dy])))
+      return true;
+  }
+  return false;
+}
+
+template <class Code>
+void match_row(const Framed<Code>& from, const Framed<Code>& to, int64_t y, Code other,
+               const Disc& disc, const Rows* rows, int first, int64_t* counts) {
+  const Code* const row = from.row(y);
+  for (int64_t x = 0; x < from.width; x += kGroup<Code>) {
+    if (!has_contour(row + x)) continue;
+    for (int64_t k = x; k < x + kGroup<Code>; ++k) {
+      const Code code = row[k];
+      if (code == other) continue;
+      ++counts[int64_t(code) * kMatchCounts + first];
+      counts[int64_t(code) * kMatchCounts + first + 1] += is_near(to, y, k, code, disc, rows[code]);
+    }
+  }
+}
+
+template void keep_contour(const uint8_t*, const uint8_t*, const uint8_t*, int64_t, uint8_t,
+                           uint8_t, uint8_t*);
+template void keep_contour(const uint16_t*, const uint16_t*, const uint16_t*, int64_t, uint16_t,
+                           uint16_t, uint16_t*);
+template void match_row(const Framed<uint8_t>&, const Framed<uint8_t>&, int64_t, uint8_t,
+                        const Disc&, const Rows*, int, int64_t*);
+template void match_row(const Framed<uint16_t>&, const Framed<uint16_t>&, int64_t, uint16_t,
+                        const Disc&, const Rows*, int, int64_t*);
+
+#define PYSEG_ENCODE(T)                                                                            \
+  template bool encode_row(const T*, const T*, int64_t, const LabelCoder<T>&, uint8_t*, uint8_t*); \
+  template bool encode_row(const T*, const T*, int64_t, const LabelCoder<T>&, uint16_t*, uint16_t*);
+PYSEG_ENCODE(uint8_t)
+PYSEG_ENCODE(int8_t)
+PYSEG_ENCODE(int16_t)
+PYSEG_ENCODE(int32_t)
+PYSEG_ENCODE(int64_t)
+
+}  // namespace pyseg::contours::PYSEG_LEVEL
