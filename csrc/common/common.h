@@ -22,15 +22,6 @@
 #include "inline.h"
 #include "simd_level.h"
 
-// A function under this macro is compiled once per instruction set and chosen when the library is
-// loaded. Lambda bodies and callees that are not inlined stay generic: put the loop itself here,
-// and mark what it calls PYSEG_INLINE.
-#if defined(PYSEG_X86_LEVELS) && !defined(__clang__)
-#define PYSEG_MULTIVERSION \
-  __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define PYSEG_MULTIVERSION
-#endif
 
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \

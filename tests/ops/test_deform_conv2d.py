@@ -43,7 +43,8 @@ def make_case(
 
     # At whole numbers, to which float may round a position, the gradient of the offset jumps.
     offset = scale * randn(images, 2 * offset_groups * taps, *out)
-    offset = torch.where((offset - offset.round()).abs() < 1e-3, offset + 2e-3, offset)
+    if scale:
+        offset = torch.where((offset - offset.round()).abs() < 1e-3, offset + 2e-3, offset)
     tensors = {
         "input": randn(images, channels, *size),
         "offset": offset,
