@@ -3,9 +3,9 @@
     python tests/stack_traffic.py LIMIT FILE... [--functions REGEX]
 
 FILE is an object or a library. Where a compiler lowers vectors of another length than its registers
-have, or runs out of registers, hot loops go through the stack and take twice as long. Of each matching
-function the share of such moves among its instructions is printed; above LIMIT (0.02 is 2 %), in
-functions of at least 100 instructions, the exit status is 1.
+have, or runs out of registers, hot loops go through the stack and take twice as long. Of each
+matching function the share of such moves among its instructions is printed; above LIMIT (0.02 is
+2 %), in functions of at least 100 instructions, the exit status is 1.
 """
 
 import argparse

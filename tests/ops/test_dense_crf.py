@@ -462,7 +462,7 @@ def stack_traffic(*arguments):
 
 @pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
 def test_hot_loops_stay_in_registers():
-    """Lowered from vectors of 64 bytes, AVX2's had 4 to 40 % of such moves and took twice as long."""
+    """AVX2's, lowered from 64-byte vectors, had 4 to 40 % of such moves and took twice as long."""
     library = next(Path(pyseg.__file__).parent.glob("_C.abi3.so"))
     clang = b"clang" in library.read_bytes()  # keeps the constants of the exponential there
     result = stack_traffic(0.06 if clang else 0.03, library, "--functions", HOT)
