@@ -35,8 +35,8 @@ DYNAMIC = {
     "match_kernel": (48 << 10, False),
     "find_uniform_kernel": (16 << 10, False),
     "decide": (40 << 10, False),
-    "count_stuff": (40 << 10, False),
-    "write": (40 << 10, False),
+    "count_stuff": (10 << 10, False),
+    "write": (10 << 10, False),
 }
 BLOCKS = {"locate_kernel": 128}  # threads; others have 256, a few 128
 # Bytes of a thread's local memory that are accepted, by kernel: arrays with a running index, whose
@@ -45,6 +45,7 @@ LOCAL = {
     "average_kernel": 48,
     "back_kernel": 32,
     "check_kernel": 16,
+    "decide": 24,
     "gather_kernel": 80,
     "locate_kernel": 8,
     "normalize_kernel": 152,

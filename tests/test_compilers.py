@@ -1,6 +1,7 @@
-"""The CPU library by the other compiler: all other tests load g++'s, this one clang's.
+"""What the compilers make: the CPU library by clang, too, and the resources of CUDA kernels.
 
-Each takes what the other refuses, and vector types are lowered differently by both.
+The other tests load what g++ makes. Each compiler takes what the other refuses, and vector types
+are lowered differently by both.
 """
 
 import os
@@ -15,6 +16,18 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "clang"
 # Compiled CUDA sources and compiled Python are other code, and take long.
 TESTS = "not emulated and not cuda and not compile and not opcheck"
+
+
+def test_kernels_take_what_they_are_noted_to_take():
+    """Shared memory within the limit, and no spills but those that are known."""
+    if not list((ROOT / "pyseg").glob("_C_cu*.so")):
+        pytest.skip("the CUDA library is not built here")
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "cuda_resources.py"], capture_output=True, text=True
+    )
+    if "no cuobjdump" in result.stderr:
+        pytest.skip(result.stderr.strip())
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def find_clang():

@@ -6,7 +6,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
-wheel=${1:-$(ls -t "$root"/dist/pyseg_toolkit-*.whl 2>/dev/null | head -n 1)}
+wheel=${1:-$(ls -t "$root"/dist/pyseg_toolkit-*.whl 2>/dev/null | head -n 1 || true)}
 [ -f "$wheel" ] || { echo "no wheel in dist/: make wheel"; exit 1; }
 wheel=$(realpath "$wheel")
 echo "== $wheel"

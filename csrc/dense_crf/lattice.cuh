@@ -893,8 +893,6 @@ bool capturing(cudaStream_t stream) {
 }
 
 // The lattices of a batch of images, and what runs on them.
-
-// The lattices of a batch of images.
 template <class Real>
 struct Lattice {
   static constexpr int kVector = 16 / sizeof(Real);

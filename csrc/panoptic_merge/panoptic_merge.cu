@@ -28,7 +28,7 @@ constexpr int kWords = 4;               // of a thread that packs masks
 constexpr int kChunk = 8;               // words of a thread of the deciding block at a time
 constexpr int kListed = 512;            // accepted instances that fit the writing block's list
 constexpr int kSpan = 4096;             // labels of stuff below this are looked up, others searched
-constexpr int kSharedBytes = 40 << 10;  // of what a kernel may have, 8 KiB are for static arrays
+constexpr int kSharedBytes = 40 << 10;  // for the deciding block, whose static arrays take 5 KiB
 constexpr unsigned kAll = 0xffffffffu;
 
 struct Shape {

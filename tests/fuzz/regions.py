@@ -127,7 +127,7 @@ def pool(levels, regions, which, scales, bins, ratio, aligned, mode):
 
 
 @op(2.0)
-def roi(draw: Draw) -> None:
+def roi_align(draw: Draw) -> None:
     """roi_align, roi_warp, roi_pool, multi_scale_roi_align and their modules."""
     kind = draw.choice(("align", "align", "align", "warp", "pool", "multi"))
     n, channels = draw.integer(1, 3), draw.choice((1, 2, 3, draw.integer(1, 40)))
