@@ -23,7 +23,7 @@ struct Posted {  // by the lanes of a warp for each other
   const char* row;
   unsigned left[4], right[2];
 };
-inline Posted posted[32][32];  // [warp, lane]
+__shared__ Posted posted[32][32];  // [warp, lane], of each block
 
 template <bool kTransposed>
 void load(unsigned (&to)[4], const void* row) {

@@ -239,6 +239,9 @@ def deform_conv2d(generator):
                     torch.rand(2, 9, 13, 19, generator=generator),
                 )
             ]
+            # At whole numbers, to which float may round a position, the gradient of offsets jumps.
+            near = (tensors[1].double() - tensors[1].double().round()).abs() < 1e-2
+            tensors[1] = torch.where(near, torch.tensor(0.25, dtype=dtype), tensors[1])
             tolerance = {torch.float32: 1e-4, torch.float64: 1e-10}.get(dtype, 3e-2)
 
             def run(function, x, o, w, m):
