@@ -185,6 +185,9 @@ class Build(build_ext):
         more = shlex.split(os.environ.get("CXXFLAGS", ""))
         linker = shlex.split(os.environ.get("LDFLAGS", ""))
         include = [f"-isystem{folder}" for folder in cpp_extension.include_paths("cpu")]
+        # Messages of torch's headers hold their path: the library is not to say where it was built.
+        torch_headers = cpp_extension.include_paths("cpu")[0]
+        unnamed = f"-fmacro-prefix-map={torch_headers}=torch"
         libraries = [f"-L{folder}" for folder in cpp_extension.library_paths("cpu")]
         stamp = f"-Wl,--build-id=0x{source_digest.digest()}"  # what an older library lacks
         link = ["-shared", "-Wl,--as-needed", stamp, *linker, *libraries, "-lc10", "-ltorch_cpu"]
@@ -192,7 +195,7 @@ class Build(build_ext):
             "ninja_required_version = 1.5",
             f"builddir = {BUILD}",
             "rule cxx",
-            f"  command = {quoted([cxx, *COMMON, *HOST, *include])} $flags {quoted(more)}"
+            f"  command = {quoted([cxx, *COMMON, *HOST, unnamed, *include])} $flags {quoted(more)}"
             " -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
@@ -204,6 +207,7 @@ class Build(build_ext):
         if len(self.extensions) > 1:
             include = [f"-isystem={folder}" for folder in cpp_extension.include_paths("cpu")]
             nvcc = [f"{cuda_home}/bin/nvcc", *COMMON, *NVCC, *architectures(), *include]
+            nvcc.append(f"-Xcompiler={unnamed}")
             lines += [
                 "rule nvcc",
                 f"  command = {quoted(nvcc)} -MD -MF $out.d -c $in -o $out",
