@@ -128,12 +128,12 @@ def check_tensors(**named: Any) -> None:
 
 
 def integer(name: str, value: Any) -> int:
-    """An argument as an int, whether it is Python's or NumPy's.
+    """An argument as an int, whether it is Python's or NumPy's; a size that is traced stays one.
 
     Raises:
         ValueError: it is no integer of 64 bits; torch's own error would be a RuntimeError.
     """
-    if not isinstance(value, int):
+    if not isinstance(value, (int, torch.SymInt)):
         try:
             value = operator.index(value)
         except TypeError:
@@ -145,12 +145,10 @@ def integer(name: str, value: Any) -> int:
 
 def number(name: str, value: Any) -> float:
     """An argument as a float, which may be infinite or NaN; text is none."""
-    if isinstance(value, (int, float)):
-        return value
     try:
         if not isinstance(value, str):
             return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ValueError(f"{name} must be a number, got {value!r}")
 

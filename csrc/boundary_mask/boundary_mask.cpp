@@ -41,10 +41,10 @@ void boundary_mask_typed(const Tensor& labels, Tensor& mask, const Window& windo
   });
 }
 
-// pyseg/ops/boundary_mask.py has checked the arguments and named what is wrong; what is checked
-// here guards memory against calls of torch.ops.pyseg itself. Empty input returns first.
+// Empty input returns first.
 Tensor boundary_mask_cpu(const Tensor& labels,  // [N, H, W] integer
                          int64_t distance, bool border) {
+  check_labels(labels, distance);
   Tensor mask = torch::stable::new_empty(labels, labels.sizes(), ScalarType::Bool);
   if (labels.numel() == 0) return mask;
   const Tensor in = torch::stable::contiguous(labels);

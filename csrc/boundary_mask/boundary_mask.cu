@@ -154,6 +154,7 @@ void launch(const Tensor& labels, Tensor& uniform, Tensor& mask, const Window& w
 }
 
 Tensor boundary_mask_cuda(const Tensor& labels, int64_t distance, bool border) {
+  pyseg::check_labels(labels, distance);
   const pyseg::DeviceScope device(labels);  // the tensor's device and its current stream
   Tensor mask = torch::stable::new_empty(labels, labels.sizes(), ScalarType::Bool);
   if (labels.numel() == 0) return mask;

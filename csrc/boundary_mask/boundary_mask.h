@@ -3,7 +3,7 @@
 // boundary_mask is the smallest op, and commented as a template for others. Its .h holds what both
 // back ends must agree on: the method, constants, plain structures, and mathematics as functions
 // under PYSEG_HOST_DEVICE (common/host_device.h), so that no formula is written twice. It includes
-// no CUDA, and torch only where both back ends check tensors by one function (see roi_align.h).
+// no CUDA, and torch only where both back ends check tensors by one function, as here.
 //
 // A pixel is inside its region if the square window of (2 d + 1)^2 pixels around it has one label:
 // if the windows of 2 d + 1 pixels along the row do, in each of the 2 d + 1 rows, and those rows
@@ -13,9 +13,17 @@
 
 #include <cstdint>
 
+#include "../common/common.h"
 #include "../common/host_device.h"
 
 namespace pyseg {
+
+// Guards memory against calls of torch.ops.pyseg itself: pyseg/ops/boundary_mask.py has checked the
+// arguments and named what is wrong.
+inline void check_labels(const Tensor& labels, int64_t distance) {
+  PYSEG_CHECK(labels.dim() == 3, "labels must be [N, H, W], got ", shape(labels));
+  PYSEG_CHECK(distance >= 1, "distance must be at least 1, got ", distance);
+}
 
 struct Window {
   int64_t height, width;

@@ -12,10 +12,7 @@ namespace pyseg {
 // Checks what the memory accesses rely on; Python has checked it in more words.
 inline void check_labels(const Tensor& prediction, const Tensor& target, int64_t num_classes,
                          int64_t squared_radius) {
-  PYSEG_CHECK(target.dim() == 3 && shape(prediction) == shape(target) &&
-                  prediction.scalar_type() == target.scalar_type(),
-              "prediction and target must both be [N, H, W] of one dtype, got ", shape(prediction),
-              " and ", shape(target));
+  check_pair(prediction, target);
   PYSEG_CHECK(num_classes >= 1 && num_classes <= 4096, "num_classes must be 1 to 4096, got ",
               num_classes);
   PYSEG_CHECK(squared_radius >= 0 && squared_radius < 4096 * 4096,

@@ -22,7 +22,6 @@
 #include "inline.h"
 #include "simd_level.h"
 
-
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \
   do {                                                                         \
@@ -47,6 +46,15 @@ inline std::string shape(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "[") << tensor.size(i);
   out << (tensor.dim() ? "]" : "[]");
   return out.str();
+}
+
+// Two label maps that are compared: what the memory accesses rely on; Python has checked it in more
+// words.
+inline void check_pair(const Tensor& prediction, const Tensor& target) {
+  PYSEG_CHECK(target.dim() == 3 && shape(prediction) == shape(target) &&
+                  prediction.scalar_type() == target.scalar_type(),
+              "prediction and target must both be [N, H, W] of one dtype, got ", shape(prediction),
+              " and ", shape(target));
 }
 
 // Asks for huge pages, where that means anything: touching small ones for the first time takes

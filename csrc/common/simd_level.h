@@ -1,10 +1,10 @@
 // The instruction sets that the hot loops are compiled for, and the choice of one at run time.
 //
-// Such loops live in `<op>_simd.cpp`, which setup.py compiles once per level, each in a namespace of
-// the level's name (see level.h). The rest of the op declares and picks them:
+// Such loops live in `<op>_simd.cpp`, which setup.py compiles once per level, each in a namespace
+// of the level's name (see level.h). The rest of the op declares and picks them:
 //
 //   PYSEG_DECLARE_LEVELS(void add_rows(const float* from, int64_t n, float* to);)
-//   const auto add_rows = PYSEG_AT_LEVEL(add_rows);
+//   const auto add_rows = PYSEG_AT_LEVEL(add_rows);  // before threads start: it may throw
 #pragma once
 
 // Where the units of setup.py's level_units() exist.
@@ -42,7 +42,8 @@ inline SimdLevel simd_level() {
     __builtin_cpu_init();
 #ifdef __clang__  // names no levels before its release 18
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+                    __builtin_cpu_supports("f16c");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
@@ -77,14 +78,15 @@ inline const char* simd_level_name() {
   namespace generic {             \
   __VA_ARGS__                     \
   }
-#define PYSEG_AT_LEVEL(...)                                          \
-  (::pyseg::simd_level() == ::pyseg::SimdLevel::v4   ? &v4::__VA_ARGS__ \
-   : ::pyseg::simd_level() == ::pyseg::SimdLevel::v3 ? &v3::__VA_ARGS__ \
-                                                     : &generic::__VA_ARGS__)
+#define PYSEG_AT(level, ...)                              \
+  ((level) == ::pyseg::SimdLevel::v4   ? &v4::__VA_ARGS__ \
+   : (level) == ::pyseg::SimdLevel::v3 ? &v3::__VA_ARGS__ \
+                                       : &generic::__VA_ARGS__)
 #else
 #define PYSEG_DECLARE_LEVELS(...) \
   namespace generic {             \
   __VA_ARGS__                     \
   }
-#define PYSEG_AT_LEVEL(...) (&generic::__VA_ARGS__)
+#define PYSEG_AT(level, ...) (&generic::__VA_ARGS__)
 #endif
+#define PYSEG_AT_LEVEL(...) PYSEG_AT(::pyseg::simd_level(), __VA_ARGS__)

@@ -1,14 +1,10 @@
-// Vectors of the compiler: of N numbers, or of PYSEG_BYTES, which is a register of the level.
+// Vectors of the compiler: of N numbers, or of a register of the level.
 //
 // `<op>_simd.cpp` includes this after level.h, inside the namespace of its level: vector types are
 // lowered to the target in force where they are written.
 
-#ifndef PYSEG_BYTES
-#define PYSEG_BYTES PYSEG_REGISTER
-#endif
-
 template <class T>
-constexpr int64_t kLanes = PYSEG_BYTES / sizeof(T);
+constexpr int64_t kLanes = PYSEG_REGISTER / sizeof(T);
 
 template <class T, int N>
 struct VectorOf {
@@ -18,7 +14,7 @@ struct VectorOf {
 template <class T, int N = kLanes<T>>
 using Vector = typename VectorOf<T, N>::type;
 
-// N = 0: of PYSEG_BYTES.
+// N = 0: of a register.
 template <int N = 0, class T>
 PYSEG_INLINE Vector<T, N ? N : kLanes<T>> load(const T* from) {
   return *reinterpret_cast<const typename VectorOf<T, N ? N : kLanes<T>>::memory*>(from);

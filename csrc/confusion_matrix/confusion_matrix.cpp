@@ -34,6 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cpu(
     int64_t num_classes, int64_t ignore_index) {
   PYSEG_CHECK(num_classes >= 1 && num_classes <= kMaxConfusionClasses, "num_classes must be 1 to ",
               kMaxConfusionClasses, ", got ", num_classes);
+  check_pair(prediction, target);
   const int64_t images = target.size(0);
   Tensor matrix =
       torch::stable::new_zeros(target, {images, num_classes, num_classes}, ScalarType::Long);

@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../common/common.h"
+
 namespace {
 
 using pyseg::LabelCoder;
@@ -151,6 +153,7 @@ void launch(const Tensor& prediction, const Tensor& target, const Outputs& out, 
 std::tuple<Tensor, Tensor, Tensor> confusion_matrix_cuda(const Tensor& prediction,
                                                          const Tensor& target, int64_t num_classes,
                                                          int64_t ignore_index) {
+  pyseg::check_pair(prediction, target);
   const pyseg::DeviceScope device(target, prediction);
   const int64_t images = target.size(0);
   auto [matrix, missed, invalid] =

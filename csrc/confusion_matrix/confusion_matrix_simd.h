@@ -16,9 +16,9 @@ PYSEG_DECLARE_LEVELS(template <class T> void count_pairs(const T* prediction, co
                                                          int copies);)
 
 template <class T>
-void count_at_level(const T* prediction, const T* target, int64_t n, const LabelCoder<T>& coder,
-                    uint32_t* table, int64_t table_size, int copies) {
-  PYSEG_AT_LEVEL(count_pairs<T>)(prediction, target, n, coder, table, table_size, copies);
+void count_at(SimdLevel level, const T* prediction, const T* target, int64_t n,
+              const LabelCoder<T>& coder, uint32_t* table, int64_t table_size, int copies) {
+  PYSEG_AT(level, count_pairs<T>)(prediction, target, n, coder, table, table_size, copies);
 }
 
 }  // namespace pyseg::counting

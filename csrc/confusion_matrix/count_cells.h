@@ -41,7 +41,7 @@ class PairCounts {
       own.table.assign(cells_ * copies_, 0);
     }
     own.pixels += n;
-    counting::count_at_level(prediction, target, n, coder, own.table.data(), cells_, copies_);
+    counting::count_at(level_, prediction, target, n, coder, own.table.data(), cells_, copies_);
   }
 
   // After all were added: the counts of an image.
@@ -64,6 +64,7 @@ class PairCounts {
     worker.image = -1;
   }
 
+  const SimdLevel level_ = simd_level();  // here, as no thread may throw
   const int64_t cells_;
   const int copies_;
   std::vector<int64_t> tables_;

@@ -12,13 +12,11 @@
 #include "deform_conv2d.h"
 
 #include <algorithm>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <tuple>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "../common/buffer.h"

@@ -76,7 +76,7 @@ struct Scratch {
 template <class Real>
 class Crf {
  public:
-  struct History {                              // of all iterations, which `backward` needs
+  struct History {                   // of all iterations, which `backward` needs
     std::vector<Buffer<Real>> sums;  // blurred, of occupied vertices: small next to Q
     std::vector<Buffer<Real>> q;     // [pixels, padded], only without self terms
   };
@@ -114,8 +114,7 @@ class Crf {
   void chain(int kernel, const std::vector<int32_t>& neighbours);
   void normalize();
   template <class Visit>
-  void filter(const Real* partial, int padded, bool transposed,
-              Visit visit, Real* values) const;
+  void filter(const Real* partial, int padded, bool transposed, Visit visit, Real* values) const;
   void mix(int kernel, int64_t count, const std::vector<Real>& matrix, Real weight,
            const RowSize& row, Real* values) const;
   void add_gradients(int kernel, const Real* messages, const Real* sums, const Real* factors,
@@ -146,28 +145,29 @@ class Crf {
   std::vector<GridPass<Real>> grid_passes_;  // [tiles, kernels with a grid]
   std::vector<VertexNames> names_;
   std::vector<std::vector<Part>> parts_;       // [kernels][tiles]
-  Buffer<uint16_t> pixel_rows_;     // [pixels, entries], pixels in the order of tiles
-  Buffer<Real> slice_, splat_;      // [pixels, entries]; no splat_: the same as slice_
-  Buffer<Real> self_;               // [pixels, kernels] of Q in a pixel's own message
-  Buffer<int32_t> row_vertex_;      // [rows of all tiles] vertex
+  Buffer<uint16_t> pixel_rows_;                // [pixels, entries], pixels in the order of tiles
+  Buffer<Real> slice_, splat_;                 // [pixels, entries]; no splat_: the same as slice_
+  Buffer<Real> self_;                          // [pixels, kernels] of Q in a pixel's own message
+  Buffer<int32_t> row_vertex_;                 // [rows of all tiles] vertex
   std::vector<int64_t> first_vertex_;          // [kernels + 1]; vertex 0 is the one that is absent
   std::vector<int64_t> occupied_;              // [kernels] those that pixels touch; they come first
   std::vector<std::vector<Chains>> chains_;    // [kernels][blurs that differ]
   std::vector<int32_t> starts_, vertex_rows_;  // rows of each vertex, in the order of tiles
 };
 
-// Sums the tiles' rows of each vertex of a pixel into `values` [vertices, padded], whose row 0 holds
-// zeros, calls visit(kernel) and blurs them. Blurs along different axes do not commute where
+// Sums the tiles' rows of each vertex of a pixel into `values` [vertices, padded], whose row 0
+// holds zeros, calls visit(kernel) and blurs them. Blurs along different axes do not commute where
 // vertices are absent: the transposed filter takes them in reverse order.
 template <class Real>
 template <class Visit>
-void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit visit, Real* values) const {
+void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit visit,
+                       Real* values) const {
   for (int l = 0; l < kernels_; ++l) {
     const Kernel& kernel = settings_.kernels[l];
     const int64_t base = first_vertex_[l];
     for_ranges(occupied_[l], kPiece, 2 * padded, [&](int64_t begin, int64_t end) {
       functions_.combine(partial, starts_.data(), vertex_rows_.data(), base + begin, base + end,
-                        padded, values);
+                         padded, values);
     });
     visit(l);
     const int axes = kernel.axes, blurs = axes * kernel.blur.passes;
@@ -185,7 +185,7 @@ void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit v
       for_each(pieces, cost, [&](int64_t i, int64_t) {
         // A piece ends with the end of a chain.
         functions_.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
-                       transposed, Real(kernel.side(axis)), padded);
+                        transposed, Real(kernel.side(axis)), padded);
       });
     }
   }

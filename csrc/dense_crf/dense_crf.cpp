@@ -85,8 +85,7 @@ Buffer<Real> Crf<Real>::self_shares(const Real* weights) const {
 
 // What all passes over a tile have in common.
 template <class Real>
-TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary,
-                                    const RowSize& row) const {
+TilePass<Real> Crf<Real>::tile_pass(const Tile& tile, const Real* unary, const RowSize& row) const {
   const int64_t entry = tile.first_pixel * entries_;
   TilePass<Real> pass{};
   pass.unary = unary + tile.y * width_ + tile.x;
@@ -130,8 +129,8 @@ void Crf<Real>::infer(const Real* unary, const Real* weights, const Real* compat
       const Tile& tile = tiles_[t];
       const std::vector<Real*>& own = scratches[worker].parts;
       if (!first)
-        functions_.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, padded, stride,
-                          own[0]);
+        functions_.gather(values.get(), row_vertex_.get() + tile.first_row, tile.rows, padded,
+                          stride, own[0]);
       Real* const sums = partial.get() + tile.first_row * padded;  // of this tile
       Real* const out = stride == padded ? sums : own[1];
       if (!last) std::fill_n(out, tile.rows * stride, Real(0));
@@ -301,9 +300,9 @@ void Crf<Real>::add_gradients(int l, const Real* messages, const Real* sums, con
          begin += kExact) {
       std::fill(few.begin(), few.end(), Real(0));
       functions_.add_products(messages + begin * padded, sums + begin * padded,
-                   factors ? factors + begin * kernels_ : nullptr, kernels_,
-                   std::min(kExact, end - begin), padded, classes, compatibility != nullptr,
-                   few.data());
+                              factors ? factors + begin * kernels_ : nullptr, kernels_,
+                              std::min(kExact, end - begin), padded, classes,
+                              compatibility != nullptr, few.data());
       for (int64_t i = 0; i < size; ++i) products[part * size + i] += few[i];
     }
   });

@@ -1,4 +1,6 @@
-// Where a point lies in a kernel's lattice; shared by the CPU and the CUDA kernel.
+// How vertices of a kernel's lattice are named, shared by the CPU and the CUDA kernel; and where a
+// point lies in it, which the CPU writes in vectors (`find_simplices` in dense_crf_simd.cpp), to
+// the same bits.
 //
 // The lattice and the barycentric weights are those of Adams, Baek & Davis, "Fast high-dimensional
 // filtering using the permutohedral lattice" (2010). A vertex has d + 1 integer coordinates that
@@ -48,11 +50,10 @@ PYSEG_HOST_DEVICE double round_small(double x) {
 // coordinates fall by d + 1 on the way to the other vertices: first the one of the highest rank.
 //
 // Feature i must come multiplied by the square root of the lattice's variance and divided by
-// sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Nothing branches, so that a loop over
-// this function vectorises.
+// sigma * sqrt((i + 1) (i + 2)): see `feature_scale`. Nothing branches.
 template <int D, class T>
-PYSEG_HOST_DEVICE void find_simplex(const T (&feature)[D], T (&weight)[D + 1],
-                                    int32_t (&first)[D], int (&rank)[D + 1]) {
+PYSEG_HOST_DEVICE void find_simplex(const T (&feature)[D], T (&weight)[D + 1], int32_t (&first)[D],
+                                    int (&rank)[D + 1]) {
   T offset[D + 1];  // position in the hyperplane, in units of d + 1; then less its rounding
   T sum = 0;
   PYSEG_UNROLL

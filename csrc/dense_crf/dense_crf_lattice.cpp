@@ -1,8 +1,7 @@
-// Building the lattices of an image for the dense CRF on the CPU: which vertices its pixels touch and
-// with what weights, which of them are neighbours, and what normalises their sums.
+// Building the lattices of an image for the dense CRF on the CPU: which vertices its pixels touch
+// and with what weights, which of them are neighbours, and what normalises their sums.
 #include <algorithm>
 #include <cmath>
-#include <utility>
 #include <vector>
 
 #include "crf_cpu.h"

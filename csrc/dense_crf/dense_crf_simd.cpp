@@ -18,14 +18,12 @@
 
 #include "tile_passes.h"
 
-#include "../common/level.h"  // after all others
+#include "../common/level.h"              // after all others
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined
 
 namespace pyseg::crf::PYSEG_LEVEL {
 
-#define PYSEG_BYTES PYSEG_REGISTER
 #include "../common/vectors_simd.h"
-#undef PYSEG_BYTES
 
 namespace {
 
@@ -419,7 +417,8 @@ struct Rows {
     for (; links < end; ++links) {
       const Link next = links[1];
       after.get(next.filled(transposed) ? values + int64_t(next.vertex()) * padded : none);
-      __builtin_prefetch(values + int64_t(links[std::min<int64_t>(kAhead, end - links)].vertex()) * padded);
+      __builtin_prefetch(values +
+                         int64_t(links[std::min<int64_t>(kAhead, end - links)].vertex()) * padded);
       Row<Part> sum = row;
       sum.add(side, before);
       sum.add(side, after);
@@ -461,7 +460,6 @@ constexpr PartFunctions functions_of() {
   return {R::slice,  R::splat, R::slice_grid, R::splat_grid, R::remove_self,
           R::gather, R::copy,  R::combine,    R::blur,       R::mix};
 }
-
 
 // The parts of a row, from left to right.
 struct Parts {
@@ -626,8 +624,8 @@ void tile_backward(const TileBackward<Real>& a) {
   const TilePass<Real>& pass = a.pass;
   const int classes = pass.classes;
   Real *const logits = pass.buffer, *const slopes = logits + kTileWidth * pass.stride;
-  Real *const planes = slopes + kTileWidth * pass.stride,
-              *const gradients = planes + kRegister * pass.stride;
+  Real *const planes = slopes + kTileWidth * pass.stride, *const gradients =
+                                                              planes + kRegister * pass.stride;
   for (int y = 0; y < pass.height; ++y) {
     if (pass.in) slice_all(pass, pass.in, false, y, logits);
     if (a.back) slice_all(pass, a.back, true, y, slopes);
@@ -720,8 +718,8 @@ void mix(Real* values, const Real* matrix, Real factor, int64_t count, int padde
   }
 }
 
-// products[i, j] += sum of a[v, i] * b[v, j] over rows that are `padded` apart; `matrix` false: only
-// their trace, into products[0]. With `factors`, `apart` each, of the rows.
+// products[i, j] += sum of a[v, i] * b[v, j] over rows that are `padded` apart; `matrix` false:
+// only their trace, into products[0]. With `factors`, `apart` each, of the rows.
 void add_products(const Real* a, const Real* b, const Real* factors, int apart, int64_t count,
                   int padded, int classes, bool matrix, Real* products) {
   for (int64_t v = 0; v < count; ++v, a += padded, b += padded) {
@@ -857,8 +855,8 @@ LevelFunctions<PYSEG_REAL> functions<PYSEG_REAL>() {
           slice_tile,
           add_products,
           range_of,
-          {locate_run<1>, locate_run<2>, locate_run<3>, locate_run<4>, locate_run<5>,
-           locate_run<6>, locate_run<7>, locate_run<8>}};
+          {locate_run<1>, locate_run<2>, locate_run<3>, locate_run<4>, locate_run<5>, locate_run<6>,
+           locate_run<7>, locate_run<8>}};
 }
 
 }  // namespace pyseg::crf::PYSEG_LEVEL

@@ -8,7 +8,6 @@
 #include "panoptic_head.h"
 
 #include <algorithm>
-#include <cstring>
 #include <memory>
 #include <vector>
 

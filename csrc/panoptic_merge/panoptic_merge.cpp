@@ -7,10 +7,6 @@
 #include "panoptic_merge.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -85,14 +81,13 @@ class Merge {
   }
 
   void pack_masks() {
-    const auto pack = PYSEG_AT_LEVEL(pack);
     const auto* const masks = static_cast<const uint8_t*>(image_.masks);
     pieces_.resize(order_.size() * bands_);
     std::vector<int64_t> areas(pieces_.size());
     for_each(int64_t(pieces_.size()), band_pixels(0) / 8, [&](int64_t job, int64_t) {
       uint64_t words[kBandWords];
       const int64_t rank = job / bands_, band = job % bands_, count = band_pixels(band);
-      areas[job] = pack(masks + order_[rank] * pixels_ + band * kBand, count, words);
+      areas[job] = pack_(masks + order_[rank] * pixels_ + band * kBand, count, words);
       if (areas[job]) keep(words, (count + 63) / 64, pieces_[job]);
     });
     areas_.assign(order_.size(), 0);
@@ -144,17 +139,15 @@ class Merge {
       for (int64_t i = 0; i < count; ++i) area += __builtin_popcountll(words[i]);
       keep(words, count, piece(rank, band));
     };
-    const auto pack = PYSEG_AT_LEVEL(pack);
-    const auto threshold_row = PYSEG_AT_LEVEL(threshold_row);
     std::vector<uint64_t> bits(across / 64 + 2);
     for (int64_t y = rows.first; y < rows.last; ++y) {
       float ty;
       const int low = cell_of_pixel(int(y), box[1], box[3], int(cells), &ty);
       if (low == -2) continue;
-      threshold_row(mask.data() + (low + 2) * padded, mask.data() + (low + 3) * padded, ty,
-                    cell.data(), tx.data(), across, thresholds_.mask, cells, row.data(),
-                    inside.data());
-      if (pack(inside.data(), across, bits.data()) == 0) continue;
+      threshold_row_(mask.data() + (low + 2) * padded, mask.data() + (low + 3) * padded, ty,
+                     cell.data(), tx.data(), across, thresholds_.mask, cells, row.data(),
+                     inside.data());
+      if (pack_(inside.data(), across, bits.data()) == 0) continue;
       const int64_t start = y * width + columns.first;
       for (int64_t i = 0; i < across; i += 64) {  // shifted into the words of the image
         const uint64_t word = bits[i / 64];
@@ -278,6 +271,9 @@ class Merge {
     return differ == 0;
   }
 
+  // of the level in force, chosen here as no thread may throw
+  const decltype(PYSEG_AT_LEVEL(pack)) pack_ = PYSEG_AT_LEVEL(pack);
+  const decltype(PYSEG_AT_LEVEL(threshold_row)) threshold_row_ = PYSEG_AT_LEVEL(threshold_row);
   const Image image_;
   const std::vector<int64_t>& stuff_;
   const Thresholds thresholds_;

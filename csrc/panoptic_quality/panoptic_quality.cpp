@@ -3,7 +3,6 @@
 #include "panoptic_quality.h"
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <vector>
 

@@ -69,7 +69,7 @@ PYSEG_INLINE uint64_t changes_of_64(const Maps& maps, int64_t rest) {
   for (int64_t i = 0; i < n; ++i) changed[i] = (t[i] ^ t[i - 1]) | (p[i] ^ p[i - 1]) ? 1 : 0;
   if (Boundary)
     for (int64_t i = 0; i < n; ++i)
-      changed[i] |= uint8_t((tb[i] ^ tb[i - 1]) | (pb[i] ^ pb[i - 1]));
+      changed[i] |= (tb[i] != tb[i - 1]) | (pb[i] != pb[i - 1]);  // any byte but 0 may be true
   return bits_of(changed);
 }
 #endif

@@ -11,7 +11,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <numeric>
 #include <tuple>
@@ -56,7 +55,7 @@ struct Problem {
   int64_t blocks() const { return (channels + kBlock - 1) / kBlock; }
 };
 
-// Finds them.
+// Finds the pixels and weights of bins along an axis.
 template <class Real>
 struct Axis : Pixels<Real> {
   using Pixels<Real>::begin, Pixels<Real>::pixel, Pixels<Real>::weight;
@@ -210,7 +209,8 @@ void touch(Map& map, const Real* box, int64_t (&centre)[2]) {
   }
 }
 
-// Else a level is contiguous; then its strides say little: of a dimension of 1 they may be anything.
+// Else a level is contiguous; then its strides say little: of a dimension of 1 they may be
+// anything.
 bool channels_last(const Tensor& level) {
   const int64_t channels = level.size(1);
   return channels > 1 && level.stride(1) == 1 && level.stride(3) == channels &&

@@ -20,8 +20,8 @@ enum RoiMode { kAverageOfSamples = 0, kMaximumOfSamples = 1, kMaximumOfPixels = 
 constexpr int64_t kFarthest = int64_t(1) << 30;
 
 constexpr int64_t kMaxRoiLevels = 8;
-// Along each side of a bin. Of a bin of ten pixels these are a hundredth of a pixel apart; more only
-// take time, which grows with them, and on CUDA with their square.
+// Along each side of a bin. Of a bin of ten pixels these are a hundredth of a pixel apart; more
+// only take time, which grows with them, and on CUDA with their square.
 constexpr int64_t kMaxSamplingRatio = 1024;
 
 // Checks what the memory accesses rely on; Python has checked it in more words. Positions are
@@ -56,11 +56,10 @@ void check_regions(const std::vector<Tensor>& levels, const Tensor& boxes,
               mode);
   PYSEG_CHECK(canonical_size > 0, "canonical_size must be positive, got ", canonical_size);
   narrow("canonical_level", canonical_level);
-  PYSEG_CHECK(boxes.dim() == 2 && boxes.size(1) == 5 &&
-                  boxes.scalar_type() ==
-                      (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
-              "boxes must be [K, 5] ", sizeof(Real) == 8 ? "float64" : "float32", ", got ",
-              shape(boxes));
+  PYSEG_CHECK(
+      boxes.dim() == 2 && boxes.size(1) == 5 &&
+          boxes.scalar_type() == (sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float),
+      "boxes must be [K, 5] ", sizeof(Real) == 8 ? "float64" : "float32", ", got ", shape(boxes));
 }
 
 // What can be checked before it is known what `Real` is.

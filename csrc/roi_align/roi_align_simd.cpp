@@ -27,7 +27,7 @@ constexpr int kVectors = 4;
 #else
 constexpr int kVectors = 8;
 #endif
-constexpr int kPerLine = 64 / PYSEG_BYTES;  // vectors in a line of the cache
+constexpr int kPerLine = 64 / PYSEG_REGISTER;  // vectors in a line of the cache
 
 // How far below a row of pixels of a bin are those of the bin below it, to be prefetched: memory is
 // what pooling waits for.

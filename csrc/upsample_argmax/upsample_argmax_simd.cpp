@@ -5,6 +5,7 @@
 #endif
 
 #include <cstring>
+#include <utility>
 
 #include "upsample_argmax.h"
 #include "upsample_argmax_simd.h"
@@ -16,6 +17,8 @@ namespace pyseg::upsampling::PYSEG_LEVEL {
 
 #include "../common/vectors_simd.h"
 
+#include "../common/transpose_simd.h"
+
 template <class T>
 using Label = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
@@ -24,40 +27,14 @@ constexpr int kRowsAtOnce = 8;  // as many running maxima and labels as fit the 
 PYSEG_INLINE Vector<float> permute(Vector<float> v, Vector<int32_t> lanes) {
   return (Vector<float>)_mm512_permutexvar_ps((__m512i)lanes, (__m512)v);
 }
-PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
 #elif defined(PYSEG_AVX2)
 constexpr int kRowsAtOnce = 4;
 PYSEG_INLINE Vector<float> permute(Vector<float> v, Vector<int32_t> lanes) {
   return (Vector<float>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)lanes);
 }
-PYSEG_INLINE Vector<float> fma(Vector<float> a, Vector<float> b, Vector<float> c) {
-  return (Vector<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
 #else
 constexpr int kRowsAtOnce = 4;
-template <class V>
-PYSEG_INLINE V fma(V a, V b, V c) {
-  return a * b + c;
-}
 #endif
-
-PYSEG_INLINE float widen(float x) { return x; }
-PYSEG_INLINE double widen(double x) { return x; }
-PYSEG_INLINE float widen(torch::headeronly::BFloat16 x) {
-  const uint32_t bits = uint32_t(x.x) << 16;
-  return __builtin_bit_cast(float, bits);
-}
-// Without branches and tables, so that it vectorises: the exponent moves from bias 15 to 127.
-PYSEG_INLINE float widen(torch::headeronly::Half x) {
-  const uint32_t bits = x.x, magnitude = (bits & 0x7fff) << 13;
-  const float finite = __builtin_bit_cast(float, magnitude) * 0x1p112f;
-  const uint32_t special = magnitude | 0x7f800000u;  // infinities and NaN
-  const uint32_t value = magnitude >= 0x0f800000u ? special : __builtin_bit_cast(uint32_t, finite);
-  const uint32_t with_sign = value | (bits & 0x8000) << 16;
-  return __builtin_bit_cast(float, with_sign);
-}
 
 template <class In, class T>
 bool load_rows(const void* logits, int64_t first, int64_t class_stride, int64_t column_stride,

@@ -71,6 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cpu(
     const Tensor& logits,         // [N, C, h, w] floating point
     const Tensor& target_labels,  // [N, H, W] integer
     int64_t ignore_index) {
+  check_target(logits, target_labels);
   const int64_t images = logits.size(0), classes = logits.size(1);
   PYSEG_CHECK(classes >= 1 && classes <= kMaxConfusionClasses, "logits must have 1 to ",
               kMaxConfusionClasses, " classes, got ", shape(logits));

@@ -155,6 +155,7 @@ void launch(const Tensor& given, const Tensor& target, const Outputs& out, int64
 std::tuple<Tensor, Tensor, Tensor> upsample_confusion_cuda(const Tensor& logits,
                                                            const Tensor& target_labels,
                                                            int64_t ignore_index) {
+  pyseg::check_target(logits, target_labels);
   const pyseg::DeviceScope device(logits, target_labels);
   const int64_t images = logits.size(0), classes = logits.size(1);
   auto [matrix, missed, invalid] =

@@ -105,8 +105,9 @@ def deform_conv2d(
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) != 2 or not all(isinstance(v, int) and least <= v < 2**31 for v in pair):
+    given = value if isinstance(value, Sequence) else (value, value)
+    pair = tuple(_native.integer(name, part) for part in given)
+    if len(pair) != 2 or not all(least <= part < 2**31 for part in pair):
         raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
     return pair[0], pair[1]
 

@@ -99,7 +99,7 @@ def roi_warp(
     """
     if isinstance(input, Tensor) and input.ndim == 4:
         regions = _regions(input, boxes)
-        _check_scales([spatial_scale])
+        (spatial_scale,) = _check_scales([spatial_scale])
         # cut as the op cuts them: the extent of an infinite box would be NaN
         edges = (regions[:, 1:] * spatial_scale).clamp(-(2.0**30), 2.0**30)
         # as C's round() does, halves away from zero
@@ -208,7 +208,7 @@ def _pool(
             )
     if len(scales) != len(levels):
         raise ValueError(f"spatial_scales must be {len(levels)}, one per level, got {len(scales)}")
-    _check_scales(scales)
+    scales = _check_scales(scales)
     given = output_size if isinstance(output_size, Sequence) else [output_size] * 2
     size = [_native.integer("output_size", bins) for bins in given]
     if len(size) != 2 or min(size) < 1 or size[0] * size[1] >= 2**31:
@@ -250,7 +250,7 @@ def _listed(name: str, value: Any) -> list:
         raise TypeError(f"{name} must be a list, got {value!r}") from None
 
 
-def _check_scales(scales: Sequence[float]) -> None:
+def _check_scales(scales: Sequence[float]) -> list[float]:
     # Positions are float32 but for float64: a scale that is 0 or infinite there is no scale.
     what = "spatial_scale" if len(scales) == 1 else "spatial_scales"
     scales = [_native.number(what, scale) for scale in scales]
@@ -261,6 +261,7 @@ def _check_scales(scales: Sequence[float]) -> None:
         order = "" if len(scales) == 1 else " and fall from level to level"
         got = scales[0] if len(scales) == 1 else list(scales)
         raise ValueError(f"{what} must be positive{order}, got {got}, as float32")
+    return scales
 
 
 def _regions(input: Tensor, boxes: Boxes) -> Tensor:

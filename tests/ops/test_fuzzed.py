@@ -1,7 +1,9 @@
 """Faults that the fuzzer found, each made by hand."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -142,3 +144,19 @@ def test_boundaries_that_are_no_tensors():
             prediction_boundary=IDS > 0,
             target_boundary=1,
         )
+
+
+def test_numbers_of_other_types():
+    """NumPy's integers and Python's fractions are numbers; one that no float holds is none."""
+    input, weight = torch.randn(1, 2, 6, 7), torch.randn(3, 2, 3, 3)
+    offset = torch.zeros(1, 18, 6, 7)
+    assert torch.equal(
+        ops.deform_conv2d(input, offset, weight, padding=np.int64(1)),
+        ops.deform_conv2d(input, offset, weight, padding=1),
+    )
+    boxes = [torch.tensor([[0.0, 0, 8, 8]])]
+    assert torch.equal(
+        ops.roi_align(input, boxes, 2, Fraction(1, 2)), ops.roi_align(input, boxes, 2, 0.5)
+    )
+    with pytest.raises(ValueError, match="spatial_scale must be a number"):
+        ops.roi_align(input, boxes, 2, 10**400)

@@ -17,6 +17,7 @@ from pyseg.ops.dense_crf import QUALITY
 
 ROOT = Path(__file__).resolve().parents[2]
 INF = float("inf")
+MAP = torch.zeros(2, 5, 6, dtype=torch.int64)
 
 
 def run_python(code, **environment):
@@ -160,6 +161,26 @@ def test_roi_align_without_its_wrapper(operators, changes, message):
 def test_roi_align_gradient_without_its_wrapper(operators, gradient):
     with pytest.raises(ValueError, match="is not that of the output"):
         operators._roi_align_backward(gradient, *roi_arguments())
+
+
+# -- label maps
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("boundary_mask", (MAP, -1, True), "distance must be at least 1, got -1"),
+        ("boundary_mask", (MAP[0], 1, True), r"labels must be \[N, H, W\], got \[5, 6\]"),
+        ("confusion_matrix", (MAP[:1], MAP, 3, -1), r"of one dtype, got \[1, 5, 6\]"),
+        ("confusion_matrix", (MAP.byte(), MAP, 3, -1), "of one dtype"),
+        ("upsample_confusion", (torch.zeros(3, 3, 4, 4), MAP, -1), r"and target \[N, H, W\]"),
+        ("upsample_confusion", (torch.zeros(2, 3, 4, 4), MAP[0], -1), r"and target \[N, H, W\]"),
+    ],
+)
+def test_label_maps_without_their_wrapper(operators, name, arguments, message):
+    """Else they would be read past their end."""
+    with pytest.raises(ValueError, match=message):
+        getattr(operators, name)(*arguments)
 
 
 # -- dense_crf

@@ -116,6 +116,20 @@ def test_boundary_against_masks(device, generator):
         assert not problems.any()
 
 
+@pytest.mark.parametrize("level", ["generic", "v3", "v4"])
+def test_any_byte_but_zero_is_true(generator, monkeypatch, level):
+    """torch's own bools are 0 and 1, but those of `mask.view(torch.bool)` are what they were."""
+    monkeypatch.setenv("PYSEG_SIMD", level)
+    case = image(generator, size=(31, 43), segments=5, crowds=0.2)
+    masks = [boundary_mask(ids[None], 2)[0] for ids in case[:2]]
+    names = ("prediction_boundary", "target_boundary")
+    expected = panoptic_quality(*case, CLASSES, **dict(zip(names, masks, strict=True)))
+    for value in (2, 128, 255):
+        odd = [(mask.byte() * value).view(torch.bool) for mask in masks]
+        got = panoptic_quality(*case, CLASSES, **dict(zip(names, odd, strict=True)))
+        assert torch.equal(got.counts, expected.counts)
+
+
 def test_cpu_and_kernel_give_the_same_bits(device, generator):
     for crowds in (0.0, 0.5):
         case = image(generator, segments=20, crowds=crowds)

@@ -202,3 +202,18 @@ def test_compile(compiler, generator):
     )
     assert torch.equal(compiled(logits), upsample_argmax(logits, (24, 30)))
     assert torch.equal(compiled(logits[:1, :, 1:]), upsample_argmax(logits[:1, :, 1:], (20, 30)))
+
+
+def test_export_with_sizes_that_vary():
+    class Labels(torch.nn.Module):
+        def forward(self, logits, image):
+            return upsample_argmax(logits, image.shape[-2:])
+
+    logits, image = torch.randn(1, 5, 4, 6), torch.zeros(1, 3, 17, 23)
+    sides = {2: torch.export.Dim("h", min=2, max=999), 3: torch.export.Dim("w", min=2, max=999)}
+    for strict in (False, True):
+        program = torch.export.export(
+            Labels(), (logits, image), dynamic_shapes=({}, sides), strict=strict
+        ).module()
+        other = torch.zeros(1, 3, 40, 31)
+        assert torch.equal(program(logits, other), upsample_argmax(logits, (40, 31)))
