@@ -105,10 +105,14 @@ def deform_conv2d(
 
 
 def _pair(name: str, value: int | Sequence[int], least: int) -> tuple[int, int]:
+    wrong = f"{name} must be one or two integers of at least {least}, got {value}"
     given = value if isinstance(value, Sequence) else (value, value)
-    pair = tuple(_native.integer(name, part) for part in given)
+    try:
+        pair = tuple(_native.integer(name, part) for part in given)
+    except ValueError:
+        raise ValueError(wrong) from None
     if len(pair) != 2 or not all(least <= part < 2**31 for part in pair):
-        raise ValueError(f"{name} must be one or two integers of at least {least}, got {value}")
+        raise ValueError(wrong)
     return pair[0], pair[1]
 
 
