@@ -10,7 +10,7 @@ FLOORS = (
     {"pyseg", "errors"},
     {"_native", "classes", "devices", "files", "regions", "spec"},
     {"image", "registry", "weights"},
-    {"formats", "visual"},
+    {"formats", "page", "visual"},
     {"ops"},
     {"compat", "types"},
     {"processes", "promptable"},
