@@ -15,6 +15,7 @@ _LAZY = {
     "Pipeline": ".pipeline",
     "build": ".pipeline",
     "load": ".pipeline",
+    "compare": ".comparison",
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "train": ".training",
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "build",
     "check_labels",
+    "compare",
     "cost",
     "datasets",
     "errors",
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
     from . import refiners as refiners
     from . import types as types
     from . import visual as visual
+    from .comparison import compare as compare
     from .cost import cost as cost
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate

@@ -18,7 +18,7 @@ FLOORS = (
     {"label_check", "pipeline"},
     {"cost", "doctor", "evaluation", "prediction"},
     {"training"},
-    {"instance_training", "report", "testing", "tuning"},
+    {"comparison", "instance_training", "report", "testing", "tuning"},
     {"demo"},
     {"cli"},
     {"__main__"},
