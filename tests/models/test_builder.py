@@ -22,6 +22,7 @@ KEYS = {
     "deeplabv3_resnet50": (370, "4e026fc285f525a4"),
     "fcn_resnet101": (640, "0c5f94c8e1d21941"),
     "fcn_resnet50": (334, "0cab37f02115c01b"),
+    "fpn_efficientnet_lite0": (338, "3d7e0ca4cde3e76d"),
     "lraspp_mobilenet_v3_large": (319, "72ffd64f90efaba5"),
     "maskrcnn_fcn_resnet50": (684, "194472cd21acee1f"),
     "maskrcnn_resnet101_fpn": (666, "ce4f379e33ed8c9f"),
