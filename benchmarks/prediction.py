@@ -73,5 +73,6 @@ def test_camvid(compare, files, tmp_path, threads):
         peer_name="a plain loop",
         threads=threads,
         goal=1.3,
+        levels=False,
         check=check,
     )
