@@ -181,6 +181,10 @@ SpecOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: cpu]")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="Of the model: fp32, bf16, or auto, the faster of both. [default: fp32]"),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -295,6 +299,7 @@ def predict(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images and write one indexed PNG each.
@@ -304,7 +309,7 @@ def predict(
     from . import prediction
     from .files import some
 
-    pipeline = _pipeline(spec, weights, num_classes, device)
+    pipeline = _pipeline(spec, weights, num_classes, device, precision)
     progress = [0, 0]
 
     def track(items: Sequence[Any]) -> Iterator[Any]:
@@ -362,6 +367,7 @@ def evaluate(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page (index.html) and its numbers as JSON.")
     ] = None,
@@ -375,7 +381,7 @@ def evaluate(
 
     with processes.joined(device) as device:
         data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, weights, num_classes, device)
+        pipeline = _pipeline(spec, weights, num_classes, device, precision)
         worst = None
         if report is not None:
             from .files import make_folder
@@ -415,13 +421,16 @@ def cost_command(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time, peak memory, parameters and FLOPs of every stage on one image."""
     from .cost import cost, read_sized
 
     picture = read_sized(image, size)
-    result = cost(_pipeline(spec, weights, num_classes, device), picture, **_given(rounds=rounds))
+    result = cost(
+        _pipeline(spec, weights, num_classes, device, precision), picture, **_given(rounds=rounds)
+    )
     if as_json:
         return _print_json(result.to_dict())
     head, rows = result.table()
@@ -881,7 +890,11 @@ def main() -> None:
 
 
 def _pipeline(
-    spec: str, weights: str | None, num_classes: int | None, device: str | None
+    spec: str,
+    weights: str | None,
+    num_classes: int | None,
+    device: str | None,
+    precision: str | None = None,
 ) -> Pipeline:
     from . import pipeline
 
@@ -890,9 +903,11 @@ def _pipeline(
             raise PysegError(
                 f"--weights and --num-classes do not go with a saved pipeline, and {spec} is one"
             )
-        return pipeline.load(spec, device=device)
+        return pipeline.load(spec, device=device, **_given(precision=precision))
     chosen = {None: pipeline.DEFAULT, "none": None}.get(weights, weights)
-    return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
+    return pipeline.build(
+        spec, num_classes=num_classes, weights=chosen, device=device, **_given(precision=precision)
+    )
 
 
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
