@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Registry
 
 if TYPE_CHECKING:
+    from .backbones import convolutionalize as convolutionalize
     from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
 
-# Public class -> where it lives. Resolved on first use: listing needs no torch.
+# Public class or function -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
     "InstanceModel": ".maskrcnn",
     "SemanticModel": ".semantic",
+    "convolutionalize": ".backbones",
 }
 
 _registry: Registry[Any] = Registry("model", "pyseg.models")
@@ -41,6 +43,7 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "InstanceModel",
     "SemanticModel",
+    "convolutionalize",
     "create",
     "describe",
     "get",

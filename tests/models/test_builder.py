@@ -20,6 +20,10 @@ KEYS = {
     "deeplabv3_mobilenet_v3_large": (360, "b58470837b489ed7"),
     "deeplabv3_resnet101": (676, "00aca750158afdd2"),
     "deeplabv3_resnet50": (370, "4e026fc285f525a4"),
+    "fcn16s": (34, "87801f391c30fe8f"),
+    "fcn32s": (32, "56c5f80411ebb54c"),
+    "fcn8s": (36, "a10e3ed3e7c514b0"),
+    "fcn_alexnet": (16, "1857b7e5a8360879"),
     "fcn_resnet101": (640, "0c5f94c8e1d21941"),
     "fcn_resnet50": (334, "0cab37f02115c01b"),
     "lraspp_mobilenet_v3_large": (319, "72ffd64f90efaba5"),
@@ -41,6 +45,8 @@ SAME = {
     "upsnet": "upsnet_resnet50",
 }
 UNPUBLISHED = [
+    "fcn8s",
+    "fcn_alexnet",
     "maskrcnn(backbone='resnet101')",
     "maskrcnn_fcn",
     "maskrcnn_resnet101_fpn",
