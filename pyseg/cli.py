@@ -556,6 +556,10 @@ def train(
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the checkpoint in --output.")
     ] = None,
+    staged: Annotated[
+        bool | None,
+        typer.Option("--staged", help="First the coarser networks that it can begin with: FCN-8s."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a model; the result is a pipeline that --spec takes, in OUTPUT/pipeline.
@@ -606,10 +610,14 @@ def train(
     network.classes, network.palette = tuple(data.classes), tuple(data.palette)
     fit: Any = training.train
     if isinstance(network, InstanceModel):
+        if staged:
+            raise PysegError(f"--staged has no meaning for {model}: leave it out")
         fit = training.train_instances
     accepted = inspect.signature(fit).parameters
     if strange := [_option(name) for name in given if name not in accepted]:
         raise PysegError(f"{', '.join(strange)} has no meaning for {model}: leave it out")
+    if staged:
+        fit = training.train_staged
     try:
         log = fit(network, data, output_dir=output, epochs=epochs, validation=validation, **given)
     except KeyboardInterrupt:
