@@ -25,6 +25,7 @@ KEYS = {
     "fcn8s": (36, "a10e3ed3e7c514b0"),
     "fcn_alexnet": (16, "1857b7e5a8360879"),
     "fcn_resnet101": (640, "0c5f94c8e1d21941"),
+    "fcn_resnet18": (136, "d6f60a872c140221"),
     "fcn_resnet50": (334, "0cab37f02115c01b"),
     "lraspp_mobilenet_v3_large": (319, "72ffd64f90efaba5"),
     "maskrcnn_fcn_resnet50": (684, "194472cd21acee1f"),
@@ -47,6 +48,7 @@ SAME = {
 UNPUBLISHED = [
     "fcn8s",
     "fcn_alexnet",
+    "fcn_resnet18",
     "maskrcnn(backbone='resnet101')",
     "maskrcnn_fcn",
     "maskrcnn_resnet101_fpn",
