@@ -31,7 +31,8 @@ class SemanticModel(nn.Module):
     Args:
         network: maps normalised RGB, float [N, 3, H, W], to logits [N, C, h, w] or to a mapping
             with those under ``"out"`` and, while training, further logits under names that start
-            with ``"aux"``, each at its own stride.
+            with ``"aux"``, each at its own stride; in evaluation, ``"uncertainty"`` [N, h, w] goes
+            into the predictions.
         classes: the C class names, in the order of the logits' channels.
         palette: one RGB colour per class; None = `pyseg.image.default_palette`.
         mean: subtracted from each channel of an image in 0..1.
@@ -129,13 +130,16 @@ class SemanticModel(nn.Module):
             for start in range(0, len(members), step):
                 chosen = members[start : start + step]
                 batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
-                for i, logits in zip(chosen, self(batch)["out"], strict=True):
+                outputs = self(batch)
+                uncertainty = outputs.get("uncertainty", [None] * len(chosen))
+                for i, logits, doubt in zip(chosen, outputs["out"], uncertainty, strict=True):
                     results[i] = Segmentation(
                         (height, width),
                         self.classes,
                         logits=logits,
                         image=images[i],
                         palette=self.palette,
+                        uncertainty=doubt,
                     )
         return [results[i] for i in range(len(images))]
 

@@ -17,6 +17,7 @@ from pyseg.weights import Remote
 # Entries of the state dict and a digest of their names and shapes: saved pipelines and checkpoints
 # of earlier versions load by these.
 KEYS = {
+    "bayesian_segnet": (177, "5983feb472ac7cb1"),
     "deeplabv3_mobilenet_v3_large": (360, "b58470837b489ed7"),
     "deeplabv3_resnet101": (676, "00aca750158afdd2"),
     "deeplabv3_resnet50": (370, "4e026fc285f525a4"),
@@ -46,6 +47,7 @@ SAME = {
     "upsnet": "upsnet_resnet50",
 }
 UNPUBLISHED = [
+    "bayesian_segnet",
     "fcn8s",
     "fcn_alexnet",
     "fcn_resnet18",

@@ -9,6 +9,7 @@ DETECTOR = {"min_size": 24, "max_size": 32}
 INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
+    "bayesian_segnet": {"samples": 2},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
     "maskrcnn_fcn_resnet50": PANOPTIC,
