@@ -27,6 +27,7 @@ ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
 # Networks of others' code that differ from a quick one by their depth or by the detector's heads.
 SLOW = {"deeplabv3_resnet101", "fcn_resnet101", "maskrcnn_resnet50_fpn_v2"}
 # Hundreds of megabytes of fully connected layers: small ones are checked in test_fcn.py.
+SLOW |= {"unet_resnet50"}
 SLOW |= {"fcn8s", "fcn16s", "fcn32s", "fcn_alexnet"}
 
 
