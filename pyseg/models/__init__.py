@@ -1,7 +1,7 @@
 """Registry of models: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
 
 ``create("name", option=…)`` makes a model. The classes stand here by name, too:
-`SemanticModel` makes a model of any network.
+`SemanticModel` makes a model of any network, in one line by `wrap`.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from .backbones import convolutionalize as convolutionalize
     from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
+    from .semantic import wrap as wrap
 
 # Public class or function -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
     "InstanceModel": ".maskrcnn",
     "SemanticModel": ".semantic",
     "convolutionalize": ".backbones",
+    "wrap": ".semantic",
 }
 
 _registry: Registry[Any] = Registry("model", "pyseg.models")
@@ -50,6 +52,7 @@ __all__ = [
     "info",
     "list",
     "register",
+    "wrap",
 ]
 
 

@@ -144,6 +144,50 @@ class SemanticModel(nn.Module):
         return [results[i] for i in range(len(images))]
 
 
+def wrap(
+    network: nn.Module,
+    *,
+    classes: Sequence[str] | int,
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> SemanticModel:
+    """Any network as a model: the first stage of a pipeline, for predicting, scoring and training.
+
+    Args:
+        network: as `SemanticModel` takes it; it is put into evaluation mode.
+        classes: names in the order of the logits' channels, or how many there are.
+        palette: one RGB colour per class; None = `pyseg.image.default_palette`.
+        mean: of the three channels, in 0..1, that the network was trained with.
+        std: what each channel was divided by.
+
+    Raises:
+        TypeError: ``network`` is no ``torch.nn.Module``.
+        ValueError: no class, classes of one name, or a ``palette``, ``mean`` or ``std`` that does
+            not fit.
+
+    Example:
+        >>> model = wrap(network, classes=("road", "sky"), mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> pyseg.compose(model, "crf+sam2")("street.jpg").save("street.png")
+    """
+    if not isinstance(network, nn.Module):
+        what = network.__name__ if isinstance(network, type) else type(network).__name__
+        raise TypeError(
+            f"network must be a torch.nn.Module that maps [N, 3, H, W] to logits, got {what}"
+        )
+    if isinstance(classes, str):
+        raise ValueError(f"classes must be a sequence of names or their number, got {classes!r}")
+    names = class_names(classes, ()) if isinstance(classes, int) else tuple(classes)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"classes must have different names, got {', '.join(twice)} twice")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name} must be 3 numbers, one per channel, got {list(values)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std must be above 0, got {list(std)}")
+    return SemanticModel(network, names, palette, mean=mean, std=std)
+
+
 def require_evaluation_mode(model: nn.Module) -> None:
     """Raises PysegError for a model in training mode.
 
