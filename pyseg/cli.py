@@ -207,12 +207,20 @@ def list_command(
     patterns: Annotated[
         list[str] | None, typer.Argument(help='Names or patterns such as "*resnet*".')
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose",
+            "-v",
+            help="Also of models: paper, parameters, GFLOPs, published scores, licence.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
     from .doctor import registries
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for registry in registries().values():
         entries = {
             info.name: info for pattern in patterns or ["*"] for info in registry.entries(pattern)
@@ -224,9 +232,42 @@ def list_command(
             )
     if not rows:
         raise PysegError(f"nothing is called {' or '.join(patterns or [])}; see `pyseg list`")
+    if not verbose:
+        if as_json:
+            return _print_json(rows)
+        table = [[*row.values()] for row in rows]
+        return _print_table(["kind", "name", "target", "distribution"], table)
+    from .errors import PluginError
+    from .models import info as info_of
+
+    infos: dict[str, dict[str, Any]] = {}
+    named = [row["name"] for row in rows if row["kind"] == "model"]
+    for name in _track("counting")(named):
+        try:
+            infos[name] = info_of(name).to_dict()
+        except PluginError as error:  # of one that is broken; the others are listed
+            infos[name] = {"name": name, "error": str(error)}
     if as_json:
-        return _print_json(rows)
-    _print_table(["kind", "name", "target", "distribution"], [[*row.values()] for row in rows])
+        found = [row | (infos[row["name"]] if row["kind"] == "model" else {}) for row in rows]
+        return _print_json(found)
+    others = [[row["kind"], row["name"], row["target"]] for row in rows if row["kind"] != "model"]
+    if others:
+        _print_table(["kind", "name", "target"], others)
+    for name, facts in infos.items():
+        if "error" in facts:
+            typer.echo(f"\n{name}: {facts['error']}")
+            continue
+        count = "?" if facts["parameters"] is None else f"{facts['parameters']:,}"
+        height, width = facts["size"]
+        flops = "?" if facts["gflops"] is None else f"{facts['gflops']:.1f}"
+        typer.echo(f"\n{name}: {count} parameters, {flops} GFLOPs at {height}x{width}")
+        typer.echo(f"  paper: {facts['paper'] or 'none'}")
+        for score in facts["published_scores"]:
+            typer.echo(
+                f"  published, not measured here: {score['metric']} {score['value']} on "
+                f"{score['dataset']} ({score['source']})"
+            )
+        typer.echo(f"  weights: {facts['licence'] or 'none with a name'}")
 
 
 @app.command()

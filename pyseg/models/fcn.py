@@ -16,6 +16,7 @@ from torchvision.models import vgg
 
 from ..weights import Remote
 from .backbones import published_weights, resnet, voc_classes
+from .facts import FCN_PAPER, IMAGENET_LICENCE, facts
 from .semantic import IMAGENET_MEAN, IMAGENET_STD, SemanticModel, semantic_model
 
 Style = Literal["published", "modern"]
@@ -30,6 +31,14 @@ _ALEXNET_CROP = 18
 _MEAN_OF_CAFFE = (123.68 / 255, 116.779 / 255, 103.939 / 255)
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[
+        (59.4, "mIoU", "PASCAL VOC 2011 val", "the paper"),
+        (63.6, "mIoU", "PASCAL VOC seg11valid, 736 images", "the authors' fcn.berkeleyvision.org"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def fcn32s(
     *,
     num_classes: int | None = None,
@@ -60,6 +69,14 @@ def fcn32s(
     return _on_vgg(32, num_classes, weights, style)
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[
+        (62.4, "mIoU", "PASCAL VOC 2011 val", "the paper"),
+        (65.0, "mIoU", "PASCAL VOC seg11valid, 736 images", "the authors' fcn.berkeleyvision.org"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def fcn16s(
     *,
     num_classes: int | None = None,
@@ -80,6 +97,14 @@ def fcn16s(
     return _on_vgg(16, num_classes, weights, style)
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[
+        (62.7, "mIoU", "PASCAL VOC 2011 val", "the paper"),
+        (65.5, "mIoU", "PASCAL VOC seg11valid, 736 images", "the authors' fcn.berkeleyvision.org"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def fcn8s(
     *,
     num_classes: int | None = None,
@@ -106,6 +131,14 @@ def fcn8s(
     return _on_vgg(8, num_classes, weights, style, at_once)
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[
+        (39.8, "mIoU", "PASCAL VOC 2011 val", "the paper"),
+        (48.0, "mIoU", "PASCAL VOC seg11valid, 736 images", "the authors' fcn.berkeleyvision.org"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def fcn_alexnet(
     *,
     num_classes: int | None = None,

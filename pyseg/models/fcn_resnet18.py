@@ -21,6 +21,7 @@ from ..errors import LabelError
 from ..image import default_palette
 from ..types import VOID
 from .backbones import published_weights, resnet, voc_classes
+from .facts import FCN_PAPER, IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
 Name = Literal["cityscapes", "deepscene", "mhp", "voc", "sun"]
@@ -131,6 +132,22 @@ PRESETS: dict[str, Preset] = {
 """What the tutorial's networks know, by the names of its data sets."""
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[
+        (83.3, "pixel accuracy", "Cityscapes, 512x256", "jetson-inference's documentation"),
+        (96.4, "pixel accuracy", "DeepScene, 576x320", "jetson-inference's documentation"),
+        (
+            86.5,
+            "pixel accuracy",
+            "Multi-Human Parsing, 512x320",
+            "jetson-inference's documentation",
+        ),
+        (85.9, "pixel accuracy", "PASCAL VOC, 320x320", "jetson-inference's documentation"),
+        (64.3, "pixel accuracy", "SUN RGB-D, 512x400", "jetson-inference's documentation"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def fcn_resnet18(
     *,
     preset: Name | None = None,

@@ -13,9 +13,21 @@ from torch import Tensor, nn
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from .backbones import published_weights, resnet
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
 
+@facts(
+    paper=(
+        "Chaurasia & Culurciello, LinkNet: Exploiting encoder representations for efficient"
+        " semantic segmentation, VCIP 2017"
+    ),
+    scores=[
+        (76.4, "mIoU", "Cityscapes val", "the paper"),
+        (68.3, "mIoU", "CamVid test", "the paper"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def linknet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:

@@ -18,9 +18,23 @@ from torchvision.models import vgg
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from .backbones import published_weights
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
+_PAPER = (
+    "Badrinarayanan, Kendall & Cipolla, SegNet: A deep convolutional encoder-decoder "
+    "architecture for image segmentation, PAMI 2017"
+)
 
+
+@facts(
+    paper=_PAPER,
+    scores=[
+        (60.1, "mIoU", "CamVid test, 140 000 iterations", "the paper"),
+        (50.0, "mIoU", "CamVid test, 40 000 iterations", "the paper"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def segnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -56,6 +70,9 @@ def segnet(
     )
 
 
+@facts(
+    paper=_PAPER,
+)
 def segnet_basic(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -84,6 +101,14 @@ def segnet_basic(
     )
 
 
+@facts(
+    paper=(
+        "Kendall, Badrinarayanan & Cipolla, Bayesian SegNet: Model uncertainty in deep "
+        "convolutional encoder-decoder architectures for scene understanding, BMVC 2017"
+    ),
+    scores=[(63.1, "mIoU", "CamVid test", "the paper")],
+    licence=IMAGENET_LICENCE,
+)
 def bayesian_segnet(
     *,
     num_classes: int | None = None,

@@ -19,11 +19,24 @@ from torchvision.models import vgg
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from .backbones import published_weights, resnet
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
+
+_PAPER = (
+    "Ronneberger, Fischer & Brox, U-Net: Convolutional networks for biomedical image "
+    "segmentation, MICCAI 2015"
+)
 
 _MARGIN = 92  # pixels on each side that unpadded convolutions take off an image
 
 
+@facts(
+    paper=_PAPER,
+    scores=[
+        (92.03, "IoU", "PhC-U373, ISBI cell tracking challenge 2015", "the paper"),
+        (77.56, "IoU", "DIC-HeLa, ISBI cell tracking challenge 2015", "the paper"),
+    ],
+)
 def unet(
     *,
     num_classes: int | None = None,
@@ -68,6 +81,10 @@ def unet(
     )
 
 
+@facts(
+    paper="Iglovikov & Shvets, TernausNet: U-Net with VGG11 encoder pre-trained on ImageNet, 2018",
+    licence=IMAGENET_LICENCE,
+)
 def unet_vgg16(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -98,6 +115,10 @@ def unet_vgg16(
     )
 
 
+@facts(
+    paper=_PAPER,
+    licence=IMAGENET_LICENCE,
+)
 def unet_resnet(
     *,
     num_classes: int | None = None,
@@ -122,6 +143,10 @@ def unet_resnet(
     return _unet_resnet(f"unet_{backbone}", backbone, num_classes, weights)
 
 
+@facts(
+    paper=_PAPER,
+    licence=IMAGENET_LICENCE,
+)
 def unet_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
