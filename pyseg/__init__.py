@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Pipeline": ".pipeline",
     "build": ".pipeline",
+    "compose": ".pipeline",
     "load": ".pipeline",
     "evaluate": ".evaluation",
     "predict": ".prediction",
@@ -54,6 +55,7 @@ __all__ = [
     "__version__",
     "build",
     "check_labels",
+    "compose",
     "cost",
     "datasets",
     "errors",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from .label_check import check_labels as check_labels
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
+    from .pipeline import compose as compose
     from .pipeline import load as load
     from .prediction import predict as predict
     from .training import train as train

@@ -478,6 +478,49 @@ def build(
     return pipeline if target is None else pipeline.to(target)
 
 
+def compose(
+    model: Model | Pipeline,
+    *refiners: str | Spec | Refiner | Callable[..., Segmentation],
+    device: str | torch.device | None = None,
+) -> Pipeline:
+    """A pipeline of a model that is there already, and refiners.
+
+    Args:
+        model: from `pyseg.models.create` or `pyseg.models.wrap`, any object of
+            `pyseg.types.Model`, or a pipeline, whose stages come first.
+        refiners: names with options, such as ``"crf+sam2"``, objects, or functions, as in `build`.
+        device: where all stages run; None = where the model is.
+
+    Raises:
+        SpecError: ``model`` is text or a network that does not say what its classes are, or a
+            refiner's text does not parse.
+        UnknownName: no refiner has that name.
+        PluginError: a stage is no such object.
+        DeviceError: there is no such device.
+
+    Example:
+        >>> model = pyseg.models.wrap(network, classes=("road", "sky"))
+        >>> result = pyseg.compose(model, "crf+sam2")("street.jpg")
+    """
+    if isinstance(model, (str, Spec)):
+        raise SpecError(
+            f"compose takes a model as an object, got the text {shown(str(model))}; pyseg.build "
+            "takes names"
+        )
+    if isinstance(model, torch.nn.Module) and not hasattr(model, "predict"):
+        raise SpecError(
+            f"{_kind_of(model)} does not say what its classes are: "
+            "pyseg.models.wrap(network, classes=[…]) makes a model of it"
+        )
+    if not isinstance(model, Pipeline):
+        return build(model, *refiners, device=device)
+    added = build(model.model, *refiners, device=device).stages[1:]
+    made = Pipeline(
+        [*model.stages, *added], num_classes=model._num_classes, precision=model.precision
+    )
+    return made if device is None else made.to(device)
+
+
 def load(
     folder: str | Path,
     *,
