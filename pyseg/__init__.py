@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Pipeline": ".pipeline",
     "build": ".pipeline",
+    "compose": ".pipeline",
     "load": ".pipeline",
     "compare": ".comparison",
     "evaluate": ".evaluation",
@@ -56,6 +57,7 @@ __all__ = [
     "build",
     "check_labels",
     "compare",
+    "compose",
     "cost",
     "datasets",
     "errors",
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from .label_check import check_labels as check_labels
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
+    from .pipeline import compose as compose
     from .pipeline import load as load
     from .prediction import predict as predict
     from .training import train as train

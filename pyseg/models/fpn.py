@@ -15,9 +15,13 @@ from torch.nn import functional as F
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from ..errors import require
+from .facts import facts
 from .semantic import SemanticModel, semantic_model
 
 
+@facts(
+    paper="Lin et al., Feature pyramid networks for object detection, CVPR 2017",
+)
 def fpn_efficientnet_lite0(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:

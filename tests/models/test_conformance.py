@@ -9,6 +9,7 @@ DETECTOR = {"min_size": 24, "max_size": 32}
 INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
+    "bayesian_segnet": {"samples": 2},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
     "maskrcnn_fcn_resnet50": PANOPTIC,
@@ -25,6 +26,9 @@ OPTIONS = {
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
 # Networks of others' code that differ from a quick one by their depth or by the detector's heads.
 SLOW = {"deeplabv3_resnet101", "fcn_resnet101", "maskrcnn_resnet50_fpn_v2"}
+# Hundreds of megabytes of fully connected layers: small ones are checked in test_fcn.py.
+SLOW |= {"unet_resnet50"}
+SLOW |= {"fcn8s", "fcn16s", "fcn32s", "fcn_alexnet"}
 
 
 @pytest.mark.parametrize(
