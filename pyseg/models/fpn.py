@@ -25,7 +25,7 @@ from .semantic import SemanticModel, semantic_model
 def fpn_efficientnet_lite0(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
-    """An FPN of 64 channels on timm's EfficientNet-Lite0, 3.2 M parameters; logits at stride 4.
+    """An FPN of 64 channels on timm's EfficientNet-Lite0, 3.1 M parameters; logits at stride 4.
 
     Args:
         num_classes: None = CamVid's 11.
