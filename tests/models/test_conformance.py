@@ -9,6 +9,7 @@ DETECTOR = {"min_size": 24, "max_size": 32}
 INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
+    "deeplab_v2_resnet101": {"scales": (1.0, 0.5)},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
     "maskrcnn_fcn_resnet50": PANOPTIC,
@@ -24,7 +25,17 @@ OPTIONS = {
 # Old names of the same factories are not checked again.
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
 # Networks of others' code that differ from a quick one by their depth or by the detector's heads.
-SLOW = {"deeplabv3_resnet101", "fcn_resnet101", "maskrcnn_resnet50_fpn_v2"}
+SLOW = {
+    "deeplab_v2_resnet101",
+    "deeplab_v2_vgg16",
+    "deeplabv3_resnet101",
+    "deeplabv3plus_resnet101",
+    "deeplabv3plus_xception65",
+    "fcn_resnet101",
+    "maskrcnn_resnet50_fpn_v2",
+    "pspnet_resnet101",
+    "pspnet_resnet50",
+}
 
 
 @pytest.mark.parametrize(
