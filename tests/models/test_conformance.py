@@ -32,9 +32,11 @@ SLOW = {
     "deeplabv3plus_resnet101",
     "deeplabv3plus_xception65",
     "fcn_resnet101",
+    *(f"hrnet_{name}" for name in ("w18", "w18_small_v2", "w32", "w48")),
     "maskrcnn_resnet50_fpn_v2",
     "pspnet_resnet101",
     "pspnet_resnet50",
+    *(f"segformer_b{k}" for k in range(1, 6)),
 }
 
 
