@@ -14,7 +14,9 @@ __version__ = "0.1.0"
 _LAZY = {
     "Pipeline": ".pipeline",
     "build": ".pipeline",
+    "compose": ".pipeline",
     "load": ".pipeline",
+    "compare": ".comparison",
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "train": ".training",
@@ -54,6 +56,8 @@ __all__ = [
     "__version__",
     "build",
     "check_labels",
+    "compare",
+    "compose",
     "cost",
     "datasets",
     "errors",
@@ -82,12 +86,14 @@ if TYPE_CHECKING:
     from . import refiners as refiners
     from . import types as types
     from . import visual as visual
+    from .comparison import compare as compare
     from .cost import cost as cost
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate
     from .label_check import check_labels as check_labels
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
+    from .pipeline import compose as compose
     from .pipeline import load as load
     from .prediction import predict as predict
     from .training import train as train

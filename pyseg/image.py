@@ -468,10 +468,12 @@ _IN_FORMATS = (
     "decode_rle",
     "encode_rle",
     "read_segment_ids",
+    "read_uncertainty",
     "write_cityscapes_ids",
     "write_instances",
     "write_panoptic",
     "write_segments",
+    "write_uncertainty",
 )
 
 

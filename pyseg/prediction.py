@@ -3,7 +3,7 @@
 Worker threads take the images in their order; each decodes one, segments it and writes its results,
 so that all three overlap and no image waits in memory. On the CPU that is faster than one image
 after the other with torch's threads in every operator, which leaves decoding, packing and all
-small operators to one core (``benchmarks/prediction.py``).
+small operators to one core (``benchmarks/pipeline.py``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,19 @@ from .files import (
     remove_abandoned,
     write_json,
 )
-from .image import read_image, write_image, write_instances, write_labels, write_segments
+from .image import (
+    read_image,
+    write_image,
+    write_instances,
+    write_labels,
+    write_segments,
+    write_uncertainty,
+)
 from .pipeline import Pipeline
 from .types import VOID, Segmentation
 
 MANIFEST = "pyseg.json"
-OVERLAYS, SEGMENTS, INSTANCES = "overlays", "segments", "instances"
+OVERLAYS, SEGMENTS, INSTANCES, UNCERTAINTY = "overlays", "segments", "instances", "uncertainty"
 
 _WORKERS = 4  # at most, by default: each may have an image in the memory
 _BATCH = 8  # images, by default and on accelerators; on a CPU batches gain nothing (measured)
@@ -95,8 +102,9 @@ def predict(
             file given by itself ``c.png``. A glob keeps the folders that it leaves open:
             ``a/**/*.jpg`` gives ``b/c.png``, too.
             Where the pipeline finds them, ``segments/b/c.png`` and ``.json`` have the panoptic
-            segments (`pyseg.image.write_segments`) and ``instances/b/c.json`` the instances
-            (`write_instances`).
+            segments (`pyseg.image.write_segments`), ``instances/b/c.json`` the instances
+            (`write_instances`) and ``uncertainty/b/c.png`` the model's uncertainty
+            (`write_uncertainty`).
         overlay: also write ``overlays/b/c.png``, the image with the labels painted over it.
         overwrite: compute results again that exist.
         keep_suffix: ``c.jpg`` becomes ``c.jpg.png``, for folders in which ``c.jpg`` and ``c.png``
@@ -307,7 +315,7 @@ class _Run:
             )
 
     def _write(self, index: int, result: Segmentation) -> None:
-        labels, painted, segments, _, instances = _results(self.output, self.jobs[index][1])
+        labels, painted, segments, _, instances, doubt = _results(self.output, self.jobs[index][1])
         with self.lock:
             if not self.claimed:
                 write_json(self.output / MANIFEST, self.description)
@@ -319,6 +327,8 @@ class _Run:
             write_segments(_ready(segments), result.segments)
         if result.instances is not None:
             write_instances(_ready(instances), result.instances)
+        if result.uncertainty is not None:
+            write_uncertainty(_ready(doubt), result.full_uncertainty())
         write_labels(_ready(labels), result.labels, result.palette)
         self.report(index, _WRITTEN)
 
@@ -397,8 +407,8 @@ def _pixels(image: Tensor) -> int:
     return image.shape[1] * image.shape[2]
 
 
-def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path]:
-    """All files that an image may get: labels, overlay, panoptic map and list, instances."""
+def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path, Path]:
+    """All files of an image: labels, overlay, panoptic map and list, instances, uncertainty."""
     relative = target.relative_to(output)
     segments = output / SEGMENTS / relative
     return (
@@ -407,6 +417,7 @@ def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path]:
         segments,
         segments.with_suffix(".json"),
         (output / INSTANCES / relative).with_suffix(".json"),
+        output / UNCERTAINTY / relative,
     )
 
 

@@ -362,6 +362,10 @@ def _check_segmentation(
         check(good, f"{what} gives logits {_kind(logits)}, no [{len(classes)}, h, w] float")
         check(bool(logits.isfinite().all()), f"{what} gives logits that are not finite")
         check(not logits.requires_grad, f"{what} gives logits with a gradient")
+    if (doubt := result.uncertainty) is not None:
+        good = doubt.is_floating_point() and bool((doubt >= 0).all() and doubt.isfinite().all())
+        check(good, f"{what} gives uncertainty that is not finite, negative or no float")
+        check(not doubt.requires_grad, f"{what} gives uncertainty with a gradient")
     if result.instances is not None:
         _check_instances(check, what, result.instances, size, len(classes))
     if result.segments is not None:
@@ -699,6 +703,8 @@ def _parts(result: Segmentation) -> dict[str, Tensor]:
     parts = {"labels": result.labels}
     if result.logits is not None:
         parts["logits"] = result.logits
+    if result.uncertainty is not None:
+        parts["uncertainty"] = result.uncertainty
     if result.segments is not None:
         parts["map"] = result.segments.map
     if result.instances is not None:

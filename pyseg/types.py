@@ -70,6 +70,7 @@ class Segmentation:
     instances: Instances | None = None
     image: Tensor | None = None  # [3, H, W] uint8 RGB: what overlay() paints on
     palette: tuple[tuple[int, int, int], ...] | None = None  # one RGB colour per class
+    uncertainty: Tensor | None = None  # [h, w] float, 0 = certain: of the model, refiners keep it
     _labels: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -86,6 +87,11 @@ class Segmentation:
         if segments is not None and tuple(segments.map.shape) != tuple(self.size):
             raise ValueError(
                 f"segments.map must be {list(self.size)}, got {list(segments.map.shape)}"
+            )
+        if self.uncertainty is not None and self.uncertainty.ndim != 2:
+            raise ValueError(
+                f"uncertainty must be [h, w], one value per place, got "
+                f"{list(self.uncertainty.shape)}"
             )
 
     @property
@@ -143,6 +149,33 @@ class Segmentation:
             ValueError: there are no logits, as after a stage that outputs labels only.
         """
         return self.full_logits().softmax(0)
+
+    def full_uncertainty(self) -> Tensor:
+        """The model's uncertainty at full resolution, [H, W] float32: bilinear, not kept.
+
+        Raises:
+            ValueError: the model gave none.
+        """
+        if self.uncertainty is None:
+            raise ValueError(
+                "this Segmentation holds no uncertainty; a model such as bayesian_segnet gives one"
+            )
+        return torch.nn.functional.interpolate(
+            self.uncertainty.float()[None, None], self.size, mode="bilinear", align_corners=False
+        )[0, 0]
+
+    def uncertainty_map(self, limit: float | None = None) -> Image:
+        """A picture of the model's uncertainty, from black over red and yellow to white.
+
+        Args:
+            limit: the uncertainty that is white; None = the largest in the picture.
+
+        Raises:
+            ValueError: the model gave none, or ``limit`` is not positive.
+        """
+        from . import visual
+
+        return visual.heat_map(self.full_uncertainty(), limit)
 
     def with_logits(self, logits: Tensor) -> Segmentation:
         """A copy with new ``logits`` [C, h, w]; labels and segments, which follow, are dropped."""
@@ -235,6 +268,7 @@ class Segmentation:
                 ("segments", self.segments),
                 ("instances", self.instances),
                 ("image", self.image),
+                ("uncertainty", self.uncertainty),
             )
             if value is not None
         ]

@@ -18,6 +18,7 @@ Colour: TypeAlias = "tuple[int, int, int]"
 
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _BAR, _GAP = (66, 113, 174), (226, 118, 118)
+_HEAT = ((0, 0, 0), (128, 0, 38), (227, 26, 28), (253, 141, 60), (254, 217, 118), (255, 255, 255))
 _CORRECT, _WRONG, _MISSED, _IGNORED = (222, 226, 230), (214, 40, 57), (247, 160, 30), (64, 68, 76)
 
 
@@ -267,6 +268,31 @@ def reliability_diagram(reliability: Mapping[str, Sequence[float]], size: int = 
         turned = label.rotate(90, expand=True)
         canvas.paste(turned, (round(font.size * 0.2), height - turned.height // 2))
     return canvas
+
+
+def heat_map(values: Tensor | np.ndarray, limit: float | None = None) -> Image.Image:
+    """A picture of non-negative values: black, red, yellow, white.
+
+    Args:
+        values: [H, W]; NaN is black.
+        limit: the value that is white, as are larger ones; None = the largest.
+
+    Raises:
+        ValueError: not [H, W], or ``limit`` is not positive.
+
+    Example:
+        >>> heat_map(result.probabilities()[0], limit=1.0).save("road.png")
+    """
+    if limit is not None and not limit > 0:
+        raise ValueError(f"limit must be above 0, got {limit}")
+    plane = torch.as_tensor(values).detach().cpu().float().nan_to_num(0, posinf=3e38)
+    if plane.ndim != 2 or plane.numel() == 0:
+        raise ValueError(f"values must be [H, W], got {list(plane.shape)}")
+    share = (plane / (limit or float(plane.max()) or 1.0)).clamp(0, 1).numpy()
+    stops = np.linspace(0, 1, len(_HEAT))
+    colours = np.array(_HEAT, dtype=np.float64)
+    channels = [np.interp(share, stops, colours[:, channel]) for channel in range(3)]
+    return Image.fromarray(np.stack(channels, -1).round().astype(np.uint8))
 
 
 def _array(image: Tensor) -> np.ndarray:

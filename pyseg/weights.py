@@ -7,6 +7,7 @@ says where to put it.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import difflib
@@ -534,7 +535,10 @@ def _read_torch(path: Path, head: bytes) -> object:
     try:
         if zipped:
             _refuse_bombs(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        # Beside their weights, checkpoints of torchvision's scripts keep the command's arguments: a
+        # bag of attributes, whose making runs no code.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "truncated" in str(error):
             raise WeightsError(f"weights: {path} is truncated; {_again(path)}") from error

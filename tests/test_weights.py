@@ -1,5 +1,6 @@
 """pyseg.weights against real files and a real HTTP server on this machine."""
 
+import argparse
 import base64
 import hashlib
 import http.server
@@ -531,3 +532,13 @@ def test_numbers_of_another_kind_are_refused(dtype):
     ):
         weights.load_into(module, state, "net.pth")
     weights.load_into(module, {key: value.half() for key, value in module.state_dict().items()}, "")
+
+
+def test_a_commands_arguments_beside_the_weights_do_no_harm(tmp_path):
+    """torchvision's reference scripts save their argparse.Namespace in every checkpoint."""
+    path = tmp_path / "model_0.pth"
+    state = {"a": torch.arange(3.0)}
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, data="here"), "epoch": 1}, path)
+    before = torch.serialization.get_safe_globals()
+    assert torch.equal(weights.load_state(path)["a"], state["a"])
+    assert torch.serialization.get_safe_globals() == before  # for others nothing has changed

@@ -1,7 +1,7 @@
 """Registry of models: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
 
 ``create("name", option=…)`` makes a model. The classes stand here by name, too:
-`SemanticModel` makes a model of any network.
+`SemanticModel` makes a model of any network, in one line by `wrap`.
 """
 
 from __future__ import annotations
@@ -13,23 +13,54 @@ from typing import TYPE_CHECKING, Any
 from ..registry import Registry
 
 if TYPE_CHECKING:
+    from .backbones import convolutionalize as convolutionalize
+    from .facts import ModelInfo as ModelInfo
+    from .facts import facts as facts
     from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
+    from .semantic import wrap as wrap
 
-# Public class -> where it lives. Resolved on first use: listing needs no torch.
+# Public class or function -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
     "InstanceModel": ".maskrcnn",
+    "ModelInfo": ".facts",
     "SemanticModel": ".semantic",
+    "convolutionalize": ".backbones",
+    "wrap": ".semantic",
 }
 
 _registry: Registry[Any] = Registry("model", "pyseg.models")
-register, get, info, describe = (
+register, get, describe = (
     _registry.register,
     _registry.get,
-    _registry.info,
     _registry.describe,
 )
 create = _registry.create
+
+
+def info(name: str, *, size: tuple[int, int] = (512, 512)) -> ModelInfo:
+    """What is known about a model: its paper, parameters, GFLOPs, published scores and licence.
+
+    Imports nothing of it before these are asked for; where it comes from is known without.
+
+    Args:
+        name: a registered name.
+        size: (height, width) of the image that GFLOPs are counted for.
+
+    Raises:
+        UnknownName: nothing has that name.
+        PluginError: two distributions claim it, or, when it is asked, it fails to import.
+        ValueError: a ``size`` below 1.
+
+    Example:
+        >>> pyseg.models.info("segnet").parameters
+        29449355
+    """
+    from .facts import ModelInfo
+
+    if min(size) < 1:
+        raise ValueError(f"size must be (height, width) in pixels, got {size}")
+    return ModelInfo(**vars(_registry.info(name)), size=size)
 
 
 def __getattr__(name: str) -> Any:
@@ -40,13 +71,16 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "InstanceModel",
+    "ModelInfo",
     "SemanticModel",
+    "convolutionalize",
     "create",
     "describe",
     "get",
     "info",
     "list",
     "register",
+    "wrap",
 ]
 
 

@@ -11,7 +11,6 @@ The CRFs of v1 and v2 are refiners: ``"deeplab_v1+crf_deeplab_v1"``.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,24 @@ from torchvision.models import vgg
 
 from ..errors import require
 from ..weights import Remote
-from .backbones import Trunk, dilate, published_weights
+from .backbones import Trunk, dilate, published_weights, voc_classes
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
 Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+
+V1_PAPER = (
+    "Chen, Papandreou, Kokkinos, Murphy & Yuille, Semantic image segmentation with deep "
+    "convolutional nets and fully connected CRFs, ICLR 2015"
+)
+V2_PAPER = (
+    "Chen, Papandreou, Kokkinos, Murphy & Yuille, DeepLab: Semantic image segmentation with deep "
+    "convolutional nets, atrous convolution, and fully connected CRFs, PAMI 2018"
+)
+V3PLUS_PAPER = (
+    "Chen, Zhu, Papandreou, Schroff & Adam, Encoder-decoder with atrous separable convolution for "
+    "semantic image segmentation, ECCV 2018"
+)
 
 V1_RATES = (12,)
 V2_RATES = (6, 12, 18, 24)
@@ -58,6 +71,7 @@ def _with_options(factory: Factory) -> Factory:
     return factory
 
 
+@facts(paper=V1_PAPER, licence=IMAGENET_LICENCE)
 def deeplab_v1(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -84,6 +98,7 @@ def deeplab_v1(
     return _vgg_model("deeplab_v1", network, V1_RATES, num_classes, weights)
 
 
+@facts(paper=V2_PAPER, licence=IMAGENET_LICENCE)
 def deeplab_v2_vgg16(
     *,
     scales: Sequence[float] = (1.0,),
@@ -106,6 +121,7 @@ def deeplab_v2_vgg16(
     return _vgg_model("deeplab_v2_vgg16", network, V2_RATES, num_classes, weights)
 
 
+@facts(paper=V2_PAPER, licence=IMAGENET_LICENCE)
 def deeplab_v2_resnet101(
     *,
     scales: Sequence[float] = V2_SCALES,
@@ -140,7 +156,7 @@ def deeplab_v2_resnet101(
     return semantic_model(
         "deeplab_v2_resnet101",
         network,
-        classes=_voc_classes(),
+        classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
         heads=[f"scores.{k}" for k in range(len(V2_RATES))],
@@ -150,6 +166,7 @@ def deeplab_v2_resnet101(
     )
 
 
+@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
 @_with_options
 def deeplabv3plus_resnet50(
     *,
@@ -161,6 +178,7 @@ def deeplabv3plus_resnet50(
     return _v3plus("resnet50", output_stride, num_classes, weights)
 
 
+@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
 @_with_options
 def deeplabv3plus_resnet101(
     *,
@@ -172,6 +190,7 @@ def deeplabv3plus_resnet101(
     return _v3plus("resnet101", output_stride, num_classes, weights)
 
 
+@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
 @_with_options
 def deeplabv3plus_mobilenet_v2(
     *,
@@ -183,6 +202,7 @@ def deeplabv3plus_mobilenet_v2(
     return _v3plus("mobilenet_v2", output_stride, num_classes, weights)
 
 
+@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
 @_with_options
 def deeplabv3plus_mobilenet_v3_large(
     *,
@@ -194,6 +214,7 @@ def deeplabv3plus_mobilenet_v3_large(
     return _v3plus("mobilenet_v3_large", output_stride, num_classes, weights)
 
 
+@facts(paper=V3PLUS_PAPER)
 @_with_options
 def deeplabv3plus_xception65(
     *,
@@ -387,11 +408,6 @@ def _separable(inputs: int, outputs: int, rate: int) -> nn.Sequential:
     )
 
 
-def _voc_classes() -> tuple[str, ...]:
-    models = importlib.import_module("torchvision.models")
-    return tuple(models.get_model_weights("fcn_resnet50").DEFAULT.meta["categories"])
-
-
 def _vgg16(classes: int, *, rates: Sequence[int], scales: Sequence[float]) -> DeepLab:
     return DeepLab(VGG16(rates), [nn.Conv2d(1024, classes, 1) for _ in rates], scales)
 
@@ -406,7 +422,7 @@ def _vgg_model(
     return semantic_model(
         name,
         network,
-        classes=_voc_classes(),
+        classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
         heads=[f"scores.{k}" for k in range(len(rates))],
@@ -477,7 +493,7 @@ def _v3plus(
     return semantic_model(
         f"deeplabv3plus_{backbone}",
         network,
-        classes=_voc_classes(),
+        classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
         heads=("score",),

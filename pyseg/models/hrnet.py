@@ -18,9 +18,15 @@ from torch.nn import functional as F
 
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from ..errors import require
+from .facts import facts
 from .semantic import SemanticModel, semantic_model
 
 Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+
+PAPER = (
+    "Wang et al., Deep high-resolution representation learning for visual recognition, PAMI 2020"
+)
+CITYSCAPES = ("mIoU", "Cityscapes val", "the authors' HRNet-Semantic-Segmentation")
 
 OPTIONS = """
     Needs timm: ``pip install 'pyseg-toolkit[zoo]'``.
@@ -43,6 +49,7 @@ def _with_options(factory: Factory) -> Factory:
     return factory
 
 
+@facts(paper=PAPER, scores=[(70.3, *CITYSCAPES)])
 @_with_options
 def hrnet_w18_small_v1(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -51,6 +58,7 @@ def hrnet_w18_small_v1(
     return _build("hrnet_w18_small_v1", "hrnet_w18_small", num_classes, weights)
 
 
+@facts(paper=PAPER, scores=[(76.2, *CITYSCAPES)])
 @_with_options
 def hrnet_w18_small_v2(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -59,6 +67,7 @@ def hrnet_w18_small_v2(
     return _build("hrnet_w18_small_v2", "hrnet_w18_small_v2", num_classes, weights)
 
 
+@facts(paper=PAPER)
 @_with_options
 def hrnet_w18(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -67,6 +76,7 @@ def hrnet_w18(
     return _build("hrnet_w18", "hrnet_w18", num_classes, weights)
 
 
+@facts(paper=PAPER)
 @_with_options
 def hrnet_w32(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -75,6 +85,7 @@ def hrnet_w32(
     return _build("hrnet_w32", "hrnet_w32", num_classes, weights)
 
 
+@facts(paper=PAPER, scores=[(81.1, *CITYSCAPES)])
 @_with_options
 def hrnet_w48(
     *, num_classes: int | None = None, weights: str | Path | None = "default"

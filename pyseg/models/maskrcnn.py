@@ -30,7 +30,10 @@ from ..ops.panoptic_merge import paste
 from ..types import Instances, Sample, Segmentation, Segments
 from ..weights import load_into
 from .backbones import published_weights, resnet
+from .facts import COCO_LICENCE, IMAGENET_LICENCE, facts
 from .semantic import class_names, read_weights, require_evaluation_mode
+
+_PAPER = "He, Gkioxari, Dollár & Girshick, Mask R-CNN, ICCV 2017"
 
 COCO_THINGS = 80
 COCO_V1 = "bf2d0c1e"
@@ -233,6 +236,14 @@ class InstanceModel(nn.Module):
 # --------------------------------------------------------------------------------------- factories
 
 
+@facts(
+    paper=_PAPER,
+    scores=[
+        (37.9, "box AP", "COCO val2017", "torchvision"),
+        (34.6, "mask AP", "COCO val2017", "torchvision"),
+    ],
+    licence=COCO_LICENCE,
+)
 def maskrcnn(
     *,
     num_classes: int | None = None,
@@ -267,6 +278,14 @@ def maskrcnn(
     return load_weights(model, name, weights, backbone, default=default)
 
 
+@facts(
+    paper="Li, Xie, Chen, Dollár, He & Girshick, Benchmarking detection transfer learning, 2021",
+    scores=[
+        (47.4, "box AP", "COCO val2017", "torchvision"),
+        (41.8, "mask AP", "COCO val2017", "torchvision"),
+    ],
+    licence=COCO_LICENCE,
+)
 def maskrcnn_resnet50_fpn_v2(
     *,
     num_classes: int | None = None,
@@ -303,6 +322,7 @@ def maskrcnn_resnet50_fpn_v2(
     return load_weights(model, name, weights, "resnet50", default="COCO_V1", detector=name)
 
 
+@facts(paper=_PAPER, licence=IMAGENET_LICENCE)
 def maskrcnn_resnet101_fpn(
     *,
     num_classes: int | None = None,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..ops import panoptic_merge, upsample_argmax
 from ..types import VOID, Sample, Segments
+from .facts import COCO_LICENCE, facts
 from .fcn import FCN
 from .maskrcnn import Detections, InstanceModel, build_detector, load_weights
 from .semantic import class_names
@@ -181,6 +182,10 @@ class MaskRCNNAndFCN(PanopticFPN):
         return [*super()._backbones(), self.semantic.body]
 
 
+@facts(
+    paper="Kirillov, Girshick, He & Dollár, Panoptic feature pyramid networks, CVPR 2019",
+    licence=COCO_LICENCE,
+)
 def panoptic_fpn(
     *,
     num_classes: int | None = None,
@@ -223,6 +228,10 @@ def panoptic_fpn(
     return model
 
 
+@facts(
+    paper="Kirillov, He, Girshick, Rother & Dollár, Panoptic segmentation, CVPR 2019",
+    licence=COCO_LICENCE,
+)
 def maskrcnn_fcn(
     *,
     num_classes: int | None = None,

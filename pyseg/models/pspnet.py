@@ -18,9 +18,12 @@ from torch.nn import functional as F
 
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from .backbones import Trunk, published_weights
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
 Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+
+PAPER = "Zhao, Shi, Qi, Wang & Jia, Pyramid scene parsing network, CVPR 2017"
 
 OPTIONS = """
     Args:
@@ -42,7 +45,7 @@ OPTIONS = """
 
 def _with_options(factory: Factory) -> Factory:
     factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return factory
+    return facts(paper=PAPER, licence=IMAGENET_LICENCE)(factory)
 
 
 @_with_options

@@ -20,9 +20,15 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
+from .facts import facts
 from .semantic import SemanticModel, semantic_model
 
 Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+
+PAPER = (
+    "Xie, Wang, Yu, Anandkumar, Alvarez & Luo, SegFormer: Simple and efficient design for semantic "
+    "segmentation with transformers, NeurIPS 2021"
+)
 
 OPTIONS = """
     Args:
@@ -58,7 +64,7 @@ DROP_PATH = 0.1  # of the last block; those before it have less
 
 def _with_options(factory: Factory) -> Factory:
     factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return factory
+    return facts(paper=PAPER)(factory)
 
 
 @_with_options

@@ -2,10 +2,13 @@
 
 Source: Badrinarayanan, Kendall & Cipolla, "SegNet: A deep convolutional encoder-decoder
 architecture for image segmentation", PAMI 2017. SegNet-Basic has the layers of their Caffe model.
+Bayesian SegNet: Kendall, Badrinarayanan & Cipolla, "Bayesian SegNet: Model uncertainty in deep
+convolutional encoder-decoder architectures for scene understanding", BMVC 2017.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +18,23 @@ from torchvision.models import vgg
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE
 from .backbones import published_weights
+from .facts import IMAGENET_LICENCE, facts
 from .semantic import SemanticModel, semantic_model
 
+_PAPER = (
+    "Badrinarayanan, Kendall & Cipolla, SegNet: A deep convolutional encoder-decoder "
+    "architecture for image segmentation, PAMI 2017"
+)
 
+
+@facts(
+    paper=_PAPER,
+    scores=[
+        (60.1, "mIoU", "CamVid test, 140 000 iterations", "the paper"),
+        (50.0, "mIoU", "CamVid test, 40 000 iterations", "the paper"),
+    ],
+    licence=IMAGENET_LICENCE,
+)
 def segnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -53,6 +70,9 @@ def segnet(
     )
 
 
+@facts(
+    paper=_PAPER,
+)
 def segnet_basic(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -78,6 +98,57 @@ def segnet_basic(
         # Its response normalisation is of images in 0..255: elsewhere its constants do nothing.
         mean=(0.0, 0.0, 0.0),
         std=(1 / 255, 1 / 255, 1 / 255),
+    )
+
+
+@facts(
+    paper=(
+        "Kendall, Badrinarayanan & Cipolla, Bayesian SegNet: Model uncertainty in deep "
+        "convolutional encoder-decoder architectures for scene understanding, BMVC 2017"
+    ),
+    scores=[(63.1, "mIoU", "CamVid test", "the paper")],
+    licence=IMAGENET_LICENCE,
+)
+def bayesian_segnet(
+    *,
+    num_classes: int | None = None,
+    weights: str | Path | None = "default",
+    samples: int = 10,
+) -> SemanticModel:
+    """Bayesian SegNet (Kendall et al., 2017): SegNet with dropout, whose predictions are sampled.
+
+    Dropout stays on in predictions: the logits are those of the mean probability over ``samples``
+    passes, and the result's ``uncertainty`` is the probabilities' variance over these, averaged
+    over the classes. The masks are drawn from fixed seeds, so that equal images have equal results.
+
+    Args:
+        num_classes: None = CamVid's 11.
+        weights: as `segnet`; a checkpoint of a `segnet` fits, too, though one that was trained
+            without dropout is of little use.
+        samples: passes, at least 2; the paper finds that more than 6 beat a network without
+            dropout, and uses 50. What comes before the first dropout is computed once.
+
+    Raises:
+        ValueError: ``num_classes`` below 1, or ``samples`` below 2.
+        WeightsError: ``"default"``, or ``weights`` that cannot be found or are another network's.
+
+    Example:
+        >>> result = bayesian_segnet(weights=None).predict([image])[0]
+        >>> result.uncertainty_map().save("uncertainty.png")
+    """
+    if samples < 2:
+        raise ValueError(f"samples must be at least 2, got {samples}")
+    return semantic_model(
+        "bayesian_segnet",
+        lambda count: BayesianSegNet(count, samples=samples),
+        classes=CAMVID_CLASSES,
+        palette=CAMVID_PALETTE,
+        num_classes=num_classes,
+        weights=weights,
+        heads=("decoder.4.2",),
+        known=published_weights("vgg16_bn"),
+        convert=_from_vgg,
+        trunk="encoder",
     )
 
 
@@ -110,16 +181,79 @@ class SegNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to logits [N, C, H, W]."""
-        maxima = []
+        maxima: list[tuple[Tensor, torch.Size]] = []
         for layer in self.encoder:
-            if isinstance(layer, nn.MaxPool2d):
-                x, indices, size = pool(x)
-                maxima.append((indices, size))
-            else:
-                x = layer(x)
+            x = _encode(layer, x, maxima)
         for block, (indices, size) in zip(self.decoder, reversed(maxima), strict=True):
             x = block(unpool(x, indices, size))
         return x
+
+
+class BayesianSegNet(SegNet):
+    """SegNet with dropout of one half around its three deepest levels.
+
+    Args:
+        num_classes: channels of the logits.
+        samples: passes of a prediction.
+    """
+
+    def __init__(self, num_classes: int, *, samples: int) -> None:
+        super().__init__(num_classes)
+        self.samples = samples
+        poolings = [i for i, m in enumerate(self.encoder) if isinstance(m, nn.MaxPool2d)]
+        self.certain = poolings[2] + 1  # layers of the encoder before the first dropout
+
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
+        """Normalised images [N, 3, H, W] to logits [N, C, H, W].
+
+        In evaluation mode to those, ``out``, and ``uncertainty`` [N, H, W].
+        """
+        maxima: list[tuple[Tensor, torch.Size]] = []
+        for layer in self.encoder[: self.certain]:
+            x = _encode(layer, x, maxima)
+        if self.training:
+            return self._sample(x, maxima, F.dropout)
+        mean = spread = torch.zeros((), device=x.device)
+        for index in range(self.samples):
+            # Its own generator: neither chance nor other threads change a prediction.
+            drop = _FixedDropout(torch.Generator().manual_seed(index))
+            p = self._sample(x, maxima, drop).softmax(1)
+            difference = p - mean
+            mean = mean + difference / (index + 1)
+            spread = spread + difference * (p - mean)
+        smallest = torch.finfo(mean.dtype).tiny
+        return {
+            "out": mean.clamp(min=smallest).log(),
+            "uncertainty": (spread / self.samples).mean(1),
+        }
+
+    def _sample(
+        self, x: Tensor, maxima: list[tuple[Tensor, torch.Size]], drop: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        maxima = [*maxima]
+        x = drop(x)
+        for layer in self.encoder[self.certain :]:
+            x = _encode(layer, x, maxima)
+            if isinstance(layer, nn.MaxPool2d):
+                x = drop(x)
+        for level, (block, (indices, size)) in enumerate(
+            zip(self.decoder, reversed(maxima), strict=True)
+        ):
+            x = block(unpool(x, indices, size))
+            if level < 3:
+                x = drop(x)
+        return x
+
+
+class _FixedDropout:
+    """Dropout of one half by a generator on the CPU, the same for all images of a batch."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.generator = generator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        kept = torch.randint(2, x.shape[1:], generator=self.generator, dtype=torch.uint8)
+        return x * (2 * kept).to(x)
 
 
 class SegNetBasic(nn.Module):
@@ -148,6 +282,15 @@ class SegNetBasic(nn.Module):
         for decode, (indices, size) in zip(self.decoder, reversed(maxima), strict=True):
             x = decode(unpool(x, indices, size))
         return self.classifier(x)
+
+
+def _encode(layer: nn.Module, x: Tensor, maxima: list[tuple[Tensor, torch.Size]]) -> Tensor:
+    """One layer of VGG; where it pools, ``maxima`` gets where the maxima were."""
+    if not isinstance(layer, nn.MaxPool2d):
+        return layer(x)
+    x, indices, size = pool(x)
+    maxima.append((indices, size))
+    return x
 
 
 def pool(x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:

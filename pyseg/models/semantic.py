@@ -31,7 +31,8 @@ class SemanticModel(nn.Module):
     Args:
         network: maps normalised RGB, float [N, 3, H, W], to logits [N, C, h, w] or to a mapping
             with those under ``"out"`` and, while training, further logits under names that start
-            with ``"aux"``, each at its own stride.
+            with ``"aux"``, each at its own stride; in evaluation, ``"uncertainty"`` [N, h, w] goes
+            into the predictions.
         classes: the C class names, in the order of the logits' channels.
         palette: one RGB colour per class; None = `pyseg.image.default_palette`.
         mean: subtracted from each channel of an image in 0..1.
@@ -129,15 +130,62 @@ class SemanticModel(nn.Module):
             for start in range(0, len(members), step):
                 chosen = members[start : start + step]
                 batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
-                for i, logits in zip(chosen, self(batch)["out"], strict=True):
+                outputs = self(batch)
+                uncertainty = outputs.get("uncertainty", [None] * len(chosen))
+                for i, logits, doubt in zip(chosen, outputs["out"], uncertainty, strict=True):
                     results[i] = Segmentation(
                         (height, width),
                         self.classes,
                         logits=logits,
                         image=images[i],
                         palette=self.palette,
+                        uncertainty=doubt,
                     )
         return [results[i] for i in range(len(images))]
+
+
+def wrap(
+    network: nn.Module,
+    *,
+    classes: Sequence[str] | int,
+    palette: Sequence[tuple[int, int, int]] | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> SemanticModel:
+    """Any network as a model: the first stage of a pipeline, for predicting, scoring and training.
+
+    Args:
+        network: as `SemanticModel` takes it; it is put into evaluation mode.
+        classes: names in the order of the logits' channels, or how many there are.
+        palette: one RGB colour per class; None = `pyseg.image.default_palette`.
+        mean: of the three channels, in 0..1, that the network was trained with.
+        std: what each channel was divided by.
+
+    Raises:
+        TypeError: ``network`` is no ``torch.nn.Module``.
+        ValueError: no class, classes of one name, or a ``palette``, ``mean`` or ``std`` that does
+            not fit.
+
+    Example:
+        >>> model = wrap(network, classes=("road", "sky"), mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> pyseg.compose(model, "crf+sam2")("street.jpg").save("street.png")
+    """
+    if not isinstance(network, nn.Module):
+        what = network.__name__ if isinstance(network, type) else type(network).__name__
+        raise TypeError(
+            f"network must be a torch.nn.Module that maps [N, 3, H, W] to logits, got {what}"
+        )
+    if isinstance(classes, str):
+        raise ValueError(f"classes must be a sequence of names or their number, got {classes!r}")
+    names = class_names(classes, ()) if isinstance(classes, int) else tuple(classes)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"classes must have different names, got {', '.join(twice)} twice")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3:
+            raise ValueError(f"{name} must be 3 numbers, one per channel, got {list(values)}")
+    if not all(value > 0 for value in std):
+        raise ValueError(f"std must be above 0, got {list(std)}")
+    return SemanticModel(network, names, palette, mean=mean, std=std)
 
 
 def require_evaluation_mode(model: nn.Module) -> None:

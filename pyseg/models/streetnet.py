@@ -12,11 +12,13 @@ from torch.nn import functional as F
 from ..classes import CAMVID_CLASSES as CLASSES
 from ..classes import CAMVID_PALETTE as PALETTE
 from ..weights import Remote
+from .facts import facts
 from .semantic import SemanticModel, semantic_model
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
 
+@facts(licence="trained on CamVid, CC BY-NC 4.0: research and demonstration only")
 def streetnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:

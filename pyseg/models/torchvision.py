@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .backbones import published_weights
+from .facts import COCO_LICENCE, FCN_PAPER, facts
 from .semantic import SemanticModel, semantic_model
+
+_DEEPLABV3 = (
+    "Chen, Papandreou, Schroff & Adam, Rethinking atrous convolution for semantic image "
+    "segmentation, 2017"
+)
 
 Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
 
@@ -39,6 +45,11 @@ def _with_options(factory: Factory) -> Factory:
     return factory
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[(60.5, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def fcn_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -47,6 +58,11 @@ def fcn_resnet50(
     return _build("fcn_resnet50", num_classes, weights)
 
 
+@facts(
+    paper=FCN_PAPER,
+    scores=[(63.7, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def fcn_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -55,6 +71,11 @@ def fcn_resnet101(
     return _build("fcn_resnet101", num_classes, weights)
 
 
+@facts(
+    paper=_DEEPLABV3,
+    scores=[(66.4, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def deeplabv3_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -63,6 +84,11 @@ def deeplabv3_resnet50(
     return _build("deeplabv3_resnet50", num_classes, weights)
 
 
+@facts(
+    paper=_DEEPLABV3,
+    scores=[(67.4, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def deeplabv3_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -71,6 +97,11 @@ def deeplabv3_resnet101(
     return _build("deeplabv3_resnet101", num_classes, weights)
 
 
+@facts(
+    paper=_DEEPLABV3,
+    scores=[(60.3, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def deeplabv3_mobilenet_v3_large(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -79,6 +110,11 @@ def deeplabv3_mobilenet_v3_large(
     return _build("deeplabv3_mobilenet_v3_large", num_classes, weights)
 
 
+@facts(
+    paper="Howard et al., Searching for MobileNetV3, ICCV 2019",
+    scores=[(57.9, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
+    licence=COCO_LICENCE,
+)
 @_with_options
 def lraspp_mobilenet_v3_large(
     *, num_classes: int | None = None, weights: str | Path | None = "default"

@@ -26,6 +26,7 @@ from ..ops import (
 )
 from ..ops.panoptic_merge import PanopticMaps
 from ..types import VOID, Segment, Segments
+from .facts import COCO_LICENCE, IMAGENET_LICENCE, facts
 from .maskrcnn import Detections, build_detector, load_weights
 from .panoptic_fpn import PanopticFPN, cross_entropy, panoptic_classes
 
@@ -274,6 +275,11 @@ class UPSNet(PanopticFPN):
         return Detections(*(part[torch.cat(visible).sort()[0]] for part in found))
 
 
+@facts(
+    paper="Xiong et al., UPSNet: A unified panoptic segmentation network, CVPR 2019",
+    scores=[(42.5, "PQ", "COCO val2017", "the paper")],
+    licence=COCO_LICENCE,
+)
 def upsnet(
     *,
     num_classes: int | None = None,
@@ -325,6 +331,10 @@ def upsnet(
     return model
 
 
+@facts(
+    paper="Xiong et al., UPSNet: A unified panoptic segmentation network, CVPR 2019",
+    licence=IMAGENET_LICENCE,
+)
 def upsnet_resnet101_dcn(
     *,
     num_classes: int | None = None,

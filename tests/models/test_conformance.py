@@ -9,6 +9,7 @@ DETECTOR = {"min_size": 24, "max_size": 32}
 INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTOR}
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
+    "bayesian_segnet": {"samples": 2},
     "deeplab_v2_resnet101": {"scales": (1.0, 0.5)},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
@@ -38,6 +39,9 @@ SLOW = {
     "pspnet_resnet50",
     *(f"segformer_b{k}" for k in range(1, 6)),
 }
+# Hundreds of megabytes of fully connected layers: small ones are checked in test_fcn.py.
+SLOW |= {"unet_resnet50"}
+SLOW |= {"fcn8s", "fcn16s", "fcn32s", "fcn_alexnet"}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def transformers_model(name, classes, eps):
             inner = "patch_embeddings" in key or "sequence_reduction" in key or "self" in key
             if eps == "authors" and not inner:
                 layer.eps = 1e-6
-        if not model.device.type == "meta" and hasattr(layer, "weight"):
+        if model.device.type != "meta" and hasattr(layer, "weight"):
             nn.init.normal_(layer.bias, std=0.1) if layer.bias is not None else None
         if isinstance(layer, nn.BatchNorm2d) and model.device.type != "meta":
             nn.init.normal_(layer.running_mean, std=0.1)
@@ -173,7 +173,9 @@ def test_daformer_head():
     """256 channels and four dilations, of which the first is a plain 1x1, as its authors state."""
     with torch.device("meta"):
         head = pyseg.models.get("segformer_b5")(weights=None, head="daformer").network.head
-        shapes = [torch.empty(1, c, s, s) for c, s in zip((64, 128, 320, 512), (16, 8, 4, 2))]
+        shapes = [
+            torch.empty(1, c, s, s) for c, s in zip((64, 128, 320, 512), (16, 8, 4, 2), strict=True)
+        ]
         assert head(shapes).shape == (1, 19, 16, 16)
     assert [b[0][0].dilation[0] for b in list(head.branches)[1:]] == [6, 12, 18]
     linear = 256 * (64 + 128 + 320 + 512) + 4 * 256

@@ -9,7 +9,10 @@ from pyseg.errors import WeightsError
 from pyseg.models.segnet import pool, unpool
 
 
-@pytest.mark.parametrize("name, count", [("segnet", 29_449_355), ("segnet_basic", 1_416_587)])
+@pytest.mark.parametrize(
+    "name, count",
+    [("segnet", 29_449_355), ("bayesian_segnet", 29_449_355), ("segnet_basic", 1_416_587)],
+)
 def test_parameter_counts(name, count):
     with torch.device("meta"):
         model = pyseg.models.get(name)(weights=None)
