@@ -39,7 +39,59 @@ CAMVID_PALETTE = (
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 """Cityscapes' label ids of its train ids 0 to 18."""
 
-__all__ = ["CAMVID_CLASSES", "CAMVID_PALETTE", "CITYSCAPES_IDS"]
+CITYSCAPES_CLASSES = (
+    "road",
+    "sidewalk",
+    "building",
+    "wall",
+    "fence",
+    "pole",
+    "traffic light",
+    "traffic sign",
+    "vegetation",
+    "terrain",
+    "sky",
+    "person",
+    "rider",
+    "car",
+    "truck",
+    "bus",
+    "train",
+    "motorcycle",
+    "bicycle",
+)
+"""Cityscapes' 19 classes in the order of their train ids."""
+
+CITYSCAPES_PALETTE = (
+    (128, 64, 128),
+    (244, 35, 232),
+    (70, 70, 70),
+    (102, 102, 156),
+    (190, 153, 153),
+    (153, 153, 153),
+    (250, 170, 30),
+    (220, 220, 0),
+    (107, 142, 35),
+    (152, 251, 152),
+    (70, 130, 180),
+    (220, 20, 60),
+    (255, 0, 0),
+    (0, 0, 142),
+    (0, 0, 70),
+    (0, 60, 100),
+    (0, 80, 100),
+    (0, 0, 230),
+    (119, 11, 32),
+)
+"""RGB colour of each of `CITYSCAPES_CLASSES`."""
+
+__all__ = [
+    "CAMVID_CLASSES",
+    "CAMVID_PALETTE",
+    "CITYSCAPES_CLASSES",
+    "CITYSCAPES_IDS",
+    "CITYSCAPES_PALETTE",
+]
 
 
 def check_classes(predicted: Sequence[str], target: Sequence[str]) -> None:

@@ -224,6 +224,82 @@ class CRF(nn.Module):
         return refined
 
 
+def crf_deeplab_v1(
+    *,
+    iterations: int = 10,
+    gaussian: Sequence[tuple[float, float]] = ((3.0, 3.0),),
+    bilateral: Sequence[tuple[float, float, float]] = ((121.0, 5.0, 4.0),),
+    protect: float = 0.0,
+    trainable: bool = False,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+) -> CRF:
+    """The `CRF` that DeepLab v1 (Chen et al., 2015) ends in, with the weights of LargeFOV's.
+
+    The paper fixes ten iterations and the kernel over position, a standard deviation of 3 pixels
+    and a weight of 3, and searches the other three on PASCAL VOC's validation set: those here are
+    the ones that the authors' code has for LargeFOV. Thin classes are not protected.
+
+    Args:
+        iterations: mean-field steps; 0 leaves the prediction as it is.
+        gaussian: kernels over position, each (sigma_xy in pixels, weight).
+        bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
+            levels, weight).
+        protect: as of `CRF`; 0 protects nothing.
+        trainable: as of `CRF`.
+        num_classes: C; `pyseg.build` takes it from the model.
+        weights: state dict of a trained CRF: a path or URL. None = the start.
+
+    Example:
+        >>> pyseg.build("deeplab_v1+crf_deeplab_v1", weights=None)
+    """
+    return CRF(
+        iterations=iterations,
+        gaussian=gaussian,
+        bilateral=bilateral,
+        protect=protect,
+        trainable=trainable,
+        num_classes=num_classes,
+        weights=weights,
+    )
+
+
+def crf_deeplab_v2(
+    *,
+    iterations: int = 10,
+    gaussian: Sequence[tuple[float, float]] = ((1.0, 3.0),),
+    bilateral: Sequence[tuple[float, float, float]] = ((67.0, 3.0, 4.0),),
+    protect: float = 0.0,
+    trainable: bool = False,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+) -> CRF:
+    """The `CRF` that DeepLab v2 (Chen et al., 2018) ends in, with the weights of ResNet-101's.
+
+    They are those of the authors' code; with VGG-16 it has
+    ``gaussian=((2, 2),), bilateral=((65, 3, 4),)``. Thin classes are not protected.
+
+    Args:
+        iterations: mean-field steps; 0 leaves the prediction as it is.
+        gaussian: kernels over position, each (sigma_xy in pixels, weight).
+        bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
+            levels, weight).
+        protect: as of `CRF`; 0 protects nothing.
+        trainable: as of `CRF`.
+        num_classes: C; `pyseg.build` takes it from the model.
+        weights: state dict of a trained CRF: a path or URL. None = the start.
+    """
+    return CRF(
+        iterations=iterations,
+        gaussian=gaussian,
+        bilateral=bilateral,
+        protect=protect,
+        trainable=trainable,
+        num_classes=num_classes,
+        weights=weights,
+    )
+
+
 def thin(prediction: Segmentation, protect: float) -> Tensor:
     """Pixels of the classes that are mostly thin in a prediction; see `CRF` for ``protect``.
 

@@ -10,6 +10,7 @@ INSTANCES = {"num_classes": 3, "backbone": "resnet18", "channels": 32, **DETECTO
 PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
     "bayesian_segnet": {"samples": 2},
+    "deeplab_v2_resnet101": {"scales": (1.0, 0.5)},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
     "maskrcnn_fcn_resnet50": PANOPTIC,
@@ -25,7 +26,19 @@ OPTIONS = {
 # Old names of the same factories are not checked again.
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
 # Networks of others' code that differ from a quick one by their depth or by the detector's heads.
-SLOW = {"deeplabv3_resnet101", "fcn_resnet101", "maskrcnn_resnet50_fpn_v2"}
+SLOW = {
+    "deeplab_v2_resnet101",
+    "deeplab_v2_vgg16",
+    "deeplabv3_resnet101",
+    "deeplabv3plus_resnet101",
+    "deeplabv3plus_xception65",
+    "fcn_resnet101",
+    *(f"hrnet_{name}" for name in ("w18", "w18_small_v2", "w32", "w48")),
+    "maskrcnn_resnet50_fpn_v2",
+    "pspnet_resnet101",
+    "pspnet_resnet50",
+    *(f"segformer_b{k}" for k in range(1, 6)),
+}
 # Hundreds of megabytes of fully connected layers: small ones are checked in test_fcn.py.
 SLOW |= {"unet_resnet50"}
 SLOW |= {"fcn8s", "fcn16s", "fcn32s", "fcn_alexnet"}

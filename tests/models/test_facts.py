@@ -21,6 +21,8 @@ FAMILIES = (
     *("fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet50", "deeplabv3_resnet101"),
     *("deeplabv3_mobilenet_v3_large", "lraspp_mobilenet_v3_large", "linknet", "segnet"),
     *("segnet_basic", "unet", "unet_resnet", "unet_resnet50", "unet_vgg16"),
+    *("deeplab_v1", "deeplab_v2_vgg16", "deeplabv3plus_resnet50", "hrnet_w48", "segformer_b0"),
+    *("hrnet_w18_small_v1", "pspnet_resnet50"),
 )
 
 

@@ -251,3 +251,22 @@ def test_config_rebuilds_it():
     assert repr(CRF(**crf.config())) == repr(crf)
     crf = CRF(trainable=True, num_classes=4)
     assert CRF(**crf.config()).state_dict().keys() == crf.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["crf_deeplab_v1", "crf_deeplab_v2"])
+def test_presets_of_papers(name, tmp_path):
+    """Ten mean-field steps of the plain CRF with the stated kernels, which saving keeps."""
+    kernels = {
+        "crf_deeplab_v1": {"gaussian": ((3, 3),), "bilateral": ((121, 5, 4),)},
+        "crf_deeplab_v2": {"gaussian": ((1, 3),), "bilateral": ((67, 3, 4),)},
+    }[name]
+    image = torch.randint(256, (3, 24, 31), dtype=torch.uint8)
+    pipeline = pyseg.build(f"streetnet+{name}", weights=None)
+    plain = CRF(iterations=10, protect=0, **kernels)
+    expected = plain.refine(image, pipeline.model.predict([image])[0])
+    assert torch.equal(pipeline(image).logits, expected.logits)
+    pipeline.save(tmp_path / "saved")
+    assert torch.equal(pyseg.load(tmp_path / "saved")(image).logits, expected.logits)
+    changed = pyseg.build(f"streetnet+{name}(iterations=3, bilateral=())", weights=None)
+    assert changed.refiners[0].config()["iterations"] == 3
+    assert changed.refiners[0].gaussian == plain.gaussian
