@@ -11,7 +11,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist
 
 .PHONY: demo test test-slow sanitize fuzz bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
@@ -20,10 +20,10 @@ demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 
 test: $(TESTED)  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
-	$(PYTEST)
+	$(PYTEST) worksteal
 
 test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
-	$(PYTEST) -m slow
+	$(PYTEST) load --maxschedchunk 1 -m slow
 
 sanitize: $(TESTED)  ## the CPU kernels under ASan, UBSan and TSan, at every SIMD level
 	$(BIN)/python tests/sanitize.py

@@ -2,10 +2,13 @@
 
 A benchmark calls the fixture `compare`, on a GPU `gpu.compare`. Each run is stored in .benchmarks/;
 benchmarks/results/ holds the committed baselines, one per processor or GPU and torch version, which
-`--save-baseline` writes. A ratio more than 20 % under the baseline fails the run.
+`--save-baseline` writes. What fails the run: a ratio more than 20 % under the baseline, and a SIMD
+level that is more than 5 % slower than a lower one.
 """
 
+import contextlib
 import datetime
+import itertools
 import json
 import math
 import os
@@ -21,6 +24,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent
 TOLERATED_LOSS = 0.2
+LEVELS = ("v4", "v3", "generic")  # of PYSEG_SIMD
+LEVEL_LOSS = 0.05
 RESULTS = pytest.StashKey[dict]()
 PROBLEMS = pytest.StashKey[list]()
 
@@ -57,6 +62,8 @@ def pytest_configure(config):
             if getattr(config.option, option):
                 raise pytest.UsageError(f"--{option.replace('_', '-')} needs --benchmark")
         return
+    if config.option.save_baseline and "PYSEG_SIMD" in os.environ:
+        raise pytest.UsageError("--save-baseline is of every SIMD level: unset PYSEG_SIMD")
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError(
             "--benchmark needs pytest-benchmark: pip install 'pyseg-toolkit[bench]'"
@@ -108,9 +115,22 @@ def _simd_level():
     return _native.simd_level()
 
 
-def _file_name(processor, torch_version, level):
+@contextlib.contextmanager
+def _at(level):
+    before = os.environ.get("PYSEG_SIMD")
+    os.environ["PYSEG_SIMD"] = level
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYSEG_SIMD"]
+        else:
+            os.environ["PYSEG_SIMD"] = before
+
+
+def _file_name(processor, torch_version):
     slug = re.sub(r"[^a-z0-9]+", "-", processor.lower()).strip("-")
-    return f"{slug}-torch{torch_version}{f'-{level}' if level else ''}.json"
+    return f"{slug}-torch{torch_version}.json"
 
 
 class Log:
@@ -182,19 +202,39 @@ def compare(request, benchmark):
         ours, peer: functions without arguments that do the same work on the same inputs.
         peer_name: what ``peer`` is, for the table.
         threads: torch's number of threads for both.
-        goal: the ratio (the peer's median / ours) that we want here; printed, not enforced.
+        goal: the ratio (the peer's median / ours) that we want here, or one for each SIMD level, as
+            ``{"v4": 10, "v3": 6.5}``; printed, not enforced.
         check: called with both results before timing; it asserts that they agree.
-        rounds: repetitions, each of which runs the peer and then us.
+        rounds: repetitions, each of which runs the peer and then us, level by level; every round
+            begins with another level, as what comes first after the peer finds cold caches.
+        levels: whether ours runs at every SIMD level of the processor, up to PYSEG_SIMD. False
+            where no kernel of ours is what takes the time, or where the peer is ours, too.
     """
     import torch
 
-    def run(*, ours, peer, peer_name, threads, goal=None, check=None, rounds=7):
-        peer_seconds = []
+    def run(*, ours, peer, peer_name, threads, goal=None, check=None, rounds=7, levels=True):
+        here = LEVELS[LEVELS.index(_simd_level()) :] if levels else (None,)
+        seconds = {level: [] for level in (*here[1:], "peer")}
+        left = []  # the lower levels that come after ours at the best one, in a round
 
-        def time_the_peer():
+        def time_one(what, function):
             start = time.perf_counter()
-            peer()
-            peer_seconds.append(time.perf_counter() - start)
+            function()
+            seconds[what].append(time.perf_counter() - start)
+
+        def time_levels(lower):
+            for level in lower:
+                with _at(level):
+                    time_one(level, ours)
+
+        def begin_round():
+            time_levels(left)
+            time_one("peer", peer)
+            first = len(seconds["peer"]) % len(here)
+            order = here[first:] + here[:first]
+            best = order.index(here[0])
+            time_levels(order[:best])
+            left[:] = order[best + 1 :]
 
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
@@ -202,29 +242,44 @@ def compare(request, benchmark):
             result, expected = ours(), peer()  # warms up, too
             if check is not None:
                 check(result, expected)
-            benchmark.pedantic(ours, setup=time_the_peer, rounds=rounds)
+            for level in here[1:]:
+                with _at(level):
+                    result = ours()
+                if check is not None:
+                    check(result, expected)
+            benchmark.pedantic(ours, setup=begin_round, rounds=rounds)
+            time_levels(left)
         finally:
             torch.set_num_threads(before)
         if benchmark.stats is None:  # --benchmark-disable
             return
-        ours_ms = 1e3 * benchmark.stats.stats.median
-        peer_ms = 1e3 * statistics.median(peer_seconds)
-        entry = {
-            "ours_ms": round(ours_ms, 5),
-            "peer": peer_name,
-            "peer_ms": round(peer_ms, 5),
-            "ratio": round(peer_ms / ours_ms, 3),
-            "goal": goal,
-            "threads": threads,
-            "device": "cpu",
-        }
-        benchmark.extra_info.update(
-            entry,
-            cpu=_cpu_model(),
-            torch=torch.__version__,
-            peer_rounds_ms=[1e3 * s for s in peer_seconds],
-        )
-        _keep(request, entry)
+        found = {here[0]: 1e3 * benchmark.stats.stats.median}
+        found |= {level: 1e3 * statistics.median(seconds[level]) for level in here[1:]}
+        peer_ms = 1e3 * statistics.median(seconds["peer"])
+        for level, ours_ms in found.items():
+            entry = {
+                "ours_ms": round(ours_ms, 5),
+                "peer": peer_name,
+                "peer_ms": round(peer_ms, 5),
+                "ratio": round(peer_ms / ours_ms, 3),
+                "goal": goal.get(level) if isinstance(goal, dict) else goal,
+                "threads": threads,
+                "device": "cpu",
+                "simd": level,
+            }
+            if level == here[0]:
+                benchmark.extra_info.update(
+                    entry,
+                    cpu=_cpu_model(),
+                    torch=torch.__version__,
+                    peer_rounds_ms=[1e3 * s for s in seconds["peer"]],
+                )
+            _keep(request, entry, "" if level == here[0] else f" at {level}")
+        for (level, ours_ms), (lower, lower_ms) in itertools.pairwise(found.items()):
+            if lower_ms < (1 - LEVEL_LOSS) * ours_ms:
+                request.config.stash[PROBLEMS].append(
+                    f"{request.node.name}: {ours_ms:.3f} ms at {level}, {lower_ms:.3f} at {lower}"
+                )
 
     return run
 
@@ -233,9 +288,10 @@ def _untimed(config):
     return config.option.rehearse or getattr(config.option, "benchmark_disable", False)
 
 
-def _keep(request, entry):
-    request.config.stash[RESULTS][f"{request.path.stem}::{request.node.name}"] = entry
-    request.node.user_properties.append(("benchmark", entry))
+def _keep(request, entry, suffix=""):
+    name = f"{request.path.stem}::{request.node.name}{suffix}"
+    request.config.stash[RESULTS][name] = entry
+    request.node.user_properties.append((f"benchmark{suffix}", entry))
 
 
 @pytest.fixture
@@ -533,10 +589,8 @@ def _store(config, device, results):
     """Writes the results of one device, as its baseline or beside it; returns the file."""
     import torch
 
-    # A level that PYSEG_SIMD lowered is another baseline.
-    level = os.environ.get("PYSEG_SIMD") if device == "cpu" else None
     processor = _cpu_model() if device == "cpu" else device
-    name = _file_name(processor, torch.__version__.split("+")[0], level)
+    name = _file_name(processor, torch.__version__.split("+")[0])
     baseline_path = ROOT / "benchmarks" / "results" / name
     stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
     baseline = stored.get("results", {})
@@ -546,7 +600,6 @@ def _store(config, device, results):
         "commit": _commit(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "simd": _simd_level(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "results": dict(sorted(results.items())),

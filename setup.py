@@ -157,6 +157,16 @@ class Build(build_ext):
             if p.suffix != ".pyc"
         ]  # for an sdist: headers, too
 
+    def run(self):
+        super().run()
+        if len(self.extensions) > 1:
+            return
+        folder = ROOT if self.inplace else Path(self.build_lib)
+        for library in folder.glob("pyseg/_C_cu*.so"):  # of other sources does not fit the new one
+            if source_digest.built_from(library.read_bytes()) != source_digest.digest():
+                print(f"pyseg: {library.name} is of other sources, and is removed")
+                library.unlink()
+
     def build_extensions(self):
         (ROOT / BUILD).mkdir(parents=True, exist_ok=True)
         libraries = self.write_ninja_file()

@@ -229,6 +229,7 @@ def test_beside_a_busy_process(compare, neighbour, calls, name):
         peer_name="itself alone",
         threads=THREADS,
         goal=1 / AT_MOST,
+        levels=False,
         rounds=9,
     )
 
@@ -252,6 +253,7 @@ def test_small_inputs_beside_a_busy_process(compare, neighbour, name):
         peer_name="itself on one thread",
         threads=THREADS,
         goal=0.8,
+        levels=False,
         rounds=9,
     )
 

@@ -54,6 +54,7 @@ def test_against_the_next_lower_level(compare, calls, level, name, monkeypatch):
         peer_name=f"itself at {lower}",
         threads=1,
         goal=1.0,
+        levels=False,
     )
 
 

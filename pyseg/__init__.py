@@ -16,6 +16,7 @@ _LAZY = {
     "build": ".pipeline",
     "compose": ".pipeline",
     "load": ".pipeline",
+    "compare": ".comparison",
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "train": ".training",
@@ -55,6 +56,7 @@ __all__ = [
     "__version__",
     "build",
     "check_labels",
+    "compare",
     "compose",
     "cost",
     "datasets",
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from . import refiners as refiners
     from . import types as types
     from . import visual as visual
+    from .comparison import compare as compare
     from .cost import cost as cost
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate

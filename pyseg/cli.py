@@ -181,6 +181,10 @@ SpecOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … [default: cpu]")]
+PrecisionOption = Annotated[
+    str | None,
+    typer.Option(help="Of the model: fp32, bf16, or auto, the faster of both. [default: fp32]"),
+]
 WeightsOption = Annotated[
     str | None,
     typer.Option(
@@ -336,6 +340,7 @@ def predict(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Segment images and write one indexed PNG each.
@@ -345,7 +350,7 @@ def predict(
     from . import prediction
     from .files import some
 
-    pipeline = _pipeline(spec, weights, num_classes, device)
+    pipeline = _pipeline(spec, weights, num_classes, device, precision)
     progress = [0, 0]
 
     def track(items: Sequence[Any]) -> Iterator[Any]:
@@ -403,6 +408,7 @@ def evaluate(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Folder for a page (index.html) and its numbers as JSON.")
     ] = None,
@@ -416,7 +422,7 @@ def evaluate(
 
     with processes.joined(device) as device:
         data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, weights, num_classes, device)
+        pipeline = _pipeline(spec, weights, num_classes, device, precision)
         worst = None
         if report is not None:
             from .files import make_folder
@@ -456,13 +462,16 @@ def cost_command(
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
+    precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time, peak memory, parameters and FLOPs of every stage on one image."""
     from .cost import cost, read_sized
 
     picture = read_sized(image, size)
-    result = cost(_pipeline(spec, weights, num_classes, device), picture, **_given(rounds=rounds))
+    result = cost(
+        _pipeline(spec, weights, num_classes, device, precision), picture, **_given(rounds=rounds)
+    )
     if as_json:
         return _print_json(result.to_dict())
     head, rows = result.table()
@@ -546,6 +555,9 @@ def train(
     ],
     root: RootOption = None,
     split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of an epoch that is to be no pass over the data.")
+    ] = None,
     validation_split: Annotated[
         str | None, typer.Option(help="Split to score now and then.")
     ] = None,
@@ -609,6 +621,7 @@ def train(
     no meaning for a model are refused.
     """
     given = _given(
+        steps=steps,
         batch_size=batch_size,
         crop_size=_size(crop_size, "--crop-size"),
         scale=_range(scale, "--scale"),
@@ -680,6 +693,97 @@ def train(
     last = log[-1]
     scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou", "pq") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
+
+
+@app.command(cls=_documented_by("comparison/run.py:compare"))
+def compare(
+    models: Annotated[
+        str,
+        typer.Option(
+            metavar="SPEC,SPEC",
+            help="Semantic models: \"streetnet,fcn_resnet50(weights='resnet50.pth')\".",
+        ),
+    ],
+    dataset: DatasetOption,
+    report: Annotated[
+        Path, typer.Option(help="Folder for the page, its numbers, and the trained models.")
+    ],
+    refiners: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC,SPEC", help="Refiners behind each; none = the model alone."),
+    ] = None,
+    root: RootOption = None,
+    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    validation_split: Annotated[str, typer.Option(help="Split to score on, another one.")] = "val",
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Of training, for each model; this or --steps.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Of training, for each model.")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Resize images and labels, for training and scoring."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of AdamW, after the warm-up, of all models.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or fp32; chosen by the hardware where not given.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
+    resamples: Annotated[int | None, typer.Option(help="Of the bootstrap over images.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train models by one recipe, score each with each refiner, on one table with what is noise.
+
+    The same command goes on where it was stopped. Models that fail are reported, the others go on,
+    and the exit code is 1.
+    """
+    from . import comparison
+    from .comparison.result import DEFINITIONS
+    from .spec import parse_list
+
+    if validation_split == split:
+        raise PysegError(
+            f"--split and --validation-split must be different, got {split!r} for both: scores on "
+            "images that were trained on tell nothing"
+        )
+    given = _given(
+        refiners=None if refiners is None else parse_list(refiners),
+        budget_minutes=budget_minutes,
+        steps=steps,
+        size=_size(size, "--size"),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        precision=precision,
+        limit=limit,
+        resamples=resamples,
+        seed=seed,
+    )
+    try:
+        result = comparison.compare(
+            parse_list(models),
+            _dataset(dataset, root, split),
+            _dataset(dataset, root, validation_split),
+            report=report,
+            observe=lambda text: typer.echo(text, err=True),
+            **given,
+        )
+    except KeyboardInterrupt:
+        raise _stop("the same command goes on from the last checkpoint") from None
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_table(*result.table(), numbers=True)
+        typer.echo("mIoU of a row: + above, - below that of the column, . within noise")
+        _print_table(*result.difference_table(), numbers=True)
+        typer.echo(f"{DEFINITIONS}\n{result.method}")
+        for name, reason in result.failures.items():
+            _say(f"failed: {name}: {reason}", "red", err=True)
+        typer.echo(f"wrote {report / 'index.html'} and {report / 'compare.json'}")
+    if result.failures:
+        raise typer.Exit(FAILED)
 
 
 @app.command("instance-ap", cls=_documented_by("metrics/instances.py:instance_ap"))
@@ -930,7 +1034,11 @@ def main() -> None:
 
 
 def _pipeline(
-    spec: str, weights: str | None, num_classes: int | None, device: str | None
+    spec: str,
+    weights: str | None,
+    num_classes: int | None,
+    device: str | None,
+    precision: str | None = None,
 ) -> Pipeline:
     from . import pipeline
 
@@ -939,9 +1047,11 @@ def _pipeline(
             raise PysegError(
                 f"--weights and --num-classes do not go with a saved pipeline, and {spec} is one"
             )
-        return pipeline.load(spec, device=device)
+        return pipeline.load(spec, device=device, **_given(precision=precision))
     chosen = {None: pipeline.DEFAULT, "none": None}.get(weights, weights)
-    return pipeline.build(spec, num_classes=num_classes, weights=chosen, device=device)
+    return pipeline.build(
+        spec, num_classes=num_classes, weights=chosen, device=device, **_given(precision=precision)
+    )
 
 
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:

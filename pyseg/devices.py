@@ -54,6 +54,15 @@ def checked_device(device: str | torch.device) -> torch.device:
     )
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; elsewhere float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return False
+
+
 def synchronize(device: torch.device) -> None:
     """Waits for what was started on ``device``."""
     if device.type == "cuda":

@@ -3,7 +3,7 @@
 Worker threads take the images in their order; each decodes one, segments it and writes its results,
 so that all three overlap and no image waits in memory. On the CPU that is faster than one image
 after the other with torch's threads in every operator, which leaves decoding, packing and all
-small operators to one core (``benchmarks/prediction.py``).
+small operators to one core (``benchmarks/pipeline.py``).
 """
 
 from __future__ import annotations

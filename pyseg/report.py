@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import datetime
 import html
 import io
 import math
-import shlex
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import __version__
+from . import page
 from .errors import PysegError
 from .evaluation import Evaluation, StageScores, title_of
 from .files import finite, make_folder, write_json, write_text
@@ -31,7 +27,6 @@ from .types import VOID, Dataset, Sample, Segmentation
 from .visual import error_map, overlay, reliability_diagram
 
 WORST = 6  # images that are shown
-PICTURE_WIDTH = 960  # pixels, at most
 
 
 @dataclass(frozen=True)
@@ -98,7 +93,7 @@ class WorstImages:
         draw = self._panoptic_pictures if panoptic else self._label_pictures
         pictures = {"image": Image.fromarray(image.permute(1, 2, 0).cpu().contiguous().numpy())}
         pictures |= draw(image, final, sample, scores)
-        encoded = tuple(_jpeg(picture) for picture in pictures.values())
+        encoded = tuple(page.jpeg(picture) for picture in pictures.values())
         self._kept.append(WorstImage(sample.name, scores, tuple(pictures), encoded))
         self._kept = sorted(self._kept, key=lambda entry: entry.rank)[: self.count]
 
@@ -211,7 +206,7 @@ def write_page(
     if not evaluations[0].is_main_process:
         return files
     make_folder(folder, "folder")
-    made = _made(evaluations)
+    made = page.made((evaluation.device, evaluation.threads) for evaluation in evaluations)
     matrices = [_counts(evaluation.stages[-1]) for evaluation in evaluations]
     content: dict[str, Any] = {"title": title, "classes": list(classes), "made": made}
     described = [
@@ -235,8 +230,12 @@ def write_page(
         if matrix is not None
     ]
     parts += [_reliability(columns), _curves(evaluations), _per_class(evaluations)]
-    parts += [_worst(images), _origin(made)]
-    write_text(files[1], _page(evaluations, title, "".join(parts)))
+    parts += [_worst(images), page.origin(made)]
+    heading = f"{len(evaluations)} pipelines compared" if evaluations[1:] else evaluations[0].spec
+    most = max(evaluation.images for evaluation in evaluations)
+    counted = f"{most} image{'' if most == 1 else 's'}"
+    about = f"{title}, {counted}" if title else counted
+    write_text(files[1], page.whole(heading, about, "".join(parts), files[0].name))
     return files
 
 
@@ -264,156 +263,14 @@ def _counts(stage: StageScores) -> list[list[int]] | None:
     return stage.confusion.tolist()
 
 
-def _made(evaluations: Sequence[Evaluation]) -> dict[str, str]:
-    """Where the numbers come from, by what it is called on the page."""
-    devices = []
-    for evaluation in evaluations:
-        threads = f", {evaluation.threads} thread{'s'[: evaluation.threads - 1]}"
-        devices.append(evaluation.device + (threads if evaluation.device == "cpu" else ""))
-    program = Path(sys.argv[0])
-    called = program.stem == "pyseg" or program.parts[-2:] == ("pyseg", "__main__.py")
-    return {
-        **({"command": shlex.join(["pyseg", *sys.argv[1:]])} if called else {}),
-        "pyseg": __version__,
-        "torch": torch.__version__,
-        "device": "; ".join(dict.fromkeys(devices)),
-        "date": f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
-    }
-
-
-def _jpeg(picture: Image.Image) -> bytes:
-    if picture.width > PICTURE_WIDTH:
-        height = max(1, round(picture.height * PICTURE_WIDTH / picture.width))
-        picture = picture.resize((PICTURE_WIDTH, height), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=82)
-    return stream.getvalue()
-
-
 # --- the page ---------------------------------------------------------------------------------
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1f2430; --soft: #5c667a; --line: #dfe3ea;
-  --blue: #2f6db3; --pale: #b9cde4; --back: #f5f6f8; --paper: #fff; --clear: #fff0;
-  --track: #eef1f5; --shade: #0003; --frame: #98a2b3; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ef; --soft: #a3adbd; --line: #343b48; --blue: #6aa5e8; --pale: #3d5a7d;
-    --back: #14171d; --paper: #1d2129; --clear: #1d212900; --track: #2a303b; --shade: #fff3;
-    --frame: #667085; }
-}
-* { box-sizing: border-box; }
-body { margin: 0; font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans",
-  sans-serif; color: var(--ink); background: var(--back); }
-header, main { max-width: 1120px; margin: 0 auto; padding: 0 20px; }
-header { padding-top: 28px; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 4px; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin: 0 0 12px; }
-p { margin: 0 0 12px; color: var(--soft); }
-section { background: var(--paper); border: 1px solid var(--line); border-radius: 10px;
-  padding: 18px 20px; margin: 18px 0; }
-/* A shadow at an edge says that there is more to scroll to. */
-.scroll { overflow-x: auto; background: linear-gradient(to right, var(--paper) 40%, var(--clear)),
-  linear-gradient(to left, var(--paper) 40%, var(--clear)) 100% 0,
-  linear-gradient(to right, var(--shade), transparent),
-  linear-gradient(to left, var(--shade), transparent) 100% 0; background-repeat: no-repeat;
-  background-size: 40px 100%, 40px 100%, 12px 100%, 12px 100%;
-  background-attachment: local, local, scroll, scroll; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
-th, td { padding: 6px 12px; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; position: sticky; left: 0;
-  background: var(--paper); }
-tbody th { font-weight: 400; }
-th:last-child, td:last-child { padding-right: 4px; }
-thead th { color: var(--soft); font-weight: 600; }
-.bars { display: grid; grid-template-columns: minmax(70px, max-content) 1fr; gap: 8px 12px;
-  align-items: center; }
-.line { display: grid; grid-template-columns: 1fr 4.6em; gap: 12px; align-items: center;
-  font-size: .85rem; line-height: 1.3; }
-.bars .name { overflow-wrap: anywhere; }
-.swatch { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: 6px;
-  border: 1px solid #0003; }
-.bar { height: 9px; border-radius: 2px; background: var(--blue); min-width: 1px; }
-.bar.other { background: var(--pale); }
-.track { background: var(--track); border-radius: 2px; }
-.said { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.value { text-align: right; font-variant-numeric: tabular-nums; }
-.key { display: inline-block; width: 1.6em; height: 9px; border-radius: 2px; margin: 0 6px 0 12px; }
-svg { display: block; max-width: none; }
-svg text { font: 12px system-ui, "DejaVu Sans", sans-serif; fill: var(--ink); }
-figure { margin: 0 0 22px; }
-figure:last-child { margin-bottom: 0; }
-figcaption { margin-bottom: 8px; overflow-wrap: anywhere; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(250px, 1fr)); gap: 12px; }
-.pictures div { font-size: .85rem; color: var(--soft); }
-img { display: block; width: 100%; height: auto; border-radius: 4px; }
-.side { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
-  gap: 18px; margin: 18px 0; align-items: start; }
-.side section { margin: 0; min-width: 0; }
-.side th:not(:first-child), .side td:not(:first-child) { padding: 6px 4px 6px 8px; }
-.plots { display: flex; flex-wrap: wrap; gap: 20px; }
-.plots > div { flex: 1 1 280px; max-width: 420px; }
-footer { max-width: 1120px; margin: 0 auto; padding: 0 20px 28px; color: var(--soft);
-  font-size: .85rem; }
-@media (max-width: 600px) {
-  header, main { padding-left: 10px; padding-right: 10px; }
-  section { padding: 14px 12px; margin: 12px 0; }
-  .side { gap: 12px; margin: 12px 0; }
-  h1 { font-size: 1.25rem; }
-  th, td { padding: 6px 9px; }
-}
-"""
-
-
-def _page(evaluations: Sequence[Evaluation], title: str, body: str) -> str:
-    specs = [html.escape(evaluation.spec) for evaluation in evaluations]
-    heading = specs[0] if len(specs) == 1 else f"{len(specs)} pipelines compared"
-    images = max(evaluation.images for evaluation in evaluations)
-    counted = f"{images} image{'' if images == 1 else 's'}"
-    about = html.escape(f"{title}, {counted}" if title else counted)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{heading}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<header><h1>{heading}</h1><p>{about}</p></header>\n<main>\n{body}</main>\n"
-        "<footer>All numbers are in report.json beside this page. Written by pyseg.</footer>\n"
-        "</body>\n</html>\n"
-    )
-
-
-def _section(title: str, text: str, content: str) -> str:
-    note = f"<p>{html.escape(text)}</p>" if text else ""
-    return f"<section><h2>{html.escape(title)}</h2>{note}{content}</section>\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    columns = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    body = "".join(
-        f'<tr><th scope="row">{html.escape(row[0])}</th>'
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, float):
-        return "-" if math.isnan(value) else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _overview(evaluations: Sequence[Evaluation]) -> str:
     """The table that `Evaluation` prints; of several, one with a row for each."""
     if len(evaluations) == 1:
         text = "Δ against the baseline; time and peak memory of each stage alone"
-        return _section("Stages", text, _table(*evaluations[0].table()))
+        return page.section("Stages", text, page.table(*evaluations[0].table()))
     shown = [(name, key) for name, keys in evaluations[0].headline.items() for key in keys]
     head = ["pipeline"]
     for _, key in shown:
@@ -425,13 +282,13 @@ def _overview(evaluations: Sequence[Evaluation]) -> str:
         for name, key in shown:
             value = evaluation.stages[-1].metrics.get(name, {}).get(key, math.nan)
             change = "" if evaluation is evaluations[0] else f"{value - first[name][key]:+.4f}"
-            row += [_number(value), "-" if change.endswith("nan") else change]
+            row += [page.number(value), "-" if change.endswith("nan") else change]
         peaks = [stage.peak_bytes for stage in evaluation.stages]
         known = [peak for peak in peaks if peak is not None]
         row.append(f"{sum(stage.milliseconds for stage in evaluation.stages):.1f}")
         rows.append([*row, f"{max(known) / 1e6:.0f}" if len(known) == len(peaks) else "?"])
     text = "Δ against the first; time of all stages, peak memory of the largest"
-    return _section("Pipelines", text, _table([*head, "ms/image", "peak MB"], rows))
+    return page.section("Pipelines", text, page.table([*head, "ms/image", "peak MB"], rows))
 
 
 def _tables(columns: Sequence[_Column]) -> str:
@@ -439,10 +296,10 @@ def _tables(columns: Sequence[_Column]) -> str:
     for name in columns[0].scores.metrics:
         values = [column.scores.metrics.get(name, {}) for column in columns]
         keys = [k for k, v in values[0].items() if isinstance(v, (int, float))]
-        rows = [[title_of(k), *(_number(v.get(k, math.nan)) for v in values)] for k in keys]
+        rows = [[title_of(k), *(page.number(v.get(k, math.nan)) for v in values)] for k in keys]
         absent = values[-1].get("classes_absent")
         note = f"Without ground truth and never predicted: {', '.join(absent)}" if absent else ""
-        sections += _section(name, note, _table(["", *(c.label for c in columns)], rows))
+        sections += page.section(name, note, page.table(["", *(c.label for c in columns)], rows))
     return f'<div class="side">{sections}</div>'
 
 
@@ -474,7 +331,7 @@ def _bars(columns: Sequence[_Column], palette: Sequence[tuple[int, int, int]]) -
             bars += (
                 f'<div class="line"><div class="track" aria-hidden="true"><div class="{kind}" '
                 f'style="width:{width:.2f}%"></div></div>'
-                f'<div class="value">{said}{_number(value)}</div></div>'
+                f'<div class="value">{said}{page.number(value)}</div></div>'
             )
         cells.append(
             f'<div class="name"><span class="swatch" style="background:rgb({red},{green},{blue})">'
@@ -483,7 +340,9 @@ def _bars(columns: Sequence[_Column], palette: Sequence[tuple[int, int, int]]) -
     note = ""
     if len(columns) > 1:
         note = f"Bars from the top: {', '.join(column.label for column in columns)}"
-    return _section(f"{title_of(key)} by class", note, f'<div class="bars">{"".join(cells)}</div>')
+    return page.section(
+        f"{title_of(key)} by class", note, f'<div class="bars">{"".join(cells)}</div>'
+    )
 
 
 def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label_of: str) -> str:
@@ -533,15 +392,11 @@ def _confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str], label_of
         f'height="{size}" viewBox="0 0 {size} {size}">{"".join(parts)}{frame}</svg>'
         "</div>"
     )
-    return _section(
+    return page.section(
         f"Confusion matrix of {label_of}",
         "Rows are ground truth, columns prediction; percent of the row. Void pixels are left out.",
         picture,
     )
-
-
-def _data_uri(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _reliability(columns: Sequence[_Column]) -> str:
@@ -553,13 +408,13 @@ def _reliability(columns: Sequence[_Column]) -> str:
                 stream = io.BytesIO()
                 reliability_diagram(scores["reliability"]).save(stream, "PNG")
                 plots.append(
-                    f"<div><p>{label}: ECE {_number(scores['ece'])}</p>"
+                    f"<div><p>{label}: ECE {page.number(scores['ece'])}</p>"
                     f'<img alt="reliability diagram of {label}" '
-                    f'src="{_data_uri(stream.getvalue(), "png")}"></div>'
+                    f'src="{page.data_uri(stream.getvalue(), "png")}"></div>'
                 )
     if not plots:
         return ""
-    return _section(
+    return page.section(
         "Reliability",
         "Blue: accuracy of a bin of confidence; red: its distance from "
         "the mean confidence; grey: share of the pixels.",
@@ -578,12 +433,14 @@ def _curves(evaluations: Sequence[Evaluation]) -> str:
                 continue
             rates, recall = curves["false_positive_rate"], curves["recall"]
             roc, pr = zip(rates, recall, strict=True), zip(recall, curves["precision"], strict=True)
-            area, average = _number(scores["roc_auc"]), _number(scores["average_precision"])
+            area, average = page.number(scores["roc_auc"]), page.number(scores["average_precision"])
             plots.append(_plot(f"{of}ROC, area {area}", [*roc], "false positive rate", "recall"))
             plots.append(_plot(f"{of}Precision-recall, AP {average}", [*pr], "recall", "precision"))
     if not plots:
         return ""
-    return _section("Curves of the last stage", "", f'<div class="plots">{"".join(plots)}</div>')
+    return page.section(
+        "Curves of the last stage", "", f'<div class="plots">{"".join(plots)}</div>'
+    )
 
 
 def _plot(title: str, points: Sequence[tuple[float, float]], x: str, y: str) -> str:
@@ -611,9 +468,11 @@ def _per_class(evaluations: Sequence[Evaluation]) -> str:
             table = scores.get("per_class")
             if table:
                 keys = [*next(iter(table.values()))]
-                rows = [[k, *(_number(entry[key]) for key in keys)] for k, entry in table.items()]
+                rows = [
+                    [k, *(page.number(entry[key]) for key in keys)] for k, entry in table.items()
+                ]
                 head = ["class", *map(title_of, keys)]
-                parts += _section(f"{name} by class, {label}", "", _table(head, rows))
+                parts += page.section(f"{name} by class, {label}", "", page.table(head, rows))
     return parts
 
 
@@ -625,25 +484,20 @@ def _worst(images: Sequence[WorstImage]) -> str:
         name = html.escape(image.name)
         pictures = "".join(
             f'<div>{caption}<img alt="{caption} of {name}" loading="lazy" '
-            f'src="{_data_uri(data, "jpeg")}"></div>'
+            f'src="{page.data_uri(data, "jpeg")}"></div>'
             for caption, data in zip(image.captions, image.pictures, strict=True)
         )
-        scores = ", ".join(f"{title_of(k)} {_number(value)}" for k, value in image.scores.items())
+        scores = ", ".join(
+            f"{title_of(k)} {page.number(value)}" for k, value in image.scores.items()
+        )
         figures.append(
             f"<figure><figcaption><b>{name}</b>: {scores}</figcaption>"
             f'<div class="pictures">{pictures}</div></figure>'
         )
     first = title_of(next(iter(images[0].scores)))
-    return _section(
+    return page.section(
         "Worst images", f"By the last stage's {first} of each image alone.", "".join(figures)
     )
-
-
-def _origin(made: dict[str, str]) -> str:
-    entries = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(value)}</dd>" for key, value in made.items()
-    )
-    return _section("How this was measured", "", f"<dl>{entries}</dl>")
 
 
 __all__ = ["Recorder", "WorstImage", "WorstImages", "write_page"]

@@ -70,6 +70,23 @@ def parse(text: str | Spec) -> Spec:
         return text
     if not isinstance(text, str):
         raise SpecError(f"spec must be a string such as 'streetnet+crf', got {type(text).__name__}")
+    return _parsed(text, several=False)[0]
+
+
+def parse_list(text: str) -> tuple[Spec, ...]:
+    """Parses specs that commas separate; commas in parentheses and quotes belong to a spec.
+
+    Raises:
+        SpecError: one of them does not follow the grammar.
+
+    Example:
+        >>> [str(spec) for spec in parse_list("a, b(x=1, y=(2, 3)), c+d")]
+        ['a', 'b(x=1, y=(2, 3))', 'c+d']
+    """
+    return _parsed(text, several=True)
+
+
+def _parsed(text: str, several: bool) -> tuple[Spec, ...]:
     if not text.strip():
         raise SpecError("spec is empty; give at least a model, such as 'streetnet'")
     if len(text) > MAX_LENGTH:
@@ -78,12 +95,9 @@ def parse(text: str | Spec) -> Spec:
     try:
         # The grammar is a subset of Python's, so Python's parser finds quotes and parentheses.
         tree = ast.parse(source, mode="eval").body
-        nodes: list[ast.expr] = []
-        while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
-            nodes.append(tree.right)
-            tree = tree.left
-        nodes.append(tree)
-        return Spec(tuple(_stage(node, text, owners) for node in reversed(nodes)))
+        listed = several and isinstance(tree, ast.Tuple) and tree.elts
+        trees: list[ast.expr] = listed or [tree]
+        return tuple(_spec(each, text, owners) for each in trees)
     except SpecError:
         raise
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -92,6 +106,15 @@ def parse(text: str | Spec) -> Spec:
             f"spec {shown(text)} does not parse{f' at character {where}' if where else ''}: write "
             "name+name(option=value), with quotes around text values"
         ) from None
+
+
+def _spec(tree: ast.expr, text: str, owners: Sequence[str]) -> Spec:
+    nodes: list[ast.expr] = []
+    while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+        nodes.append(tree.right)
+        tree = tree.left
+    nodes.append(tree)
+    return Spec(tuple(_stage(node, text, owners) for node in reversed(nodes)))
 
 
 def _without_owners(text: str) -> tuple[str, list[str]]:
@@ -112,7 +135,7 @@ def _without_owners(text: str) -> tuple[str, list[str]]:
                 end += 2 if text[end] == "\\" else 1
             end += 1
         depth += (character in "([{") - (character in ")]}")
-        at_start = depth == 0 and (character == "+" or (at_start and character.isspace()))
+        at_start = depth == 0 and (character in "+," or (at_start and character.isspace()))
         parts.append(text[position:end])
         position = end
     return "".join(parts), owners

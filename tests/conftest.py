@@ -12,6 +12,16 @@ DATA = Path(
     os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
 )
 
+# The slow tests that take minutes begin, so that the others fill both processes to the end.
+LONGEST = ("test_sanitize.py", "test_compilers.py", "test_emulation.py")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    if all(item.get_closest_marker("slow") for item in items):
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def data_folder():

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from pyseg import _native
 
 pytest.importorskip("pytest_benchmark")
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
@@ -25,7 +28,22 @@ def test_sum(compare, threads):
     def check(ours, peer):
         assert ours == peer, "results differ"
     compare(ours=lambda: sum(range({n})), peer=lambda: sum(range(200_000)) * {factor},
-            peer_name="a long sum", threads=threads, goal=2.5, check=check)
+            peer_name="a long sum", threads=threads, goal=2.5, check=check,
+            levels=False)
+"""
+
+LEVELS = """
+import os, time
+
+def test_slow(compare):
+    def ours():
+        level = os.environ.get("PYSEG_SIMD", "best")
+        time.sleep({{"generic": {generic}}}.get(level, 0.02))
+        return level
+    seen = []
+    compare(ours=ours, peer=lambda: time.sleep(0.02), peer_name="a nap", threads=1, rounds=4,
+            goal={{"generic": 0.5}}, check=lambda level, _: seen.append(level))
+    assert seen[0] == "best" and "generic" in seen[1:] and "PYSEG_SIMD" not in os.environ
 """
 
 
@@ -102,6 +120,27 @@ def test_what_fails(project):
     assert result.returncode == 1 and "no benchmark ran" in result.stdout
     toy.unlink()
     assert run("--benchmark").returncode != 0
+
+
+def test_levels(project):
+    """All levels in one run; one that is slower than a lower one fails it."""
+    if _native.simd_level() == "generic":
+        pytest.skip("this processor has one SIMD level")
+    root, run = project
+    toy = root / "benchmarks" / "toy.py"
+    toy.write_text(LEVELS.format(generic=0.04))
+    result = run("--benchmark", "--save-baseline")
+    assert result.returncode == 0, result.stdout
+    (stored,) = (root / "benchmarks" / "results").glob("*.json")
+    found = json.loads(stored.read_text())["results"]
+    best, lowest = found["toy::test_slow"], found["toy::test_slow at generic"]
+    assert lowest["simd"] == "generic" != best["simd"]
+    assert lowest["ratio"] < 0.8 * best["ratio"]
+    assert lowest["goal"] == 0.5 and best["goal"] is None
+    toy.write_text(LEVELS.format(generic=0.001))
+    result = run("--benchmark")
+    assert result.returncode == 1 and "ms at generic" not in result.stdout
+    assert re.search(r"test_slow: [\d.]+ ms at v\d, [\d.]+ at generic", result.stdout)
 
 
 # -- what is measured on a GPU, on a clock that only counts

@@ -84,7 +84,16 @@ def test_every_public_name_is_there():
     assert set(pyseg.__all__) == set(dir(pyseg))
     for name in pyseg.__all__:
         assert getattr(pyseg, name) is not None, name
-    for verb in ("build", "load", "predict", "evaluate", "train", "train_instances", "tune_crf"):
+    for verb in (
+        "build",
+        "load",
+        "predict",
+        "evaluate",
+        "compare",
+        "train",
+        "train_instances",
+        "tune_crf",
+    ):
         assert callable(getattr(pyseg, verb)), verb
     assert pyseg.types.Segmentation is pyseg.Segmentation
 

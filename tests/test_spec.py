@@ -3,7 +3,7 @@ import random
 import pytest
 
 from pyseg.errors import SpecError
-from pyseg.spec import Spec, StageSpec, parse
+from pyseg.spec import Spec, StageSpec, parse, parse_list
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,22 @@ from pyseg.spec import Spec, StageSpec, parse
 def test_canonical_text(text, canonical):
     assert str(parse(text)) == canonical
     assert parse(canonical) == parse(text)
+
+
+def test_specs_of_a_list():
+    text = "a, b(x=1, y=(2, 3), z='q,r')+c , their-dist:d(k=[1, 2]),other:e+more:f"
+    assert [str(spec) for spec in parse_list(text)] == [
+        "a",
+        "b(x=1, y=(2, 3), z='q,r')+c",
+        "their-dist:d(k=[1, 2])",
+        "other:e+more:f",
+    ]
+    assert parse_list("a") == (parse("a"),)
+    for wrong in ("", "a,,b", "a,b(x=prompt)", "a,(b,c)", ",a", "()"):
+        with pytest.raises(SpecError):
+            parse_list(wrong)
+    with pytest.raises(SpecError, match="not a stage"):
+        parse("a,b")
 
 
 def test_random_specs_survive_a_round_trip():

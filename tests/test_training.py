@@ -199,6 +199,51 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path):
         assert {**a, "seconds": 0} == {**b, "seconds": 0}
 
 
+@pytest.mark.parametrize("count, length", [(5, 2), (5, 5), (5, 7), (3, 11), (1, 4), (4, 1)])
+def test_epochs_of_another_length_see_all_samples_equally_often(count, length):
+    order = semantic.EpochOrder(count, seed=3, length=length)
+    seen = []
+    for order.epoch in range(count * 2):
+        epoch = list(order)
+        assert len(epoch) == len(order) == length
+        assert len(set(epoch)) == length  # each with crops of its own
+        seen += [number % count for number in epoch]
+    for begin in range(0, len(seen), count):
+        assert sorted(seen[begin : begin + count]) == list(range(count))
+    if length == count:
+        same_as = semantic.EpochOrder(count, seed=3)
+        same_as.epoch = order.epoch
+        assert list(same_as) == list(order)
+
+
+def test_epochs_of_a_number_of_steps_resume(tmp_path):
+    options = {**SHORT, "steps": 5}  # of 2 of the 3 samples
+    whole = tiny()
+    log = train(whole, Shapes(3), output_dir=tmp_path / "whole", **options)
+
+    class Dies(Shapes):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            if self.reads > 3 + 25:  # the pass over the labels, two and a half epochs
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    parts = {**options, "cache": False, "output_dir": tmp_path / "parts"}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny(), Dies(3), **parts)
+    assert len(json.loads((tmp_path / "parts" / "log.json").read_text())) == 2
+    resumed = tiny(seed=5)
+    again = train(resumed, Shapes(3), resume=True, **parts)
+    assert same(whole.state_dict(), resumed.state_dict())
+    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in log]
+    with pytest.raises(PysegError, match=r"steps \(was 5, now 4\)"):
+        train(tiny(), Shapes(3), resume=True, **{**parts, "steps": 4})
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        train(tiny(), Shapes(3), output_dir=tmp_path / "none", **{**SHORT, "steps": 0})
+
+
 @pytest.mark.parametrize("victim", ["model.safetensors", "log.json", "checkpoint.pt"])
 def test_a_kill_while_writing_leaves_the_previous_files(tmp_path, monkeypatch, victim):
     replace = Path.replace

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import processes
+from ..devices import computes_in_bfloat16
 from ..errors import PysegError
 from ..files import make_folder, remove_abandoned, replacing, write_json
 from ..types import Dataset, Metric
@@ -219,13 +220,7 @@ def fit(
 
 def usual_precision(device: torch.device) -> Precision:
     """``"bf16"`` where the device computes in bfloat16 itself; elsewhere fp32 is faster."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = False
-    return "bf16" if native else "fp32"
+    return "bf16" if computes_in_bfloat16(device) else "fp32"
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ def train(
     *,
     output_dir: str | Path,
     epochs: int,
+    steps: int | None = None,
     validation: Dataset | None = None,
     batch_size: int = 12,
     crop_size: tuple[int, int] = (240, 320),
@@ -79,6 +80,8 @@ def train(
         output_dir: made if absent.
         epochs: passes over ``dataset`` in all, also when resuming, where it may be another number
             than before: see `pyseg.training.fit`.
+        steps: what an epoch has instead, where it is to be no pass over ``dataset``; passes go on
+            from one epoch to the next, so that all samples are seen equally often.
         validation: scored with the EMA weights every ``validate_every`` epochs and at the end.
         batch_size: images per step and process.
         crop_size: (height, width) of the training crops, in pixels.
@@ -121,7 +124,9 @@ def train(
         >>> log = train(model, CamVid("camvid", "train"), output_dir="runs/street", epochs=100)
     """
     check_run(epochs=epochs, warmup=warmup, clip=None, ema=ema, precision=precision)
-    check_positive(batch_size=batch_size, learning_rate=learning_rate)
+    check_positive(
+        batch_size=batch_size, learning_rate=learning_rate, steps=1 if steps is None else steps
+    )
     check_share(full_size=full_size, class_crops=class_crops)
     check_data(model, dataset)
     low, high = scale
@@ -146,12 +151,13 @@ def train(
     )
 
     crops = _Crops(source, crop_size, scale, class_crops, photometric, seed)
-    order = EpochOrder(len(crops), seed)
+    length = None if steps is None else steps * batch_size * accelerator.num_processes
+    order = EpochOrder(len(crops), seed, length)
     loader = DataLoader(
         crops,
         batch_size,
         sampler=order,
-        drop_last=len(crops) >= batch_size,
+        drop_last=len(order) >= batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=device.type == "cuda",
@@ -227,17 +233,27 @@ class CachedDataset:
 
 
 class EpochOrder(Sampler[int]):
-    """A permutation that depends on seed and epoch only, so that a resumed epoch has the same."""
+    """The samples of an epoch, which depend on seed and epoch only, so that a resumed one has them.
 
-    def __init__(self, count: int, seed: int) -> None:
+    They are the next ``length`` of an endless row of permutations of ``count`` samples. One that
+    comes in the n-th further permutation within an epoch has its index plus n times ``count``.
+    """
+
+    def __init__(self, count: int, seed: int, length: int | None = None) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
+        self.length = count if length is None else length
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
-        generator = generator_of(self.seed, self.epoch, 0)
-        yield from torch.randperm(self.count, generator=generator).tolist()
+        begin, end = self.epoch * self.length, (self.epoch + 1) * self.length
+        first = begin // self.count
+        for turn in range(first, (end - 1) // self.count + 1):
+            generator = generator_of(self.seed, turn, 0)
+            order = torch.randperm(self.count, generator=generator) + (turn - first) * self.count
+            done = turn * self.count
+            yield from order[max(begin - done, 0) : end - done].tolist()
 
 
 class _Crops(TorchDataset[tuple[Tensor, Tensor]]):
@@ -267,7 +283,7 @@ class _Crops(TorchDataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         epoch, *full_size = self._state.tolist()
         generator = generator_of(self.seed, epoch, index + 1)
-        sample = self.dataset[index]
+        sample = self.dataset[index % len(self.dataset)]  # beyond it: see `EpochOrder`
         assert sample.labels is not None  # _class_pixels_and_largest_size has seen every sample
         size, (low, high) = self.crop_size, self.scale
         if full_size[0]:

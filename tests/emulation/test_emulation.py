@@ -368,8 +368,9 @@ def run_variant(variant, source, op, cases="CASES", **settings):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("variant", ["address", "thread", "blocks"])
+@pytest.mark.parametrize("variant", ["thread", "blocks"])
 def test_variants_accept_our_kernels(variant, op):
+    """The other one, "address", runs more than these cases: see below."""
     result = run_variant(variant, emulation.ROOT / "csrc" / op / f"{op}.cu", op)
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-4000:]
     assert "Sanitizer" not in result.stderr, result.stderr[-4000:]
