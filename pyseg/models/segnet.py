@@ -120,6 +120,7 @@ def bayesian_segnet(
     Dropout stays on in predictions: the logits are those of the mean probability over ``samples``
     passes, and the result's ``uncertainty`` is the probabilities' variance over these, averaged
     over the classes. The masks are drawn from fixed seeds, so that equal images have equal results.
+    ``torch.compile`` works but for ``fullgraph=True``: random generators are no part of a graph.
 
     Args:
         num_classes: None = CamVid's 11.
