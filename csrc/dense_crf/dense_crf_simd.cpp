@@ -75,10 +75,9 @@ PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
   return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, (__m512)p, n);
 #else
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger<N>(x, low);
-  const Vector<float, N> magic = broadcast<N>(12582912.0f);
-  const Vector<float, N> shifted = fused<N>(inside, log2e, magic);
-  const Vector<float, N> f = fused<N>(inside, log2e, magic - shifted);
+  const Vector<float, N> low = broadcast<N>(-70.0f), magic = broadcast<N>(12582912.0f);
+  const Vector<float, N> shifted = fused<N>(x, log2e, magic);
+  const Vector<float, N> f = fused<N>(x, log2e, magic - shifted);
 #pragma GCC unroll 5
   for (int i = 1; i < 6; ++i) p = fused<N>(p, f, broadcast<N>(kTerms[i]));
   const Integers value = (Integers)p + ((Integers)shifted << 23);
@@ -137,6 +136,14 @@ PYSEG_INLINE Vector<Real, N> load_quarters(const Real* from, int64_t stride) {
   if constexpr (N == 4) {
     return load<4>(from);
   } else {
+#ifdef PYSEG_AVX512  // of generic shuffles g++ makes ones that keep the only port of them busy
+    if constexpr (sizeof(Vector<Real, N>) == 64) {
+      __m512 v = _mm512_castps128_ps512((__m128)load<4>(from));
+      v = _mm512_insertf32x4(v, (__m128)load<4>(from + 4 * stride), 1);
+      v = _mm512_insertf32x4(v, (__m128)load<4>(from + 8 * stride), 2);
+      return (Vector<Real, N>)_mm512_insertf32x4(v, (__m128)load<4>(from + 12 * stride), 3);
+    }
+#endif
     const auto low = load_quarters<N / 2>(from, stride);
     const auto high = load_quarters<N / 2>(from + N / 2 * stride, stride);
     if constexpr (N == 8)
@@ -154,10 +161,9 @@ PYSEG_INLINE void store_quarters(Real* to, int64_t stride, Vector<Real, N> v) {
     store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
     store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
   } else {
-    store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
-    store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
-    store<4>(to + 8 * stride, __builtin_shufflevector(v, v, 8, 9, 10, 11));
-    store<4>(to + 12 * stride, __builtin_shufflevector(v, v, 12, 13, 14, 15));
+    store_quarters<8>(to, stride, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
+    store_quarters<8>(to + 8 * stride, stride,
+                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
   }
 }
 
@@ -548,37 +554,56 @@ void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
   pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
 }
 
-// Planes of kRegister pixels, from `pixel` of the image's planes on: messages, unless it is the
-// first pass, become exponentials of the logits less the largest. Returns their sums.
-PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int count, Real* planes) {
+// Of kRegister pixels, from `pixel` of the image's planes on: exponentials of their logits less the
+// largest, as planes; returns their sums. `rows` are the pixels' messages, null in the first pass.
+// Four classes at a time, so that the largest and the sum are no long chains of dependent steps.
+PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, const Real* rows, int64_t pixel,
+                                 int count, Real* planes) {
   const int classes = a.classes;
+  const int64_t plane = a.plane, stride = a.stride, below = a.image_width;
   const Real* unary = a.unary + pixel;
-  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest());
-  if (a.in) {
-    for (int c = 0; c < classes; ++c, unary += a.plane) {
-      const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
-      __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
-      largest = larger<kRegister>(largest, logit);
-      store<kRegister>(planes + kRegister * c, logit);
+  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest()), bad{};
+  for (int c = 0; c < classes; c += 4) {
+    Pixels v[4] = {}, most = largest;
+    if (rows) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) v[i] = load_quarters<kRegister>(rows + i * stride + c, stride);
+      transpose_quarters<kRegister>(v);
     }
-  } else {
-    Pixels bad{};
-    for (int c = 0; c < classes; ++c, unary += a.plane) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if (c + i >= classes) break;
       const Pixels energy = load_some(unary, count);
-      __builtin_prefetch(unary + a.image_width, 0, 2);
-      bad += energy * Real(0);
-      largest = larger<kRegister>(largest, -energy);
-      store<kRegister>(planes + kRegister * c, -energy);
+      __builtin_prefetch(unary + below, 0, 2);
+      if (!rows) bad += energy * Real(0);
+      v[i] -= energy;
+      store<kRegister>(planes + kRegister * (c + i), v[i]);
+      if (i % 2)
+        most = larger<kRegister>(most, v[i]);
+      else
+        largest = larger<kRegister>(largest, v[i]);
+      unary += plane;
     }
-    if (a.not_finite)
-      for (int i = 0; i < kRegister; ++i)
-        if (bad[i] != bad[i]) *a.not_finite = true;
+    largest = larger<kRegister>(largest, most);
   }
+  if (a.not_finite)
+    for (int i = 0; i < kRegister; ++i)
+      if (bad[i] != bad[i]) *a.not_finite = true;
   Pixels sum{};
-  for (int c = 0; c < classes; ++c) {
-    const Pixels e = exponential<kRegister>(load<kRegister>(planes + kRegister * c) - largest);
+  int c = 0;
+  for (; c + 4 <= classes; c += 4, planes += 4 * kRegister) {
+    Pixels e[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      e[i] = exponential<kRegister>(load<kRegister>(planes + kRegister * i) - largest);
+      store<kRegister>(planes + kRegister * i, e[i]);
+    }
+    sum += (e[0] + e[1]) + (e[2] + e[3]);
+  }
+  for (; c < classes; ++c, planes += kRegister) {
+    const Pixels e = exponential<kRegister>(load<kRegister>(planes) - largest);
+    store<kRegister>(planes, e);
     sum += e;
-    store<kRegister>(planes + kRegister * c, e);
   }
   return sum;
 }
@@ -600,11 +625,8 @@ void tile(const TilePass<Real>& a) {
     for (int x = 0; x < a.width; x += kRegister) {
       const int64_t pixel = y * a.image_width + x;
       const int count = std::min(kRegister, a.width - x);
-      if (a.in) {
-        to_planes(rows + x * a.stride, a.stride, a.classes, planes);
-        clear_padding(a.classes, planes);
-      }
-      const Pixels scale = Real(1) / exponentials(a, pixel, count, planes);
+      const Real* const messages = a.in ? rows + x * a.stride : nullptr;
+      const Pixels scale = Real(1) / exponentials(a, messages, pixel, count, planes);
       if (a.q) {
         Real* to = a.q + pixel;
         for (int c = 0; c < a.classes; ++c, to += a.plane)
@@ -634,9 +656,9 @@ void tile_backward(const TileBackward<Real>& a) {
     for (int x = 0; x < pass.width; x += kRegister) {
       const int64_t pixel = y * pass.image_width + x;
       const int count = std::min(kRegister, pass.width - x);
-      if (pass.in) to_planes(logits + x * pass.stride, pass.stride, classes, planes);
       if (a.back) to_planes(slopes + x * pass.stride, pass.stride, classes, gradients);
-      const Pixels scale = Real(1) / exponentials(pass, pixel, count, planes);
+      const Real* const messages = pass.in ? logits + x * pass.stride : nullptr;
+      const Pixels scale = Real(1) / exponentials(pass, messages, pixel, count, planes);
       if (!a.back)
         for (int c = 0; c < classes; ++c)
           store<kRegister>(gradients + kRegister * c,
