@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tests
+PLUGINS := build/plugins
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.
@@ -18,9 +19,10 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS)
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
 
-test: $(TESTED)  ## the tests, less the slow ones
+test: $(TESTED) $(PLUGINS)/.installed  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
 	$(PYTEST) worksteal
+	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests)
 
 test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
 	$(PYTEST) load --maxschedchunk 1 -m slow
@@ -58,6 +60,13 @@ $(TESTED): $(STAMP)
 	@echo "== compiling the CUDA library, where there is nvcc"
 	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test]"
+	@touch $@
+
+# The plugins have a folder of their own: pyseg's tests go through all models that are registered.
+$(PLUGINS)/.installed: $(TESTED) $(wildcard plugins/*/*.toml plugins/*/pyseg_*/*.py)
+	rm -rf $(PLUGINS)
+	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target $(PLUGINS) \
+	  $(wildcard plugins/pyseg-*)
 	@touch $@
 
 $(VENV)/.dev: $(TESTED)
