@@ -22,10 +22,6 @@ from .semantic import SemanticModel, semantic_model
         "Chaurasia & Culurciello, LinkNet: Exploiting encoder representations for efficient"
         " semantic segmentation, VCIP 2017"
     ),
-    scores=[
-        (76.4, "mIoU", "Cityscapes val", "the paper"),
-        (68.3, "mIoU", "CamVid test", "the paper"),
-    ],
     licence=IMAGENET_LICENCE,
 )
 def linknet(

@@ -32,10 +32,6 @@ _MARGIN = 92  # pixels on each side that unpadded convolutions take off an image
 
 @facts(
     paper=_PAPER,
-    scores=[
-        (92.03, "IoU", "PhC-U373, ISBI cell tracking challenge 2015", "the paper"),
-        (77.56, "IoU", "DIC-HeLa, ISBI cell tracking challenge 2015", "the paper"),
-    ],
 )
 def unet(
     *,

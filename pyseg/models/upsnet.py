@@ -277,7 +277,6 @@ class UPSNet(PanopticFPN):
 
 @facts(
     paper="Xiong et al., UPSNet: A unified panoptic segmentation network, CVPR 2019",
-    scores=[(42.5, "PQ", "COCO val2017", "the paper")],
     licence=COCO_LICENCE,
 )
 def upsnet(
