@@ -68,7 +68,6 @@ def pytest_configure(config):
         raise pytest.UsageError(
             "--benchmark needs pytest-benchmark: pip install 'pyseg-toolkit[bench]'"
         )
-    sys.path.append(str(ROOT / "benchmarks"))  # what one of them takes from another
     config.option.benchmark_quiet = True  # our table says it shorter; -v prints the plugin's too
     if config.args_source is not config.ArgsSource.ARGS:
         config.args = [str(ROOT / "benchmarks")]
