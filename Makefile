@@ -52,6 +52,7 @@ $(STAMP): $(VENV)/.torch pyproject.toml setup.py $(NATIVE)
 	$(BIN)/python setup.py -q build_ext --inplace
 	@echo "== installing pyseg and what it needs"
 	SAM2_BUILD_CUDA=0 $(BIN)/python -m pip install -q --no-build-isolation sam2
+	rm -rf *.egg-info  # entry points of an earlier state, which Python would find first
 	$(BIN)/python -m pip install -q --no-build-isolation -e .
 	@touch $@
 $(STAMP): export PYSEG_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
