@@ -268,9 +268,18 @@ struct Line {
 
 template <int Part>
 struct Rows {
+  // What a row of one part takes in a tile, where it can be a constant.
+  static constexpr int kStride = (Part + kRegister - 1) / kRegister * kRegister;
+
   // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
   static void slice(const Line& line, const Real* lattice, bool fresh, Real* rows) {
-    const int64_t stride = line.stride;
+    if (line.stride == kStride)
+      slice_pixels(line, lattice, fresh, rows, kStride);
+    else
+      slice_pixels(line, lattice, fresh, rows, line.stride);
+  }
+  PYSEG_INLINE static void slice_pixels(const Line& line, const Real* lattice, bool fresh,
+                                        Real* rows, int64_t stride) {
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
@@ -292,7 +301,13 @@ struct Rows {
 
   // The lattices' rows += weights times the pixels' rows.
   static void splat(const Line& line, const Real* rows, Real* lattice) {
-    const int64_t stride = line.stride;
+    if (line.stride == kStride)
+      splat_pixels(line, rows, lattice, kStride);
+    else
+      splat_pixels(line, rows, lattice, line.stride);
+  }
+  PYSEG_INLINE static void splat_pixels(const Line& line, const Real* rows, Real* lattice,
+                                        int64_t stride) {
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
