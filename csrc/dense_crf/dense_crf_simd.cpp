@@ -268,9 +268,18 @@ struct Line {
 
 template <int Part>
 struct Rows {
+  // What a row of one part takes in a tile, where it can be a constant.
+  static constexpr int kStride = (Part + kRegister - 1) / kRegister * kRegister;
+
   // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
   static void slice(const Line& line, const Real* lattice, bool fresh, Real* rows) {
-    const int64_t stride = line.stride;
+    if (line.stride == kStride)
+      slice_pixels(line, lattice, fresh, rows, kStride);
+    else
+      slice_pixels(line, lattice, fresh, rows, line.stride);
+  }
+  PYSEG_INLINE static void slice_pixels(const Line& line, const Real* lattice, bool fresh,
+                                        Real* rows, int64_t stride) {
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
@@ -292,7 +301,13 @@ struct Rows {
 
   // The lattices' rows += weights times the pixels' rows.
   static void splat(const Line& line, const Real* rows, Real* lattice) {
-    const int64_t stride = line.stride;
+    if (line.stride == kStride)
+      splat_pixels(line, rows, lattice, kStride);
+    else
+      splat_pixels(line, rows, lattice, line.stride);
+  }
+  PYSEG_INLINE static void splat_pixels(const Line& line, const Real* rows, Real* lattice,
+                                        int64_t stride) {
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
@@ -434,6 +449,44 @@ struct Rows {
     }
   }
 
+  // The same twice, to the same bits, where all vertices of the chains hold values: what the first
+  // blur makes of a vertex and of the two before it stays in registers.
+  static void blur_twice(Real* values, const Link* links, const Link* end, Real side,
+                         int64_t padded) {
+    constexpr int kNarrow = 2 * kRegister;  // six rows of more than three vectors find no registers
+    if constexpr (Part > 3 * kRegister) {
+      Rows<kNarrow>::blur_twice(values, links, end, side, padded);
+      Rows<Part - kNarrow>::blur_twice(values + kNarrow, links, end, side, padded);
+      return;
+    }
+    for (; links < end; ++links) {
+      Row<Part> before, row, after, early, once, late;  // values; then blurred once
+      before.clear(), early.clear(), once.clear();
+      row.get(values + links->vertex() * padded);
+      Real* to = nullptr;  // where `once` belongs
+      for (;; ++links) {
+        const bool inside = links->vertex() != 0;
+        late.clear();
+        if (inside) {
+          after.get(values + int64_t(links[1].vertex()) * padded);
+          late = row;
+          late.add(side, before);
+          late.add(side, after);
+          before = row, row = after;
+        }
+        if (to) {
+          Row<Part> sum = once;
+          sum.add(side, early);
+          sum.add(side, late);
+          sum.put(to);
+        }
+        if (!inside) break;
+        to = values + links->vertex() * padded;
+        early = once, once = late;
+      }
+    }
+  }
+
   // values = factor * matrix^T values, `from` the first class of each row; no matrix: the identity.
   static void mix(const Real* matrix, Real factor, const Real* from, int64_t stride, int classes,
                   Real* to) {
@@ -458,13 +511,14 @@ struct PartFunctions {
   decltype(&Rows<4>::copy) copy;
   decltype(&Rows<4>::combine) combine;
   decltype(&Rows<4>::blur) blur;
+  decltype(&Rows<4>::blur_twice) blur_twice;
   decltype(&Rows<4>::mix) mix;
 };
 template <int Part>
 constexpr PartFunctions functions_of() {
   using R = Rows<Part>;
-  return {R::slice,  R::splat, R::slice_grid, R::splat_grid, R::remove_self,
-          R::gather, R::copy,  R::combine,    R::blur,       R::mix};
+  return {R::slice, R::splat,   R::slice_grid, R::splat_grid, R::remove_self, R::gather,
+          R::copy,  R::combine, R::blur,       R::blur_twice, R::mix};
 }
 
 // The parts of a row, from left to right.
@@ -728,6 +782,11 @@ void blur(Real* values, const Link* links, const Link* end, bool transposed, Rea
     part.functions().blur(values + part.first, links, end, transposed, side, padded);
 }
 
+void blur_twice(Real* values, const Link* links, const Link* end, Real side, int padded) {
+  for (Parts part(padded); part; part.next())
+    part.functions().blur_twice(values + part.first, links, end, side, padded);
+}
+
 // values = factor * matrix^T values; matrix [classes, stride], or null for the identity
 void mix(Real* values, const Real* matrix, Real factor, int64_t count, int padded, int stride,
          int classes) {
@@ -872,6 +931,7 @@ LevelFunctions<PYSEG_REAL> functions<PYSEG_REAL>() {
           pack,
           combine,
           blur,
+          blur_twice,
           mix,
           splat_tile,
           slice_tile,
