@@ -40,10 +40,9 @@ inline SimdLevel simd_level() {
 #ifdef PYSEG_X86_LEVELS
   static const SimdLevel best = [] {
     __builtin_cpu_init();
-#ifdef __clang__  // names no levels before its release 18
+#ifdef __clang__  // names neither levels nor F16C, which comes with AVX2, before its release 18
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                    __builtin_cpu_supports("f16c");
+                    __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                     __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                     __builtin_cpu_supports("avx512vl");
