@@ -178,22 +178,14 @@ void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit v
                        : blur < axes          ? blur
                        : blur >= blurs - axes ? lists - blurs + blur
                                               : axes + axis;
-      const bool twice = kernel.grid && step + 1 < blurs &&
-                         axis == kernel.axis_of(transposed ? blur - 1 : blur + 1);
-      step += twice;
       const Chains& chains = chains_[l][list];
       const Link* const links = chains.links.data();
       const int64_t pieces = int64_t(chains.pieces.size()) - 1;
       const int64_t cost = 3 * padded * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
       for_each(pieces, cost, [&](int64_t i, int64_t) {
         // A piece ends with the end of a chain.
-        const Link* const begin = links + chains.pieces[i];
-        const Link* const end = links + chains.pieces[i + 1];
-        const Real side = Real(kernel.side(axis));
-        if (twice)
-          functions_.blur_twice(values, begin, end, side, padded);
-        else
-          functions_.blur(values, begin, end - 1, transposed, side, padded);
+        functions_.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
+                        transposed, Real(kernel.side(axis)), padded);
       });
     }
   }

@@ -75,9 +75,10 @@ PYSEG_INLINE Vector<float, N> exponential(Vector<float, N> x) {
   return (Vector<float, N>)_mm512_maskz_scalef_ps(inside, (__m512)p, n);
 #else
   typedef int Integers __attribute__((vector_size(N * sizeof(int))));
-  const Vector<float, N> low = broadcast<N>(-70.0f), magic = broadcast<N>(12582912.0f);
-  const Vector<float, N> shifted = fused<N>(x, log2e, magic);
-  const Vector<float, N> f = fused<N>(x, log2e, magic - shifted);
+  const Vector<float, N> low = broadcast<N>(-70.0f), inside = larger<N>(x, low);
+  const Vector<float, N> magic = broadcast<N>(12582912.0f);
+  const Vector<float, N> shifted = fused<N>(inside, log2e, magic);
+  const Vector<float, N> f = fused<N>(inside, log2e, magic - shifted);
 #pragma GCC unroll 5
   for (int i = 1; i < 6; ++i) p = fused<N>(p, f, broadcast<N>(kTerms[i]));
   const Integers value = (Integers)p + ((Integers)shifted << 23);
@@ -136,14 +137,6 @@ PYSEG_INLINE Vector<Real, N> load_quarters(const Real* from, int64_t stride) {
   if constexpr (N == 4) {
     return load<4>(from);
   } else {
-#ifdef PYSEG_AVX512  // of generic shuffles g++ makes ones that keep the only port of them busy
-    if constexpr (sizeof(Vector<Real, N>) == 64) {
-      __m512 v = _mm512_castps128_ps512((__m128)load<4>(from));
-      v = _mm512_insertf32x4(v, (__m128)load<4>(from + 4 * stride), 1);
-      v = _mm512_insertf32x4(v, (__m128)load<4>(from + 8 * stride), 2);
-      return (Vector<Real, N>)_mm512_insertf32x4(v, (__m128)load<4>(from + 12 * stride), 3);
-    }
-#endif
     const auto low = load_quarters<N / 2>(from, stride);
     const auto high = load_quarters<N / 2>(from + N / 2 * stride, stride);
     if constexpr (N == 8)
@@ -161,9 +154,10 @@ PYSEG_INLINE void store_quarters(Real* to, int64_t stride, Vector<Real, N> v) {
     store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
     store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
   } else {
-    store_quarters<8>(to, stride, __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
-    store_quarters<8>(to + 8 * stride, stride,
-                      __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    store<4>(to, __builtin_shufflevector(v, v, 0, 1, 2, 3));
+    store<4>(to + 4 * stride, __builtin_shufflevector(v, v, 4, 5, 6, 7));
+    store<4>(to + 8 * stride, __builtin_shufflevector(v, v, 8, 9, 10, 11));
+    store<4>(to + 12 * stride, __builtin_shufflevector(v, v, 12, 13, 14, 15));
   }
 }
 
@@ -268,18 +262,9 @@ struct Line {
 
 template <int Part>
 struct Rows {
-  // What a row of one part takes in a tile, where it can be a constant.
-  static constexpr int kStride = (Part + kRegister - 1) / kRegister * kRegister;
-
   // rows += weights of the pixels' entries times rows of the lattices; `fresh`: = instead.
   static void slice(const Line& line, const Real* lattice, bool fresh, Real* rows) {
-    if (line.stride == kStride)
-      slice_pixels(line, lattice, fresh, rows, kStride);
-    else
-      slice_pixels(line, lattice, fresh, rows, line.stride);
-  }
-  PYSEG_INLINE static void slice_pixels(const Line& line, const Real* lattice, bool fresh,
-                                        Real* rows, int64_t stride) {
+    const int64_t stride = line.stride;
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
@@ -301,13 +286,7 @@ struct Rows {
 
   // The lattices' rows += weights times the pixels' rows.
   static void splat(const Line& line, const Real* rows, Real* lattice) {
-    if (line.stride == kStride)
-      splat_pixels(line, rows, lattice, kStride);
-    else
-      splat_pixels(line, rows, lattice, line.stride);
-  }
-  PYSEG_INLINE static void splat_pixels(const Line& line, const Real* rows, Real* lattice,
-                                        int64_t stride) {
+    const int64_t stride = line.stride;
     const uint16_t* vertex = line.vertices;
     const Real* weight = line.weights;
     for (int x = 0; x < line.pixels; ++x, rows += stride) {
@@ -449,44 +428,6 @@ struct Rows {
     }
   }
 
-  // The same twice, to the same bits, where all vertices of the chains hold values: what the first
-  // blur makes of a vertex and of the two before it stays in registers.
-  static void blur_twice(Real* values, const Link* links, const Link* end, Real side,
-                         int64_t padded) {
-    constexpr int kNarrow = 2 * kRegister;  // six rows of more than three vectors find no registers
-    if constexpr (Part > 3 * kRegister) {
-      Rows<kNarrow>::blur_twice(values, links, end, side, padded);
-      Rows<Part - kNarrow>::blur_twice(values + kNarrow, links, end, side, padded);
-      return;
-    }
-    for (; links < end; ++links) {
-      Row<Part> before, row, after, early, once, late;  // values; then blurred once
-      before.clear(), early.clear(), once.clear();
-      row.get(values + links->vertex() * padded);
-      Real* to = nullptr;  // where `once` belongs
-      for (;; ++links) {
-        const bool inside = links->vertex() != 0;
-        late.clear();
-        if (inside) {
-          after.get(values + int64_t(links[1].vertex()) * padded);
-          late = row;
-          late.add(side, before);
-          late.add(side, after);
-          before = row, row = after;
-        }
-        if (to) {
-          Row<Part> sum = once;
-          sum.add(side, early);
-          sum.add(side, late);
-          sum.put(to);
-        }
-        if (!inside) break;
-        to = values + links->vertex() * padded;
-        early = once, once = late;
-      }
-    }
-  }
-
   // values = factor * matrix^T values, `from` the first class of each row; no matrix: the identity.
   static void mix(const Real* matrix, Real factor, const Real* from, int64_t stride, int classes,
                   Real* to) {
@@ -511,14 +452,13 @@ struct PartFunctions {
   decltype(&Rows<4>::copy) copy;
   decltype(&Rows<4>::combine) combine;
   decltype(&Rows<4>::blur) blur;
-  decltype(&Rows<4>::blur_twice) blur_twice;
   decltype(&Rows<4>::mix) mix;
 };
 template <int Part>
 constexpr PartFunctions functions_of() {
   using R = Rows<Part>;
-  return {R::slice, R::splat,   R::slice_grid, R::splat_grid, R::remove_self, R::gather,
-          R::copy,  R::combine, R::blur,       R::blur_twice, R::mix};
+  return {R::slice,  R::splat, R::slice_grid, R::splat_grid, R::remove_self,
+          R::gather, R::copy,  R::combine,    R::blur,       R::mix};
 }
 
 // The parts of a row, from left to right.
@@ -608,56 +548,37 @@ void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
   pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
 }
 
-// Of kRegister pixels, from `pixel` of the image's planes on: exponentials of their logits less the
-// largest, as planes; returns their sums. `rows` are the pixels' messages, null in the first pass.
-// Four classes at a time, so that the largest and the sum are no long chains of dependent steps.
-PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, const Real* rows, int64_t pixel,
-                                 int count, Real* planes) {
+// Planes of kRegister pixels, from `pixel` of the image's planes on: messages, unless it is the
+// first pass, become exponentials of the logits less the largest. Returns their sums.
+PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int count, Real* planes) {
   const int classes = a.classes;
-  const int64_t plane = a.plane, stride = a.stride, below = a.image_width;
   const Real* unary = a.unary + pixel;
-  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest()), bad{};
-  for (int c = 0; c < classes; c += 4) {
-    Pixels v[4] = {}, most = largest;
-    if (rows) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) v[i] = load_quarters<kRegister>(rows + i * stride + c, stride);
-      transpose_quarters<kRegister>(v);
+  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest());
+  if (a.in) {
+    for (int c = 0; c < classes; ++c, unary += a.plane) {
+      const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
+      __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
+      largest = larger<kRegister>(largest, logit);
+      store<kRegister>(planes + kRegister * c, logit);
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if (c + i >= classes) break;
+  } else {
+    Pixels bad{};
+    for (int c = 0; c < classes; ++c, unary += a.plane) {
       const Pixels energy = load_some(unary, count);
-      __builtin_prefetch(unary + below, 0, 2);
-      if (!rows) bad += energy * Real(0);
-      v[i] -= energy;
-      store<kRegister>(planes + kRegister * (c + i), v[i]);
-      if (i % 2)
-        most = larger<kRegister>(most, v[i]);
-      else
-        largest = larger<kRegister>(largest, v[i]);
-      unary += plane;
+      __builtin_prefetch(unary + a.image_width, 0, 2);
+      bad += energy * Real(0);
+      largest = larger<kRegister>(largest, -energy);
+      store<kRegister>(planes + kRegister * c, -energy);
     }
-    largest = larger<kRegister>(largest, most);
+    if (a.not_finite)
+      for (int i = 0; i < kRegister; ++i)
+        if (bad[i] != bad[i]) *a.not_finite = true;
   }
-  if (a.not_finite)
-    for (int i = 0; i < kRegister; ++i)
-      if (bad[i] != bad[i]) *a.not_finite = true;
   Pixels sum{};
-  int c = 0;
-  for (; c + 4 <= classes; c += 4, planes += 4 * kRegister) {
-    Pixels e[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      e[i] = exponential<kRegister>(load<kRegister>(planes + kRegister * i) - largest);
-      store<kRegister>(planes + kRegister * i, e[i]);
-    }
-    sum += (e[0] + e[1]) + (e[2] + e[3]);
-  }
-  for (; c < classes; ++c, planes += kRegister) {
-    const Pixels e = exponential<kRegister>(load<kRegister>(planes) - largest);
-    store<kRegister>(planes, e);
+  for (int c = 0; c < classes; ++c) {
+    const Pixels e = exponential<kRegister>(load<kRegister>(planes + kRegister * c) - largest);
     sum += e;
+    store<kRegister>(planes + kRegister * c, e);
   }
   return sum;
 }
@@ -679,8 +600,11 @@ void tile(const TilePass<Real>& a) {
     for (int x = 0; x < a.width; x += kRegister) {
       const int64_t pixel = y * a.image_width + x;
       const int count = std::min(kRegister, a.width - x);
-      const Real* const messages = a.in ? rows + x * a.stride : nullptr;
-      const Pixels scale = Real(1) / exponentials(a, messages, pixel, count, planes);
+      if (a.in) {
+        to_planes(rows + x * a.stride, a.stride, a.classes, planes);
+        clear_padding(a.classes, planes);
+      }
+      const Pixels scale = Real(1) / exponentials(a, pixel, count, planes);
       if (a.q) {
         Real* to = a.q + pixel;
         for (int c = 0; c < a.classes; ++c, to += a.plane)
@@ -710,9 +634,9 @@ void tile_backward(const TileBackward<Real>& a) {
     for (int x = 0; x < pass.width; x += kRegister) {
       const int64_t pixel = y * pass.image_width + x;
       const int count = std::min(kRegister, pass.width - x);
+      if (pass.in) to_planes(logits + x * pass.stride, pass.stride, classes, planes);
       if (a.back) to_planes(slopes + x * pass.stride, pass.stride, classes, gradients);
-      const Real* const messages = pass.in ? logits + x * pass.stride : nullptr;
-      const Pixels scale = Real(1) / exponentials(pass, messages, pixel, count, planes);
+      const Pixels scale = Real(1) / exponentials(pass, pixel, count, planes);
       if (!a.back)
         for (int c = 0; c < classes; ++c)
           store<kRegister>(gradients + kRegister * c,
@@ -780,11 +704,6 @@ void blur(Real* values, const Link* links, const Link* end, bool transposed, Rea
           int padded) {
   for (Parts part(padded); part; part.next())
     part.functions().blur(values + part.first, links, end, transposed, side, padded);
-}
-
-void blur_twice(Real* values, const Link* links, const Link* end, Real side, int padded) {
-  for (Parts part(padded); part; part.next())
-    part.functions().blur_twice(values + part.first, links, end, side, padded);
 }
 
 // values = factor * matrix^T values; matrix [classes, stride], or null for the identity
@@ -931,7 +850,6 @@ LevelFunctions<PYSEG_REAL> functions<PYSEG_REAL>() {
           pack,
           combine,
           blur,
-          blur_twice,
           mix,
           splat_tile,
           slice_tile,

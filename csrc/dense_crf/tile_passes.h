@@ -97,8 +97,6 @@ struct LevelFunctions {
                   int64_t end, int padded, Real* values);
   void (*blur)(Real* values, const Link* begin, const Link* end, bool transposed, Real side,
                int padded);
-  // The same twice, in one pass over chains of vertices that all hold values.
-  void (*blur_twice)(Real* values, const Link* begin, const Link* end, Real side, int padded);
   void (*mix)(Real* values, const Real* matrix, Real factor, int64_t count, int padded, int stride,
               int classes);
   // `out` += the splat of pass.unary, and pass.q = the slice of `in`.
