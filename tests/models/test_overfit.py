@@ -60,7 +60,7 @@ def without_borders(labels, width):
     return torch.where((high == low)[:, 0], labels, VOID)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", names())
 def test_it_overfits_eight_images(name, eight):
     images, labels = eight(2 if name in COARSE else 1)
