@@ -116,15 +116,9 @@ def _simd_level():
 
 @contextlib.contextmanager
 def _at(level):
-    before = os.environ.get("PYSEG_SIMD")
-    os.environ["PYSEG_SIMD"] = level
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYSEG_SIMD", level)
         yield
-    finally:
-        if before is None:
-            del os.environ["PYSEG_SIMD"]
-        else:
-            os.environ["PYSEG_SIMD"] = before
 
 
 def _file_name(processor, torch_version):

@@ -176,8 +176,9 @@ class Pipeline:
         several = isinstance(images, (list, tuple))
         sources = images if several else [images]
         read = images_module.read_image
-        if len(sources) > 1 and torch.get_num_threads() > 1:  # decoders use one core each
-            with ThreadPoolExecutor(min(len(sources), torch.get_num_threads())) as pool:
+        files = sum(isinstance(source, (str, os.PathLike)) for source in sources)
+        if min(files, torch.get_num_threads()) > 1:  # decoders use one core each
+            with ThreadPoolExecutor(min(files, torch.get_num_threads())) as pool:
                 decoded = list(pool.map(read, sources))
         else:
             decoded = [read(source) for source in sources]

@@ -29,6 +29,7 @@ from .spec import StageSpec, parse, shown
 
 T = TypeVar("T")
 
+_MOST_SHOWN = 20  # names in a message: the nearest ones
 MAX_CLASSES = 32767  # label maps of 256 classes and more are int16
 
 # What the house calls on an object of each kind; more is optional, see `pyseg.types`.
@@ -301,9 +302,11 @@ class Registry(Generic[T]):
             names = self.list()
             near = difflib.get_close_matches(bare[:100], names, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+            known = (
+                f"{some(names)} (`pyseg list`)" if names else "none (is pyseg-toolkit installed?)"
+            )
             raise UnknownName(
-                f"no {self.kind} is called {shown(name)}.{hint} "
-                f"Known {self.kind}s: {', '.join(names) or 'none (is pyseg-toolkit installed?)'}."
+                f"no {self.kind} is called {shown(name)}.{hint} Known {self.kind}s: {known}."
             )
         claims = [
             point for point in found[bare].values() if not owner or _same(owner, _owner(point))

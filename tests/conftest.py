@@ -1,6 +1,7 @@
 """What many test files share."""
 
 import os
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,39 @@ def data_folder():
         return DATA / name
 
     return find
+
+
+class Page(HTMLParser):
+    """Checks that tags close, and collects them."""
+
+    VOID = ("meta", "img", "rect", "line", "circle", "polyline", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags = [], []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+    def pictures(self):
+        return [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+
+
+@pytest.fixture
+def html_page():
+    """``html_page(text)``: its tags; fails where one does not close."""
+    return Page
 
 
 @pytest.fixture

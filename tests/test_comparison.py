@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -198,7 +197,8 @@ def test_the_sum_of_the_images_is_the_whole(tmp_path):
     for text, states in stored["states"].items():
         metric = metrics.create(text, classes=CLASSES)
         tensors = [{key: torch.tensor(v) for key, v in state.items()} for state in states]
-        metric.load_state(bootstrap.total_of(tensors))
+        once = torch.ones(1, len(tensors), dtype=torch.int64)
+        metric.load_state({k: v[0] for k, v in bootstrap.total_of(tensors, once).items()})
         computed = metric.compute()
         for _, of, key in SCORES:
             if of == text:
@@ -500,31 +500,7 @@ def test_a_model_begins_with_the_weights_that_its_spec_names(tmp_path):
 # --- the page -----------------------------------------------------------------------------------
 
 
-class Page(HTMLParser):
-    """Checks that tags close, and collects them."""
-
-    VOID = ("meta", "img", "rect", "line", "circle", "polyline", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags = [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag, tag
-
-
-def test_the_page_needs_nothing_else(tmp_path):
+def test_the_page_needs_nothing_else(tmp_path, html_page):
     names = ["tiny", "tiny(width=4)"]
     result = compared(tmp_path, names, refiners=["none", "labels_only"], size=(48, 64))
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -534,7 +510,7 @@ def test_the_page_needs_nothing_else(tmp_path):
         "runs",
     }
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
+    page = html_page(text)
     assert "http" not in text.replace("http-equiv", "") and "<script" not in text
     sources = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
     assert len(sources) == 3 * (2 + 4)  # images shown, each with its truth and a picture a row

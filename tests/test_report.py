@@ -3,7 +3,6 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -96,33 +95,6 @@ def registered(monkeypatch):
         monkeypatch.setitem(metrics._registry._registered, name, metric)
 
 
-class Page(HTMLParser):
-    """Checks that tags close, and collects them."""
-
-    VOID = ("meta", "img", "rect", "polyline", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags = [], []
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def pictures(self):
-        return [attributes["src"] for tag, attributes in self.tags if tag == "img"]
-
-
 def reported(folder, names=("semantic",), data=None, spec="noisy+sharpen"):
     data = data or Data()
     pipeline = pyseg.build(spec)
@@ -134,9 +106,9 @@ def reported(folder, names=("semantic",), data=None, spec="noisy+sharpen"):
     return result, json.loads((folder / "report.json").read_text()), text
 
 
-def test_one_page_that_needs_nothing_else(tmp_path):
+def test_one_page_that_needs_nothing_else(tmp_path, html_page):
     result, numbers, text = reported(tmp_path / "a" / "b", ("semantic", "calibration", "binary"))
-    page = Page(text)
+    page = html_page(text)
     assert not re.search(r"https?://|<script|<link|url\(", text)
     assert any(a.get("name") == "viewport" for tag, a in page.tags if tag == "meta")
     assert "image &lt;8&gt;" in text and "dark &amp; &lt;b&gt;" in text and "<b>dark" not in text
@@ -178,13 +150,13 @@ def test_worst_images_and_confusion_against_a_plain_computation(tmp_path):
     assert want[0][0] < 0.9 < max(scores)[0]
 
 
-def test_one_stage_and_few_images(tmp_path):
+def test_one_stage_and_few_images(tmp_path, html_page):
     result, numbers, text = reported(tmp_path, data=Data(2), spec="noisy")
     assert len(result.stages) == 1 and len(numbers["worst_images"]) == 2
-    assert len(Page(text).pictures()) == 8 and "2 images" in text
+    assert len(html_page(text).pictures()) == 8 and "2 images" in text
 
 
-def test_many_classes_and_wide_images(tmp_path):
+def test_many_classes_and_wide_images(tmp_path, html_page):
     class Wide(Data):
         classes = tuple(f"class {k}" for k in range(61))
         palette = tuple((k, k, k) for k in range(61))
@@ -204,16 +176,16 @@ def test_many_classes_and_wide_images(tmp_path):
 
     models._registry._registered["noisy"] = Same
     _, numbers, text = reported(tmp_path, data=Wide(1), spec="noisy")
-    page = Page(text)
+    page = html_page(text)
     assert numbers["confusion"][60][60] == 80
     first = page.pictures()[0].split(",")[1]
     assert Image.open(io.BytesIO(base64.b64decode(first))).width == 960
 
 
-def test_without_label_maps_there_are_tables_only(tmp_path):
+def test_without_label_maps_there_are_tables_only(tmp_path, html_page):
     _, numbers, text = reported(tmp_path, ["count"], Data(3, labelled=False))
     assert numbers["confusion"] is None and numbers["worst_images"] == []
-    assert "Confusion" not in text and "seen" in text and not Page(text).pictures()
+    assert "Confusion" not in text and "seen" in text and not html_page(text).pictures()
     assert numbers["stages"][0]["metrics"]["count"]["seen"] == 3
 
 
@@ -258,10 +230,10 @@ def test_every_stage_is_scored_once(tmp_path, monkeypatch):
     assert "Confusion matrix" not in text and len(numbers["worst_images"]) == 4
 
 
-def test_the_page_can_be_heard_and_read_in_the_dark(tmp_path, monkeypatch):
+def test_the_page_can_be_heard_and_read_in_the_dark(tmp_path, monkeypatch, html_page):
     monkeypatch.setattr("sys.argv", ["/somewhere/bin/pyseg", "evaluate", "--spec", "a+b(c='d e')"])
     result, numbers, text = reported(tmp_path, ["semantic", "calibration"])
-    tags = Page(text).tags
+    tags = html_page(text).tags
     heads = [attributes.get("scope") for tag, attributes in tags if tag == "th"]
     assert {"row", "col"} == set(heads)
     names = [attributes["alt"] for tag, attributes in tags if tag == "img"]
@@ -283,7 +255,7 @@ def test_the_page_can_be_heard_and_read_in_the_dark(tmp_path, monkeypatch):
     assert all(f"<dt>{key}</dt>" in text for key in made) and "/somewhere" not in text
 
 
-def test_a_comparison_of_pipelines(tmp_path):
+def test_a_comparison_of_pipelines(tmp_path, html_page):
     data, results = Data(5), []
     worst = WorstImages(data)
     for spec in ("noisy", "noisy+sharpen", "noisy"):
@@ -292,7 +264,7 @@ def test_a_comparison_of_pipelines(tmp_path):
     write_page(tmp_path, results, worst, title="test data")
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     numbers = json.loads((tmp_path / "report.json").read_text())
-    page = Page(text)
+    page = html_page(text)
     assert "3 pipelines compared" in text and len(page.pictures()) == 4 * 5
     assert [entry["spec"] for entry in numbers["evaluations"]] == [r.spec for r in results]
     for label in ("noisy (1)", "noisy+sharpen", "noisy (2)"):
@@ -338,14 +310,14 @@ class Splits:
         return [Segmentation((12, 20), self.classes, segments=halves(b)) for b in borders]
 
 
-def test_panoptic_pictures_with_their_quality(tmp_path, monkeypatch):
+def test_panoptic_pictures_with_their_quality(tmp_path, monkeypatch, html_page):
     monkeypatch.setitem(models._registry._registered, "splits", Splits)
     _, numbers, text = reported(tmp_path, ["panoptic"], Panels(), "splits")
     # Borders at 10, 8 and 6 of 10: IoUs of box and wall are 1, 1; 8/10, 10/12; 6/10, 10/14.
     want = {"panel 2": (6 / 10 + 10 / 14) / 2, "panel 1": (8 / 10 + 10 / 12) / 2, "panel 0": 1.0}
     assert {entry["name"]: entry["pq"] for entry in numbers["worst_images"]} == pytest.approx(want)
     assert [entry["name"] for entry in numbers["worst_images"]] == list(want)
-    page = Page(text)
+    page = html_page(text)
     assert len(page.pictures()) == 9 and "PQ by class" in text
     names = [attributes["alt"] for tag, attributes in page.tags if tag == "img"]
     assert names[:3] == [

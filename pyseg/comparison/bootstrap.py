@@ -46,18 +46,14 @@ def draws(images: int, resamples: int, seed: int) -> Tensor:
     return counts.scatter_add_(1, drawn, torch.ones_like(drawn))
 
 
-def total_of(
-    states: Sequence[Mapping[str, Tensor]], counts: Tensor | None = None
-) -> dict[str, Tensor]:
+def total_of(states: Sequence[Mapping[str, Tensor]], counts: Tensor) -> dict[str, Tensor]:
     """Sums of the images' states, each so often as ``counts`` [R, images] says: [R, …].
 
     Args:
         states: one per image, of integer tensors.
-        counts: of `draws`; None = each image once, without the first axis.
+        counts: of `draws`.
     """
     stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
-    if counts is None:
-        return {key: value.sum(0) for key, value in stacked.items()}
     return {
         key: (counts @ value.flatten(1)).view(len(counts), *value.shape[1:])
         for key, value in stacked.items()

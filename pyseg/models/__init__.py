@@ -15,7 +15,6 @@ from ..registry import Registry
 if TYPE_CHECKING:
     from .backbones import convolutionalize as convolutionalize
     from .facts import ModelInfo as ModelInfo
-    from .facts import facts as facts
     from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
     from .semantic import wrap as wrap

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,7 @@ from ..errors import require
 from ..weights import Remote
 from .backbones import Trunk, dilate, published_weights, voc_classes
 from .facts import IMAGENET_LICENCE, facts
-from .semantic import SemanticModel, semantic_model
-
-Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+from .semantic import SemanticModel, semantic_model, with_options
 
 V1_PAPER = (
     "Chen, Papandreou, Kokkinos, Murphy & Yuille, Semantic image segmentation with deep "
@@ -64,11 +62,6 @@ V3PLUS_OPTIONS = """
         ValueError: ``num_classes`` below 1, or another ``output_stride``.
         WeightsError: ``"default"``, or ``weights`` that cannot be found or are another network's.
     """
-
-
-def _with_options(factory: Factory) -> Factory:
-    factory.__doc__ = f"{factory.__doc__}\n{V3PLUS_OPTIONS}"
-    return factory
 
 
 @facts(paper=V1_PAPER, licence=IMAGENET_LICENCE)
@@ -167,7 +160,7 @@ def deeplab_v2_resnet101(
 
 
 @facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
-@_with_options
+@with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_resnet50(
     *,
     output_stride: int = 16,
@@ -179,7 +172,7 @@ def deeplabv3plus_resnet50(
 
 
 @facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
-@_with_options
+@with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_resnet101(
     *,
     output_stride: int = 16,
@@ -191,7 +184,7 @@ def deeplabv3plus_resnet101(
 
 
 @facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
-@_with_options
+@with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_mobilenet_v2(
     *,
     output_stride: int = 16,
@@ -203,7 +196,7 @@ def deeplabv3plus_mobilenet_v2(
 
 
 @facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
-@_with_options
+@with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_mobilenet_v3_large(
     *,
     output_stride: int = 16,
@@ -215,7 +208,7 @@ def deeplabv3plus_mobilenet_v3_large(
 
 
 @facts(paper=V3PLUS_PAPER)
-@_with_options
+@with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_xception65(
     *,
     output_stride: int = 16,

@@ -204,7 +204,7 @@ def _on_vgg(
         known=known,
         convert=lambda state: _from_classifier(state, ("0", "3"), 7),
         trunk="trunk",
-        training_only=skips,
+        may_lack=skips,
     )
 
 

@@ -216,7 +216,7 @@ def fcn_resnet18(
         known=published_weights("resnet18"),
         convert=convert,
         trunk="backbone",
-        training_only=("aux_classifier",),
+        may_lack=("aux_classifier",),
     )
 
 

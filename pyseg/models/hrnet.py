@@ -7,10 +7,9 @@ instead of nearest upsampling, which also takes images of any size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from torch.nn import functional as F
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from ..errors import require
 from .facts import facts
-from .semantic import SemanticModel, semantic_model
-
-Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+from .semantic import SemanticModel, semantic_model, with_options
 
 PAPER = (
     "Wang et al., Deep high-resolution representation learning for visual recognition, PAMI 2020"
@@ -44,13 +41,8 @@ OPTIONS = """
     """
 
 
-def _with_options(factory: Factory) -> Factory:
-    factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return factory
-
-
 @facts(paper=PAPER, scores=[(70.3, *CITYSCAPES)])
-@_with_options
+@with_options(OPTIONS)
 def hrnet_w18_small_v1(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -59,7 +51,7 @@ def hrnet_w18_small_v1(
 
 
 @facts(paper=PAPER, scores=[(76.2, *CITYSCAPES)])
-@_with_options
+@with_options(OPTIONS)
 def hrnet_w18_small_v2(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -68,7 +60,7 @@ def hrnet_w18_small_v2(
 
 
 @facts(paper=PAPER)
-@_with_options
+@with_options(OPTIONS)
 def hrnet_w18(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -77,7 +69,7 @@ def hrnet_w18(
 
 
 @facts(paper=PAPER)
-@_with_options
+@with_options(OPTIONS)
 def hrnet_w32(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -86,7 +78,7 @@ def hrnet_w32(
 
 
 @facts(paper=PAPER, scores=[(81.1, *CITYSCAPES)])
-@_with_options
+@with_options(OPTIONS)
 def hrnet_w48(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:

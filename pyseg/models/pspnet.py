@@ -7,10 +7,9 @@ theirs have three 3x3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from torch.nn import functional as F
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from .backbones import Trunk, published_weights
 from .facts import IMAGENET_LICENCE, facts
-from .semantic import SemanticModel, semantic_model
-
-Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+from .semantic import SemanticModel, semantic_model, with_options
 
 PAPER = "Zhao, Shi, Qi, Wang & Jia, Pyramid scene parsing network, CVPR 2017"
 
@@ -43,12 +40,8 @@ OPTIONS = """
     """
 
 
-def _with_options(factory: Factory) -> Factory:
-    factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return facts(paper=PAPER, licence=IMAGENET_LICENCE)(factory)
-
-
-@_with_options
+@facts(paper=PAPER, licence=IMAGENET_LICENCE)
+@with_options(OPTIONS)
 def pspnet_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -56,7 +49,8 @@ def pspnet_resnet50(
     return _build("resnet50", num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER, licence=IMAGENET_LICENCE)
+@with_options(OPTIONS)
 def pspnet_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -64,7 +58,8 @@ def pspnet_resnet101(
     return _build("resnet101", num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER, licence=IMAGENET_LICENCE)
+@with_options(OPTIONS)
 def pspnet_mobilenet_v2(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -140,5 +135,5 @@ def _build(backbone: str, num_classes: int | None, weights: str | Path | None) -
         known=published_weights(backbone),
         convert=partial(Trunk.convert, backbone=backbone),
         trunk="trunk",
-        training_only=("auxiliary",),
+        may_lack=("auxiliary",),
     )

@@ -9,10 +9,10 @@ semantic segmentation", CVPR 2022.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,7 @@ from torchvision.ops import StochasticDepth
 
 from ..classes import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE
 from .facts import facts
-from .semantic import SemanticModel, semantic_model
-
-Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
+from .semantic import SemanticModel, semantic_model, with_options
 
 PAPER = (
     "Xie, Wang, Yu, Anandkumar, Alvarez & Luo, SegFormer: Simple and efficient design for semantic "
@@ -62,12 +60,8 @@ REDUCTIONS = (8, 4, 2, 1)  # of keys and values per side, by stage
 DROP_PATH = 0.1  # of the last block; those before it have less
 
 
-def _with_options(factory: Factory) -> Factory:
-    factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return facts(paper=PAPER)(factory)
-
-
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b0(
     *,
     head: Head = "segformer",
@@ -78,7 +72,8 @@ def segformer_b0(
     return _build("segformer_b0", head, num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b1(
     *,
     head: Head = "segformer",
@@ -89,7 +84,8 @@ def segformer_b1(
     return _build("segformer_b1", head, num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b2(
     *,
     head: Head = "segformer",
@@ -100,7 +96,8 @@ def segformer_b2(
     return _build("segformer_b2", head, num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b3(
     *,
     head: Head = "segformer",
@@ -111,7 +108,8 @@ def segformer_b3(
     return _build("segformer_b3", head, num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b4(
     *,
     head: Head = "segformer",
@@ -122,7 +120,8 @@ def segformer_b4(
     return _build("segformer_b4", head, num_classes, weights)
 
 
-@_with_options
+@facts(paper=PAPER)
+@with_options(OPTIONS)
 def segformer_b5(
     *,
     head: Head = "segformer",

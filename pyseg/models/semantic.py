@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from .. import weights as weight_files
 from ..errors import PysegError, WeightsError
 from ..image import default_palette, require_rgb8
 from ..types import Segmentation
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -214,7 +216,7 @@ def semantic_model(
     default: str | None = None,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     trunk: str | None = None,
-    training_only: Sequence[str] = (),
+    may_lack: Sequence[str] = (),
     **options: Any,
 ) -> SemanticModel:
     """A `SemanticModel` with its weights: what every factory of a semantic network ends in.
@@ -239,7 +241,7 @@ def semantic_model(
             message, keys without a meaning here (a classifier of images) are dropped.
         trunk: the module that a checkpoint may have alone, such as the backbone of a classifier of
             images: all others then stay random.
-        training_only: modules that a checkpoint may lack, such as auxiliary heads.
+        may_lack: modules that a checkpoint may be without, such as auxiliary heads.
         options: of `SemanticModel`, such as ``mean`` and ``std``.
 
     Returns:
@@ -269,7 +271,7 @@ def semantic_model(
     for key, value in own.items():
         random = alone and trunk is not None and not _under(key, [trunk])
         # batch normalisation of old checkpoints lacks its count of batches, which nothing reads
-        if random or _under(key, training_only) or key.endswith("num_batches_tracked"):
+        if random or _under(key, may_lack) or key.endswith("num_batches_tracked"):
             state.setdefault(key, value)
     other = {
         key: stored
@@ -293,6 +295,16 @@ def semantic_model(
         state.update((key, own[key]) for key in other)
     weight_files.load_into(model.network, state, path)
     return model
+
+
+def with_options(text: str) -> Callable[[Factory], Factory]:
+    """Decorator that adds ``text``, on options that a family shares, to a factory's docstring."""
+
+    def add(factory: Factory) -> Factory:
+        factory.__doc__ = f"{factory.__doc__}\n{text}"
+        return factory
+
+    return add
 
 
 def class_names(num_classes: int | None, published: Sequence[str]) -> tuple[str, ...]:

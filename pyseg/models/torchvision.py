@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
 from .backbones import published_weights
 from .facts import COCO_LICENCE, FCN_PAPER, facts
-from .semantic import SemanticModel, semantic_model
+from .semantic import SemanticModel, semantic_model, with_options
 
 _DEEPLABV3 = (
     "Chen, Papandreou, Schroff & Adam, Rethinking atrous convolution for semantic image "
     "segmentation, 2017"
 )
-
-Factory = TypeVar("Factory", bound=Callable[..., SemanticModel])
 
 OPTIONS = """
     Args:
@@ -39,18 +37,12 @@ OPTIONS = """
     """
 
 
-def _with_options(factory: Factory) -> Factory:
-    """Adds what the options of all these networks mean to what the docstring says of one."""
-    factory.__doc__ = f"{factory.__doc__}\n{OPTIONS}"
-    return factory
-
-
 @facts(
     paper=FCN_PAPER,
     scores=[(60.5, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def fcn_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -63,7 +55,7 @@ def fcn_resnet50(
     scores=[(63.7, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def fcn_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -76,7 +68,7 @@ def fcn_resnet101(
     scores=[(66.4, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def deeplabv3_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -89,7 +81,7 @@ def deeplabv3_resnet50(
     scores=[(67.4, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def deeplabv3_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -102,7 +94,7 @@ def deeplabv3_resnet101(
     scores=[(60.3, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def deeplabv3_mobilenet_v3_large(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -115,7 +107,7 @@ def deeplabv3_mobilenet_v3_large(
     scores=[(57.9, "mIoU", "COCO val2017, VOC's classes", "torchvision")],
     licence=COCO_LICENCE,
 )
-@_with_options
+@with_options(OPTIONS)
 def lraspp_mobilenet_v3_large(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
@@ -175,5 +167,5 @@ def _build(name: str, num_classes: int | None, weights: str | Path | None) -> Se
         default=best.name,
         convert=convert,
         trunk="model.backbone",
-        training_only=("model.aux_classifier",),
+        may_lack=("model.aux_classifier",),
     )

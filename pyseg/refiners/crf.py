@@ -238,7 +238,7 @@ def crf_deeplab_v1(
 
     The paper fixes ten iterations and the kernel over position, a standard deviation of 3 pixels
     and a weight of 3, and searches the other three on PASCAL VOC's validation set: those here are
-    the ones that the authors' code has for LargeFOV. Thin classes are not protected.
+    the ones that public re-implementations take for LargeFOV. Thin classes are not protected.
 
     Args:
         iterations: mean-field steps; 0 leaves the prediction as it is.
@@ -276,8 +276,8 @@ def crf_deeplab_v2(
 ) -> CRF:
     """The `CRF` that DeepLab v2 (Chen et al., 2018) ends in, with the weights of ResNet-101's.
 
-    They are those of the authors' code; with VGG-16 it has
-    ``gaussian=((2, 2),), bilateral=((65, 3, 4),)``. Thin classes are not protected.
+    They are those of public re-implementations, which take ``gaussian=((2, 2),),
+    bilateral=((65, 3, 4),)`` with VGG-16. Thin classes are not protected.
 
     Args:
         iterations: mean-field steps; 0 leaves the prediction as it is.

@@ -197,7 +197,7 @@ def build(tmp_path, state=None, weights=None, num_classes=None, **options):
         default="V1",
         convert=convert,
         trunk="trunk",
-        training_only=("extra",),
+        may_lack=("extra",),
         **options,
     )
 

@@ -127,7 +127,7 @@ def small(stride, *, num_classes=None, weights=None, style="published"):
         num_classes=num_classes,
         weights=weights,
         heads=("score", "score_pool4", "score_pool3"),
-        training_only=("score_pool4", "score_pool3"),
+        may_lack=("score_pool4", "score_pool3"),
     )
 
 

@@ -6,6 +6,7 @@ Images go through the processor of the checkpoint, and results are those of its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -214,7 +215,6 @@ class UniversalHF(nn.Module):
         size = (image.shape[1], image.shape[2])
         outputs = self.outputs(image)
         result = Segmentation(size, self.classes, image=image, palette=self.palette)
-        fields = dict(vars(result))
         if self.task == "semantic":
             (found,) = self.processor.post_process_semantic_segmentation(
                 outputs, target_sizes=[size], return_segmentation_scores=True
@@ -222,18 +222,16 @@ class UniversalHF(nn.Module):
             # sums over queries, no probabilities: as such once they add up to one
             scores = found["segmentation_scores"].float()
             tiny = torch.finfo(scores.dtype).tiny
-            fields["logits"] = scores.clamp_min(tiny).log()
-        elif self.task == "panoptic":
+            return replace(result, logits=scores.clamp_min(tiny).log())
+        if self.task == "panoptic":
             (found,) = self.processor.post_process_panoptic_segmentation(
                 outputs, threshold=self.threshold, label_ids_to_fuse=set(), target_sizes=[size]
             )
-            fields["segments"] = _segments(found)
-        else:
-            (found,) = self.processor.post_process_instance_segmentation(
-                outputs, threshold=self.threshold, target_sizes=[size], return_binary_maps=True
-            )
-            fields["instances"] = _instances(found, size, image.device)
-        return Segmentation(**fields)
+            return replace(result, segments=_segments(found))
+        (found,) = self.processor.post_process_instance_segmentation(
+            outputs, threshold=self.threshold, target_sizes=[size], return_binary_maps=True
+        )
+        return replace(result, instances=_instances(found, size, image.device))
 
     def outputs(self, image: Tensor) -> Any:
         """What the network gives for an image [3, H, W] uint8 RGB."""

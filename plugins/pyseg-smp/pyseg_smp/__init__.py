@@ -131,7 +131,7 @@ def _build(
         weights=weights,
         heads=("model.segmentation_head.0",),
         convert=lambda state: {f"model.{key}": value for key, value in state.items()},
-        training_only=("normalise",),
+        may_lack=("normalise",),
         mean=(0.0, 0.0, 0.0),
         std=(1.0, 1.0, 1.0),
     )
