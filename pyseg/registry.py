@@ -29,7 +29,7 @@ from .spec import StageSpec, parse, shown
 
 T = TypeVar("T")
 
-_MOST_SHOWN = 20  # names in a message: the nearest ones
+_MOST_SHOWN = 30  # names in a message: the nearest ones
 MAX_CLASSES = 32767  # label maps of 256 classes and more are int16
 
 # What the house calls on an object of each kind; more is optional, see `pyseg.types`.
@@ -302,9 +302,10 @@ class Registry(Generic[T]):
             names = self.list()
             near = difflib.get_close_matches(bare[:100], names, n=3, cutoff=0.6)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-            known = (
-                f"{some(names)} (`pyseg list`)" if names else "none (is pyseg-toolkit installed?)"
-            )
+            nearest = difflib.get_close_matches(bare[:100], names, n=_MOST_SHOWN, cutoff=0.0)
+            known = ", ".join(sorted(nearest)) or "none (is pyseg-toolkit installed?)"
+            if len(names) > len(nearest):
+                known += f" and {len(names) - len(nearest)} more (`pyseg list`)"
             raise UnknownName(
                 f"no {self.kind} is called {shown(name)}.{hint} Known {self.kind}s: {known}."
             )
