@@ -44,6 +44,12 @@ V1_RATES = (12,)
 V2_RATES = (6, 12, 18, 24)
 V2_SCALES = (1.0, 0.75, 0.5)
 
+V3PLUS_CITYSCAPES = (
+    "mIoU",
+    "Cityscapes val, output stride 8, 80 000 iterations",
+    "OpenMMLab's mmsegmentation",
+)
+
 V3PLUS_OPTIONS = """
     A small decoder joins the pyramid of dilated convolutions with features at stride 4, so that
     logits have stride 4. Its convolutions of 3x3 are separable, one before and one after joining,
@@ -114,7 +120,11 @@ def deeplab_v2_vgg16(
     return _vgg_model("deeplab_v2_vgg16", network, V2_RATES, num_classes, weights)
 
 
-@facts(paper=V2_PAPER, licence=IMAGENET_LICENCE)
+@facts(
+    paper=V2_PAPER,
+    scores=[(70.4, "mIoU", "Cityscapes test, with a CRF", "Cityscapes' benchmark")],
+    licence=IMAGENET_LICENCE,
+)
 def deeplab_v2_resnet101(
     *,
     scales: Sequence[float] = V2_SCALES,
@@ -159,7 +169,7 @@ def deeplab_v2_resnet101(
     )
 
 
-@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
+@facts(paper=V3PLUS_PAPER, scores=[(80.09, *V3PLUS_CITYSCAPES)], licence=IMAGENET_LICENCE)
 @with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_resnet50(
     *,
@@ -171,7 +181,7 @@ def deeplabv3plus_resnet50(
     return _v3plus("resnet50", output_stride, num_classes, weights)
 
 
-@facts(paper=V3PLUS_PAPER, licence=IMAGENET_LICENCE)
+@facts(paper=V3PLUS_PAPER, scores=[(80.97, *V3PLUS_CITYSCAPES)], licence=IMAGENET_LICENCE)
 @with_options(V3PLUS_OPTIONS)
 def deeplabv3plus_resnet101(
     *,

@@ -184,6 +184,7 @@ class MaskRCNNAndFCN(PanopticFPN):
 
 @facts(
     paper="Kirillov, Girshick, He & Dollár, Panoptic feature pyramid networks, CVPR 2019",
+    scores=[(41.5, "PQ", "COCO val2017", "detectron2's model zoo, 37 epochs")],
     licence=COCO_LICENCE,
 )
 def panoptic_fpn(

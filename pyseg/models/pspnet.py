@@ -22,6 +22,8 @@ from .semantic import SemanticModel, semantic_model, with_options
 
 PAPER = "Zhao, Shi, Qi, Wang & Jia, Pyramid scene parsing network, CVPR 2017"
 
+CITYSCAPES = ("mIoU", "Cityscapes val, 80 000 iterations", "OpenMMLab's mmsegmentation")
+
 OPTIONS = """
     Args:
         num_classes: None = Cityscapes' 19.
@@ -40,7 +42,7 @@ OPTIONS = """
     """
 
 
-@facts(paper=PAPER, licence=IMAGENET_LICENCE)
+@facts(paper=PAPER, scores=[(78.55, *CITYSCAPES)], licence=IMAGENET_LICENCE)
 @with_options(OPTIONS)
 def pspnet_resnet50(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
@@ -49,7 +51,7 @@ def pspnet_resnet50(
     return _build("resnet50", num_classes, weights)
 
 
-@facts(paper=PAPER, licence=IMAGENET_LICENCE)
+@facts(paper=PAPER, scores=[(79.76, *CITYSCAPES)], licence=IMAGENET_LICENCE)
 @with_options(OPTIONS)
 def pspnet_resnet101(
     *, num_classes: int | None = None, weights: str | Path | None = "default"

@@ -277,6 +277,7 @@ class UPSNet(PanopticFPN):
 
 @facts(
     paper="Xiong et al., UPSNet: A unified panoptic segmentation network, CVPR 2019",
+    scores=[(59.3, "PQ", "Cityscapes val", "the paper")],
     licence=COCO_LICENCE,
 )
 def upsnet(
@@ -332,6 +333,7 @@ def upsnet(
 
 @facts(
     paper="Xiong et al., UPSNet: A unified panoptic segmentation network, CVPR 2019",
+    scores=[(46.6, "PQ", "COCO test-dev", "the paper")],
     licence=IMAGENET_LICENCE,
 )
 def upsnet_resnet101_dcn(

@@ -1,0 +1,140 @@
+"""The table of README.md, from a stored run: `python benchmarks/table.py [FILE]`.
+
+FILE is one of benchmarks/results/; by default all of them. A cell has the ratios with 1 / 2
+threads, as the median of a run's rounds: how many times as long the peer takes.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+LEVELS = {"AVX-512": "", "AVX2": " at v3", "generic": " at generic"}
+
+# What the README calls it, its peer, and the benchmark, with {} for the number of threads.
+ROWS = [
+    (
+        "`confusion_matrix` uint8, 1024x2048x19",
+        "NumPy `bincount`",
+        "confusion_matrix::test_uint8[{}-random]",
+    ),
+    ("… smooth maps", "", "confusion_matrix::test_uint8[{}-smooth]"),
+    ("… int64", "`torch.bincount` with a mask", "confusion_matrix::test_int64[{}-random]"),
+    (
+        "`upsample_argmax` 128x256 to 1024x2048, 19 classes",
+        "`interpolate` + `argmax`",
+        "upsample_argmax::test_float32[{}-nchw-random]",
+    ),
+    ("… channels_last", "", "upsample_argmax::test_float32[{}-channels_last-random]"),
+    ("… bfloat16", "", "upsample_argmax::test_bfloat16[{}]"),
+    (
+        "`upsample_confusion` of the same, uint8 labels",
+        "`interpolate` + `argmax` + `bincount`",
+        "upsample_confusion::test_float32[{}-torch.uint8-random]",
+    ),
+    ("… int64 labels", "", "upsample_confusion::test_float32[{}-torch.int64-random]"),
+    (
+        "`boundary_mask` 1024x2048x19, 46 pixels wide",
+        "OpenCV erosion per class",
+        "boundary_mask::test_classes[{}-random]",
+    ),
+    ("… smooth maps", "", "boundary_mask::test_classes[{}-smooth]"),
+    ("… 60 segments", "", "boundary_mask::test_segments[{}]"),
+    ("Boundary IoU of such a pair", "", "boundary_match::test_boundary_iou[{}]"),
+    (
+        "`boundary_match` (BF score) of such a pair",
+        "SciPy distance transform per class",
+        "boundary_match::test_f_score[{}]",
+    ),
+    (
+        "`panoptic_quality` 1024x2048, 60 segments",
+        "panopticapi's algorithm in NumPy, on id maps in memory",
+        "panoptic_quality::test_panopticapi[{}-random]",
+    ),
+    ("… smooth maps", "", "panoptic_quality::test_panopticapi[{}-smooth]"),
+    ("… the same", "torchmetrics", "panoptic_quality::test_torchmetrics[{}]"),
+    (
+        "`deform_conv2d` v2, 256to256, 3x3, 64x128, forward",
+        "torchvision",
+        "deform_conv2d::test_forward[{}-64x128]",
+    ),
+    ("… 128x256", "", "deform_conv2d::test_forward[{}-128x256]"),
+    ("… in bfloat16", "torchvision in float32", "deform_conv2d::test_forward_bfloat16[{}]"),
+    (
+        "… forward and backward, 64x128",
+        "torchvision",
+        "deform_conv2d::test_forward_and_backward[{}-64x128]",
+    ),
+    ("… 128x256", "", "deform_conv2d::test_forward_and_backward[{}-128x256]"),
+    (
+        "`multi_scale_roi_align`, 1000 boxes x 256 channels, 4 levels of 800x1344, 7x7",
+        "torchvision",
+        "roi_align::test_pyramid[{}-7-nchw]",
+    ),
+    ("… 14x14", "", "roi_align::test_pyramid[{}-14-nchw]"),
+    ("… channels_last, 7x7", "", "roi_align::test_pyramid[{}-7-channels_last]"),
+    ("… channels_last, 14x14", "", "roi_align::test_pyramid[{}-14-channels_last]"),
+    ("`roi_align` backward, one level, 7x7", "", "roi_align::test_backward[{}-7]"),
+    ("… 14x14", "", "roi_align::test_backward[{}-14]"),
+    ("`roi_pool`, one level, 7x7", "", "roi_align::test_pool[{}]"),
+    (
+        "`dense_crf` 480x360x11, 10 iterations, default",
+        "pydensecrf",
+        "dense_crf::test_480x360x11[{}-default]",
+    ),
+    (
+        '… `quality="compatible"`, which gives pydensecrf\'s result',
+        "",
+        "dense_crf::test_480x360x11[{}-compatible]",
+    ),
+    ('… `quality="high"`', "", "dense_crf::test_480x360x11[{}-high]"),
+    ("… backward", "the forward pass", "dense_crf::test_backward[{}-size0]"),
+    (
+        "`dense_crf` 2048x1024x19, 10 iterations, default",
+        "pydensecrf",
+        "dense_crf::test_2048x1024x19[{}]",
+    ),
+    (
+        "`panoptic_merge` 1024x2048, 100 instances, bool masks",
+        "loop over masks in torch",
+        "panoptic_merge::test_masks[{}]",
+    ),
+    (
+        "… from 28x28 masks and boxes",
+        "`grid_sample` + loop over masks in torch",
+        "panoptic_merge::test_boxes[{}]",
+    ),
+    (
+        "`panoptic_head` 256x512 to 1024x2048, 19 classes, 30 instances",
+        "the same in torch",
+        "panoptic_head::test_float32[{}]",
+    ),
+]
+
+
+def ratio(entry):
+    if entry is None:
+        return "-"
+    value = entry["ratio"]
+    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def table(results):
+    """Markdown lines for the stored ``results``, without rows that none of them belongs to."""
+    yield f"| op, size | peer | {' | '.join(LEVELS)} |"
+    yield "|---|---" + "|---" * len(LEVELS) + "|"
+    for what, peer, name in ROWS:
+        pairs = [
+            [results.get(name.format(n) + suffix) for n in (1, 2)] for suffix in LEVELS.values()
+        ]
+        if any(entry for pair in pairs for entry in pair):
+            cells = [" / ".join(map(ratio, pair)) if any(pair) else "-" for pair in pairs]
+            yield f"| {what} | {peer} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    folder = Path(__file__).parent / "results"
+    found = [Path(name) for name in sys.argv[1:]] or sorted(folder.glob("*.json"))
+    for file in found:
+        stored = json.loads(file.read_text())
+        print(f"{stored['cpu']}, torch {stored['torch']}, {stored['date']}:\n")
+        print("\n".join(table(stored["results"])), end="\n\n")
