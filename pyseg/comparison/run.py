@@ -35,7 +35,7 @@ from .page import write_comparison
 from .result import BOUNDARY, CALIBRATION, NONE, SCORES, SEMANTIC, Comparison, Row, Training
 
 PICTURES = 3  # images that the page shows, spread evenly
-ROUNDS = 20  # checkpoints of a training
+ROUNDS = 20  # checkpoints of a training, but no more than one a minute: they may be of gigabytes
 PROBE = 3  # steps that are timed, after as many to warm up
 
 
@@ -68,7 +68,8 @@ def compare(
     In ``report``: ``index.html`` and ``compare.json``; below ``runs/``, for each model, its
     ``pipeline/`` that `pyseg.load` reads, the log of its training and the scores of every image.
     Called again with the same folder, what is there is not computed again, and a training that was
-    interrupted goes on from its last checkpoint, one of 20. Models and refiners may be added.
+    interrupted goes on from its last checkpoint: there are 20, or one for each of the
+    ``budget_minutes``. Models and refiners may be added.
 
     Args:
         models: specs of semantic models.
@@ -336,7 +337,7 @@ def _trained(
                 observe(f"{model}: {steps} steps of {seconds:.3f} s")
             write_json(plan, {"steps": steps})
         wanted = read_json(plan, wanted={"steps": int})["steps"]
-        each = max(1, wanted // ROUNDS)
+        each = _steps_of_a_round(wanted, budget_minutes)
         train(
             made.model,
             dataset,
@@ -354,11 +355,17 @@ def _trained(
     planned = read_json(run / "plan.json", wanted={"steps": int})["steps"]
     return Training(
         model,
-        len(log) * max(1, planned // ROUNDS),
+        len(log) * _steps_of_a_round(planned, budget_minutes),
         round(math.fsum(entry["seconds"] for entry in log), 2),
         log[-1]["loss"],
         log[-1]["precision"],
     )
+
+
+def _steps_of_a_round(steps: int, budget_minutes: float | None) -> int:
+    """Steps between checkpoints."""
+    rounds = ROUNDS if budget_minutes is None else min(ROUNDS, math.ceil(budget_minutes))
+    return max(1, steps // rounds)
 
 
 def _seconds_of_a_step(
