@@ -173,7 +173,7 @@ def test_universal_trains_through_fit(universal, tmp_path):
         progress=False,
     )
     assert log[-1]["loss"] < log[0]["loss"] and not model.training
-    with pytest.raises(ValueError, match="'bare' has neither segments nor labels"):
+    with pytest.raises(ValueError, match="'bare' has neither segments, instances nor labels"):
         model([Sample("bare", image(8, 8))])
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyseg.errors import WeightsError
-from pyseg.models.backbones import voc_classes
-from pyseg.models.semantic import SemanticModel, semantic_model
+from pyseg.models import SemanticModel, semantic_model, voc_classes
 
 MULTIPLE = 32  # of pixels per side: the largest stride of an encoder
 MULTIPLES = {"pan": 128}  # it halves features of stride 16 three times
