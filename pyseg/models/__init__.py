@@ -2,8 +2,8 @@
 
 ``create("name", option=…)`` makes a model. The classes stand here by name, too:
 `SemanticModel` makes a model of any network, in one line by `wrap`; `semantic_model` is what a
-plugin's factory of a semantic network ends in, `class_names` and `voc_classes` name its classes, and
-`require_evaluation_mode` is for models that predict in another way.
+plugin's factory of a semantic network ends in, `class_names` and `voc_classes` name its classes,
+and `require_evaluation_mode` is for models that predict in another way.
 """
 
 from __future__ import annotations

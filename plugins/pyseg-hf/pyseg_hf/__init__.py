@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyseg.errors import WeightsError
-
 from . import files
 from .semantic import PromptedHF, SemanticHF
 from .universal import Task, UniversalHF, step
@@ -76,8 +74,8 @@ def hf(
             f"id={id!r} is zero-shot and has no classes: pass its prompts, such as "
             "classes=('a road', 'the sky')"
             if kind == "prompted"
-            else f"classes are the prompts of zero-shot networks such as CLIPSeg; those of id={id!r}"
-            " are its own: pass num_classes to have others"
+            else f"id={id!r} has classes of its own: leave classes out, which are the prompts of "
+            "zero-shot networks such as CLIPSeg, or pass num_classes to train others"
         )
     if kind == "prompted":
         names = files.prompts(classes, num_classes)

@@ -18,13 +18,13 @@ from pyseg.errors import PysegError, WeightsError
 
 Kind = Literal["semantic", "prompted", "universal"]
 UNIVERSAL = ("detr", "eomt", "eomt_dinov3", "mask2former", "maskformer", "oneformer", "rf_detr")
-# Networks of segmentation that an image alone does not suffice for, or whose results are not usable.
+# Networks of segmentation that want more than an image, or whose results are not usable.
 REFUSED = {
     "conditional_detr": "the post-processing that transformers has for it takes its last class for "
     "'no object', which the network does not have; choose a DETR or an RF-DETR",
     "seggpt": "it needs an example, an image with its mask, beside every image; choose a CLIPSeg, "
     "which needs a text",
-    "videomt": "it segments videos, and pyseg single images; choose an EoMT, its sibling for images",
+    "videomt": "it segments videos; choose an EoMT, its sibling for images",
 }
 _SHOWN = 3  # names of weights in a message
 
@@ -226,7 +226,7 @@ def prompts(given: Sequence[str] | None, num_classes: int | None) -> tuple[str, 
         raise ValueError(f"classes must be different prompts, got {', '.join(twice)} twice")
     if num_classes not in (None, len(found)):
         raise ValueError(
-            f"num_classes={num_classes}, but classes are {len(found)} prompts: leave num_classes out"
+            f"num_classes={num_classes}, but classes are {len(found)} prompts: leave it out"
         )
     return found
 

@@ -83,7 +83,7 @@ class Logits(Network):
 
 
 class SemanticHF(SemanticModel):
-    """A semantic network; training sees crops as they are, `predict` images as the processor has it.
+    """A semantic network; training sees crops as they are, `predict` images by its processor.
 
     Vision transformers of a fixed size get crops resized to it. The processor's central crop, for
     classifiers, is left out: every pixel gets a class.
@@ -182,10 +182,10 @@ class PromptedHF(SemanticHF):
 
     The network scores every prompt by itself: the sigmoid of a logit is the probability that the
     prompt holds at that place, whatever others do. Predictions keep these logits, and their
-    softmax, our probabilities, is that of exactly one prompt holding: where scores s are independent,
-    P(k alone) is proportional to s_k / (1 - s_k), the exponential of the logit. Labels are thus
-    the prompt of the highest score, however low it is. There is no threshold, as none is published:
-    a prompt for the rest, such as ``"background"``, is what takes pixels that fit no other.
+    softmax, our probabilities, is that of exactly one prompt holding: where scores s are
+    independent, P(k alone) is proportional to s_k / (1 - s_k), the exponential of the logit. Labels
+    are thus the prompt of the highest score, however low it is. There is no threshold, as none is
+    published: a prompt for the rest, such as ``"background"``, takes pixels that fit no other.
 
     Training, by `pyseg.train`, fits the decoder to labels of which each pixel has one; CLIP's
     encoders stay as they are.

@@ -39,7 +39,7 @@ class UniversalHF(nn.Module):
         tokenizer: of OneFormer, for the texts that its contrastive loss compares with queries.
 
     Raises:
-        ValueError: a task that it cannot do, a threshold out of 0..1, or ``stuff`` that is no class.
+        ValueError: a task that it cannot do, a threshold out of 0..1, ``stuff`` that is no class.
     """
 
     tokens: Tensor | None
@@ -185,8 +185,8 @@ class UniversalHF(nn.Module):
         for sample, (masks, _) in zip(samples, found, strict=True):
             if len(masks) > queries:
                 raise ValueError(
-                    f"sample {sample.name!r} has {len(masks)} masks, more than the {queries} queries"
-                    f" of this {self.kind}: choose a checkpoint with more, or a crop"
+                    f"sample {sample.name!r} has {len(masks)} masks, and this {self.kind} finds "
+                    f"{queries} at most: choose a checkpoint with more queries, or a crop"
                 )
         rows = [
             (masks.to(pixels), labels.to(pixels.device))
@@ -219,8 +219,8 @@ class UniversalHF(nn.Module):
         """OneFormer's texts, [N, T, L]: the classes in an image, then as many of its task."""
         if self.tokenizer is None:
             raise PysegError(
-                "this OneFormer was loaded without its tokenizer, which its contrastive loss needs: "
-                "build it by its id, and pass weights=<file>"
+                "this OneFormer has no tokenizer, which its contrastive loss needs, as it comes "
+                "from a saved pipeline: build it by its id, and pass weights=<file>"
             )
         config = self.network.model.config
         count = config.num_queries - config.text_encoder_n_ctx
@@ -288,7 +288,7 @@ def _segments(found: Mapping[str, Any], stuff: frozenset[int], device: torch.dev
 
 
 def _instances(found: Mapping[str, Any], size: tuple[int, int], device: torch.device) -> Instances:
-    """Of a post-processed result: a mask for each, or a map of ids, in which some may be covered."""
+    """Of a post-processed result: a mask for each, or a map of ids, where some may be covered."""
     infos, source = found["segments_info"], found["segmentation"].to(device)
     masks = torch.zeros(0, *size, dtype=torch.bool, device=device)
     if infos and source.ndim == 3:
