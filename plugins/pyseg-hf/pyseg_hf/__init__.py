@@ -88,9 +88,8 @@ def hf(
     elif kind == "prompted":
         made = PromptedHF(model, read.processor, names, read.prompt_tokens(names))
     else:
-        tokens = (
-            read.task_tokens(task or "panoptic") if model.config.model_type == "oneformer" else None
-        )
+        told = model.config.model_type == "oneformer"
+        tokens = read.task_tokens(task or "panoptic") if told else None
         made = UniversalHF(
             model,
             read.processor,

@@ -66,13 +66,11 @@ class Files:
             WeightsError: they are absent, damaged, or another task's.
         """
         config, network = self.config, _network_of(kind, self.config)
-        other = kind != "prompted" and num_classes not in (None, len(config.id2label))
-        if other:
+        if kind != "prompted" and num_classes not in (None, len(config.id2label)):
             config.num_labels = num_classes
         if kind == "semantic" and hasattr(config, "use_auxiliary_head"):
             config.use_auxiliary_head = False  # predictions do not need it, and losses are pyseg's
         if weights not in ("default", "DEFAULT"):
-            _without_pretrained_backbone(config)
             return network(config)
         if self._saved is not None:
             raise WeightsError(
@@ -84,16 +82,16 @@ class Files:
             )
         except Exception as error:
             raise _absent(self.id, error, "the network's weights") from error
-        lacking = {*found["missing_keys"], *(entry[0] for entry in found["mismatched_keys"])}
-        if lacking:
-            self._lacks(model, sorted(lacking), num_classes, other)
+        absent, unfit = found["missing_keys"], {entry[0] for entry in found["mismatched_keys"]}
+        if absent or unfit:
+            self._lacks(model, sorted(absent), sorted(unfit), num_classes)
         return model
 
     def _lacks(
-        self, model: nn.Module, keys: list[str], num_classes: int | None, other: bool
+        self, model: nn.Module, absent: list[str], unfit: list[str], num_classes: int | None
     ) -> None:
         """What is missing from a checkpoint: a fault, or to be trained."""
-        kind = type(model).__name__
+        kind, keys = type(model).__name__, absent + unfit
         some = ", ".join(keys[:_SHOWN]) + (", …" if len(keys) > _SHOWN else "")
         total = len(model.state_dict())
         made = ", ".join(getattr(self.config, "architectures", None) or ["another network"])
@@ -105,7 +103,7 @@ class Files:
             )
         warnings.warn(
             f"hf: {len(keys)} weights of id={self.id!r} ({some}) are "
-            + ("for another number of classes" if other else f"absent, it is a {made}")
+            + (f"absent, it is a {made}" if absent else "for another number of classes")
             + f", so those for {num_classes} classes are random: train them",
             stacklevel=4,
         )
@@ -191,13 +189,6 @@ def _network_of(kind: Kind, config: Any) -> Any:
     if config.model_type == "rf_detr":
         return transformers.AutoModelForInstanceSegmentation._model_mapping[type(config)]
     return transformers.AutoModelForUniversalSegmentation._model_mapping[type(config)]
-
-
-def _without_pretrained_backbone(config: Any) -> None:
-    """Random weights need no network, those of a backbone either."""
-    for part in (config, getattr(config, "backbone_config", None)):
-        if getattr(part, "use_pretrained_backbone", False):
-            part.use_pretrained_backbone = False
 
 
 def names(config: Any, num_classes: int | None) -> tuple[str, ...]:

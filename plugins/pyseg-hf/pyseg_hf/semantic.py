@@ -34,6 +34,16 @@ class Network(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         return self.model(**inputs)
 
+    def train(self, mode: bool = True) -> Network:
+        super().train(mode)
+        model: Any = self.model
+        if model.config.model_type == "oneformer":
+            # Parts of it have a flag of their own, for dropout and for texts that only losses need.
+            for part in model.modules():
+                if hasattr(part, "is_training"):
+                    part.is_training = mode and model.config.is_training
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         # transformers hangs functions on its modules while they run, which do not pickle
         model: Any = self.model
@@ -106,7 +116,7 @@ class SemanticHF(SemanticModel):
         reverse = bool(getattr(processor, "do_flip_channel_order", False))
         return Logits(model, _size(processor) if fixed else None, reverse)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: BEiT keeps tensors, which training then cannot use
     def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:
         """Images, each [3, H, W] uint8 RGB, to predictions with logits at the network's stride."""
         require_evaluation_mode(self)

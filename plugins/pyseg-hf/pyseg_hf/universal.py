@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -93,17 +94,7 @@ class UniversalHF(nn.Module):
         self.processor.do_pad = not cuts
         return task or ("semantic" if cuts else "panoptic")
 
-    def train(self, mode: bool = True) -> UniversalHF:
-        super().train(mode)
-        if self.kind == "oneformer":
-            # Parts of it have a flag of their own, for dropout and for texts that only losses need.
-            wanted = mode and self.network.model.config.is_training
-            for part in self.network.modules():
-                if hasattr(part, "is_training"):
-                    part.is_training = wanted
-        return self
-
-    @torch.inference_mode()
+    @torch.no_grad()  # as in SemanticHF
     def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:
         """Images, each [3, H, W] uint8 RGB, to what the processor makes of the network's output."""
         require_evaluation_mode(self)
@@ -181,7 +172,8 @@ class UniversalHF(nn.Module):
         values = self._values([sample.image for sample in samples])
         pixels = values["pixel_values"]
         found = [targets.masks_of(sample, self.task, self.stuff) for sample in samples]
-        queries = self.network.model.config.num_queries
+        config = self.network.model.config
+        queries = getattr(config, "decoder_config", config).num_queries
         for sample, (masks, _) in zip(samples, found, strict=True):
             if len(masks) > queries:
                 raise ValueError(
@@ -211,9 +203,12 @@ class UniversalHF(nn.Module):
             inputs["class_labels"] = [labels for _, labels in rows]
         if self.kind == "oneformer":
             inputs.update(self._task_inputs(len(samples)))
-            if self.network.model.config.is_training:
+            if config.is_training:
                 inputs["text_inputs"] = self._texts([labels for _, labels in rows])
-        return {"loss": self.network(**inputs).loss.squeeze()}
+        # RF-DETR's loss has logarithms of 1 - p, which bfloat16 rounds to 0
+        plain = self.kind == "rf_detr"
+        with torch.autocast(pixels.device.type, enabled=False) if plain else nullcontext():
+            return {"loss": self.network(**inputs).loss.squeeze()}
 
     def _texts(self, found: Sequence[Tensor]) -> Tensor:
         """OneFormer's texts, [N, T, L]: the classes in an image, then as many of its task."""
