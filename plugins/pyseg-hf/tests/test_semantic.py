@@ -81,7 +81,7 @@ def test_statistics_of_any_range(checkpoints, tmp_path):
         )
 
 
-@pytest.mark.parametrize("kind", ["segformer", "beit"])
+@pytest.mark.parametrize("kind", ["segformer", "mobilevit"])
 def test_conformance(checkpoints, kind):
     testing.check_model("hf", id=checkpoints(kind))
 

@@ -79,8 +79,13 @@ def peer_of(checkpoints, kind, task, dtype=torch.float32):
     return run, processor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("kind", "task"), TASKS)
+HALF = [(kind, task) for kind, task in TASKS if task == "panoptic"] + TASKS[-2:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "dtype"),
+    [(*one, torch.float32) for one in TASKS] + [(*one, torch.bfloat16) for one in HALF],
+)
 def test_equals_the_library(checkpoints, kind, task, dtype):
     folder = checkpoints(kind)
     run, processor = peer_of(checkpoints, kind, task, dtype)
@@ -198,11 +203,11 @@ def test_trains_through_fit(checkpoints, kind, tmp_path):
     batch = samples()
     log = fit(
         model,
-        lambda epoch: [batch] * 4,
+        lambda epoch: [batch] * 6,
         step=step,
         optimizer=torch.optim.AdamW(model.parameters(), 2e-3),
-        steps=4,
-        epochs=4,
+        steps=6,
+        epochs=2,
         output_dir=tmp_path / "run",
         progress=False,
     )
@@ -346,7 +351,7 @@ def test_oneformer_reads_texts_in_training_only(checkpoints):
     )
 
 
-@pytest.mark.parametrize("kind", ["eomt_semantic", "oneformer", "detr", "rf_detr", "eomt_dinov3"])
+@pytest.mark.parametrize("kind", ["eomt_semantic", "oneformer", "rf_detr"])
 def test_conformance(checkpoints, kind):
     testing.check_model("hf", id=checkpoints(kind))
 

@@ -107,6 +107,10 @@ def _build(
         mean, std = settings["mean"], settings["std"]
         weights = None
 
+    if architecture == "dpt":
+        # Without it timm's vision transformers take images of one size; None is timm's default.
+        options = {"dynamic_img_size": True, **options}
+
     def network(count: int) -> Network:
         try:
             made = smp.create_model(
@@ -120,7 +124,10 @@ def _build(
             raise ValueError(
                 f"{name}(encoder={encoder!r}): segmentation-models-pytorch refuses: {error}"
             ) from error
-        return Network(made, mean, std, MULTIPLES.get(architecture, MULTIPLE))
+        multiple = MULTIPLES.get(architecture, MULTIPLE)
+        if architecture == "dpt":
+            multiple = 2 * made.encoder.output_stride  # it halves the grid of patches
+        return Network(made, mean, std, multiple)
 
     return semantic_model(
         name,
