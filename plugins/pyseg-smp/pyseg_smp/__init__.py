@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def _build(
             ) from error
         multiple = MULTIPLES.get(architecture, MULTIPLE)
         if architecture == "dpt":
-            multiple = 2 * made.encoder.output_stride  # it halves the grid of patches
+            multiple = math.lcm(MULTIPLE, made.encoder.output_stride)  # whole patches, too
         return Network(made, mean, std, multiple)
 
     return semantic_model(
@@ -135,7 +136,10 @@ def _build(
         classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
-        heads=("model.segmentation_head.0",),
+        heads=(
+            "model.segmentation_head.0",
+            "model.segmentation_head.head.4",
+        ),  # DPT's is the second
         convert=lambda state: {f"model.{key}": value for key, value in state.items()},
         may_lack=("normalise",),
         mean=(0.0, 0.0, 0.0),
