@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,10 +124,12 @@ def _build(
             raise ValueError(
                 f"{name}(encoder={encoder!r}): segmentation-models-pytorch refuses: {error}"
             ) from error
-        multiple = MULTIPLES.get(architecture, MULTIPLE)
-        if architecture == "dpt":
-            multiple = math.lcm(MULTIPLE, made.encoder.output_stride)  # whole patches, too
-        return Network(made, mean, std, multiple)
+        if architecture == "dpt" and MULTIPLE % (patch := made.encoder.output_stride):
+            raise ValueError(
+                f"{name}(encoder={encoder!r}): its patches are of {patch} pixels, and the library's "
+                "DPT takes 8, 16 or 32; choose one such as 'tu-vit_small_patch16_224'"
+            )
+        return Network(made, mean, std, MULTIPLES.get(architecture, MULTIPLE))
 
     return semantic_model(
         name,
@@ -136,10 +137,7 @@ def _build(
         classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
-        heads=(
-            "model.segmentation_head.0",
-            "model.segmentation_head.head.4",
-        ),  # DPT's is the second
+        heads=("model.segmentation_head.0", "model.segmentation_head.head.4"),  # .head is DPT's
         convert=lambda state: {f"model.{key}": value for key, value in state.items()},
         may_lack=("normalise",),
         mean=(0.0, 0.0, 0.0),
