@@ -47,8 +47,9 @@ class Network(nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         # transformers hangs functions on its modules while they run, which do not pickle
         model: Any = self.model
+        frozen = [key for key, value in model.named_parameters() if not value.requires_grad]
         made = (type(self), type(model), model.config, self._options)
-        return _restored, (*made, model.state_dict(), model.dtype, self.training)
+        return _restored, (*made, model.state_dict(), frozen, model.dtype, self.training)
 
 
 def _restored(
@@ -57,11 +58,14 @@ def _restored(
     config: Any,
     options: Mapping[str, Any],
     state: Mapping[str, Tensor],
+    frozen: Sequence[str],
     dtype: torch.dtype,
     training: bool,
 ) -> Network:
     model = kind(config).to(dtype)
     model.load_state_dict(state)
+    for key in frozen:
+        model.get_parameter(key).requires_grad_(False)
     return wrapper(model, **options).train(training)
 
 

@@ -65,12 +65,15 @@ class UniversalHF(nn.Module):
             raise ValueError(f"threshold must be a score, 0 to 1, got {threshold}")
         self.threshold, self.tokenizer = threshold, tokenizer
         self.stuff = frozenset(_index(name, self.classes) for name in _names(stuff))
-        if self.stuff:
-            self.things = tuple(name for k, name in enumerate(self.classes) if k not in self.stuff)
         self.palette = tuple(tuple(colour) for colour in default_palette(len(self.classes)))
         self.network = Network(model)
         self.register_buffer("tokens", tokens, persistent=False)
         self.eval()
+
+    @property
+    def things(self) -> tuple[str, ...]:
+        """Names of the classes that are countable."""
+        return tuple(name for k, name in enumerate(self.classes) if k not in self.stuff)
 
     def _checked_task(self, task: Task | None) -> Task:
         if self.kind == "rf_detr":

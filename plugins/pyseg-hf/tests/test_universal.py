@@ -152,7 +152,7 @@ def test_stuff_is_one_segment(checkpoints, kind):
         return output
 
     fused = hf(id=folder, task="panoptic", threshold=0.05, stuff=("road", "sky"))
-    assert fused.things == ("car",) and not hasattr(apart, "things")
+    assert fused.things == ("car",) and apart.things == apart.classes
     for model in (apart, fused):
         model.network.model.register_forward_hook(hook)
     apart, result = apart.predict([one])[0].segments, fused.predict([one])[0].segments
@@ -351,6 +351,20 @@ def test_oneformer_reads_texts_in_training_only(checkpoints):
     )
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_number_of_classes_is_to_be_trained(checkpoints, kind):
+    with pytest.warns(UserWarning, match=r"another number of classes.*for 5 classes are random"):
+        model = hf(id=checkpoints(kind), num_classes=5)
+    torch.manual_seed(0)
+    fresh = hf(id=checkpoints(kind), num_classes=5, weights=None)
+    for (name, ours), other in zip(model.named_buffers(), fresh.buffers(), strict=True):
+        if "empty_weight" in name:  # of the loss, by class
+            assert torch.equal(ours, other)
+    assert model.classes == tuple(f"class {k}" for k in range(5))
+    labels = torch.arange(5, dtype=torch.uint8).repeat_interleave(12)[:, None].repeat(1, 80)
+    assert model.train()([Sample("all", image(60, 80), labels)])["loss"].isfinite()
+
+
 @pytest.mark.parametrize("kind", ["eomt_semantic", "oneformer", "rf_detr"])
 def test_conformance(checkpoints, kind):
     testing.check_model("hf", id=checkpoints(kind))
@@ -362,7 +376,12 @@ def test_saved_pipelines_need_no_checkpoint(checkpoints, kind, tmp_path):
     one = image(48, 64)
     model = pyseg.build(f"hf(id={str(folder)!r})")
     expected = model(one)
-    assert_same(copy.deepcopy(model.model).predict([one])[0], expected)
+    next(model.model.parameters()).requires_grad_(False)
+    copied = copy.deepcopy(model.model)
+    assert [p.requires_grad for p in copied.parameters()] == [
+        p.requires_grad for p in model.model.parameters()
+    ]
+    assert_same(copied.predict([one])[0], expected)
     model.save(tmp_path / "saved")
     other = pyseg.build(f"hf(id={str(folder)!r})", num_classes=5, weights=None)
     other.save(tmp_path / "other")

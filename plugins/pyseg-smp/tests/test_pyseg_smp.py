@@ -67,7 +67,7 @@ def test_dpt_takes_images_of_any_size():
     for size in ((224, 224), (1, 1), (37, 53), (70, 33)):
         image = torch.randint(256, (3, *size), dtype=torch.uint8)
         assert model.predict([image])[0].logits.shape == (3, *size)
-    with pytest.raises(SpecError, match=r"patches are of 14 pixels.*takes 8, 16 or 32"):
+    with pytest.raises(SpecError, match=r"patches are of 14 pixels.*DPT takes 8, 16 or 32"):
         make("smp_dpt", weights=None, encoder="tu-vit_small_patch14_dinov2")
     with pytest.raises(SpecError, match=r"smp_dpt\(encoder='resnet18'\).*Only Timm encoders"):
         make("smp_dpt", weights=None, encoder="resnet18")
