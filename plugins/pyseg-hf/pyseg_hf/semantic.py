@@ -64,8 +64,8 @@ def _restored(
 ) -> Network:
     model = kind(config).to(dtype)
     model.load_state_dict(state)
-    for key in frozen:
-        model.get_parameter(key).requires_grad_(False)
+    for key, value in model.named_parameters():  # some freeze parts when they are made
+        value.requires_grad_(key not in frozen)
     return wrapper(model, **options).train(training)
 
 

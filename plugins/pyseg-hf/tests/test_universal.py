@@ -52,11 +52,11 @@ def in_columns(kind):
 def peer_of(checkpoints, kind, task, dtype=torch.float32):
     """The library's own way from an image to a network's output."""
     folder = checkpoints(kind)
-    made, _ = checkpoints.UNIVERSAL[kind]
     config = transformers.AutoConfig.from_pretrained(folder)
     if kind == "oneformer":  # flags that are not of the configuration's evaluation
         config.is_training = False
-    network = type(made()).from_pretrained(folder, config=config).eval().to(dtype)
+    network = getattr(transformers, config.architectures[0])
+    network = network.from_pretrained(folder, config=config).eval().to(dtype)
     network.register_forward_hook(in_columns(kind))
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
 
@@ -203,10 +203,10 @@ def test_trains_through_fit(checkpoints, kind, tmp_path):
     batch = samples()
     log = fit(
         model,
-        lambda epoch: [batch] * 6,
+        lambda epoch: [batch] * 4,
         step=step,
         optimizer=torch.optim.AdamW(model.parameters(), 2e-3),
-        steps=6,
+        steps=4,
         epochs=2,
         output_dir=tmp_path / "run",
         progress=False,

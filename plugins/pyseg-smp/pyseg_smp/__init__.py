@@ -126,8 +126,8 @@ def _build(
             ) from error
         if architecture == "dpt" and MULTIPLE % (patch := made.encoder.output_stride):
             raise ValueError(
-                f"{name}(encoder={encoder!r}): its patches are of {patch} pixels, the library's DPT "
-                "takes 8, 16 or 32; choose one such as 'tu-vit_small_patch16_224'"
+                f"{name}(encoder={encoder!r}): its patches are of {patch} pixels, and its DPT "
+                "takes 8, 16 or 32: choose one such as 'tu-vit_small_patch16_224'"
             )
         return Network(made, mean, std, MULTIPLES.get(architecture, MULTIPLE))
 
