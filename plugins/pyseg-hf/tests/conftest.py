@@ -307,8 +307,8 @@ def certain(network):
         if name.endswith(("class_predictor", "class_labels_classifier", "class_embed")):
             for layer in (part, *getattr(part, "layers", [])):
                 if isinstance(layer, torch.nn.Linear):
-                    layer.weight.mul_(40)
                     if layer.out_features == len(NAMES) + 1:
+                        layer.weight.mul_(40)
                         layer.bias[-1] = -100  # the class of queries that found nothing
                     else:
                         layer.bias.zero_()

@@ -144,10 +144,8 @@ def test_clipseg_equals_the_library(checkpoints):
         assert model.classes == prompts
         images = [image(50, 70), image(37, 21)]
         for one, result in zip(images, model.predict(images), strict=True):
-            values = processor(
-                text=list(prompts), images=[one.numpy()] * len(prompts), padding=True,
-                return_tensors="pt",
-            )  # fmt: skip
+            same = [one.numpy()] * len(prompts)
+            values = processor(text=list(prompts), images=same, padding=True, return_tensors="pt")
             with torch.inference_mode():
                 logits = peer(**values).logits
             torch.testing.assert_close(result.logits, logits, atol=1e-5, rtol=1e-4)
