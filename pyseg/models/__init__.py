@@ -1,7 +1,9 @@
 """Registry of models: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
 
 ``create("name", option=…)`` makes a model. The classes stand here by name, too:
-`SemanticModel` makes a model of any network, in one line by `wrap`.
+`SemanticModel` makes a model of any network, in one line by `wrap`; `semantic_model` is what a
+plugin's factory of a semantic network ends in, `class_names` and `voc_classes` name its classes,
+and `require_evaluation_mode` is for models that predict in another way.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ from ..registry import Registry
 
 if TYPE_CHECKING:
     from .backbones import convolutionalize as convolutionalize
+    from .backbones import voc_classes as voc_classes
     from .facts import ModelInfo as ModelInfo
     from .maskrcnn import InstanceModel as InstanceModel
     from .semantic import SemanticModel as SemanticModel
+    from .semantic import class_names as class_names
+    from .semantic import require_evaluation_mode as require_evaluation_mode
+    from .semantic import semantic_model as semantic_model
     from .semantic import wrap as wrap
 
 # Public class or function -> where it lives. Resolved on first use: listing needs no torch.
@@ -24,7 +30,11 @@ _CLASSES = {
     "InstanceModel": ".maskrcnn",
     "ModelInfo": ".facts",
     "SemanticModel": ".semantic",
+    "class_names": ".semantic",
     "convolutionalize": ".backbones",
+    "require_evaluation_mode": ".semantic",
+    "semantic_model": ".semantic",
+    "voc_classes": ".backbones",
     "wrap": ".semantic",
 }
 
@@ -72,6 +82,7 @@ __all__ = [
     "InstanceModel",
     "ModelInfo",
     "SemanticModel",
+    "class_names",
     "convolutionalize",
     "create",
     "describe",
@@ -79,6 +90,9 @@ __all__ = [
     "info",
     "list",
     "register",
+    "require_evaluation_mode",
+    "semantic_model",
+    "voc_classes",
     "wrap",
 ]
 

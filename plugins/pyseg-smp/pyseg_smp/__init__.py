@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyseg.errors import WeightsError
-from pyseg.models.backbones import voc_classes
-from pyseg.models.semantic import SemanticModel, semantic_model
+from pyseg.models import SemanticModel, semantic_model, voc_classes
 
 MULTIPLE = 32  # of pixels per side: the largest stride of an encoder
 MULTIPLES = {"pan": 128}  # it halves features of stride 16 three times
@@ -108,6 +107,10 @@ def _build(
         mean, std = settings["mean"], settings["std"]
         weights = None
 
+    if architecture == "dpt":
+        # Without it timm's vision transformers take images of one size; None is timm's default.
+        options = {"dynamic_img_size": True, **options}
+
     def network(count: int) -> Network:
         try:
             made = smp.create_model(
@@ -121,6 +124,11 @@ def _build(
             raise ValueError(
                 f"{name}(encoder={encoder!r}): segmentation-models-pytorch refuses: {error}"
             ) from error
+        if architecture == "dpt" and MULTIPLE % (patch := made.encoder.output_stride):
+            raise ValueError(
+                f"{name}(encoder={encoder!r}): its patches are of {patch} pixels, and its DPT "
+                "takes 8, 16 or 32: choose one such as 'tu-vit_small_patch16_224'"
+            )
         return Network(made, mean, std, MULTIPLES.get(architecture, MULTIPLE))
 
     return semantic_model(
@@ -129,7 +137,7 @@ def _build(
         classes=voc_classes(),
         num_classes=num_classes,
         weights=weights,
-        heads=("model.segmentation_head.0",),
+        heads=("model.segmentation_head.0", "model.segmentation_head.head.4"),  # .head is DPT's
         convert=lambda state: {f"model.{key}": value for key, value in state.items()},
         may_lack=("normalise",),
         mean=(0.0, 0.0, 0.0),

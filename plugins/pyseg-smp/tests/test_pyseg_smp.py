@@ -9,7 +9,14 @@ from pyseg import testing
 from pyseg.errors import SpecError, WeightsError
 
 NAMES = sorted(name for name in pyseg.models.list("smp_*"))
-SMALL = {"smp_segformer": {"encoder": "mit_b0"}}
+SMALL = {
+    "smp_segformer": {"encoder": "mit_b0"},
+    "smp_dpt": {
+        "encoder": "tu-vit_tiny_patch16_224",
+        "decoder_intermediate_channels": (16, 32, 64, 64),
+        "decoder_fusion_channels": 32,
+    },
+}
 
 
 def make(name, **options):
@@ -26,12 +33,16 @@ def test_conformance(name):
     testing.check_model(name, encoder="resnet18")
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "smp_dpt"])
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_the_library(name, tmp_path):
     architecture = name.removeprefix("smp_")
     torch.manual_seed(1)
-    encoder = SMALL.get(name, {}).get("encoder", "resnet18")
-    peer = smp.create_model(architecture, encoder, encoder_weights=None, classes=4).eval()
+    options = {"encoder": "resnet18", **SMALL.get(name, {})}
+    if name == "smp_dpt":
+        options["dynamic_img_size"] = True
+    encoder = options.pop("encoder")
+    peer = smp.create_model(architecture, encoder, encoder_weights=None, classes=4, **options)
+    peer.eval()
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
     model = make(name, num_classes=4, weights=tmp_path / "peer.pth")
     size = (128, 128) if name == "smp_pan" else (64, 96)
@@ -45,9 +56,23 @@ def test_equals_the_library(name, tmp_path):
     assert model.predict([odd])[0].logits.shape == (4, 37, 53)
     outputs = model.train()(torch.stack([odd, odd]))
     outputs["out"].sum().backward()
-    assert model.network.model.segmentation_head[0].weight.grad.isfinite().all()
+    head = model.network.model.segmentation_head
+    assert next(head.parameters()).grad.isfinite().all()
     with pytest.raises(WeightsError, match="pass num_classes=4"):
         make(name, num_classes=5, weights=tmp_path / "peer.pth")
+
+
+def test_dpt_takes_images_of_any_size():
+    model = make("smp_dpt", weights=None, num_classes=3)
+    for size in ((224, 224), (1, 1), (37, 53), (70, 33)):
+        image = torch.randint(256, (3, *size), dtype=torch.uint8)
+        assert model.predict([image])[0].logits.shape == (3, *size)
+    with pytest.raises(SpecError, match=r"patches are of 14 pixels.*DPT takes 8, 16 or 32"):
+        make("smp_dpt", weights=None, encoder="tu-vit_small_patch14_dinov2")
+    with pytest.raises(SpecError, match=r"smp_dpt\(encoder='resnet18'\).*Only Timm encoders"):
+        make("smp_dpt", weights=None, encoder="resnet18")
+    with pytest.raises(SpecError, match=r"smp_dpt\(encoder='tu-resnet18'\).*refuses"):
+        make("smp_dpt", weights=None, encoder="tu-resnet18")
 
 
 def test_normalisation_is_part_of_the_weights(tmp_path):
