@@ -5,6 +5,10 @@
 // the name of the set and of the namespace. Plain loops over arrays under __restrict do: the
 // compiler makes vectors of them. Where it does not, write vectors (common/vectors_simd.h). What a
 // loop calls has to be inlined: PYSEG_INLINE.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "boundary_mask_simd.h"
 
 #include <algorithm>
@@ -17,7 +21,19 @@
 
 namespace pyseg::boundary::PYSEG_LEVEL {
 
+#include "../common/bits_simd.h"
+
 constexpr int64_t kBlock = 64;  // pixels that are compared together
+
+struct alignas(64) Line {  // of the cache: a vector that begins elsewhere may cross two
+  uint8_t bytes[64];
+};
+
+// Room for n numbers, all 0.
+template <class T>
+std::vector<Line> lines_for(int64_t n) {
+  return std::vector<Line>((n * sizeof(T) + sizeof(Line) - 1) / sizeof(Line));
+}
 
 // Sets the pixels whose window along the row has one label; returns nothing else.
 template <class T>
@@ -65,24 +81,23 @@ template <class T, class Streak>
 void mark_rows_counting(const T* labels, const Window& window, int64_t begin, int64_t end,
                         uint8_t* mask) {
   const int64_t width = window.width, last = window.height - 1, distance = window.distance;
-  std::vector<uint8_t> uniform(width);
-  std::vector<Streak> streak(width);
+  std::vector<Line> uniform_lines = lines_for<uint8_t>(width), streaks = lines_for<Streak>(width);
+  uint8_t* const uniform = uniform_lines[0].bytes;
+  Streak* const streak = reinterpret_cast<Streak*>(streaks.data());
   const Streak needed = Streak(2 * distance + 1);
   int64_t ready = -1;  // the row that `uniform` is of
   for (int64_t y = begin - distance; y < end + distance; ++y) {
     const bool outside = y < 0 || y > last;
     const int64_t row = std::clamp<int64_t>(y, 0, last);
     if (outside && window.border) {
-      std::fill(streak.begin(), streak.end(), 0);
+      std::fill_n(streak, width, Streak(0));
     } else {
-      if (row != ready) find_uniform(labels + row * width, window, uniform.data());
+      if (row != ready) find_uniform(labels + row * width, window, uniform);
       ready = row;
       const int64_t above = std::clamp<int64_t>(y - 1, 0, last);
-      add_row(uniform.data(), labels + row * width, labels + above * width, width, needed,
-              streak.data());
+      add_row(uniform, labels + row * width, labels + above * width, width, needed, streak);
     }
-    if (y - distance >= begin)
-      write_row(streak.data(), width, needed, mask + (y - distance) * width);
+    if (y - distance >= begin) write_row(streak, width, needed, mask + (y - distance) * width);
   }
 }
 

@@ -1,4 +1,8 @@
 // The inner loops of boundary_match on the CPU.
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
 #include "boundary_match_simd.h"
 
 #include "../common/level.h"              // after all others
@@ -22,30 +26,48 @@ bool encode_row(const T* __restrict prediction, const T* __restrict target, int6
 }
 
 template <class Code>
-void keep_contour(const Code* __restrict above, const Code* __restrict row,
-                  const Code* __restrict below, int64_t width, Code classes, Code other,
-                  Code* __restrict contour) {
-  for (int64_t x = 0; x < width; ++x) {
-    const Code code = row[x];
-    const Code left = row[x > 0 ? x - 1 : 0], right = row[x + 1 < width ? x + 1 : x];
-    const bool differs = code != above[x] || code != below[x] || code != left || code != right;
-    contour[x] = differs && code < classes ? code : other;
-  }
+PYSEG_INLINE Code on_contour(Code code, Code above, Code below, Code left, Code right, Code classes,
+                             Code other) {
+  const bool differs = (code != above) | (code != below) | (code != left) | (code != right);
+  return differs & (code < classes) ? code : other;
 }
 
 template <class Code>
-PYSEG_INLINE bool row_has(const Code* row, Code code,
-                          const std::vector<std::array<uint8_t, kBytes>>& masks) {
-  typedef Code Vector __attribute__((vector_size(kBytes), aligned(alignof(Code)), may_alias));
-  typedef uint64_t Pair __attribute__((vector_size(kBytes)));
-  Pair found = {};
-  for (const auto& mask : masks) {
-    Pair inside;
-    std::memcpy(&inside, mask.data(), kBytes);
-    found |= Pair(*reinterpret_cast<const Vector*>(row) == code) & inside;
-    row += kBytes / sizeof(Code);
+void keep_contour(const Code* __restrict above, const Code* __restrict row,
+                  const Code* __restrict below, int64_t width, Code classes, Code other,
+                  Code* __restrict contour) {
+  for (int64_t x = 1; x < width - 1; ++x)
+    contour[x] = on_contour(row[x], above[x], below[x], row[x - 1], row[x + 1], classes, other);
+  for (const int64_t x : {int64_t(0), width - 1})  // they have one neighbour, or none
+    contour[x] = on_contour(row[x], above[x], below[x], row[x > 0 ? x - 1 : 0],
+                            row[x + 1 < width ? x + 1 : x], classes, other);
+}
+
+typedef uint64_t Words __attribute__((vector_size(PYSEG_REGISTER)));
+
+PYSEG_INLINE bool any(Words words) {
+#if defined(PYSEG_AVX512)
+  return _mm512_test_epi64_mask((__m512i)words, (__m512i)words) != 0;
+#elif defined(PYSEG_AVX2)
+  return !_mm256_testz_si256((__m256i)words, (__m256i)words);
+#else
+  return (words[0] | words[1]) != 0;
+#endif
+}
+
+// Whether a row of the disc, of so many bytes, holds the code.
+template <class Code>
+PYSEG_INLINE bool row_has(const Code* row, Code code, const uint8_t* mask, int64_t bytes) {
+  typedef Code Codes
+      __attribute__((vector_size(PYSEG_REGISTER), aligned(alignof(Code)), may_alias));
+  Words found = {};
+  for (int64_t i = 0; i < bytes; i += PYSEG_REGISTER) {
+    Words inside;
+    std::memcpy(&inside, mask + i, PYSEG_REGISTER);
+    const Codes codes = *reinterpret_cast<const Codes*>(row + i / int64_t(sizeof(Code)));
+    found |= Words(codes == code) & inside;
   }
-  return (found[0] | found[1]) != 0;
+  return any(found);
 }
 
 // Rows from the nearest on, so that most searches end early.
@@ -56,9 +78,10 @@ PYSEG_INLINE bool is_near(const Framed<Code>& contour, int64_t y, int64_t x, Cod
   const int64_t nearest = std::max<int64_t>({0, rows.first - y, y - rows.last});
   const int64_t farthest = std::min(disc.radius, std::max(y - rows.first, rows.last - y));
   for (int64_t dy = nearest; dy <= farthest; ++dy) {
-    const int64_t left = x - disc.half_widths[dy];
-    if ((y - dy >= rows.first && row_has(contour.row(y - dy) + left, code, disc.masks[dy])) ||
-        (y + dy <= rows.last && row_has(contour.row(y + dy) + left, code, disc.masks[dy])))
+    const int64_t half = disc.half_widths[dy], bytes = (2 * half + 1) * int64_t(sizeof(Code));
+    const uint8_t* const mask = disc.masks[dy].data();
+    if ((y - dy >= rows.first && row_has(contour.row(y - dy) + x - half, code, mask, bytes)) ||
+        (y + dy <= rows.last && row_has(contour.row(y + dy) + x - half, code, mask, bytes)))
       return true;
   }
   return false;

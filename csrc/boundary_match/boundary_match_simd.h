@@ -31,24 +31,23 @@ struct Framed {
   const Code* row(int64_t y) const { return codes.data() + (y + frame) * stride + frame; }
 };
 
-constexpr int kBytes = 16;
+constexpr int kBytes = 64;  // of the longest vector
 
 // As far as it can matter in an image of this size.
 struct Disc {
   int64_t radius;                    // in rows
   int64_t frame;                     // what has to be around an image
   std::vector<int64_t> half_widths;  // [radius + 1], by the distance of the row
-  // 1 bits in the lanes that belong to the row of the disc, from its left end on.
-  std::vector<std::vector<std::array<uint8_t, kBytes>>> masks;
+  // 1 bits where the bytes belong to the row of the disc, from its left end on; 0 to a multiple of
+  // kBytes.
+  std::vector<std::vector<uint8_t>> masks;
 
   Disc(int64_t squared_radius, int64_t height, int64_t width, int64_t code_bytes) {
     radius = half_width(squared_radius, 0, height - 1);
     for (int64_t dy = 0; dy <= radius; ++dy) {
       half_widths.push_back(half_width(squared_radius, dy, width - 1));
       const int64_t bytes = (2 * half_widths.back() + 1) * code_bytes;
-      masks.emplace_back((bytes + kBytes - 1) / kBytes);
-      for (int64_t i = 0; i < int64_t(masks.back().size()) * kBytes; ++i)
-        masks.back()[i / kBytes][i % kBytes] = i < bytes ? 0xff : 0;
+      masks.emplace_back(bytes, uint8_t(0xff)).resize((bytes + kBytes - 1) / kBytes * kBytes);
     }
     frame = std::max(radius, half_widths[0]);
   }

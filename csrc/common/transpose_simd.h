@@ -130,6 +130,11 @@ void transpose(const In* in, int64_t in_stride, int64_t rows, int64_t columns, O
       const int64_t end_c = c0 + kStep < end_columns ? c0 + kStep : end_columns;
       // Rows are far apart, and the processor does not foresee them.
       for (int64_t r = r0; r < end; ++r) __builtin_prefetch(in + r * in_stride + c0 + next);
+      // Where the next squares go: stores are done in order, so each would wait for its line, and
+      // those that cross two lines for both.
+      const Out* const to = end < end_rows ? out + c0 * out_stride + r0 + 2 * kStep - 1
+                                           : out + (c0 + kStep) * out_stride;
+      for (int64_t c = 0; c < kStep; ++c) __builtin_prefetch(to + c * out_stride, 1);
       for (int64_t c = c0; c < end_c; c += n) {
         for (int64_t r = r0; r < end; r += n) {
           const int64_t y = r < rows - n ? r : rows - n, x = c < columns - n ? c : columns - n;

@@ -136,7 +136,6 @@ class Merge {
     const auto finish = [&] {
       if (band < 0) return;
       const int64_t count = (band_pixels(band) + 63) / 64;
-      for (int64_t i = 0; i < count; ++i) area += __builtin_popcountll(words[i]);
       keep(words, count, piece(rank, band));
     };
     std::vector<uint64_t> bits(across / 64 + 2);
@@ -147,7 +146,9 @@ class Merge {
       threshold_row_(mask.data() + (low + 2) * padded, mask.data() + (low + 3) * padded, ty,
                      cell.data(), tx.data(), across, thresholds_.mask, cells, row.data(),
                      inside.data());
-      if (pack_(inside.data(), across, bits.data()) == 0) continue;
+      const int64_t set = pack_(inside.data(), across, bits.data());
+      if (set == 0) continue;
+      area += set;
       const int64_t start = y * width + columns.first;
       for (int64_t i = 0; i < across; i += 64) {  // shifted into the words of the image
         const uint64_t word = bits[i / 64];

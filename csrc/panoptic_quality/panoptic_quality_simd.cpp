@@ -4,12 +4,15 @@
 #endif
 
 #include <bit>
+#include <cstring>
 
 #include "panoptic_quality_simd.h"
 
 #include "../common/level.h"  // after all others
 
 namespace pyseg::panoptic::PYSEG_LEVEL {
+
+#include "../common/bits_simd.h"
 
 #if defined(PYSEG_AVX512)
 template <bool Boundary>
