@@ -29,7 +29,8 @@ template <class Code>
 PYSEG_INLINE Code on_contour(Code code, Code above, Code below, Code left, Code right, Code classes,
                              Code other) {
   const bool differs = (code != above) | (code != below) | (code != left) | (code != right);
-  return differs & (code < classes) ? code : other;
+  const bool kept = differs & (code < classes);
+  return kept ? code : other;
 }
 
 template <class Code>

@@ -71,7 +71,9 @@ CASES = [  # shape, classes, ignore_index
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 @pytest.mark.parametrize("shape, classes, ignore", CASES)
-def test_against_brute_force(rng, shape, classes, ignore, dtype):
+@pytest.mark.parametrize("level", ["v4", "v3", "generic"])
+def test_against_brute_force(rng, shape, classes, ignore, dtype, level, monkeypatch):
+    monkeypatch.setenv("PYSEG_SIMD", level)
     prediction = random_labels(rng, shape, classes, ignore, dtype)
     target = random_labels(rng, shape, classes, ignore, dtype)
     counts = confusion_counts(prediction, target, classes, ignore)
