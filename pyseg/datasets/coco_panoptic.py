@@ -137,5 +137,5 @@ class COCOPanoptic:
             kept = tuple(item for item in segments.items if item.label >= 0)
             segments = Segments(segments.map.masked_fill(hidden, 0), kept)
         labels = segments.label_map(len(self.classes))
-        instances = instances_of(segments, self.num_stuff)
+        instances = instances_of(segments, range(self.num_stuff, len(self.classes)))
         return Sample(self.names[index], image, labels, segments, instances)
