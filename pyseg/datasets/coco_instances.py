@@ -15,6 +15,7 @@ from ..formats import decode_rle
 from ..image import default_palette, read_image
 from ..types import Instances, Sample
 from .layout import Published, Root
+from .pairs import tight_boxes
 
 _WANTED = {
     "images": [{"id": int, "file_name": str, "height": int, "width": int}],
@@ -107,18 +108,14 @@ annotations/instances_{train2017,val2017}.json
                 f"{list(size)}"
             )
         masks = torch.zeros(len(objects), *size, dtype=torch.bool)
-        boxes = torch.zeros(len(objects), 4)
-        for mask, box, entry in zip(masks, boxes, objects, strict=True):
+        for mask, entry in zip(masks, objects, strict=True):
             mask[:] = self._mask(entry, size, f"image {self.names[index]} of {self.path}")
-            rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-            if len(rows):
-                box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
         labels = [self.category_ids.index(entry["category_id"]) for entry in objects]
         return Sample(
             self.names[index],
             image,
             instances=Instances(
-                boxes,
+                tight_boxes(masks),
                 masks,
                 torch.ones(len(objects)),
                 torch.tensor(labels, dtype=torch.int64),
@@ -133,14 +130,17 @@ annotations/instances_{train2017,val2017}.json
             if tuple(mask.shape) != size:
                 raise LabelError(f"{where} has a mask of size {list(mask.shape)}, not {list(size)}")
             return mask
-        good = isinstance(shape, list) and bool(shape)
-        if not good or not all(
-            isinstance(ring, list)
-            and len(ring) >= 6
-            and len(ring) % 2 == 0
-            # Every edge is walked pixel by pixel: a point far outside would take for ever.
-            and all(type(v) in (int, float) and abs(v) < 4 * max(size) for v in ring)
-            for ring in shape
+        if (
+            not isinstance(shape, list)
+            or not shape
+            or not all(
+                isinstance(ring, list)
+                and len(ring) >= 6
+                and len(ring) % 2 == 0
+                # Every edge is walked pixel by pixel: a point far outside would take for ever.
+                and all(type(v) in (int, float) and abs(v) < 4 * max(size) for v in ring)
+                for ring in shape
+            )
         ):
             raise LabelError(
                 f"{where} has a segmentation that is neither a run-length dict nor polygons "

@@ -42,11 +42,12 @@ labels/*.png
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
         found = Root(root, self.published, ("labelmefacade",))
+        names = found.listed(found.need(f"{split}.txt"))
         images = found.files(found.need("images"), ".jpg")
         labels = found.files(found.need("labels"), ".png")
         colours = {colour: k for k, colour in enumerate(PALETTE)}
         super().__init__(
-            *found.pairs(images, labels, found.listed(found.need(f"{split}.txt"))),
+            *found.pairs(images, labels, names),
             CLASSES,
             PALETTE,
             table=ClassTable(CLASSES, colours={**colours, (0, 0, 0): VOID}, by_colour=True),

@@ -27,6 +27,11 @@ class Published:
     licence: str = ""
     counts: Mapping[str, int] = field(default_factory=dict)  # images of each split
 
+    def count(self, split: str | None) -> int | None:
+        """Images of a split, under its short or its long name; None where nobody says."""
+        short = next((name for name, long in LONG.items() if long == split), split)
+        return self.counts.get(split or "", self.counts.get(short or ""))
+
 
 class Root:
     """The folder of a published data set; whatever is absent there is one `LayoutError`.
@@ -43,6 +48,7 @@ class Root:
 
     def __init__(self, path: str | Path, published: Published, inside: Sequence[str] = ()) -> None:
         self.path, self.published = Path(path), published
+        self._met = False  # whether anything that was needed was there
         if not self.path.is_dir():
             self.fail(f"there is no folder {self.path}")
         self.path = next((p for name in inside if (p := self.path / name).is_dir()), self.path)
@@ -60,6 +66,7 @@ class Root:
         found = self.find(*names)
         if found is None:
             self.fail(f"there is no {' or '.join(names)}", names)
+        self._met = True
         return found
 
     def files(self, folder: Path, *endings: str, deep: bool = False) -> dict[str, Path]:
@@ -140,10 +147,13 @@ class Root:
                 text += f"It seems that root should be {elsewhere}.\n"
         if facts.counts:
             text += f"Splits: {', '.join(facts.counts)}. "
-        raise LayoutError(f"{text}Get it from {facts.page}")
+        error = LayoutError(f"{text}Get it from {facts.page}")
+        error.absent = not self._met
+        raise error
 
 
 def _elsewhere(path: Path, names: Sequence[str]) -> Path | None:
-    """A folder above or one below ``path`` that holds what was looked for."""
-    folders = [*path.absolute().parents[:2], *sorted(p for p in path.iterdir() if p.is_dir())]
-    return next((folder for folder in folders for n in names if (folder / n).exists()), None)
+    """The folder above or one below ``path``, if only one, that holds what was looked for."""
+    folders = [*path.absolute().parents[:2], *(p for p in path.iterdir() if p.is_dir())]
+    found = [folder for folder in folders if any((folder / name).exists() for name in names)]
+    return found[0] if len(found) == 1 else None

@@ -60,6 +60,7 @@ config_v1.2.json, config_v2.0.json
             raise ValueError(f"version must be 'v1.2' or 'v2.0', got {version!r}")
         self.regions = regions
         found = Root(root, self.published)
+        part = found.need(LONG.get(split, split), split).name
         config = found.need(f"config_{version}.json")
         entry = {"name": str, "color": [int], "instances": bool, "evaluate": bool}
         known = read_json(config, LabelError, {"labels": [entry]})["labels"]
@@ -69,8 +70,6 @@ config_v1.2.json, config_v2.0.json
             raise LabelError(f"{config} must have 1 to 254 labels of different names")
         if not all(len(k["color"]) == 3 and {*k["color"]} <= {*range(256)} for k in known):
             raise LabelError(f"{config} has a color that is not [r, g, b] in 0..255")
-        part = LONG.get(split, split)
-        part = found.need(part, split).name
         images = found.files(found.need(f"{part}/images"), ".jpg")
         labels = None
         if part != "testing":

@@ -56,12 +56,12 @@ annotations/IMAGE_{people}_{person}.png, such as 0001_02_01.png
 
     def __init__(self, root: str | Path, split: str = "train") -> None:
         found = Root(root, self.published, ("LV-MHP-v1",))
-        images = found.files(found.need("images"), ".jpg")
-        people = found.files(found.need("annotations"), ".png")
         if split not in self.published.counts:
             found.fail(f"there is no split {split!r}")
         listing = found.need("test_list.txt" if split == "test" else "train_list.txt")
         names = found.listed(listing)
+        images = found.files(found.need("images"), ".jpg")
+        people = found.files(found.need("annotations"), ".png")
         if split != "test":
             names = names[:3000] if split == "train" else names[3000:]
         self._set(found, images, people, names, CLASSES_V1)

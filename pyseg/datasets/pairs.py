@@ -92,17 +92,23 @@ def instances_of(segments: Segments, things: Collection[int]) -> Instances:
     items = [item for item in segments.items if item.label in things]
     map = segments.map
     masks = map[None] == torch.tensor([item.id for item in items]).view(-1, 1, 1).to(map)
-    boxes = torch.zeros(len(items), 4)
-    for box, mask in zip(boxes, masks, strict=True):
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
     return Instances(
-        boxes,
+        tight_boxes(masks),
         masks,
         torch.ones(len(items)),
         torch.tensor([item.label for item in items], dtype=torch.int64),
         torch.tensor([item.crowd for item in items], dtype=torch.bool),
     )
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """The boxes of masks [K, H, W], [K, 4] xyxy; zeros for an empty one."""
+    boxes = torch.zeros(len(masks), 4)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        if len(rows):
+            box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
+    return boxes
 
 
 def segments_of(codes: Tensor, labels: Tensor, crowds: Tensor | None = None) -> Segments:

@@ -102,12 +102,12 @@ ImageSets/Main/{train,val}.txt, or ImageSets/SegmentationContext/{train,val}.txt
         if classes not in (59, 60):
             raise ValueError(f"classes must be 59 or 60, got {classes}")
         found = Root(root, self.published, ("VOC2010", "VOCdevkit/VOC2010"))
-        images = found.files(found.need("JPEGImages"), ".jpg")
-        folder = found.need("SegmentationClassContext", "trainval")
-        labels = found.files(folder, ".png", ".mat")
         listing = found.need(
             *(f"ImageSets/{k}/{split}.txt" for k in ("SegmentationContext", "Main"))
         )
+        folder = found.need("SegmentationClassContext", "trainval")
+        labels = found.files(folder, ".png", ".mat")
+        images = found.files(found.need("JPEGImages"), ".jpg")
         first = classes - 59
         names = ("background", *CLASSES) if first else CLASSES
         other = 0 if first else VOID

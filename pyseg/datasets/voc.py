@@ -56,12 +56,12 @@ benchmark_RELEASE/dataset/{cls,inst}/*.mat, train.txt, val.txt (SBD, for trainau
     ) -> None:
         self.regions = regions
         found = Root(root, self.published, ("VOC2012", "VOCdevkit/VOC2012"))
-        images = found.files(found.need("JPEGImages"), ".jpg")
         if split == "trainaug":
             names, labels = self._augmented(found, sbd)
         else:
             names = found.listed(found.need(f"ImageSets/Segmentation/{split}.txt"))
             labels = found.files(found.need("SegmentationClass"), ".png")
+        images = found.files(found.need("JPEGImages"), ".jpg")
         unlabelled = split == "test" and not any(name in labels for name in names)
         super().__init__(
             *found.pairs(images, None if unlabelled else labels, names),
@@ -76,8 +76,6 @@ benchmark_RELEASE/dataset/{cls,inst}/*.mat, train.txt, val.txt (SBD, for trainau
         )
 
     def _augmented(self, found: Root, sbd: str | Path | None) -> tuple[list[str], dict[str, Path]]:
-        own = found.files(found.need("SegmentationClass"), ".png")
-        lists = {k: found.need(f"ImageSets/Segmentation/{k}.txt") for k in ("train", "val")}
         if sbd is None and (folder := found.find("SegmentationClassAug")) and not self.regions:
             labels = found.files(folder, ".png")
             if listing := found.find("ImageSets/Segmentation/trainaug.txt"):
@@ -92,8 +90,11 @@ benchmark_RELEASE/dataset/{cls,inst}/*.mat, train.txt, val.txt (SBD, for trainau
             labels = found.files(folder / "cls", ".mat")
             parts = [folder / "train.txt", folder / "val.txt"]
             names = {name for part in parts for name in found.listed(part)}
-        names = (names | {*found.listed(lists["train"])}) - {*found.listed(lists["val"])}
-        return sorted(names), {**labels, **own}
+        train, val = (
+            found.listed(found.need(f"ImageSets/Segmentation/{k}.txt")) for k in ("train", "val")
+        )
+        own = found.files(found.need("SegmentationClass"), ".png")
+        return sorted((names | {*train}) - {*val}), {**labels, **own}
 
     def truth(self, index: int) -> torch.Tensor | Segments:
         path = self.labels[index]
