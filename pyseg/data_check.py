@@ -20,7 +20,7 @@ from .image import save_image
 from .label_check import ClassCount, Problem
 from .regions import VOID
 from .spec import StageSpec
-from .types import Dataset, Sample
+from .types import Dataset, Sample, Segments
 from .visual import contact_sheet
 
 TILES, WIDTH = 12, 320  # pictures on a sheet, and the width of each in pixels
@@ -100,24 +100,22 @@ def check_data(
     given = stage.options.get("split", split)
     splits = [given] if given is not None or published is None else [*published.counts]
     folder = None if output is None else make_folder(output, "output")
-    reports = []
+    reports: list[DataReport] = []
+    missing: list[LayoutError] = []
     for part in splits:
+        expected = None if published is None else published.count(part)
         options = {"root": root, "split": part}
         known = {key: str(value) for key, value in options.items() if value is not None}
         try:
             dataset = registry.make(StageSpec(stage.name, {**known, **stage.options}))
         except LayoutError as error:
-            if given is not None:
-                raise
+            missing.append(error)
+            if len(missing) == len(splits):
+                raise missing[0] from None
             text = str(error) if not error.absent else str(error).partition("\n")[0]
             problem = Problem("absent", text, error=not error.absent)
-            reports.append(
-                DataReport(stage.name, part, 0, published.counts[part], 0, (), (problem,))
-            )
-            if len(reports) == len(splits) and all(report.images == 0 for report in reports):
-                raise
+            reports.append(DataReport(stage.name, part, 0, expected, 0, (), (problem,)))
             continue
-        expected = None if published is None else published.count(part)
         sheet = None if folder is None else folder / f"{stage.name}-{part or 'all'}.png"
         reports.append(_check(stage.name, part, dataset, expected, sheet, limit, track))
     return tuple(reports)
@@ -217,21 +215,23 @@ def _pixels(sample: Sample) -> Counter[int]:
 
 
 def _small(sample: Sample) -> Sample:
-    """A sample as wide as a tile, its labels by the nearest pixel and its segments left out."""
+    """A sample as wide as a tile, its labels and segments by the nearest pixel."""
     height, width = sample.image.shape[1:]
     size = (WIDTH, max(1, round(height * WIDTH / width)))
     picture = Image.fromarray(sample.image.permute(1, 2, 0).numpy())
     image = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BOX)))
     rows = torch.arange(size[1]) * height // size[1]
     columns = torch.arange(WIDTH) * width // WIDTH
-    labels = sample.labels
+    labels, segments = sample.labels, sample.segments
     if labels is None and sample.instances is not None:
         labels = sample.instances.label_map(VOID)
-    return Sample(
-        sample.name,
-        image.permute(2, 0, 1),
-        None if labels is None else labels[rows[:, None], columns],
-    )
+    if labels is not None:
+        labels = labels[rows[:, None], columns]
+    if segments is not None:
+        ids = segments.map[rows[:, None], columns]
+        left = set(ids.unique().tolist())
+        segments = Segments(ids, tuple(item for item in segments.items if item.id in left))
+    return Sample(sample.name, image.permute(2, 0, 1), labels, segments)
 
 
 __all__ = ["DataReport", "check_data"]

@@ -191,7 +191,12 @@ def contact_sheet(
             if sample.labels is not None:
                 present.update(sample.labels.unique().tolist())
                 painted = overlay(
-                    sample.image, 0.7, labels=sample.labels, classes=classes, palette=palette
+                    sample.image,
+                    0.7,
+                    labels=sample.labels,
+                    segments=sample.segments,
+                    classes=classes,
+                    palette=palette,
                 )
                 size = (0, 0, width, sample.image.shape[1])  # without its legend
                 canvas.paste(painted.crop(size), (left + width + gap, top + strip))

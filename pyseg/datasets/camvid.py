@@ -75,7 +75,7 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
         if original is not None:
             images = found.files(original, *IMAGE_SUFFIXES)
             labels = found.files(found.need("LabeledApproved_full"), "_L.png")
-            frames = [name for name in images if _split(name) == split]
+            frames = [name for name in sorted({*images, *labels}) if _split(name) == split]
             if not frames and listing is None:
                 found.fail(f"no frame is of the split {split!r}")
         else:

@@ -55,10 +55,12 @@ sunrgbd_train_test_labels/img-NNNNNN.png""",
             found.need("sunrgbd_train_test_labels", "sunrgbd_test_train_labels"), ".png"
         )
         numbered = {_number(name): path for name, path in images.items()}
-        if split == "train" and min(numbered) <= TEST:
-            numbered = {number + TEST: path for number, path in numbered.items()}
-        wanted = {_number(name): path for name, path in labels.items()}
-        part = {n: path for n, path in wanted.items() if (n <= TEST) == (split == "test")}
+        shift = TEST if split == "train" and min(numbered) <= TEST else 0
+        part = {
+            number - shift: path
+            for name, path in labels.items()
+            if ((number := _number(name)) <= TEST) == (split == "test")
+        }
         palette = default_palette(len(CLASSES) + 1)[1:]
         super().__init__(
             *found.pairs(
