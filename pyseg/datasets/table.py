@@ -103,9 +103,11 @@ class ClassTable:
 
     def _range(self) -> str:
         count, ids = len(self.classes), [value for value in self.allowed if value != VOID]
-        if ids == list(range(ids[0], ids[-1] + 1)):
-            return f"there are {count} classes, {ids[0]} to {ids[-1]}"
-        return f"there are {count} classes, with {len(ids)} ids from {ids[0]} to {ids[-1]}"
+        if not ids:
+            return f"the {count} classes are told by colours"
+        if ids == list(range(count)):
+            return f"there are {count} classes, 0 to {count - 1}"
+        return f"there are {count} classes, of {len(ids)} ids from {ids[0]} to {ids[-1]}"
 
     def of_colours(self, pixels: np.ndarray, path: Path) -> Tensor:
         """Class indices of colours [H, W, 3], [H, W] uint8; ``path`` is for the message.
