@@ -11,6 +11,7 @@ from PIL import Image
 
 import pyseg
 from pyseg.errors import ImageError, LabelError, LayoutError, PysegError
+from pyseg.formats import encode_rle
 from pyseg.testing import check_dataset
 
 NAMES = [name for name in pyseg.datasets.list() if hasattr(pyseg.datasets.get(name), "published")]
@@ -310,7 +311,7 @@ def _coco(m, panoptic):
         entries.append({"image_id": k, "file_name": f"{name}.png", "segments_info": info})
         objects += [
             {"id": len(objects) + c, "image_id": k, "category_id": 7, "iscrowd": 0, "bbox": []}
-            | {"segmentation": pyseg.formats.encode_rle(labels == 1)}
+            | {"segmentation": encode_rle(labels == 1)}
             for _, c in listed
             if c == 1
         ]
