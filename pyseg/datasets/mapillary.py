@@ -44,7 +44,7 @@ config_v1.2.json, config_v2.0.json
 {training,validation}/{v1.2,v2.0}/labels/*.png
 {training,validation}/{v1.2,v2.0}/instances/*.png (for regions)""",
         gives="semantic, panoptic, instances",
-        licence="CC BY-NC-SA 4.0",
+        licence="CC BY-NC-SA (research edition)",
         counts={"train": 18000, "val": 2000, "test": 5000},
     )
 

@@ -45,7 +45,7 @@ class NYUDv2(PairedFiles):
 nyu_depth_v2_labeled.mat
 splits.mat
 classMapping40.mat""",
-        licence="research",
+        licence="not stated",
         counts={"train": 795, "test": 654},
     )
 

@@ -44,7 +44,7 @@ class SUNRGBD(PairedFiles):
         tree="""
 SUNRGBD-{train,test}_images/img-NNNNNN.jpg
 sunrgbd_train_test_labels/img-NNNNNN.png""",
-        licence="research",
+        licence="not stated",
         counts={"train": 5285, "test": 5050},
     )
 

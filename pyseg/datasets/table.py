@@ -53,9 +53,9 @@ class ClassTable:
             )
         given = {VOID: VOID, **given, **dict.fromkeys(void, VOID)}
         self.allowed = tuple(sorted(given))
-        # One entry per value, and one more for all that is larger.
-        self._ids = torch.full((max(given) + 2,), -1, dtype=torch.int16)
-        self._ids[list(given)] = torch.tensor(list(given.values()), dtype=torch.int16)
+        # One entry per value, and one more for all that is larger or negative.
+        self._ids = np.full(max(given) + 2, -1, dtype=np.int16)
+        self._ids[list(given)] = list(given.values())
         self._colours: dict[Colour, int] | None = None
         if colours is not None:
             self._colours = dict(colours)
@@ -89,17 +89,19 @@ class ClassTable:
         Raises:
             LabelError: a value that is not in the table, with its likely cause.
         """
-        known = len(self._ids) - 1
-        indices = self._ids[values.long().clamp(min=-1, max=known)]
-        if (indices < 0).any():
-            wrong = values[indices < 0].unique().tolist()
+        array = values.numpy()
+        if array.dtype != np.uint8:  # of which the table has all
+            array = array.clip(-1, len(self._ids) - 1)
+        indices = np.take(self._ids, array)
+        if indices.min(initial=0) < 0:
+            wrong = values[torch.from_numpy(indices < 0)].unique().tolist()
             shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
             count = len(self.classes)
             raise LabelError(
                 f"{path}: label values {shown} are no class ids: {self._range()}, and "
                 f"{VOID} is void. {_likely_cause(wrong, count, max(self.allowed[:-1], default=0))}"
             )
-        return indices.to(torch.uint8)
+        return torch.from_numpy(indices.astype(np.uint8))
 
     def _range(self) -> str:
         count, ids = len(self.classes), [value for value in self.allowed if value != VOID]
