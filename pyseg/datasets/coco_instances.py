@@ -67,7 +67,7 @@ annotations/instances_{train2017,val2017}.json
     ) -> None:
         if root is None and (annotations is None or images is None):
             raise ValueError("give root, or both annotations and images")
-        found = Root(root or ".", self.published)
+        found = Root(root or Path(annotations or ".").parent, self.published)
         self.path = Path(annotations or found.need(f"annotations/instances_{split}.json"))
         content = read_json(self.path, LabelError, _WANTED)
         categories = sorted(content["categories"], key=lambda entry: entry["id"])

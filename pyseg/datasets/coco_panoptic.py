@@ -70,7 +70,7 @@ annotations/panoptic_{train2017,val2017}/*.png
     ) -> None:
         if root is None and (annotations is None or images is None):
             raise ValueError("give root, or both annotations and images")
-        found = Root(root or ".", self.published)
+        found = Root(root or Path(annotations or ".").parent, self.published)
         self.path = Path(annotations or found.need(f"annotations/panoptic_{split}.json"))
         self.folder = self.path.with_suffix("")
         content = read_json(self.path, LabelError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ classMapping40.mat""",
         if split not in self.published.counts:
             found.fail(f"there is no split {split!r}")
         self.numbers = np.atleast_1d(read_mat(splits, f"{split}Ndxs")).astype(int).tolist()
-        self._file: Any = None
+        self._file: tuple[int, Any] = (0, None)
         count = len(self._open(path)["images"])
         if wrong := [n for n in self.numbers if not 1 <= n <= count]:
             raise LabelError(f"{splits} names image {wrong[0]}, but {path} has {count}")
@@ -75,16 +76,18 @@ classMapping40.mat""",
         self.names = tuple(f"{number:04}" for number in self.numbers)
 
     def _open(self, path: Path) -> Any:
-        if self._file is None:
+        process, file = self._file
+        if process != os.getpid():  # HDF5 shares no open file between processes
             try:
-                self._file = require("h5py", extra="nyud").File(path)
-                self._file["images"], self._file["labels"]
+                file = require("h5py", extra="nyud").File(path)
+                file["images"], file["labels"]
             except (OSError, KeyError) as error:
                 raise LabelError(f"{path} cannot be read as NYU's HDF5 file ({error})") from error
-        return self._file
+            self._file = (os.getpid(), file)
+        return file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_file": None}  # every process opens it itself
+        return {**vars(self), "_file": (0, None)}
 
     def __getitem__(self, index: int) -> Sample:
         path, place = self.images[index], self.numbers[index] - 1

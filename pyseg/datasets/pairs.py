@@ -115,28 +115,29 @@ def segments_of(codes: Tensor, labels: Tensor, crowds: Tensor | None = None) -> 
     """Segments of a map in which every region has a code of its own.
 
     Args:
-        codes: [H, W] integers, one value per region.
+        codes: [H, W] integers from 0 to some millions, one value per region.
         labels: [H, W] class indices, the same within a region; 255 = void, which is no segment.
         crowds: [H, W], true within regions of several objects that were not told apart.
 
     Returns:
         segments numbered from 1 in the order of their codes.
     """
-    valid = labels != VOID
-    numbers = torch.zeros(codes.shape, dtype=torch.int32)
-    _, places, areas = codes[valid].unique(return_inverse=True, return_counts=True)
-    numbers[valid] = places.int() + 1
+    valid = labels.numpy() != VOID
+    used = codes.numpy()[valid]
+    counts = np.bincount(used, minlength=1)
+    found = np.flatnonzero(counts)
+    numbers = np.zeros(len(counts), dtype=np.int32)
+    numbers[found] = np.arange(1, len(found) + 1)
+    map = np.zeros(valid.shape, dtype=np.int32)
+    map[valid] = np.take(numbers, used)
     # Of each region one pixel, whichever is written last, tells its class.
-    label = torch.zeros(len(areas), dtype=torch.int64)
-    label[places] = labels[valid].long()
-    crowd = torch.zeros(len(areas), dtype=torch.bool)
+    label, crowd = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts), dtype=bool)
+    label[used] = labels.numpy()[valid]
     if crowds is not None:
-        crowd[places] = crowds[valid]
-    rows = zip(label.tolist(), areas.tolist(), crowd.tolist(), strict=True)
-    return Segments(
-        numbers,
-        tuple(Segment(k, label, 1.0, area, c) for k, (label, area, c) in enumerate(rows, 1)),
-    )
+        crowd[used] = crowds.numpy()[valid]
+    rows = zip(*(column[found].tolist() for column in (label, counts, crowd)), strict=True)
+    items = (Segment(k, label, 1.0, area, crowd) for k, (label, area, crowd) in enumerate(rows, 1))
+    return Segments(torch.from_numpy(map), tuple(items))
 
 
 def read_mat(path: Path, *keys: str) -> Any:
@@ -147,10 +148,10 @@ def read_mat(path: Path, *keys: str) -> Any:
     """
     from scipy.io import loadmat
 
+    if not path.is_file():
+        raise LabelError(f"{path} does not exist; check the path")
     try:
         value: Any = loadmat(path, squeeze_me=True, struct_as_record=False)
-    except FileNotFoundError as error:
-        raise LabelError(f"{path} does not exist; check the path") from error
     except Exception as error:  # SciPy's reader raises many kinds
         raise LabelError(f"{path} cannot be read as a MATLAB file ({error})") from error
     for key in keys:
