@@ -229,7 +229,7 @@ def _small(sample: Sample) -> Sample:
         labels = labels[rows[:, None], columns]
     if segments is not None:
         ids = segments.map[rows[:, None], columns]
-        left = set(ids.unique().tolist())
+        left = set(np.unique(ids.numpy()).tolist())
         segments = Segments(ids, tuple(item for item in segments.items if item.id in left))
     return Sample(sample.name, image.permute(2, 0, 1), labels, segments)
 

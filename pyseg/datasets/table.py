@@ -52,7 +52,7 @@ class ClassTable:
                 f"void ids must be 0 to {LARGEST}, the values of label files, got {wrong[0]}"
             )
         given = {VOID: VOID, **given, **dict.fromkeys(void, VOID)}
-        self.allowed = tuple(sorted(given))
+        self.ids = tuple(sorted(value for value in given if value != VOID))
         # One entry per value, and one more for all that is larger or negative.
         self._ids = np.full(max(given) + 2, -1, dtype=np.int16)
         self._ids[list(given)] = list(given.values())
@@ -94,20 +94,20 @@ class ClassTable:
             array = array.clip(-1, len(self._ids) - 1)
         indices = np.take(self._ids, array)
         if indices.min(initial=0) < 0:
-            wrong = values[torch.from_numpy(indices < 0)].unique().tolist()
+            wrong = np.unique(values.numpy()[indices < 0]).tolist()
             shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
-            count = len(self.classes)
+            cause = _likely_cause(wrong, len(self.classes), max(self.ids, default=0))
             raise LabelError(
                 f"{path}: label values {shown} are no class ids: {self._range()}, and "
-                f"{VOID} is void. {_likely_cause(wrong, count, max(self.allowed[:-1], default=0))}"
+                f"{VOID} is void. {cause}"
             )
         return torch.from_numpy(indices.astype(np.uint8))
 
     def _range(self) -> str:
-        count, ids = len(self.classes), [value for value in self.allowed if value != VOID]
+        count, ids = len(self.classes), self.ids
         if not ids:
             return f"the {count} classes are told by colours"
-        if ids == list(range(count)):
+        if ids == tuple(range(count)):
             return f"there are {count} classes, 0 to {count - 1}"
         return f"there are {count} classes, of {len(ids)} ids from {ids[0]} to {ids[-1]}"
 

@@ -453,3 +453,23 @@ def test_values_and_colours_that_are_none_of_it(mini):
     with pytest.raises(LabelError, match=wrong) as error:
         mini.make()[0]
     assert path.name in str(error.value)
+
+
+@pytest.mark.parametrize("mini", ["cityscapes", "kitti", "bdd100k"], indirect=True)
+def test_street_scenes_score_a_network_of_cityscapes_classes(mini):
+    """One network's class list serves all three, and scores are those of a confusion matrix."""
+    from pyseg.classes import CITYSCAPES_CLASSES
+
+    torch.manual_seed(int(mini.rng.integers(1 << 30)))
+    network = torch.nn.Conv2d(3, 19, 1)
+    pipeline = pyseg.build(network, classes=CITYSCAPES_CLASSES)
+    scores = pyseg.evaluate(pipeline, mini.make()).to_list()[0]["metrics"]["semantic"]
+    matrix = np.zeros((19, 19), int)
+    for k, sample in enumerate(mini.make()):
+        predicted = pipeline(sample.image).labels.numpy()
+        valid = mini.wanted[k] != 255
+        np.add.at(matrix, (mini.wanted[k][valid], predicted[valid]), 1)
+    union = matrix.sum(0) + matrix.sum(1) - matrix.diagonal()
+    present = union > 0
+    expected = (matrix.diagonal()[present] / union[present]).mean()
+    assert scores["miou"] == pytest.approx(expected, abs=1e-6)
