@@ -22,6 +22,7 @@ _LAZY = {
     "train": ".training",
     "train_instances": ".training",
     "tune_crf": ".tuning",
+    "check_data": ".data_check",
     "check_labels": ".label_check",
     "Instances": ".types",
     "Sample": ".types",
@@ -55,6 +56,7 @@ __all__ = [
     "Segments",
     "__version__",
     "build",
+    "check_data",
     "check_labels",
     "compare",
     "compose",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from . import visual as visual
     from .comparison import compare as compare
     from .cost import cost as cost
+    from .data_check import check_data as check_data
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate
     from .label_check import check_labels as check_labels

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import PluginFailure, PysegError
+from .errors import LayoutError, PluginFailure, PysegError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from .data_check import DataReport
     from .evaluation import Evaluation
     from .pipeline import Pipeline
     from .types import Dataset
@@ -201,6 +202,7 @@ DatasetOption = Annotated[
         help="Registered data set, with options if need be: \"folder(classes='names.txt')\"."
     ),
 ]
+LimitOption = Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")]
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
 ]
@@ -880,6 +882,67 @@ def check_labels_command(
         raise typer.Exit(FAILED)
 
 
+data = typer.Typer(
+    help="Data sets on disk.", no_args_is_help=True, rich_markup_mode=None, add_completion=False
+)
+app.add_typer(data, name="data")
+
+
+@data.command("check", cls=_documented_by("data_check.py:check_data"))
+def data_check_command(
+    name: Annotated[
+        str, typer.Argument(help='Registered data set, such as "cityscapes(regions=True)".')
+    ],
+    root: RootOption = None,
+    split: Annotated[str | None, typer.Option(help="Split. [default: every published one]")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the contact sheets.")
+    ] = Path("."),
+    limit: LimitOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold a data set on disk against what is published of it; exit code 1 if anything is wrong.
+
+    Images are counted, labels read and held against the class list, and a dozen samples of each
+    split shown beside their labels on a contact sheet, NAME-SPLIT.png.
+    """
+    from .data_check import check_data
+
+    try:
+        reports = check_data(
+            name, root, split, output=output, track=_track("reading"), **_given(limit=limit)
+        )
+    except LayoutError as error:
+        _say(f"error: {error}", "red", err=True)
+        raise typer.Exit(FAILED) from None
+    if as_json:
+        _print_json([report.to_dict() for report in reports])
+    else:
+        for report in reports:
+            _print_data_report(report)
+    if not all(report.ok for report in reports):
+        raise typer.Exit(FAILED)
+
+
+def _print_data_report(report: DataReport) -> None:
+    expected = "" if report.published is None else f" of {report.published} published"
+    typer.echo(f"{report.name} {report.split or ''}: {report.images} images{expected}")
+    total = sum(count.pixels for count in report.values)
+    if report.values:
+        _print_table(
+            ["value", "class", "pixels", "share", "images"],
+            [
+                [str(c.value), c.name, str(c.pixels), f"{c.pixels / total:.2%}", str(c.files)]
+                for c in report.values
+            ],
+        )
+    for problem in report.problems:
+        kind, colour = ("error", "red") if problem.error else ("warning", "yellow")
+        _say(f"{kind} [{problem.kind}]: {problem.message}", colour)
+    if report.sheet is not None:
+        typer.echo(f"wrote {report.sheet}")
+
+
 RefinerArgument = Annotated[str, typer.Argument(help="Refiner: crf.")]
 RefinedOption = Annotated[
     str,
@@ -889,7 +952,6 @@ RefinedOption = Annotated[
         help="Pipeline whose result is to be refined, or the folder of a saved one.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")]
 
 
 @app.command(cls=_documented_by("tuning.py:tune_crf"))

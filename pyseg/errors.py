@@ -32,6 +32,12 @@ class LabelError(PysegError, ValueError):
     """Label values that cannot be class ids, with their likely cause."""
 
 
+class LayoutError(PysegError, FileNotFoundError):
+    """A data set that is not where or as it should be, with what was expected and what is there."""
+
+    absent = False  # whether all of the split is, rather than a part of it
+
+
 class ScoreError(PysegError, ValueError):
     """Predictions or annotations that cannot be scored, with the reason."""
 

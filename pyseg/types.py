@@ -20,6 +20,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | metric | ``headline`` | names of the scores that tables show first |
 | dataset | ``things`` | names of the countable classes; given to metrics that take ``things`` |
 | dataset | ``category_ids`` | COCO's category of every class, for panoptic results |
+| dataset | ``published`` | images, layout and page, which `pyseg.check_data` holds it against |
 
 And these options of a factory get a value where it takes them and the text gives none:
 

@@ -152,6 +152,60 @@ def side_by_side(images: Sequence[ImageSource], titles: Sequence[str] | None = N
     return canvas
 
 
+def contact_sheet(
+    tiles: Sequence[tuple[str, Any]],  # Any: a Sample, which this file does not know
+    classes: Sequence[str],
+    palette: Sequence[Sequence[int]],
+    columns: int = 3,
+) -> Image.Image:
+    """Samples in rows, each image beside its labels, with one legend of the classes present.
+
+    Args:
+        tiles: a title and a `pyseg.Sample` each, all of one width.
+        classes: names of the classes.
+        palette: one RGB colour per class.
+        columns: samples in a row.
+
+    Raises:
+        ValueError: there are no tiles, or they differ in width.
+    """
+    if not tiles or len({sample.image.shape[2] for _, sample in tiles}) > 1:
+        raise ValueError("a contact sheet needs at least one tile, and all of one width")
+    width = tiles[0][1].image.shape[2]
+    gap, font = max(4, width // 60), _font(width)
+    strip = round(font.size * 1.6)
+    rows = [tiles[k : k + columns] for k in range(0, len(tiles), columns)]
+    heights = [strip + gap + max(sample.image.shape[1] for _, sample in row) for row in rows]
+    cell = 2 * width + gap
+    canvas = Image.new("RGB", (len(rows[0]) * (cell + gap) - gap, sum(heights)), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    present: set[int] = set()
+    top = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, (title, sample) in enumerate(row):
+            left = column * (cell + gap)
+            while len(title) > 1 and font.getlength(title) > cell:
+                title = f"…{title[2:]}"  # the end of a file's name says more than its start
+            draw.text((left, top + strip / 2), title, fill=_INK, font=font, anchor="lm")
+            canvas.paste(Image.fromarray(_array(sample.image)), (left, top + strip))
+            if sample.labels is not None:
+                present.update(sample.labels.unique().tolist())
+                painted = overlay(
+                    sample.image,
+                    0.7,
+                    labels=sample.labels,
+                    segments=sample.segments,
+                    classes=classes,
+                    palette=palette,
+                )
+                size = (0, 0, width, sample.image.shape[1])  # without its legend
+                canvas.paste(painted.crop(size), (left + width + gap, top + strip))
+        top += height
+    colours = colours_of(palette)
+    known = sorted(k for k in present if k < len(classes))
+    return _with_legend(canvas, [(_rgb(colours[k]), classes[k]) for k in known])
+
+
 def error_map(
     prediction: Tensor, target: Tensor, image: Tensor | None = None, ignore_index: int = VOID
 ) -> Image.Image:
@@ -412,4 +466,4 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[Colour, str]]) ->
     return canvas
 
 
-__all__ = ["error_map", "overlay", "reliability_diagram", "side_by_side"]
+__all__ = ["contact_sheet", "error_map", "overlay", "reliability_diagram", "side_by_side"]

@@ -28,7 +28,7 @@ def names(requirements):
 
 PLAIN = names(PROJECT["dependencies"])
 EXTRAS = {key: names(values) for key, values in PROJECT["optional-dependencies"].items()}
-FOR_USERS = {"train", "coco", "zoo"}
+FOR_USERS = {"train", "coco", "zoo", "nyud"}
 
 
 def imports(tree, within=False):

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from ..errors import ImageError, LabelError
-from ..files import IMAGE_SUFFIXES, check_json, files_by_stem, read_json, some
+from ..files import IMAGE_SUFFIXES, check_json, read_json, some
 from ..formats import annotations_of, categories_of, read_segments
 from ..image import default_palette, read_image
 from ..types import Sample, Segments
+from .layout import Published, Root
 from .pairs import instances_of
 
 
@@ -37,14 +38,26 @@ class COCOPanoptic:
 
     Raises:
         ValueError: neither ``root`` nor both files are given, or a class is no category.
-        FileNotFoundError: a folder or an image is absent.
-        LabelError: the JSON is absent, damaged, incomplete, or without annotations.
+        LayoutError: a folder, the JSON or an image is absent; the message shows what is expected.
+        LabelError: the JSON is damaged, incomplete, or without annotations.
 
     Example:
         >>> dataset = COCOPanoptic("coco", "val2017")
         >>> dataset[0].segments.map.shape, len(dataset.classes)
         (torch.Size([427, 640]), 133)
     """
+
+    published = Published(
+        title="COCO panoptic",
+        page="https://cocodataset.org/#download",
+        tree="""
+annotations/panoptic_{train2017,val2017}.json
+annotations/panoptic_{train2017,val2017}/*.png
+{train2017,val2017}/*.jpg, or images/{train2017,val2017}/*.jpg""",
+        gives="semantic, panoptic, instances",
+        licence="annotations CC BY 4.0; images: Flickr's terms",
+        counts={"train2017": 118287, "val2017": 5000},
+    )
 
     def __init__(
         self,
@@ -57,8 +70,8 @@ class COCOPanoptic:
     ) -> None:
         if root is None and (annotations is None or images is None):
             raise ValueError("give root, or both annotations and images")
-        base = Path(root or ".")
-        self.path = Path(annotations or base / "annotations" / f"panoptic_{split}.json")
+        found = Root(root or Path(annotations or ".").parent, self.published)
+        self.path = Path(annotations or found.need(f"annotations/panoptic_{split}.json"))
         self.folder = self.path.with_suffix("")
         content = read_json(self.path, LabelError)
         known = categories_of(content, self.path)
@@ -66,7 +79,7 @@ class COCOPanoptic:
         if classes is not None and (absent := set(classes) - set(names)):
             raise ValueError(f"classes: {self.path} has no category {some(absent)}")
         if not self.folder.is_dir():
-            raise FileNotFoundError(f"annotations: there is no folder {self.folder} of PNGs")
+            found.fail(f"there is no folder {self.folder} of PNGs beside the JSON")
         chosen = [entry for entry in known if classes is None or entry["name"] in classes]
         chosen.sort(key=lambda entry: bool(entry["isthing"]))  # stable
         self.num_stuff = sum(not entry["isthing"] for entry in chosen)
@@ -98,11 +111,11 @@ class COCOPanoptic:
         self.names = tuple(
             Path(files.get(entry["image_id"], entry["file_name"])).stem for entry in self._entries
         )
-        folder = Path(images or base / split)
-        found = files_by_stem(folder, IMAGE_SUFFIXES, "images")
-        if missing := [name for name in self.names if name not in found]:
-            raise FileNotFoundError(f"images: {folder} holds no image for {some(missing)}")
-        self.images = tuple(found[name] for name in self.names)
+        if images is not None and not Path(images).is_dir():
+            found.fail(f"images: there is no folder {images}")
+        folder = Path(images or found.need(split, f"images/{split}"))
+        files = found.files(folder, *IMAGE_SUFFIXES)
+        self.images = tuple(found.pick(files, self.names, "images"))
 
     def __len__(self) -> int:
         return len(self.images)
@@ -137,5 +150,5 @@ class COCOPanoptic:
             kept = tuple(item for item in segments.items if item.label >= 0)
             segments = Segments(segments.map.masked_fill(hidden, 0), kept)
         labels = segments.label_map(len(self.classes))
-        instances = instances_of(segments, self.num_stuff)
+        instances = instances_of(segments, range(self.num_stuff, len(self.classes)))
         return Sample(self.names[index], image, labels, segments, instances)

@@ -8,7 +8,8 @@ from typing import Any
 
 from ..files import IMAGE_SUFFIXES, LABEL_SUFFIXES, check_json, files_by_stem, read_json, some
 from ..image import default_palette
-from .pairs import LARGEST, PairedFiles
+from .pairs import PairedFiles
+from .table import LARGEST
 
 
 class Folder(PairedFiles):

@@ -1,18 +1,19 @@
-"""What datasets have in common: `PairedFiles` of an image and a label PNG, and helpers."""
+"""What data sets have in common: `PairedFiles` of an image and its labels, and helpers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import ImageError, LabelError
-from ..image import read_image, read_labels
-from ..types import VOID, Instances, Sample, Segments
-
-LARGEST = 65535  # value of a 16-bit label file
+from ..image import read_image
+from ..types import VOID, Instances, Sample, Segment, Segments
+from .table import LARGEST, ClassTable
 
 
 class PairedFiles:
@@ -20,16 +21,20 @@ class PairedFiles:
 
     Args:
         images: one file per sample.
-        labels: the label file of each, whose pixel values are class ids.
-        classes: class names; the number of a name is its id.
+        labels: the label file of each, whose pixel values are class ids; none for a split whose
+            labels are not published.
+        classes: class names.
         palette: one RGB colour per class.
         void: ids besides 255 that mean "no class", from 0 to 65535.
+        table: what the values or colours of label files mean; None = values are class indices.
+        things: names of the countable classes.
 
     Raises:
         ValueError: an id of ``void`` is no value that a label file can hold.
 
     Attributes:
         names: the images' stems.
+        thing_labels: class indices of ``things``.
     """
 
     def __init__(
@@ -40,20 +45,15 @@ class PairedFiles:
         palette: Sequence[tuple[int, int, int]],
         *,
         void: Iterable[int] = (),
+        table: ClassTable | None = None,
+        things: Collection[str] = (),
     ) -> None:
         self.images, self.labels = tuple(images), tuple(labels)
         self.classes, self.palette = tuple(classes), tuple(palette)
         self.names = tuple(path.stem for path in self.images)
-        ids = {VOID, *void}
-        if wrong := [number for number in ids if not 0 <= number <= LARGEST]:
-            raise ValueError(
-                f"void ids must be 0 to {LARGEST}, the values of label files, got {wrong[0]}"
-            )
-        # One entry per value, and one more for all that is larger.
-        table = torch.full((max(ids) + 2,), -1, dtype=torch.int16)
-        table[: len(self.classes)] = torch.arange(len(self.classes), dtype=torch.int16)
-        table[sorted(ids)] = VOID
-        self._table = table
+        self.table = table or ClassTable(self.classes, void=void)
+        self.things = tuple(name for name in self.classes if name in things)
+        self.thing_labels = torch.tensor([self.classes.index(name) for name in self.things])
 
     def __len__(self) -> int:
         return len(self.images)
@@ -66,61 +66,111 @@ class PairedFiles:
             ImageError: a file cannot be read, or the two differ in size.
             LabelError: the labels hold values that are no class ids.
         """
-        image_path, label_path = self.images[index], self.labels[index]
-        image, labels = read_image(image_path), read_labels(label_path)
+        image = read_image(self.images[index])
+        if not self.labels:
+            return Sample(self.names[index], image)
+        truth = self.truth(index)
+        labels = truth.label_map(len(self.classes)) if isinstance(truth, Segments) else truth
         if image.shape[1:] != labels.shape:
             raise ImageError(
-                f"{image_path} is {image.shape[2]} x {image.shape[1]} pixels, its "
-                f"labels {label_path} are {labels.shape[1]} x {labels.shape[0]}; "
+                f"{self.images[index]} is {image.shape[2]} x {image.shape[1]} pixels, its "
+                f"labels {self.labels[index]} are {labels.shape[1]} x {labels.shape[0]}; "
                 "they must be equal"
             )
-        return Sample(self.names[index], image, self._class_ids(labels, label_path))
+        if not isinstance(truth, Segments):
+            return Sample(self.names[index], image, labels)
+        instances = instances_of(truth, self.thing_labels.tolist())
+        return Sample(self.names[index], image, labels, truth, instances)
 
-    def _class_ids(self, labels: Tensor, path: Path) -> Tensor:
-        ids = self._table[labels.long().clamp(max=len(self._table) - 1)]
-        if (ids < 0).any():
-            wrong = labels[ids < 0].unique().tolist()
-            shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
-            raise LabelError(
-                f"{path}: label values {shown} are no class ids: there are "
-                f"{len(self.classes)} classes, 0 to {len(self.classes) - 1}, and "
-                f"{VOID} is void. {self._likely_cause(wrong)}"
-            )
-        return ids.to(torch.uint8)
-
-    def _likely_cause(self, wrong: list[int]) -> str:
-        count = len(self.classes)
-        if wrong == [count]:
-            return (
-                f"The value {count} suggests ids that start at 1, or a class missing from "
-                "the class list"
-            )
-        if len(wrong) > 32:
-            return "So many values suggest a photograph or a colour map turned grey, not class ids"
-        if max(wrong) <= 33 and count <= 20:
-            return (
-                "These look like ids of a longer class list, such as Cityscapes ids (0 to 33) "
-                "instead of train ids (0 to 18)"
-            )
-        return (
-            "Are these the grey values of a colour-coded map? Label files must hold class ids, "
-            "or a palette whose indices are class ids"
-        )
+    def truth(self, index: int) -> Tensor | Segments:
+        """Class indices of sample ``index``, [H, W] uint8, or its segments, which tell them."""
+        return self.table.read(self.labels[index])
 
 
-def instances_of(segments: Segments, first_thing: int) -> Instances:
-    """The segments of classes from ``first_thing`` on, with tight boxes."""
-    items = [item for item in segments.items if item.label >= first_thing]
+def instances_of(segments: Segments, things: Collection[int]) -> Instances:
+    """The segments of the countable classes, with tight boxes."""
+    items = [item for item in segments.items if item.label in things]
     map = segments.map
     masks = map[None] == torch.tensor([item.id for item in items]).view(-1, 1, 1).to(map)
-    boxes = torch.zeros(len(items), 4)
-    for box, mask in zip(boxes, masks, strict=True):
-        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
-        box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
     return Instances(
-        boxes,
+        tight_boxes(masks),
         masks,
         torch.ones(len(items)),
         torch.tensor([item.label for item in items], dtype=torch.int64),
         torch.tensor([item.crowd for item in items], dtype=torch.bool),
     )
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """The boxes of masks [K, H, W], [K, 4] xyxy; zeros for an empty one."""
+    boxes = torch.zeros(len(masks), 4)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        if len(rows):
+            box[:] = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])[:, 0]
+    return boxes
+
+
+def segments_of(codes: Tensor, labels: Tensor, crowds: Tensor | None = None) -> Segments:
+    """Segments of a map in which every region has a code of its own.
+
+    Args:
+        codes: [H, W] integers from 0 to some millions, one value per region.
+        labels: [H, W] class indices, the same within a region; 255 = void, which is no segment.
+        crowds: [H, W], true within regions of several objects that were not told apart.
+
+    Returns:
+        segments numbered from 1 in the order of their codes.
+    """
+    valid = labels.numpy() != VOID
+    used = codes.numpy()[valid]
+    counts = np.bincount(used, minlength=1)
+    found = np.flatnonzero(counts)
+    numbers = np.zeros(len(counts), dtype=np.int32)
+    numbers[found] = np.arange(1, len(found) + 1)
+    map = np.zeros(valid.shape, dtype=np.int32)
+    map[valid] = np.take(numbers, used)
+    # Of each region one pixel, whichever is written last, tells its class.
+    label, crowd = np.zeros(len(counts), dtype=np.int64), np.zeros(len(counts), dtype=bool)
+    label[used] = labels.numpy()[valid]
+    if crowds is not None:
+        crowd[used] = crowds.numpy()[valid]
+    rows = zip(*(column[found].tolist() for column in (label, counts, crowd)), strict=True)
+    items = (Segment(k, label, 1.0, area, crowd) for k, (label, area, crowd) in enumerate(rows, 1))
+    return Segments(torch.from_numpy(map), tuple(items))
+
+
+def read_mat(path: Path, *keys: str) -> Any:
+    """What a MATLAB file holds under ``keys``, one below the other.
+
+    Raises:
+        LabelError: it cannot be read, or holds no such thing.
+    """
+    from scipy.io import loadmat
+
+    if not path.is_file():
+        raise LabelError(f"{path} does not exist; check the path")
+    try:
+        value: Any = loadmat(path, squeeze_me=True, struct_as_record=False)
+    except Exception as error:  # SciPy's reader raises many kinds
+        raise LabelError(f"{path} cannot be read as a MATLAB file ({error})") from error
+    for key in keys:
+        found = value.get(key) if isinstance(value, dict) else getattr(value, key, None)
+        if found is None:
+            raise LabelError(f"{path} holds no {'.'.join(keys)}; it is of another data set")
+        value = found
+    return value
+
+
+def map_of(value: Any, path: Path) -> Tensor:
+    """A label map that came from a MATLAB file, [H, W] int32.
+
+    Raises:
+        LabelError: it is no map of integers.
+    """
+    array = np.asarray(value)
+    if array.ndim != 2 or array.dtype.kind not in "ui" or array.size == 0:
+        raise LabelError(f"{path} holds {array.dtype} of shape {list(array.shape)}, no label map")
+    if array.min() < 0 or array.max() > LARGEST:
+        raise LabelError(f"{path} has values from {array.min()} to {array.max()}, no class ids")
+    return torch.from_numpy(array.astype(np.int32))

@@ -279,7 +279,9 @@ class _Scene:
             mask = numbers == k
             map[mask] = len(items) + 1
             items.append(Segment(len(items) + 1, self.kinds[k - 1], 1.0, int(mask.sum())))
-        instances = instances_of(Segments(torch.from_numpy(map), tuple(items)), len(STUFF))
+        instances = instances_of(
+            Segments(torch.from_numpy(map), tuple(items)), range(len(STUFF), len(CLASSES))
+        )
         for label in range(len(STUFF)):
             mask = labels == label
             if mask.any():

@@ -8,7 +8,7 @@ from PIL import Image
 
 import pyseg
 from pyseg.datasets.camvid import CamVid
-from pyseg.errors import ImageError, LabelError
+from pyseg.errors import ImageError, LabelError, LayoutError
 from pyseg.types import Dataset
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -49,18 +49,18 @@ def test_the_list_decides_frames_and_order(tmp_path):
     )
     assert CamVid(tmp_path, "train").names == ("c", "a")
     (tmp_path / "train.txt").write_text("b\nmissing\n")
-    with pytest.raises(FileNotFoundError, match=r"no image in .* for missing"):
+    with pytest.raises(LayoutError, match=r"1 of 2 images are absent in .*: missing"):
         CamVid(tmp_path, "train")
 
 
 def test_missing_folders_and_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere"):
+    with pytest.raises(LayoutError, match=r"no folder .*nowhere"):
         CamVid(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"split='test': .* neither .* nor .*testannot"):
+    with pytest.raises(LayoutError, match=r"there is no test/images or test\."):
         CamVid(tmp_path, "test")
     write(tmp_path, "train", "trainannot", ["a", "b"])
     (tmp_path / "trainannot" / "b.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no labels in .*trainannot for b"):
+    with pytest.raises(LayoutError, match=r"1 of 2 label files are absent in .*trainannot: b"):
         CamVid(tmp_path, "train")
     (tmp_path / "train.txt").write_text("a\n")
     assert len(CamVid(tmp_path, "train")) == 1

@@ -12,7 +12,7 @@ import torch
 import pyseg
 from pyseg.datasets.coco_panoptic import COCOPanoptic
 from pyseg.datasets.synthetic import CLASSES, STUFF, THINGS, StreetScenes
-from pyseg.errors import ImageError, LabelError
+from pyseg.errors import ImageError, LabelError, LayoutError
 from pyseg.image import write_image, write_panoptic
 from pyseg.types import VOID, Dataset
 
@@ -74,7 +74,7 @@ def test_bad_data_sets(folder):
         COCOPanoptic(folder, "val2017", classes=("lorry", "sky"))
     with pytest.raises(ValueError, match="give root, or both annotations and images"):
         COCOPanoptic(images=folder)
-    with pytest.raises(LabelError, match=r"panoptic_train2017.json' does not exist"):
+    with pytest.raises(LayoutError, match=r"there is no annotations/panoptic_train2017.json"):
         COCOPanoptic(folder)
     path = folder / "annotations/panoptic_val2017.json"
     content = json.loads(path.read_text())
@@ -86,7 +86,7 @@ def test_bad_data_sets(folder):
     with pytest.raises(ImageError, match="they must be equal"):
         COCOPanoptic(folder, "val2017")[1]
     (folder / "val2017" / f"{SCENES[2].name}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=f"no image for {SCENES[2].name}"):
+    with pytest.raises(LayoutError, match=f"1 of 3 images are absent .*: {SCENES[2].name}"):
         COCOPanoptic(folder, "val2017")
 
 
