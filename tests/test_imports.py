@@ -16,7 +16,7 @@ FLOORS = (
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"cost", "doctor", "evaluation", "prediction"},
+    {"conversion", "cost", "doctor", "evaluation", "prediction"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
     {"demo"},
