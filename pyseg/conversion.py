@@ -157,7 +157,7 @@ def convert(
         raise PysegError(
             "copy_images needs the folder of images"
             if given.images is None
-            else f"copy_images has no meaning for {to}: its tools find images anywhere; leave it out"
+            else f"copy_images has no meaning for {to}, whose tools find images anywhere"
         )
     announce(f"{str(path)!r} is taken for {origin.title} ({reason})")
     opened = origin.open_source(path, given)
@@ -198,8 +198,8 @@ def _check_output(source: Path, output: Path, target: Format) -> None:
     if target.suffix:
         if output.suffix.lower() != target.suffix:
             raise PysegError(
-                f"{target.title} is one file {target.suffix}, got the output {str(output)!r}; name it "
-                f"such as {str(output.with_suffix(target.suffix))!r}"
+                f"{target.title} is one file {target.suffix}, got the output {str(output)!r}; name "
+                f"it such as {str(output.with_suffix(target.suffix))!r}"
             )
         if output.is_dir():
             raise PysegError(f"output {str(output)!r} is a folder; give a file {target.suffix}")
@@ -290,13 +290,14 @@ class _Journal:
             if overwrite or task is None:
                 return False
             raise PysegError(
-                f"another conversion into {str(self.output)!r} was stopped, from {task.get('source')!r} "
-                f"to {task.get('to')}: repeat that one, give another output, or overwrite=True"
+                f"another conversion into {str(self.output)!r} was stopped, from "
+                f"{task.get('source')!r} to {task.get('to')}: repeat that one, give another output, "
+                "or overwrite=True"
             )
         if len(whole) < len(data):
             with self.path.open("r+b") as stream:
                 stream.truncate(len(whole))
-        remove_abandoned(self.folder, 0)
+        remove_abandoned(self.folder)
         return True
 
     def __enter__(self) -> _Journal:

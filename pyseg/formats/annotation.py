@@ -1,4 +1,4 @@
-"""What all formats are read to and written from: the regions of one image, with names of classes."""
+"""What all formats are read to and written from: the regions of one image, and class names."""
 
 from __future__ import annotations
 
@@ -97,7 +97,8 @@ class Annotation:
     def label_map(self, void: int) -> np.ndarray:
         """Class of each pixel, [H, W] int32; ``void`` where there is no region."""
         table = np.array([void, *(region.label for region in self.regions)], np.int32)
-        return table[self.id_map()]
+        labels: np.ndarray = table[self.id_map()]
+        return labels
 
     def segments(self) -> Segments:
         """As a panoptic result, in which the front region alone has a pixel."""
@@ -284,7 +285,7 @@ class Given:
                         if self.images
                         else "no images are known"
                     )
-                    + "; give the folder that has it by images"
+                    + "; give the folder that has it, images=FOLDER"
                 )
             return checked_size(declared, where)
         found = image_size(path)
@@ -331,8 +332,8 @@ def safe_name(value: str, where: str) -> str:
     )
     if bad:
         raise ImageError(
-            f"{where}: {value[:80]!r} is no name of a file within a folder; names must be relative, "
-            "without '..'"
+            f"{where}: {value[:80]!r} is no name of a file within a folder; names must be "
+            "relative, without '..'"
         )
     return text
 
@@ -410,8 +411,8 @@ def class_names(given: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...
                 n.removesuffix("_CLASSES").lower() for n in dir(class_lists) if "_CLASSES" in n
             ]
             raise LabelError(
-                f"classes: {text!r} is no file, no list of names with commas, and none of the known "
-                f"lists ({', '.join(lists)})"
+                f"classes: {text!r} is no file, no list of names with commas, and none of the "
+                f"known lists ({', '.join(lists)})"
             )
     else:
         names = tuple(given)
@@ -428,7 +429,7 @@ def checked_classes(names: Sequence[str], where: str) -> tuple[str, ...]:
             raise LabelError(f"{where}: {name!r} is there twice; names must differ")
         seen.add(name)
     if not seen:
-        raise LabelError(f"{where}: there is no class; give their names by classes")
+        raise LabelError(f"{where}: there is no class; give their names, classes=NAMES")
     if len(seen) > 65534:
         raise LabelError(f"{where}: {len(seen)} classes are more than any format holds")
     return tuple(names)
@@ -499,8 +500,8 @@ def index_of(
     index = {name: k for k, name in enumerate(names)}
     if unknown := [name for name in found if name not in index]:
         raise LabelError(
-            f"{where} has {'class' if len(unknown) == 1 else 'classes'} {some(map(repr, unknown))}, "
-            f"not among the {len(names)} given; add it to classes, or leave classes out"
+            f"{where} has the class {some(map(repr, unknown))}, not among the {len(names)} given; "
+            "give them all, classes=NAMES, or none"
         )
     return names, index
 
@@ -508,5 +509,5 @@ def index_of(
 def lookup(index: Mapping[str, int], name: str, where: str) -> int:
     """The index of a class that may be unknown."""
     if name not in index:
-        raise LabelError(f"{where}: the class {name!r} is unknown; add it to classes")
+        raise LabelError(f"{where}: the class {name!r} is unknown; give it too, classes=NAMES")
     return index[name]

@@ -196,8 +196,8 @@ def label_ids_of(classes: Sequence[str]) -> list[int]:
     known = {name: number for number, name in NAMES.items()} | {"unlabeled": 0}
     if strange := [name for name in classes if name not in known]:
         raise LabelError(
-            f"Cityscapes has no class {some(map(repr, strange))}; rename it in the source, or choose "
-            "another format"
+            f"Cityscapes has no class {some(map(repr, strange))}; rename it in the source, or "
+            "choose another format"
         )
     return [known[name] for name in classes]
 

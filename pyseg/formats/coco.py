@@ -82,8 +82,8 @@ def open_source(path: Path, given: Given) -> Source:
         here = f"{where}: annotations[{number}]"
         if annotation["image_id"] not in images:
             raise LabelError(
-                f"{here} is of image {annotation['image_id']!r}, which images does not list; remove "
-                "it, or add the image"
+                f"{here} is of image {annotation['image_id']!r}, which images does not list; "
+                "remove it, or add the image"
             )
         if annotation["category_id"] not in index:
             raise LabelError(
@@ -198,7 +198,7 @@ class Writer:
     """An ``instances_*.json``.
 
     Masks without holes are polygons between pixels, one for each part, which pycocotools fills to
-    the same mask; others are compressed RLE, and crowds RLE as lists of runs, as in COCO's own files.
+    the same mask; others are compressed RLE, and crowds RLE as lists of runs, as in COCO's files.
 
     Args:
         target: the file.

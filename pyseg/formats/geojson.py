@@ -69,14 +69,14 @@ def open_source(path: Path, given: Given) -> Source:
                 left_out += 1
     notes = (f"{left_out} points and lines were left out: they have no area",) if left_out else ()
     if not labels and given.classes is None:
-        raise LabelError(f"{str(path)!r} has no polygon; give the names by classes")
+        raise LabelError(f"{str(path)!r} has no polygon; give the names, classes=NAMES")
     classes, index = index_of(sorted(labels) if labels else (), given, repr(str(path)))
 
     def read(name: str) -> Annotation:
         file = found[name]
         where = repr(str(file))
         value = _read(file)
-        image = value.get("image", {})
+        image: dict[str, Any] = value.get("image", {})
         declared = (image["height"], image["width"]) if image else None
         size = given.size_of(name, where, declared)
         placement = _placement(value, given, name, where)

@@ -73,7 +73,7 @@ def open_source(path: Path, given: Given) -> Source:
             raise LabelError(
                 f"{where} holds {some(wrong.tolist())}, but there are {len(classes)} classes, 0 to "
                 f"{len(classes) - 1}, and {void} is void; give the list that it was made with by "
-                "classes"
+                "classes=NAMES"
             )
         return Annotation.of_labels(name, labels, len(classes), file_name=given.image_name(name))
 
@@ -94,7 +94,7 @@ def _listed(folder: Path) -> _Listed | None:
     for place in (folder, folder.parent):
         if (path := place / "classes.json").is_file():
             value = read_json(path, LabelError)
-            entries = value.get("classes") if isinstance(value, dict) else value
+            entries: Any = value.get("classes") if isinstance(value, dict) else value
             shape = {"name": str, "id?": int, "color?": [int]}
             where = f"the classes of {str(path)!r}"
             check_json(entries, [(str, dict)], where, LabelError)

@@ -1,8 +1,9 @@
 """labelme's JSON, one for each image.
 
-Its polygons are filled by Pillow, border included, as labelme itself does. Written so that this gives
-the same mask: an object without holes is a polygon through its outermost pixels, one for each part,
-with one ``group_id``; any other is a shape of type "mask", which holds every mask (labelme from 5.3 on).
+Its polygons are filled by Pillow, border included, as labelme itself does. Written so that this
+gives the same mask: an object without holes is a polygon through its outermost pixels, one for each
+part, with one ``group_id``; any other is a shape of type "mask", which holds every mask (labelme
+from 5.3 on).
 """
 
 from __future__ import annotations
@@ -87,11 +88,11 @@ def open_source(path: Path, given: Given) -> Source:
                 labels[shape["label"]] = None
             else:
                 skipped += shape["label"] != IGNORED
-    notes = ()
+    notes: tuple[str, ...] = ()
     if skipped:
         notes = (f"{skipped} points and lines were left out: they have no area",)
     if not labels and given.classes is None:
-        raise LabelError(f"{str(path)!r} has no shape with an area; give the names by classes")
+        raise LabelError(f"{str(path)!r} has no shape with an area; give the names, classes=NAMES")
     classes, index = index_of(sorted(labels) if labels else (), given, repr(str(path)))
 
     def read(name: str) -> Annotation:
@@ -207,8 +208,8 @@ def _mask(shape: dict[str, Any], label: int, size: tuple[int, int], where: str) 
         ) from error
     if x0 < 0 or y0 < 0 or x1 >= size[1] or y1 >= size[0]:
         raise ImageError(
-            f"{where}: its mask reaches beyond the image of {size[1]} x {size[0]} pixels; are these "
-            "coordinates of another image?"
+            f"{where}: its mask reaches beyond the image of {size[1]} x {size[0]} pixels; are "
+            "these coordinates of another image?"
         )
     mask = np.zeros(size, bool)
     mask[y0 : y1 + 1, x0 : x1 + 1] = picture
@@ -238,7 +239,7 @@ class Writer:
                 for ring in rings:
                     shapes.append(self._shape(region.label, "polygon", ring.tolist(), None, group))
         height, width = annotation.size
-        value = {
+        value: dict[str, Any] = {
             "version": "5.5.0",
             "flags": {},
             "shapes": shapes,
@@ -287,7 +288,8 @@ def _polygons(region: Region, annotation: Annotation) -> list[Ring] | None:
     # Pillow's filling is not specified: what it draws is looked at.
     if not np.array_equal(mask, region.mask):
         return None
-    return [ring + (region.left, region.top) for ring in rings]
+    corner = np.array([region.left, region.top])
+    return [ring + corner for ring in rings]
 
 
 def _as_mask(region: Region) -> tuple[list[list[int]], str]:

@@ -56,8 +56,8 @@ def from_supervision(detections: Any, size: tuple[int, int] | None = None) -> In
         mask = np.zeros((0, *size), bool)
     if mask is None:
         raise ImageError(
-            "the detections have no masks: boxes alone are no segmentation; take a model that gives "
-            "masks" + ("" if count else ", or give size for an empty result")
+            "the detections have no masks: boxes alone are no segmentation; take a model that "
+            "gives masks" + ("" if count else ", or give size for an empty result")
         )
     if detections.class_id is None and count:
         raise ImageError("the detections have no class_id; set it before")
@@ -117,9 +117,7 @@ def to_napari_labels(
     return [(plane, first, "labels"), (ids, second, "labels")]
 
 
-def from_napari_labels(
-    layer: Sequence[Any] | Any, classes: Sequence[str] | None = None
-) -> Segments:
+def from_napari_labels(layer: Any, classes: Sequence[str] | None = None) -> Segments:
     """A label layer as a panoptic result, for example after it was corrected by hand.
 
     Args:
@@ -155,7 +153,7 @@ def from_napari_labels(
     labels = {int(value): index[name] for value, name in pairs if name in index}
     if unknown := [value for value in found if value not in labels]:
         raise ImageError(
-            f"the layer holds {unknown[:8]}, whose class its features do not tell; add a row for each"
+            f"the layer holds {unknown[:8]}, whose class its features do not tell; add rows"
         )
     return Segments.from_map(ids, labels)
 

@@ -2,8 +2,8 @@
 
 Two ways to say where a pixel is are in use. For COCO, CVAT and GeoJSON pixel (x, y) is the square
 from (x, y) to (x + 1, y + 1), and an outline runs between pixels (`parts`, `fill_coco`,
-`fill_area`). For OpenCV, with which YOLO's files are read, and for Pillow, which labelme uses, it is
-the point (x, y), and an outline runs through the outermost pixels of the mask, which it includes
+`fill_area`). For OpenCV, with which YOLO's files are read, and for Pillow, which labelme uses, it
+is the point (x, y), and an outline runs through the outermost pixels of the mask, which it includes
 (`border_parts`, `fill_opencv`, `fill_pillow`).
 """
 
@@ -34,8 +34,8 @@ def parts(mask: np.ndarray) -> list[Part]:
     Returns:
         One list of rings for each part of the mask that is connected by the sides of pixels: the
         outer ring, with the mask on its right (clockwise as seen on the screen), then its holes,
-        the other way round. Vertices are integers, at corners of pixels, where the outline turns. No
-        ring crosses or touches itself, so that the polygons are valid ones in the sense of OGC.
+        the other way round. Vertices are integers, at corners of pixels, where the outline turns.
+        No ring crosses or touches itself, so that the polygons are valid ones in OGC's sense.
     """
     labels, count = ndimage.label(mask)
     found: list[list[tuple[float, Ring]]] = [[] for _ in range(count)]
@@ -51,8 +51,8 @@ def border_parts(mask: np.ndarray) -> list[Part]:
         mask: [H, W] bool.
 
     Returns:
-        As `parts`, but parts are connected by corners too, and vertices are indices of pixels of the
-        mask, so that rings of thin places run there and back, and that of a single pixel is one
+        As `parts`, but parts are connected by corners too, and vertices are indices of pixels of
+        the mask, so that rings of thin places run there and back, and that of a single pixel is one
         point. The vertices of a ring are at most one pixel apart, sideways or diagonally.
     """
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -72,9 +72,9 @@ def _rings(mask: np.ndarray, labels: np.ndarray) -> list[tuple[Ring, int]]:
     """The closed outlines between pixels, corner by corner, and the component of each.
 
     Every outline alternates between level and upright stretches with the mask on their right. Where
-    two pixels of the mask touch by a corner only, four stretches meet; the outline turns right there,
-    which keeps the two apart, where they are of different components, and left where they are of one:
-    then no ring touches itself.
+    two pixels of the mask touch by a corner only, four stretches meet; the outline turns right
+    there, which keeps the two apart, where they are of different components, and left where they
+    are of one: then no ring touches itself.
     """
     padded = np.pad(mask.astype(np.int8), 1)
     component = np.pad(labels, 1)
@@ -148,7 +148,8 @@ def _inner_pixels(ring: Ring) -> Ring:
     points[:, 0] -= left | down
     points[:, 1] -= left | up
     keep = (points != np.roll(points, 1, 0)).any(1)
-    return points[keep] if keep.any() else points[:1]
+    kept: Ring = points[keep] if keep.any() else points[:1]
+    return kept
 
 
 def straightened(ring: Ring) -> Ring:
@@ -166,9 +167,9 @@ def bridged(found: Sequence[Part]) -> Ring:
     """All rings as a single closed one, for formats in which an object is one polygon.
 
     Holes are joined to the ring on their left by a level bridge of pixels of the mask, parts by the
-    shortest line, largest part first; bridges are walked there and back, so that an even-odd filling
-    leaves holes open. A tool that draws borders, as OpenCV, adds the pixels of the bridges between
-    parts; those to holes change nothing.
+    shortest line, longest ring first; bridges are walked there and back, so that an even-odd
+    filling leaves holes open. A tool that draws borders, as OpenCV, adds the pixels of the bridges
+    between parts; those to holes change nothing.
 
     Args:
         found: what `border_parts` returns.
@@ -262,7 +263,8 @@ def fill_area(rings: Sequence[Ring], height: int, width: int) -> np.ndarray:
     at = x0[edge] + (row + 0.5 - y0[edge]) * slope[edge]
     column = np.clip(np.ceil(at - 0.5), 0, width).astype(np.int64)
     toggles = np.bincount(row * (width + 1) + column, minlength=height * (width + 1))
-    return toggles.reshape(height, width + 1)[:, :width].cumsum(1) % 2 == 1
+    inside: np.ndarray = toggles.reshape(height, width + 1)[:, :width].cumsum(1) % 2 == 1
+    return inside
 
 
 def fill_coco(ring: Ring, height: int, width: int) -> np.ndarray:
@@ -297,7 +299,8 @@ def fill_coco(ring: Ring, height: int, width: int) -> np.ndarray:
     good = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
     position = column[good].astype(np.int64) * height + row[good]
     toggles = np.bincount(position, minlength=height * width + 1)[: height * width]
-    return (toggles.cumsum() % 2 == 1).reshape(width, height).T
+    inside: np.ndarray = (toggles.cumsum() % 2 == 1).reshape(width, height).T
+    return inside
 
 
 def fill_opencv(ring: Ring, height: int, width: int) -> np.ndarray:

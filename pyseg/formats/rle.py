@@ -1,4 +1,4 @@
-"""Run-length masks of COCO: compressed, as lists of runs, and what the field's tools make of them."""
+"""Run-length masks of COCO, compressed or as lists of runs."""
 
 from __future__ import annotations
 

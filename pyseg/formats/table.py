@@ -180,8 +180,8 @@ def detect(path: Path) -> tuple[Format, Path, str]:
     if not path.exists():
         raise PysegError(f"{str(path)!r} does not exist; check the path")
     if path.is_file():
-        name, reason = _of_file(path)
-        return FORMATS[name], path, reason
+        name, known = _of_file(path)
+        return FORMATS[name], path, known
     for name in ("voc", "yolo", *cityscapes.KINDS, "geojson", "labelme"):
         reason = _of_folder(name, path)
         if reason:
@@ -190,10 +190,10 @@ def detect(path: Path) -> tuple[Format, Path, str]:
     described = []
     for file in files[:50]:  # where there are more, they are not each a set of its own
         try:
-            name, reason = _of_file(file)
+            name, known = _of_file(file)
         except (LabelError, ImageError):
             continue
-        described.append((FORMATS[name], file, f"{file.name}, {reason}"))
+        described.append((FORMATS[name], file, f"{file.name}, {known}"))
     if len(described) > 1:
         found = some([str(file.relative_to(path)) for _, file, _ in described])
         raise PysegError(
@@ -204,7 +204,7 @@ def detect(path: Path) -> tuple[Format, Path, str]:
     if reason := indexed.detect(path):
         return FORMATS["indexed"], path, reason
     raise PysegError(
-        f"{str(path)!r} holds nothing of a known format; name it by --from, one of "
+        f"{str(path)!r} holds nothing of a known format; name it, source_format=NAME, of "
         f"{', '.join(FORMATS)}"
     )
 
@@ -236,7 +236,9 @@ def _of_file(path: Path) -> tuple[str, str]:
             )
         )
     if suffix not in (".json", ".geojson"):
-        raise LabelError(f"{str(path)!r} has a suffix of no known format; name it by --from")
+        raise LabelError(
+            f"{str(path)!r} has a suffix of no known format; name it, source_format=NAME"
+        )
     value = read_json(path, LabelError)
     if labelme.is_file(value):
         return "labelme", "a JSON with shapes"
@@ -253,7 +255,7 @@ def _of_file(path: Path) -> tuple[str, str]:
         return "coco", "a JSON with images, annotations and categories"
     if isinstance(value, list) and isinstance(first, dict) and "segmentation" in first:
         return "coco-results", "a list with segmentations"
-    raise LabelError(f"{str(path)!r} is a JSON of no known format; name it by --from")
+    raise LabelError(f"{str(path)!r} is a JSON of no known format; name it, source_format=NAME")
 
 
 __all__ = ["FORMATS", "Format", "Writer", "detect", "find_format"]

@@ -89,7 +89,7 @@ def open_source(path: Path, given: Given) -> Source:
         if wrong:
             raise LabelError(
                 f"{where} holds {some(wrong)}, but there are the background, 0, and "
-                f"{len(classes) - 1} classes; give the list that it was made with by classes"
+                f"{len(classes) - 1} classes; give the list that it was made with, classes=NAMES"
             )
         objects = path / "SegmentationObject" / file.relative_to(folder)
         numbers = np.zeros_like(labels)
@@ -103,7 +103,7 @@ def open_source(path: Path, given: Given) -> Source:
             numbers[(numbers == VOID) | (labels == VOID)] = 0
         image = _described(path, name, size)
         regions = []
-        # What has no object number: the background, and areas of classes where objects are not told.
+        # What has no object number: the background, and areas of classes without objects.
         area = np.where((numbers == 0) & (labels != VOID), labels + 1, 0)
         wanted = [int(value) for value in np.unique(area) if value]
         for value, (mask, left, top) in zip(wanted, cut_out(area, wanted), strict=True):
@@ -152,8 +152,8 @@ def _described(path: Path, name: str, size: tuple[int, int]) -> str | None:
         )
         if declared != size:
             raise ImageError(
-                f"{where} is for an image of {declared[1]} x {declared[0]} pixels, its label map has "
-                f"{size[1]} x {size[0]}; they must be equal"
+                f"{where} is for an image of {declared[1]} x {declared[0]} pixels, its label map "
+                f"has {size[1]} x {size[0]}; they must be equal"
             )
     text = root.findtext("filename") or ""
     return text.replace("\\", "/").rpartition("/")[2].strip() or None

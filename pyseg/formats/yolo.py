@@ -1,11 +1,11 @@
 """YOLO's segmentation labels: a text file for each image, a line with one polygon for each object.
 
 Read as Ultralytics reads them: coordinates times the image's size, truncated to pixels, filled by
-OpenCV's ``fillPoly``, border included. Written so that this gives the same mask: polygons run through
-the outermost pixels of an object, half a pixel inside, so that truncating cannot miss them; holes
-are bridged within the object, which changes no pixel; several parts of an object are joined into its
-one polygon by the shortest lines, which adds their pixels; parts of an area that is no object become
-a line each.
+OpenCV's ``fillPoly``, border included. Written so that this gives the same mask: polygons run
+through the middles of an object's outermost pixels, which truncating cannot miss; holes are bridged
+within the object, which changes no pixel; several parts of an object are joined into one polygon by
+the shortest lines, which adds the pixels of these; parts of an area that is no object become a line
+each.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def open_source(path: Path, given: Given) -> Source:
     if names is None:
         if file is None:
             raise LabelError(
-                f"{str(root)!r} has no data.yaml with the names of classes; add it, or give classes"
+                f"{str(root)!r} has no data.yaml with the names of classes; add it, or give "
+                "them, classes=NAMES"
             )
         names = names_of_yaml(file)
     classes = names
@@ -125,8 +126,8 @@ def _region(
     label, numbers = values[0], values[1:]
     if not label.is_integer() or not 0 <= label < len(classes):
         raise LabelError(
-            f"{where}: the class {words[0][:20]} is none of 0 to {len(classes) - 1}; mend it, or the "
-            "names in data.yaml"
+            f"{where}: the class {words[0][:20]} is none of 0 to {len(classes) - 1}; mend it, or "
+            "the names in data.yaml"
         )
     if numbers.size in (4, 5):
         raise LabelError(
@@ -145,8 +146,8 @@ def _region(
     if numbers.min() < -0.01 or numbers.max() > 1.01:
         worst = numbers[np.abs(numbers - 0.5).argmax()]
         raise LabelError(
-            f"{where}: the coordinate {worst:g} is not in 0 to 1; divide pixels by the image's width "
-            "and height"
+            f"{where}: the coordinate {worst:g} is not in 0 to 1; divide pixels by the image's "
+            "width and height"
         )
     height, width = size
     ring = numbers.reshape(-1, 2) * (width, height)
@@ -196,7 +197,7 @@ class Writer:
         )
         write_text(
             self.target / "data.yaml",
-            f"path: .\ntrain: images\nval: images\nnames:\n{names}",
+            f"train: images\nval: images\nnames:\n{names}",
         )
 
 
