@@ -291,8 +291,8 @@ class _Journal:
                 return False
             raise PysegError(
                 f"another conversion into {str(self.output)!r} was stopped, from "
-                f"{task.get('source')!r} to {task.get('to')}: repeat that one, give another output, "
-                "or overwrite=True"
+                f"{task.get('source')!r} to {task.get('to')}: repeat that one, give another "
+                "output, or overwrite=True"
             )
         if len(whole) < len(data):
             with self.path.open("r+b") as stream:

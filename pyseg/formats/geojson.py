@@ -113,7 +113,7 @@ def _is_area(feature: dict[str, Any]) -> bool:
 
 
 def _label(feature: dict[str, Any], where: str) -> str:
-    properties = feature.get("properties")
+    properties: Any = feature.get("properties")
     for key in _LABELS if isinstance(properties, dict) else ():
         value = properties.get(key)
         if isinstance(value, dict):  # QuPath's

@@ -217,7 +217,7 @@ def check_ring(points: object, size: tuple[int, int], where: str) -> Ring:
     try:
         ring = np.array(points, np.float64)
     except (TypeError, ValueError, OverflowError):
-        ring = np.empty(0)
+        ring = np.empty((0, 0))
     if ring.ndim == 1 and ring.size % 2 == 0:
         ring = ring.reshape(-1, 2)
     if ring.ndim != 2 or ring.shape[1] != 2 or _holds_text(points):

@@ -49,7 +49,8 @@ def _text_of_runs(runs: np.ndarray) -> str:
     last = done.argmax(1)
     column = np.arange(7)
     digits |= np.where(column < last[:, None], 32, 0)
-    return (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes().decode("ascii")
+    codes: bytes = (digits[column <= last[:, None]] + 48).astype(np.uint8).tobytes()
+    return codes.decode("ascii")
 
 
 def decode_rle(rle: Mapping[str, Any]) -> Tensor:

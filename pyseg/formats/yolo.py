@@ -150,7 +150,8 @@ def _region(
             "width and height"
         )
     height, width = size
-    ring = numbers.reshape(-1, 2) * (width, height)
+    # In 32 bits as there, on which truncation depends where others wrote whole pixels.
+    ring = numbers.reshape(-1, 2).astype(np.float32) * np.array([width, height], np.float32)
     ring = np.clip(np.trunc(ring), 0, (width - 1, height - 1)).astype(np.int64)
     left, top = ring.min(0).tolist()
     right, bottom = (ring.max(0) + 1).tolist()
@@ -183,10 +184,12 @@ class Writer:
                 found = border_parts(region.mask)
                 whole = [found] if region.thing else [[part] for part in found]
                 corner = (region.left + 0.5, region.top + 0.5)
-                rings = [(bridged(parts) + corner) / (width, height) for parts in whole]
+                rings = [
+                    np.round((bridged(parts) + corner) / (width, height), 7) for parts in whole
+                ]
             for ring in rings:
                 points = list(ring) + [ring[-1]] * max(0, 3 - len(ring))
-                numbers = " ".join(f"{x:.7g} {y:.7g}" for x, y in points)
+                numbers = " ".join(f"{float(x)!r} {float(y)!r}" for x, y in points)
                 lines.append(f"{self.number[region.label]} {numbers}\n")
         write_text(path, "".join(lines))
         return None
