@@ -62,7 +62,8 @@ class Loss:
         if self.differing:
             first += f" ({share:.2%})"
         lines = [first]
-        lines += [f"{_count(n, 'mask')} differ: {why}" for why, n in self.reasons.most_common()]
+        for why, number in self.reasons.most_common():
+            lines.append(f"{_count(number, 'mask')} differ{'s' if number == 1 else ''}: {why}")
         if self.merged:
             lines.append(
                 f"{_count(self.merged, 'object')} are no longer told from others of a class"
@@ -417,7 +418,7 @@ def _compare(
             if region.area and name not in BACKGROUND:
                 loss.new += 1
                 loss.differing += region.area
-                loss.reasons["the target has them besides"] += 1
+                loss.reasons["the target has it besides"] += 1
 
 
 def _areas(regions: list[tuple[str, Region]], size: tuple[int, int]) -> dict[str, Region]:
@@ -489,7 +490,7 @@ def _count_mask(
     if difference == 0 and (found is not None or not region.area):
         if found is None:
             loss.gone += 1
-            loss.reasons["they are empty"] += 1
+            loss.reasons["it is empty"] += 1
         else:
             loss.equal += 1
         return
@@ -505,13 +506,13 @@ def _reason(name: str, region: Region, found: Region | None, names: set[str], co
     if name not in names:
         return "the target has no such class"
     if covered:
-        return "others lie over them, and the target has one value for each pixel"
+        return "others lie over it, and a pixel has one value there"
     parts = ndimage.label(region.mask, structure=np.ones((3, 3)))[1]
     if parts > 1:
-        return "they have several parts, which the target bridges"
+        return "several parts, which the target bridges"
     if ndimage.binary_fill_holes(region.mask).sum() > region.area:
-        return "they have holes"
-    return "their outline is rounded"
+        return "holes"
+    return "the outline"
 
 
 __all__ = ["Conversion", "Loss", "convert"]

@@ -33,7 +33,7 @@ from .annotation import (
     lookup,
     safe_name,
 )
-from .polygons import Ring, border_parts, check_ring, fill_pillow, straightened
+from .polygons import Ring, bits_of, border_parts, check_ring, fill_pillow, straightened
 
 IGNORED = "__ignore__"  # labelme's name for what is void
 _FILE = {
@@ -184,7 +184,7 @@ def _region(shape: dict[str, Any], label: int, size: tuple[int, int], where: str
     else:
         radius = float(np.hypot(x1 - x0, y1 - y0))
         draw.ellipse((x0 - radius, y0 - radius, x0 + radius, y0 + radius), outline=1, fill=1)
-    return Region.cut(label, np.array(picture))
+    return Region.cut(label, bits_of(picture))
 
 
 def _mask(shape: dict[str, Any], label: int, size: tuple[int, int], where: str) -> Region:

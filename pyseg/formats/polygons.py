@@ -359,7 +359,12 @@ def fill_pillow(ring: Ring, height: int, width: int) -> np.ndarray:
     picture = Image.new("1", (width, height))
     points = [(float(x), float(y)) for x, y in ring]
     ImageDraw.Draw(picture).polygon(points, outline=1, fill=1)
-    return np.array(picture)
+    return bits_of(picture)
+
+
+def bits_of(picture: Image.Image) -> np.ndarray:
+    """A picture of mode 1 as [H, W] bool of 0 and 1: Pillow's own truth is a byte of 255."""
+    return np.array(picture).view(np.uint8) != 0
 
 
 def _edges(rings: Sequence[Ring]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
