@@ -261,14 +261,17 @@ class _Journal:
     def __init__(self, output: Path, target: Format, task: dict[str, Any], overwrite: bool) -> None:
         self.output, self.task = output, task
         self.folder = output.parent if target.suffix else output
+        self.folders = [] if target.suffix else [output]
+        if target.name.endswith("panoptic"):  # PNGs in a folder beside the JSON
+            self.folders = [output.with_suffix("")]
         self.made = not self.folder.exists()
         self.path = self.folder / (f".{output.name}.convert" if target.suffix else ".convert")
         self.keep = False
         if self._resumes(overwrite):
             return
         if not overwrite:
-            there = output if target.suffix else next(self._files(), None)
-            if there is not None and there.exists():
+            there = next(self._files(), None)
+            if there is not None:
                 raise PysegError(
                     f"{str(there)!r} is there already: give another output, or overwrite=True"
                 )
@@ -276,7 +279,11 @@ class _Journal:
         self.path.write_text(json.dumps(task) + "\n", encoding="utf-8")
 
     def _files(self) -> Iterator[Path]:
-        return self.output.iterdir() if self.output.is_dir() else iter(())
+        """What is there of the output, besides the journal."""
+        if self.output.is_file():
+            yield self.output
+        for folder in self.folders:
+            yield from (p for p in folder.rglob("*") if p.is_file() and p != self.path)
 
     def _resumes(self, overwrite: bool) -> bool:
         if not self.path.is_file():
@@ -307,10 +314,10 @@ class _Journal:
 
     def __exit__(self, *_: object) -> None:
         self._stream.close()
-        if not self.keep and next(self._lines(), None) is None:  # nothing was done
-            self.path.unlink(missing_ok=True)
-            if self.made and not any(self.folder.iterdir()):
-                self.folder.rmdir()
+        if not self.keep and next(self._lines(), None) is None and not any(self._files()):
+            self.path.unlink(missing_ok=True)  # nothing was done
+            if self.made:
+                shutil.rmtree(self.folder)
 
     def add(self, name: str, size: tuple[int, int], entry: Any) -> None:
         line = json.dumps({"name": name, "size": list(size), "entry": entry})

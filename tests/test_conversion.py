@@ -139,12 +139,10 @@ def test_overlaps_are_lost(tmp_path):
         assert (loss.equal, loss.changed, loss.differing) == (2, 1, 4)
         assert list(loss.reasons) == ["others lie over it, and a pixel has one value there"]
         (tmp_path / "in.json").unlink()
-    # One that is hidden whole is gone.
-    loss = (
-        lost(tmp_path, "coco-panoptic", [square(3, 3, 2), square(2, 2)], names=["cat"])
-        if not ((tmp_path / "coco-panoptic.json").unlink())
-        else None
-    )
+
+
+def test_what_is_hidden_is_gone(tmp_path):
+    loss = lost(tmp_path, "coco-panoptic", [square(3, 3, 2), square(2, 2)], names=["cat"])
     assert (loss.equal, loss.gone, loss.differing) == (1, 1, 4)
 
 
@@ -529,7 +527,7 @@ def test_real_samples(data_folder, tmp_path):
     }
     masks = {"voc": 12, "labelme": 12, "coco-panoptic": 50, "coco": 50, "coco-results": 14}
     for origin, source in sets.items():
-        for to in ("coco", "cvat", "geojson"):
+        for to in {"voc": ("geojson",), "coco-panoptic": ("cvat",)}.get(origin, ("coco",)):
             (tmp_path / origin).mkdir(exist_ok=True)
             result = convert(source, output_of(to, tmp_path / origin), to=to)
             assert result.source == origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -479,8 +480,12 @@ def names_of_yaml(path: Path) -> tuple[str, ...]:
         names = [names[k] for k in range(len(names))]
     if not isinstance(names, list) or not names:
         raise LabelError(f"{where} has no names; add 'names: [person, car]'")
-    # What YAML takes for a number or a truth value was meant as a name.
-    return checked_classes([n if isinstance(n, str) else str(n) for n in names], where)
+    for name in names:
+        # A list in it may hold itself many times over: it is not written out.
+        if not isinstance(name, (str, int, float, bool, datetime.date)):
+            raise LabelError(f"{where}: a name must be a text, got a {type(name).__name__}")
+    # What YAML takes for a number, a date or a truth value was meant as a name.
+    return checked_classes([str(name) for name in names], where)
 
 
 def index_of(

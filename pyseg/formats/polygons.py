@@ -364,7 +364,8 @@ def fill_pillow(ring: Ring, height: int, width: int) -> np.ndarray:
 
 def bits_of(picture: Image.Image) -> np.ndarray:
     """A picture of mode 1 as [H, W] bool of 0 and 1: Pillow's own truth is a byte of 255."""
-    return np.array(picture).view(np.uint8) != 0
+    mask: np.ndarray = np.array(picture).view(np.uint8) != 0
+    return mask
 
 
 def _edges(rings: Sequence[Ring]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

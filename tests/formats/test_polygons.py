@@ -21,7 +21,7 @@ def masks():
         rings[k : 17 - k, k : 19 - k] = True
         rings[k + 1 : 16 - k, k + 1 : 18 - k] = False
     yield rings
-    for kind in range(160):
+    for kind in range(80):
         height, width = generator.integers(1, 40, 2)
         noise = generator.standard_normal((height, width))
         if kind % 4 == 3:
@@ -98,7 +98,7 @@ def test_pycocotools_fills_them_alike(some_masks):
 def test_any_polygon_as_pycocotools_fills_it():
     reference = pytest.importorskip("pycocotools.mask")
     generator = np.random.default_rng()
-    for _ in range(300):
+    for _ in range(150):
         height, width = (int(side) for side in generator.integers(1, 60, 2))
         ring = generator.uniform(-5, 65, (generator.integers(3, 12), 2))
         want = reference.decode(reference.frPyObjects([ring.ravel().tolist()], height, width))
@@ -107,7 +107,7 @@ def test_any_polygon_as_pycocotools_fills_it():
 
 def test_any_polygon_by_centres():
     generator = np.random.default_rng()
-    for _ in range(40):
+    for _ in range(20):
         height, width = (int(side) for side in generator.integers(1, 14, 2))
         rings = [generator.uniform(-3, 16, (generator.integers(3, 9), 2)) for _ in range(2)]
         got = polygons.fill_area(rings, height, width)
@@ -119,7 +119,7 @@ def test_any_polygon_by_centres():
 def test_any_polygon_as_opencv_fills_it():
     cv2 = pytest.importorskip("cv2")
     generator = np.random.default_rng()
-    for _ in range(400):
+    for _ in range(200):
         height, width = (int(side) for side in generator.integers(1, 60, 2))
         ring = generator.uniform(0, 1, (generator.integers(1, 12), 2)) * (width, height)
         want = np.zeros((height, width), np.uint8)
