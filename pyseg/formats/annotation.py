@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
 from .. import classes as class_lists
-from ..errors import ImageError, LabelError, require
+from ..errors import ImageError, LabelError
 from ..files import IMAGE_SUFFIXES, check_json, read_json, some
 from ..image import check_pixels
 from ..regions import Instances, Segment, Segments
@@ -464,7 +465,6 @@ def names_of_yaml(path: Path) -> tuple[str, ...]:
     Raises:
         LabelError: it cannot be read, or its names are not such.
     """
-    yaml = require("yaml", remedy="pip install pyyaml")
     where = f"the description {str(path)!r}"
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))

@@ -297,10 +297,14 @@ def fill_coco(ring: Ring, height: int, width: int) -> np.ndarray:
     row = np.where(v[1:][moved] < v[:-1][moved], v[1:][moved], v[:-1][moved])
     row = np.ceil(np.clip((row + 0.5) / 5 - 0.5, 0, height)).astype(np.int64)
     good = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
-    position = column[good].astype(np.int64) * height + row[good]
-    toggles = np.bincount(position, minlength=height * width + 1)[: height * width]
-    inside: np.ndarray = (toggles.cumsum() % 2 == 1).reshape(width, height).T
-    return inside
+    column, row = column[good].astype(np.int64), row[good]
+    mask = np.zeros((height, width), bool)
+    if column.size:
+        left, wide = int(column.min()), int(np.ptp(column)) + 1  # no other column changes
+        toggles = np.bincount((column - left) * height + row, minlength=wide * height + 1)
+        odd = toggles[: wide * height].cumsum() % 2 == 1
+        mask[:, left : left + wide] = odd.reshape(wide, height).T
+    return mask
 
 
 def fill_opencv(ring: Ring, height: int, width: int) -> np.ndarray:
