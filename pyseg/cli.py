@@ -79,6 +79,8 @@ def _as_options(message: str, names: Sequence[str]) -> str:
         message = re.sub(rf"\b{name}=(?=[\w<'\".])", f"{option} ", message)
         if "_" in name:  # a single word may be just a word
             message = re.sub(rf"(?<![\w-]){name}\b", option, message)
+    if "source_format" in names:
+        message = message.replace("--source-format", "--from")
     if "output" in names:
         message = re.sub(r"\boutput_dir\b", "--output", message)
     return message + separator + rest
@@ -941,6 +943,65 @@ def _print_data_report(report: DataReport) -> None:
         _say(f"{kind} [{problem.kind}]: {problem.message}", colour)
     if report.sheet is not None:
         typer.echo(f"wrote {report.sheet}")
+
+
+@app.command("convert", cls=_documented_by("conversion.py:convert"))
+def convert_command(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Annotations: a file or a folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="File or folder to write.")],
+    to: Annotated[str, typer.Option(help="Format of OUT, such as yolo; docs/formats.md has all.")],
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="Format of IN. [default: by its content]")
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="Names in the order of their ids: a .txt, .json or data.yaml, a known list such "
+            "as cityscapes, or a,b,c. [default: those of IN]"
+        ),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images: sizes, names, georeference.")
+    ] = None,
+    copy_images: Annotated[
+        bool | None, typer.Option("--copy-images", help="Also copy them where tools look for them.")
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Write over what is there.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Convert annotations between formats, and say what was lost, measured on what was written.
+
+    A run that was stopped goes on where it was.
+    """
+    from . import conversion
+
+    try:
+        result = conversion.convert(
+            source,
+            output,
+            to=to,
+            track=_track("converting"),
+            announce=lambda text: typer.echo(text, err=True),
+            **_given(
+                source_format=source_format,
+                classes=classes,
+                images=images,
+                copy_images=copy_images,
+                overwrite=overwrite,
+            ),
+        )
+    except KeyboardInterrupt:
+        raise _stop("the same command goes on where it was") from None
+    if as_json:
+        return _print_json(result.to_dict())
+    again = f", {result.resumed} of them before" if result.resumed else ""
+    plural = "" if result.images == 1 else "s"
+    typer.echo(f"{result.images} image{plural} from {result.source} to {result.target}{again}")
+    for line in result.lines():
+        typer.echo(line)
+    typer.echo(f"wrote {result.output}")
 
 
 RefinerArgument = Annotated[str, typer.Argument(help="Refiner: crf.")]

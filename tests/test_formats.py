@@ -119,7 +119,7 @@ def test_runs_as_text(index):
 
 
 def test_old_addresses():
-    for name in formats.__all__:
+    for name in image._IN_FORMATS:
         assert getattr(image, name) is getattr(formats, name)
     with pytest.raises(AttributeError, match="has no attribute 'decode_RLE'"):
         _ = image.decode_RLE

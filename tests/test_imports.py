@@ -16,7 +16,7 @@ FLOORS = (
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"cost", "data_check", "doctor", "evaluation", "prediction"},
+    {"conversion", "cost", "data_check", "doctor", "evaluation", "prediction"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
     {"demo"},
