@@ -122,7 +122,9 @@ def table(results):
     """Markdown lines for the stored ``results``, without rows that none of them belongs to."""
     yield f"| op, size | peer | {' | '.join(LEVELS)} |"
     yield "|---|---" + "|---" * len(LEVELS) + "|"
+    above = ""
     for what, peer, name in ROWS:
+        peer = above = peer or above  # none = that of the row above
         pairs = [
             [results.get(name.format(n) + suffix) for n in (1, 2)] for suffix in LEVELS.values()
         ]

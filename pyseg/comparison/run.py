@@ -36,6 +36,7 @@ from .result import BOUNDARY, CALIBRATION, NONE, SCORES, SEMANTIC, Comparison, R
 
 PICTURES = 3  # images that the page shows, spread evenly
 ROUNDS = 20  # checkpoints of a training, but no more than one a minute: they may be of gigabytes
+_PLAN = {"rounds": int, "steps_of_a_round": int}  # of a training: so many times so many steps
 PROBE = 3  # steps that are timed, after as many to warm up
 
 
@@ -335,15 +336,16 @@ def _trained(
                 seconds = _seconds_of_a_step(made.model, dataset, run, settings)
                 steps = max(1, int(budget_minutes * 60 / seconds))
                 observe(f"{model}: {steps} steps of {seconds:.3f} s")
-            write_json(plan, {"steps": steps})
-        wanted = read_json(plan, wanted={"steps": int})["steps"]
-        each = _steps_of_a_round(wanted, budget_minutes)
+            rounds = ROUNDS if budget_minutes is None else min(ROUNDS, math.ceil(budget_minutes))
+            each = max(1, steps // rounds)
+            write_json(plan, {"rounds": steps // each, "steps_of_a_round": each})
+        planned = read_json(plan, wanted=_PLAN)
         train(
             made.model,
             dataset,
             output_dir=work,
-            epochs=wanted // each,
-            steps=each,
+            epochs=planned["rounds"],
+            steps=planned["steps_of_a_round"],
             resume=(work / CHECKPOINT).is_file(),
             **settings,
         )
@@ -352,20 +354,14 @@ def _trained(
         (work / file).unlink(missing_ok=True)
     remove_abandoned(work, older_than=0)
     log = read_json(work / LOG, wanted=[{"seconds": float, "loss": float, "precision": str}])
-    planned = read_json(run / "plan.json", wanted={"steps": int})["steps"]
+    planned = read_json(run / "plan.json", wanted=_PLAN)
     return Training(
         model,
-        len(log) * _steps_of_a_round(planned, budget_minutes),
+        len(log) * planned["steps_of_a_round"],
         round(math.fsum(entry["seconds"] for entry in log), 2),
         log[-1]["loss"],
         log[-1]["precision"],
     )
-
-
-def _steps_of_a_round(steps: int, budget_minutes: float | None) -> int:
-    """Steps between checkpoints."""
-    rounds = ROUNDS if budget_minutes is None else min(ROUNDS, math.ceil(budget_minutes))
-    return max(1, steps // rounds)
 
 
 def _seconds_of_a_step(

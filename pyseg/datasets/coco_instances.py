@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import ImageError, LabelError, require
+from ..errors import ImageError, LabelError
 from ..files import IMAGE_SUFFIXES, read_json
 from ..formats import decode_rle
+from ..formats.polygons import fill_coco
 from ..image import default_palette, read_image
 from ..types import Instances, Sample
 from .layout import Published, Root
@@ -146,5 +147,5 @@ annotations/instances_{train2017,val2017}.json
                 f"{where} has a segmentation that is neither a run-length dict nor polygons "
                 "[[x0, y0, x1, y1, x2, y2, …], …] in the image"
             )
-        coco = require("faster_coco_eval.core.mask", extra="coco")
-        return torch.from_numpy(coco.decode(coco.frPyObjects(shape, *size)).astype(np.bool_)).any(2)
+        filled = [fill_coco(np.array(ring, np.float64).reshape(-1, 2), *size) for ring in shape]
+        return torch.from_numpy(np.logical_or.reduce(filled))

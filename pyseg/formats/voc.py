@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from ..classes import VOC_CLASSES
 from ..errors import ImageError, LabelError
 from ..files import make_folder, replacing, some, write_text
 from ..image import read_labels, write_labels
@@ -31,28 +32,7 @@ from .annotation import (
 )
 from .xml_files import integer, read_xml, text_of
 
-CLASSES = (
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "diningtable",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "pottedplant",
-    "sheep",
-    "sofa",
-    "train",
-    "tvmonitor",
-)
+CLASSES = VOC_CLASSES[1:]
 """The 20 classes of VOC 2007 to 2012, in the order of their ids from 1."""
 MOST = 254  # objects of an image, and classes: 0 is the background and 255 void
 LISTS = ("class_names.txt", "labels.txt", "labelmap.txt")

@@ -23,7 +23,7 @@ from pyseg import spec
 from pyseg.errors import SpecError, WeightsError
 from pyseg.ops import panoptic_merge
 from pyseg.refiners import sam as family
-from pyseg.refiners.sam import SamRefiner
+from pyseg.refiners.sam import SamRefiner, _spread
 from pyseg.registry import accepted_options, check_options
 from pyseg.types import Instances, Segment, Segmentation, Segments
 
@@ -360,6 +360,21 @@ def test_the_ceiling_on_camvid():
     assert before - mean["garbage ungated"] > 20  # in the study 84.6 - 56.4
     assert before - mean["garbage"] < 0.5 * (before - mean["garbage ungated"])
     assert mean["garbage prompt"] == before  # the component gate lets none of it pass
+
+
+def test_spreading_is_pooling():
+    for reach in (0, 1, 3, 8, 40):
+        mask = torch.rand(2, 13, 17) < 0.1
+        for dim, forward, side in (
+            (2, True, (reach, 0, 0, 0)),
+            (2, False, (0, reach, 0, 0)),
+            (1, True, (0, 0, reach, 0)),
+            (1, False, (0, 0, 0, reach)),
+        ):
+            padded = torch.nn.functional.pad(mask.float(), side)
+            window = (1 + side[2] + side[3], 1 + side[0] + side[1])
+            pooled = torch.nn.functional.max_pool2d(padded, window, 1) > 0
+            assert torch.equal(_spread(mask, dim, reach, forward), pooled)
 
 
 def one_square(soft=False):
