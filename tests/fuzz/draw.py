@@ -206,7 +206,7 @@ def describe(value: Any) -> str:
         return f"{name}{list(value.shape)}/{list(value.stride())}"
     if isinstance(value, dict):
         return ", ".join(f"{key}={describe(part)}" for key, part in value.items())
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], dict):
+    if isinstance(value, tuple) and [type(part) for part in value] == [tuple, dict]:  # a call's
         parts = [*map(describe, value[0]), describe(value[1])]
         return f"({', '.join(part for part in parts if part)})"
     if isinstance(value, (list, tuple)):

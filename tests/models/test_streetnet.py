@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyseg
-from pyseg.datasets.camvid import CLASSES, PALETTE, CamVid
+from pyseg.classes import CAMVID_CLASSES, CAMVID_PALETTE
+from pyseg.datasets.camvid import CamVid
 from pyseg.errors import WeightsError
 from pyseg.models.streetnet import BUNDLED, streetnet
 
@@ -19,7 +20,7 @@ def test_bundled_weights():
     stored = load_file(BUNDLED)
     assert {v.dtype for v in stored.values()} == {torch.float16, torch.int64}
     model = streetnet()
-    assert (model.classes, model.palette) == (CLASSES, PALETTE)
+    assert (model.classes, model.palette) == (CAMVID_CLASSES, CAMVID_PALETTE)
     for key, value in model.state_dict().items():
         assert torch.equal(value, stored[key].to(value.dtype))
     assert sum(p.numel() for p in model.parameters()) == 2_695_873
