@@ -8,19 +8,20 @@ their numbers must agree.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import interpolate
 
-from pyseg.formats import encode_rle, write_panoptic
+from pyseg.formats import encode_rle
 from pyseg.image import write_labels
 from pyseg.metrics import Semantic
 from pyseg.scoring import score_files
-from pyseg.types import Segments
 
 SIZE, CLASSES, SEGMENTS, IMAGES = (1024, 2048), 19, 60, 20
 NAMES = [f"class {k}" for k in range(CLASSES)]
@@ -104,23 +105,49 @@ def smooth(count, generator):
     return target.int(), interpolate(scores, SIZE, mode="bicubic").argmax(1)[0].int()
 
 
+def save_panoptic(root, name, maps):
+    """As `pyseg.formats.write_panoptic` does, each of a few maps written once and copied."""
+    (root / name).mkdir()
+    annotations = []
+    for k in range(IMAGES):
+        ids = maps[k % len(maps)].numpy()
+        file = root / name / f"{k}.png"
+        if k < len(maps):
+            rgb = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)
+            Image.fromarray(rgb).save(file)
+        else:
+            shutil.copy(root / name / f"{k % len(maps)}.png", file)
+        areas = np.bincount(ids.ravel()).tolist()
+        info = [
+            {"id": n, "category_id": n % CLASSES, "area": area, "iscrowd": 0}
+            for n, area in enumerate(areas)
+            if n and area
+        ]
+        annotations.append({"image_id": k, "file_name": file.name, "segments_info": info})
+    categories = [{"id": k, "name": n, "isthing": int(k < 8)} for k, n in enumerate(NAMES)]
+    images = [{"id": k, "file_name": f"{k}.png"} for k in range(IMAGES)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / f"{name}.json").write_text(json.dumps(content))
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Folders ``truth`` and ``guess`` of each kind; 4 different pairs, 5 times each."""
+    """A truth and a guess of each kind; 4 different pairs, 5 times each."""
     root = tmp_path_factory.mktemp("scoring")
     generator = torch.Generator().manual_seed(0)
     pairs = [smooth(SEGMENTS, generator) for _ in range(4)]
     for side, name in enumerate(("truth", "guess")):
-        (root / "labels" / name).mkdir(parents=True)
-        results = []
-        for k in range(IMAGES):
-            ids = pairs[k % 4][side]
-            labels = {int(n): int(n) % CLASSES for n in ids.unique() if n}
-            results.append((f"{k}", Segments.from_map(ids, labels)))
-            maps = (ids % CLASSES).to(torch.uint8).numpy()
-            write_labels(root / "labels" / name / f"{k}.png", maps)
-        write_panoptic(root / f"{name}.json", results, NAMES, things=set(range(8)))
+        maps = [pair[side] for pair in pairs]
+        save_panoptic(root, name, maps)
+        for kind, write in (("indexed", write_labels), ("grey", write_grey)):
+            (root / kind / name).mkdir(parents=True)
+            for k in range(IMAGES):
+                write(root / kind / name / f"{k}.png", (maps[k % 4] % CLASSES).to(torch.uint8))
     return root
+
+
+def write_grey(path, labels):
+    Image.fromarray(labels.numpy()).save(path)
 
 
 def close(ours, peer):
@@ -142,9 +169,11 @@ def test_panoptic_files(compare, files, hotcoco):
     )
 
 
-def test_semantic_files(compare, files, hotcoco):
+@pytest.mark.parametrize("kind", ["indexed", "grey"])
+def test_semantic_files(compare, files, hotcoco, kind):
+    """Indexed as pyseg and VOC write them, grey as Cityscapes' are."""
     server, threads = hotcoco
-    sides = files / "labels" / "truth", files / "labels" / "guess"
+    sides = files / kind / "truth", files / kind / "guess"
     compare(
         ours=lambda: score_files(*sides[::-1], classes=CLASSES).metrics["semantic"]["miou"],
         peer=lambda: server("semantic_files", *sides),

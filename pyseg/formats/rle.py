@@ -196,34 +196,37 @@ def _runs_of_texts(
         return none, none
     if max(pixels) > image.MAX_PIXELS or not all(texts):
         return None
-    codes = np.frombuffer(b"".join(texts), np.uint8).astype(np.int64) - 48
-    last = (codes & 32) == 0
+    codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
     ends = np.cumsum([len(text) for text in texts])
-    if codes.min() < 0 or codes.max() > 63 or not last[ends - 1].all():
+    stops = np.flatnonzero((codes & 32) == 0) + 1
+    counts = np.diff(np.searchsorted(stops, ends, "right"), prepend=0)
+    if codes.max() > 63 or not counts.all() or (stops[counts.cumsum() - 1] != ends).any():
         return None
-    stops = np.flatnonzero(last) + 1
     starts = np.concatenate([[0], stops[:-1]])
     lengths = stops - starts
     if lengths.max() > 12:
         return None
-    place = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    numbers = np.add.reduceat((codes & 31) << place, starts)
-    numbers -= np.where((codes[last] & 16) != 0, np.int64(1) << (5 * lengths), 0)
+    numbers = (codes[starts] & 31).astype(np.int64)
+    for digit in range(1, int(lengths.max())):
+        longer = np.flatnonzero(lengths > digit)
+        numbers[longer] |= (codes[starts[longer] + digit] & 31).astype(np.int64) << 5 * digit
+    negative = np.flatnonzero(codes[stops - 1] & 16)
+    numbers[negative] -= np.int64(1) << 5 * lengths[negative]
     if np.abs(numbers).max() > max(pixels):  # then no sum of them wraps
         return None
-    counts = np.diff(np.searchsorted(stops, ends, "right"), prepend=0)
-    owner = np.repeat(np.arange(len(counts)), counts)
-    local = np.arange(len(numbers)) - (counts.cumsum() - counts)[owner]
-    for chain in (local & 1 == 1, (local & 1 == 0) & (local > 0)):
-        # From the fourth run on a number is the difference to the one two before.
-        some = numbers[chain].cumsum()
-        count = np.bincount(owner[chain], minlength=len(counts))
-        before = np.concatenate([[0], some])[count.cumsum() - count]
-        numbers[chain] = some - np.repeat(before, count)
-    wanted = np.array(pixels, np.int64)
-    sums = np.concatenate([[0], numbers.cumsum()])
-    total = sums[counts.cumsum()] - sums[counts.cumsum() - counts]
-    if (numbers < 0).any() or (numbers > wanted[owner]).any() or (total != wanted).any():
+    # From the fourth run on a number is the difference to the one two before: two chains.
+    firsts = counts.cumsum() - counts
+    heads = numbers[firsts]
+    numbers[firsts] = 0  # of no chain
+    sums = np.zeros(len(numbers) + 2, np.int64)
+    sums[2::2], sums[3::2] = numbers[::2].cumsum(), numbers[1::2].cumsum()
+    numbers = sums[2:] - np.repeat(sums[firsts], counts)
+    if len(numbers) > 1:
+        other = np.repeat(sums[firsts + 1] - sums[firsts], counts)
+        other[(np.arange(len(numbers)) - np.repeat(firsts, counts)) & 1 == 0] = 0
+        numbers -= other
+    numbers[firsts] = heads
+    if numbers.min() < 0 or (np.add.reduceat(numbers, firsts) != pixels).any():
         return None
     return numbers, counts
 

@@ -229,7 +229,7 @@ class Tally:
         found = {}
         for key, metric in self.metrics.items():
             with naming_failures(f"metric {key!r}", f" on image {name!r}"):
-                alone = copy.deepcopy(metric)  # which has seen nothing
+                alone = _fresh(metric)
                 update(alone)
                 found[key] = dict(alone.state())
         return found
@@ -481,6 +481,16 @@ def _size(planes: Tensor) -> tuple[int, int]:
 
 
 # --- numbers ------------------------------------------------------------------------------------
+
+
+def _fresh(metric: Metric) -> Metric:
+    """One that has seen nothing, of one that has seen nothing."""
+    if not type(metric).__module__.startswith("pyseg.metrics."):
+        return copy.deepcopy(metric)
+    # Ours make new tensors in reset(), which takes a tenth of the time.
+    fresh: Any = copy.copy(metric)
+    fresh.reset()
+    return fresh
 
 
 def _paths(computed: Mapping[str, Any]) -> Iterable[Path]:
