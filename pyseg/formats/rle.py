@@ -181,7 +181,7 @@ def _runs_of_texts(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Run lengths of masks with text counts and how many each has; None = one is damaged."""
     none = np.zeros(0, np.int64)
-    counted = [rle.get("counts") for rle in rles if isinstance(rle, Mapping)]
+    counted: list[Any] = [rle.get("counts") for rle in rles if isinstance(rle, Mapping)]
     if len(counted) < len(rles) or not all(isinstance(text, (str, bytes)) for text in counted):
         return None
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -70,14 +70,15 @@ def _products(counts: Tensor, values: Tensor) -> Tensor:
 
 
 Path = tuple[str, ...]
+Key = TypeVar("Key", str, Path)
 
 
 def resampled(
     metric: Metric,
     states: Sequence[Mapping[str, Any]],
     counts: Tensor,
-    scores: Sequence[str | Path],
-) -> dict[str | Path, Tensor]:
+    scores: Sequence[Key],
+) -> dict[Key, Tensor]:
     """What a metric gives for each resample.
 
     Args:
@@ -93,7 +94,7 @@ def resampled(
     """
     lists = [key for key, value in states[0].items() if isinstance(value, list)]
     totals = total_of([{k: v for k, v in s.items() if k not in lists} for s in states], counts)
-    found: dict[str | Path, list[float]] = {score: [] for score in scores}
+    found: dict[Key, list[float]] = {score: [] for score in scores}
     for index, row in enumerate(counts.tolist()):
         state: dict[str, Any] = {key: value[index] for key, value in totals.items()}
         for key in lists:

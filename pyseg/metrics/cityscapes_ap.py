@@ -169,9 +169,8 @@ class CityscapesAP:
             overlap = np.array(
                 [
                     [
-                        both / (area + entry[2] - both)
+                        entry[4][k] / (area + entry[2] - entry[4][k])
                         for k, area in zip(mine, areas, strict=True)
-                        for both in (entry[4][k],)
                     ]
                     for entry in found
                 ]
@@ -196,16 +195,16 @@ class CityscapesAP:
                     missed[t] += 0 if scores else times
                     entries[t] += [(score, False, times) for score in scores[:-1]]
                     entries[t] += [(score, True, times) for score in scores[-1:]]
-                entries[t] += [
-                    (entry[1], False, times)
-                    for entry, matched, share in zip(found, above.any(1), excused, strict=True)
-                    if not matched and share <= threshold
-                ]
+                for entry, row, share in zip(found, above, excused, strict=True):
+                    if not row.any() and share <= threshold:
+                        entries[t].append((entry[1], False, times))
         if not any_object:
             return np.full(len(OVERLAPS), math.nan)
         if not any_detection:
             return np.zeros(len(OVERLAPS))
-        return np.array([_area(rows, missed) for rows, missed in zip(entries, missed, strict=True)])
+        return np.array(
+            [_area(rows, missed) for rows, missed in zip(entries, missed.tolist(), strict=True)]
+        )
 
 
 def _area(entries: Sequence[tuple[float, bool, int]], missed: int) -> float:

@@ -7,13 +7,13 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ImageError, ScoreError
-from ..files import check_json
+from ..files import check_json, fits_json
 from ..formats import edges_of
 from ..formats.polygons import coco_edges
 from ..image import check_pixels
@@ -117,21 +117,14 @@ class InstanceAP:
                 f"{name}: the prediction has scores that are not finite: "
                 f"{found.scores[~found.scores.isfinite()][0].item()}"
             )
-        count = len(truth.labels)
-        crowd = torch.zeros(count, dtype=torch.bool) if truth.crowd is None else truth.crowd
-        sides = []
-        for side in (found, truth):
-            masks = Runs.of_masks(side.masks.detach().cpu().numpy().astype(bool, copy=False))
-            boxes = side.boxes.detach().cpu().double().numpy()
-            boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-            zero = np.zeros(len(boxes), np.int64)
-            labels = side.labels.detach().cpu().numpy().astype(np.int64)
-            area = masks.areas().astype(np.float64)
-            areas = {"mask": area, "boundary": area, "box": boxes[:, 2] * boxes[:, 3]}
-            sides.append(_Objects(zero, labels, masks, boxes, areas))
-        sides[0].score = found.scores.detach().cpu().double().numpy()
-        sides[1].crowd = crowd.cpu().bool().numpy()
-        self._records += _records([sample_name], [(size[0], size[1])], *sides, self.kinds)
+        records = _records(
+            [sample_name],
+            [(size[0], size[1])],
+            _of_instances(found),
+            _of_instances(truth),
+            self.kinds,
+        )
+        self._records += records
 
     def _check(self, instances: Instances, size: tuple[int, ...], what: str) -> None:
         count = len(instances.labels)
@@ -186,38 +179,51 @@ class InstanceAP:
 # --- the engine -------------------------------------------------------------------------------
 
 
+@dataclass
 class _Objects:
     """Detections or objects of several images."""
 
-    score: np.ndarray  # [K] of detections
+    image: np.ndarray  # [K] which, rising
+    label: np.ndarray  # [K] class index
+    masks: Runs  # empty ones where there are none
+    boxes: np.ndarray  # [K, 4] x, y, width, height
+    areas: Mapping[str, np.ndarray]  # kind -> [K], which say what is small
+    score: np.ndarray  # [K] of detections, zeros of objects
     crowd: np.ndarray  # [K] bool of objects
 
-    def __init__(
-        self,
-        image: np.ndarray,  # [K] which
-        label: np.ndarray,  # [K] class index
-        masks: Runs | None,
-        boxes: np.ndarray | None,  # [K, 4] x, y, width, height
-        areas: Mapping[str, np.ndarray],  # kind -> [K], which say what is small
-    ) -> None:
-        self.image, self.label, self.masks, self.boxes = image, label, masks, boxes
-        self.areas = areas
-
     def part(self, begin: int, end: int) -> _Objects:
-        """Those of some images, which are in order; they count from 0 then."""
+        """Those of some images, which count from 0 then."""
         low, high = np.searchsorted(self.image, (begin, end)).tolist()
         chosen = slice(low, high)
-        result = _Objects(
+        return _Objects(
             self.image[chosen] - begin,
             self.label[chosen],
-            self.masks.part(low, high) if self.masks is not None else None,
-            self.boxes[chosen] if self.boxes is not None else None,
+            self.masks.part(low, high),
+            self.boxes[chosen],
             {kind: areas[chosen] for kind, areas in self.areas.items()},
+            self.score[chosen],
+            self.crowd[chosen],
         )
-        for name in ("score", "crowd"):
-            if hasattr(self, name):
-                setattr(result, name, getattr(self, name)[chosen])
-        return result
+
+
+def _of_instances(instances: Instances) -> _Objects:
+    """Of one image."""
+    masks = Runs.of_masks(instances.masks.detach().cpu().numpy().astype(bool, copy=False))
+    boxes = instances.boxes.detach().cpu().double().numpy()
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    area = masks.areas().astype(np.float64)
+    crowd = np.zeros(len(boxes), bool)
+    if instances.crowd is not None:
+        crowd = instances.crowd.cpu().bool().numpy()
+    return _Objects(
+        np.zeros(len(boxes), np.int64),
+        instances.labels.detach().cpu().numpy().astype(np.int64),
+        masks,
+        boxes,
+        {"mask": area, "boundary": area, "box": boxes[:, 2] * boxes[:, 3]},
+        instances.scores.detach().cpu().double().numpy(),
+        crowd,
+    )
 
 
 def _records(
@@ -298,14 +304,14 @@ def _boundary_overlaps(
     """IoU of the boundaries of each pair; with a crowd ``overlaps``."""
     distance = np.array([boundary_distance(size, 0.02) for size in sizes])
     parts, places = [], []
-    for side, which in zip((found, truth), pairs, strict=True):
+    for side, which in ((found, pairs[0]), (truth, pairs[1])):
         used, place = np.unique(which, return_inverse=True)
         at, _ = side.masks.of(used)
         some = Runs(side.masks.edges[at], side.masks.counts[used], side.masks.lengths[used])
         parts.append(some.boundaries(distance[side.image[used]]))
         places.append(place)
-    nobody = np.zeros(len(truth.crowd), bool)[np.unique(pairs[1])]
-    result = _mask_overlaps(*parts, (places[0], places[1]), nobody, sizes)
+    nobody = np.zeros(len(truth.crowd), bool)
+    result = _mask_overlaps(parts[0], parts[1], (places[0], places[1]), nobody, sizes)
     return np.where(truth.crowd[pairs[1]], overlaps, result)
 
 
@@ -427,15 +433,9 @@ class CocoFiles:
             raise ScoreError(
                 f"{' and '.join(self.files)} share neither bbox nor segmentation in every entry"
             )
-        self._truth = self._objects(content["annotations"], places, f"{self.files[0]}: annotation")
-        self._truth.crowd = np.array([e["iscrowd"] for e in content["annotations"]], bool)[
-            self._order
-        ]
-        area = np.array([entry["area"] for entry in content["annotations"]], np.float64)
-        self._truth.areas = {"mask": area[self._order]}
+        truth = content["annotations"]
+        self._truth = self._objects(truth, places, f"{self.files[0]}: annotation")
         self._found = self._objects(results, places, f"{self.files[1]}: detection")
-        score = np.array([entry["score"] for entry in results], np.float64)
-        self._found.score = score[self._order]
 
     def _objects(
         self,
@@ -445,24 +445,33 @@ class CocoFiles:
     ) -> _Objects:
         """The entries, by image and in their order."""
         image = np.array([places[0][entry["image_id"]] for entry in entries], np.int64)
-        self._order = image.argsort(kind="stable")
-        entries = [entries[k] for k in self._order.tolist()]
-        image = image[self._order]
+        order = image.argsort(kind="stable")
+        entries, image = [entries[k] for k in order.tolist()], image[order]
         label = np.array([places[1][entry["category_id"]] for entry in entries], np.int64)
-        masks = boxes = None
-        areas = np.zeros(len(entries))
+        count = len(entries)
+        masks = Runs(*(np.zeros(n, np.int64) for n in (0, count, count)))
+        boxes = np.zeros((count, 4))
         if "mask" in self.possible:
             sizes = [self.sizes[k] for k in image.tolist()]
             shapes = [entry["segmentation"] for entry in entries]
-            masks = _masks(shapes, sizes, self._order, what)
-            areas = masks.areas().astype(np.float64)
+            masks = _masks(shapes, sizes, order, what)
+            left, right, top, bottom = masks.boxes().T
+            boxes = np.stack([left, top, right + 1 - left, bottom + 1 - top], 1).astype(np.float64)
+        areas = masks.areas().astype(np.float64)
         if all("bbox" in entry for entry in entries):
             boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
             areas = boxes[:, 2] * boxes[:, 3]
-        elif masks is not None:
-            left, right, top, bottom = masks.boxes().T
-            boxes = np.stack([left, top, right + 1 - left, bottom + 1 - top], 1).astype(np.float64)
-        return _Objects(image, label, masks, boxes, dict.fromkeys(KINDS, areas))
+        if all("area" in entry for entry in entries):
+            areas = np.array([entry["area"] for entry in entries], np.float64)
+        return _Objects(
+            image,
+            label,
+            masks,
+            boxes,
+            dict.fromkeys(KINDS, areas),
+            np.array([entry.get("score", 0.0) for entry in entries], np.float64),
+            np.array([entry.get("iscrowd", 0) for entry in entries], bool),
+        )
 
     def records(self, kinds: Sequence[str], begin: int, end: int) -> list[dict[str, Any]]:
         """Records of some images, see `InstanceAP.state`.
@@ -476,8 +485,8 @@ class CocoFiles:
                 f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
                 f"{self.files[0]} and {self.files[1]}; they allow {', '.join(self.possible)}"
             )
-        sides = [side.part(begin, end) for side in (self._found, self._truth)]
-        return _records(self.names[begin:end], self.sizes[begin:end], *sides, kinds)
+        found, truth = self._found.part(begin, end), self._truth.part(begin, end)
+        return _records(self.names[begin:end], self.sizes[begin:end], found, truth, kinds)
 
 
 def _masks(
@@ -556,9 +565,11 @@ def _truth_of(content: Any, file: str) -> dict[str, Any]:
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
     truth["annotations"] = []
+    sure = fits_json(content["annotations"], [_ANNOTATION])
     for index, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation {index}"
-        check_json(entry, _ANNOTATION, where, ScoreError)
+        if not sure:
+            check_json(entry, _ANNOTATION, where, ScoreError)
         if entry["image_id"] not in sizes:
             raise ScoreError(f"{where} has image_id {entry['image_id']}, which is not in images")
         if entry["category_id"] not in categories:
@@ -589,9 +600,11 @@ def _results_of(content: Any, truth: dict[str, Any], file: str) -> list[dict[str
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
     results = []
+    sure = fits_json(content, [_DETECTION])
     for index, entry in enumerate(content):
         where = f"{file}: detection {index}"
-        check_json(entry, _DETECTION, where, ScoreError)
+        if not sure:
+            check_json(entry, _DETECTION, where, ScoreError)
         if entry["image_id"] not in sizes:
             raise ScoreError(
                 f"{where} has image_id {entry['image_id']}, which the ground truth "
