@@ -295,7 +295,11 @@ def _folders(
         [*wanted],
         read,
         chosen.things,
-        {"prediction_values": ours.values, "label_values": theirs.values},
+        {
+            "prediction_values": ours.values,
+            "label_values": theirs.values,
+            "void_values": theirs.void,
+        },
         explain,
     )
 
@@ -378,10 +382,11 @@ class _Reader:
     """
 
     def __init__(self, chosen: ClassList, values: str, ignore_index: int, codes: bool) -> None:
-        self.values = values if chosen.ids is not None else "indices"  # which are the ids
+        self.two_ways = chosen.ids is not None
+        self.values = values if self.two_ways else "indices"  # which are the ids
         ids = chosen.ids if self.values == "ids" else None
         void = {VOID, *chosen.void, ignore_index} - {-1}
-        self.table = ClassTable(chosen.classes, ids=ids, void=void)
+        self.table, self.void = ClassTable(chosen.classes, ids=ids, void=void), sorted(void)
         self.codes = codes
         self._plain = ids is None and void == {VOID}
         known = {k: k for k in range(len(chosen.classes))} if ids is None else dict(ids)
@@ -407,9 +412,13 @@ class _Reader:
 
     def explain(self, path: Path, what: str) -> None:
         """Raises LabelError with the likely cause where a file's values are not as they should."""
+        if self.codes:  # which `read` has looked at
+            return
         try:
             self.table.of_ids(read_labels(path), path)
         except LabelError as error:
+            if not self.two_ways:
+                raise
             other = VALUES[self.values == "indices"]
             raise LabelError(
                 f"{error}. {what}_values={self.values!r} is what they were taken for; "

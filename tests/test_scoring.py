@@ -327,6 +327,7 @@ def test_void_of_another_value(folders):
         save(root / "labels" / f"{k}.png", np.where(target == 255, 77, target).astype(np.uint8))
     got = score_files(root / "guess", root / "labels", ignore_index=77)
     assert got.metrics["semantic"]["miou"] == want
+    assert got.protocol["void_values"] == [77, 255] and got.protocol["ignore_index"] == 255
 
 
 def test_labels_of_16_bits(folders):
