@@ -488,61 +488,92 @@ def cost_command(
     )
 
 
-@app.command("panoptic-quality", cls=_documented_by("metrics/panoptic.py:score_files"))
-def panoptic_quality(
-    ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
-    predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
-    gt_dir: Annotated[
-        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
-    ] = None,
-    pred_dir: Annotated[
-        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
-    ] = None,
-    categories: Annotated[
-        Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
-    ] = None,
-    boundary_ratio: Annotated[
-        float | None,
+@app.command(cls=_documented_by("scoring.py:score_files"))
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PREDICTIONS [OTHERS] LABELS",
+            help="Folders of label maps, or COCO's JSON files; of two systems, what differs.",
+        ),
+    ],
+    classes: Annotated[
+        str | None,
         typer.Option(
-            help="Boundary PQ: width of the boundary as a share of the diagonal, "
-            "usually 0.02; 0 for plain PQ."
+            help="cityscapes, voc, ade20k, camvid, a file of names, or how many. "
+            "[default: classes.json or classes.txt by the labels]"
         ),
     ] = None,
-    all_crowds: Annotated[
-        bool | None,
+    metrics: Annotated[
+        list[str] | None,
         typer.Option(
-            "--all-crowds",
-            help="Every crowd of a class counts, not only the last one, as in panopticapi.",
+            "--metric",
+            help="Registered metric; may be repeated. [default: semantic of folders, panoptic or "
+            "instances of JSON files]",
         ),
     ] = None,
+    ignore_index: Annotated[
+        int | None, typer.Option(help="Value of pixels without ground truth.")
+    ] = None,
+    prediction_values: Annotated[
+        str | None,
+        typer.Option(help="indices of classes, or ids. [default: by the files' names, or indices]"),
+    ] = None,
+    label_values: Annotated[
+        str | None, typer.Option(help="The same of labels. [default: as is usual]")
+    ] = None,
+    prediction_folder: Annotated[
+        Path | None,
+        typer.Option(help="PNGs of a panoptic JSON. [default: the folder of its name]"),
+    ] = None,
+    label_folder: Annotated[Path | None, typer.Option(help="The same of the labels.")] = None,
+    resamples: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the bootstrap over images, for intervals. [default: 0; of two systems 1000]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the bootstrap.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
-    from .metrics.panoptic import score_files
+    """Score what any tool has predicted, or tell where two systems differ beyond noise."""
+    from . import scoring
 
-    result = score_files(
-        ground_truth,
-        predictions,
-        target_folder=gt_dir,
-        prediction_folder=pred_dir,
-        categories=categories,
-        track=_track("scoring"),
-        **_given(boundary_ratio=boundary_ratio, all_crowds=all_crowds),
+    if len(paths) not in (2, 3):
+        raise PysegError(f"give PREDICTIONS LABELS, or FIRST SECOND LABELS, got {len(paths)} paths")
+    options = _given(
+        classes=classes,
+        metrics=metrics or None,
+        ignore_index=ignore_index,
+        prediction_values=prediction_values,
+        label_values=label_values,
+        prediction_folder=prediction_folder,
+        label_folder=label_folder,
+        resamples=resamples,
+        seed=seed,
     )
-    groups = ("All", "Things", "Stuff")
+    if len(paths) == 3:
+        found = scoring.compare_files(*paths, track=_track("scoring"), **options)
+        if as_json:
+            return _print_json(found.to_dict())
+        _print_table(*found.table(), numbers=True)
+        typer.echo(f"first: {paths[0]}, second: {paths[1]}. {found.method}")
+        return _print_protocol(found.first.protocol)
+    scores = scoring.score_files(*paths, track=_track("scoring"), **options)
     if as_json:
-        for group in groups:  # JSON has no nan
-            result[group] = {k: None if v != v else v for k, v in result[group].items()}
-        return _print_json(result)
-    rows = [
-        [
-            group,
-            *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
-            str(result[group]["n"]),
-        ]
-        for group in groups
-    ]
-    _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
+        return _print_json(scores.to_dict())
+    _print_table(*scores.table(), numbers=True)
+    _print_table(*scores.class_table(), numbers=True)
+    _print_protocol(scores.protocol)
+
+
+def _print_protocol(protocol: dict[str, Any]) -> None:
+    for key, value in protocol.items():
+        if isinstance(value, dict):
+            value = "; ".join(f"{name}: {text}" for name, text in value.items())
+        if value is not None and key != "classes":
+            typer.echo(f"{key}: {value}")
+    typer.echo(f"classes: {len(protocol['classes'])}")
 
 
 @app.command(
@@ -788,51 +819,6 @@ def compare(
         typer.echo(f"wrote {report / 'index.html'} and {report / 'compare.json'}")
     if result.failures:
         raise typer.Exit(FAILED)
-
-
-@app.command("instance-ap", cls=_documented_by("metrics/instances.py:instance_ap"))
-def instance_ap_command(
-    truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
-    predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
-    kinds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND,KIND", help="Which of mask, box and boundary. [default: all there are]"
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
-    from .files import finite
-    from .metrics.instances import KINDS, instance_ap
-
-    given = _given(kinds=tuple(kinds.split(",")) if kinds is not None else None)
-    scores = instance_ap(truth, predictions, **given)
-    if as_json:
-        return _print_json(finite(scores))
-    names = [
-        "ap",
-        "ap50",
-        "ap75",
-        "ap_small",
-        "ap_medium",
-        "ap_large",
-        "ar1",
-        "ar10",
-        "ar100",
-        "ar_small",
-        "ar_medium",
-        "ar_large",
-    ]
-    rows = [
-        [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
-        for kind in KINDS
-        if f"{kind}_ap" in scores
-    ]
-    _print_table(["", *names], rows, numbers=True)
-    typer.echo(
-        f"{scores['images']} images, {scores['objects']} objects, {scores['detections']} detections"
-    )
 
 
 @app.command("check-labels", cls=_documented_by("label_check.py:check_labels"))

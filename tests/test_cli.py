@@ -601,28 +601,6 @@ def test_training_on_files_ends_in_a_pipeline_that_is_scored(tmp_path):
     assert 0 <= row["metrics"]["panoptic"]["pq"] <= 1 and row["images"] == 2
 
 
-# --- instance-ap ------------------------------------------------------------------------------
-
-
-def test_instance_ap_of_some_kinds(tmp_path, monkeypatch):
-    from pyseg.metrics import instances
-
-    seen = []
-
-    def fake(truth, predictions, **options):
-        seen.append(options)
-        counts = {"images": 1, "objects": 2, "detections": 3}
-        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
-        names += ("ar_small", "ar_medium", "ar_large")
-        return {**counts, **{f"box_{name}": 0.25 for name in names}}
-
-    monkeypatch.setattr(instances, "instance_ap", fake)
-    shown = run("instance-ap", "gt.json", "pred.json", "--kinds", "box,boundary")
-    assert "box" in shown.stdout and "0.2500" in shown.stdout and "mask" not in shown.stdout
-    assert run("instance-ap", "gt.json", "pred.json").exit_code == 0
-    assert seen == [{"kinds": ("box", "boundary")}, {}]
-
-
 # --- demo, bench ------------------------------------------------------------------------------
 
 

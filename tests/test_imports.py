@@ -16,7 +16,7 @@ FLOORS = (
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"conversion", "cost", "data_check", "doctor", "evaluation", "prediction"},
+    {"conversion", "cost", "data_check", "doctor", "evaluation", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
     {"demo"},
