@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -203,8 +204,10 @@ class _Run:
         self._announce(observe)
         self._require_space()
         left = set(missing)
-        computed = self._computed(missing, track, observe)
+        tiles = self._computed(missing, track, observe)
         try:
+            # The first tile says whether there are ramps, which is asked for before its row begins.
+            computed = itertools.chain([next(tiles)] if missing else [], tiles)
             for i in range(first, len(self.rows)):
                 self._row(
                     i,
@@ -216,7 +219,7 @@ class _Run:
                     ),
                 )
         finally:
-            computed.close()
+            tiles.close()
 
     def _announce(self, observe: Callable[[str], object]) -> None:
         height, width = self.raster.size

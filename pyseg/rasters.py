@@ -199,10 +199,10 @@ class _Tiff(Raster):
                 f"{name} is damaged: it lists {len(page.dataoffsets)} parts of {expected}; fetch "
                 "or export it again"
             )
+        self.colours = self._colours()
         self.bands = _bands_of(
             name, self.samples, bands, any(kind in (1, 2) for kind in page.extrasamples)
         )
-        self.colours = self._colours()
         _require_depth(name, page.dtype, page.bitspersample)
         itemsize = page.dtype.itemsize
         self.bytes_per_pixel = itemsize * (1 if self.separate else self.samples)
