@@ -40,6 +40,7 @@ from .tiles import Span, check_tiles, spans
 from .types import Segmentation
 
 _BATCH = 4  # tiles, by default and on accelerators; on a CPU batches gain nothing
+_ALLOWANCE = 64 << 20  # bytes that no arithmetic tells: packages that are loaded, gaps in the heap
 _WORK = ".unfinished"  # ends the name of the folder of an unfinished run, beside its output
 _ABOUT = ".json"  # ends the name of the file that says what made an output
 
@@ -261,6 +262,7 @@ class _Run:
             * (rims + high * wide * item),
             f"pixels of {2 * self.batch_size} tiles": 2 * self.batch_size * 3 * high * wide,
             "decoded parts of the file": self.raster.memory(self.tile),
+            "allowance for libraries and the allocator": _ALLOWANCE,
             "the PNG": 2 * height * width * item if self.png else 0,
         }
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -818,3 +819,166 @@ def test_stages_that_sometimes_give_logits_are_refused(tmp_path):
     pipeline = pyseg.Pipeline([exact_pipeline().model, moody])
     with pytest.raises(PysegError, match="gives logits for some tiles and none for others"):
         pyseg.predict_large(pipeline, source, tmp_path / "out.tif", tile=96, overlap=32)
+
+
+# --- memory and the command line ----------------------------------------------------------------
+
+
+def raster(path, height, width, side=512):
+    """An uncompressed tiled TIFF of any size, of one picture at many offsets, a tile at a time."""
+    street = Path(pyseg.__file__).parent / "assets/street.jpg"
+    picture = np.asarray(Image.open(street).resize((1440, 1080)))
+
+    def tiles():
+        draw = np.random.default_rng(0)
+        for _ in range(-(-height // side) * -(-width // side)):
+            top, left = draw.integers(0, 1080 - side), draw.integers(0, 1440 - side)
+            yield np.ascontiguousarray(picture[top : top + side, left : left + side])
+
+    tifffile.imwrite(
+        path,
+        tiles(),
+        shape=(height, width, 3),
+        dtype=np.uint8,
+        tile=(side, side),
+        photometric="rgb",
+        bigtiff=True,
+    )
+    return path
+
+
+MEMORY = """
+import json, sys
+import torch
+import pyseg
+
+
+class Thirds(torch.nn.Module):  # quick
+    def forward(self, x):
+        return x[:, :, ::4, ::4]
+
+
+pipelines = {
+    "streetnet": lambda: pyseg.build("streetnet"),
+    "thirds": lambda: pyseg.build(Thirds(), classes=("red", "green", "blue")),
+}
+summary = pyseg.predict_large(
+    pipelines[sys.argv[5]](),
+    sys.argv[1],
+    sys.argv[2],
+    tile=int(sys.argv[3]),
+    overlap=int(sys.argv[4]),
+    observe=lambda text: print(text, file=sys.stderr, flush=True),
+)
+print(json.dumps(summary.to_dict()))
+"""
+
+
+def segmented(*arguments):
+    """`predict_large` in a process of its own, where the peak is its own."""
+    command = [sys.executable, "-c", MEMORY, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def test_memory_is_as_announced(tmp_path):
+    """The peak is within the arithmetic, and far from the size of the image."""
+    source = raster(tmp_path / "in.tif", 12_000, 8_000)
+    summary, told = segmented(source, tmp_path / "out.tif", 1024, 64, "thirds")
+    if summary["peak_bytes"] is None:
+        pytest.skip("the system does not tell its peak")
+    assert summary["peak_bytes"] <= summary["model_bytes"] + summary["planned_bytes"]
+    assert summary["peak_bytes"] < source.stat().st_size * 0.6
+    lines = told.splitlines()
+    assert lines[0].startswith("12000 x 8000 pixels: ") and lines[1].startswith("memory ")
+    assert lines[3].startswith("the model took ")
+
+
+@pytest.mark.slow
+def test_a_raster_of_400_megapixels_in_less_than_2_gib_above_the_model(tmp_path):
+    """Stopped by kill -9 on the way; some 15 minutes."""
+    source = raster(tmp_path / "in.tif", 20_000, 20_000)
+    assert source.stat().st_size > 1.2e9
+    command = [
+        sys.executable,
+        "-c",
+        MEMORY,
+        source,
+        tmp_path / "out.tif",
+        "1024",
+        "128",
+        "streetnet",
+    ]
+    unfinished = tmp_path / "out.tif.unfinished"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        while not (unfinished / "tile-00002-00004.npz").is_file():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    finished = sum(1 for _ in unfinished.glob("strip-*.npz")) * 23
+    finished += sum(1 for _ in unfinished.glob("tile-00002-*.npz"))
+    summary, told = segmented(source, tmp_path / "out.tif", 1024, 128, "streetnet")
+    print(told, json.dumps(summary, indent=1))
+    assert summary["tiles"] == 23 * 23 and summary["reused"] == finished >= 51
+    above_the_model = summary["peak_bytes"] - summary["model_bytes"]
+    assert above_the_model < 2 << 30
+    assert summary["peak_bytes"] <= summary["model_bytes"] + summary["planned_bytes"]
+    with tifffile.TiffFile(tmp_path / "out.tif") as file:
+        assert file.pages[0].shape == (20_000, 20_000)
+    again, _ = segmented(source, tmp_path / "out.tif", 1024, 128, "streetnet")
+    assert again["computed"] == 0
+
+
+def run_cli(*arguments):
+    from typer.testing import CliRunner
+
+    from pyseg.cli import app
+
+    return CliRunner().invoke(app, ["predict", *map(str, arguments)])
+
+
+def test_the_command_segments_in_tiles(tmp_path, one_thread):
+    source = write_tiff(tmp_path / "in.tif", noise(200, 300))
+    write_image(tmp_path / "b.png", noise(90, 90))
+    common = ["-s", "streetnet", "-o", tmp_path / "out", "--tile", 160, "--overlap", 32]
+    done = run_cli(source, tmp_path / "b.png", *common, "--halo", 8, "--format", "png")
+    assert done.exit_code == 0, done.output
+    assert "200 x 300 pixels: 2 x 3 = 6 tiles of 160 that share 32, halo 8; 0 are" in done.output
+    assert "memory beside the model: " in done.output and "at most " in done.output
+    assert re.search(r"in\.png: 6 tiles in .* s, 0 were done already", done.output)
+    expected = tmp_path / "expected.png"
+    pipeline = pyseg.build("streetnet")
+    pyseg.predict_large(pipeline, source, expected, tile=160, overlap=32, halo=8)
+    assert (tmp_path / "out/in.png").read_bytes() == expected.read_bytes()
+    again = run_cli(source, *common, "--halo", 8, "--format", "png", "--json")
+    assert '"reused": 6' in again.output and again.exit_code == 0
+
+
+def test_the_command_refuses_what_does_not_fit(tmp_path):
+    source = write_tiff(tmp_path / "in.tif", noise(64, 64))
+    common = [source, "-s", "streetnet", "-o", tmp_path / "out"]
+    for options, message in (
+        (["--overlap", 64], "--overlap goes with --tile, which is not given"),
+        (["--tile", 64, "--overlay"], "--overlay has no meaning with --tile"),
+        (["--tile", 100], "error: tile must be a multiple of 32"),
+        (
+            ["--tile", 128, "--overlap", 128],
+            "overlap must be smaller than tile, got --overlap 128 and --tile 128",
+        ),
+        (["--tile", 64, "--overlap", 32, "--format", "jpg"], "--format must be tif, zarr or png"),
+        (["--tile", 64, "--overlap", 32, "--bands", "x"], "--bands must be numbers such as 1,2,3"),
+    ):
+        done = run_cli(*common, *options)
+        assert done.exit_code == 2 and message in done.output, done.output
+    (tmp_path / "bad.tif").write_bytes(b"x")
+    done = run_cli(tmp_path / "bad.tif", *common, "--tile", 64, "--overlap", 32)
+    assert done.exit_code == 1 and "failed: image" in done.output
+    assert (tmp_path / "out/in.tif").is_file()  # the others go on
+
+
+def test_help_states_the_overlap_of_the_function():
+    import inspect
+
+    overlap = inspect.signature(pyseg.predict_large).parameters["overlap"].default
+    assert f"[default: {overlap}]" in " ".join(run_cli("--help").output.split())
