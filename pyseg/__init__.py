@@ -19,6 +19,7 @@ _LAZY = {
     "compare": ".comparison",
     "evaluate": ".evaluation",
     "predict": ".prediction",
+    "predict_large": ".large",
     "train": ".training",
     "train_instances": ".training",
     "tune_crf": ".tuning",
@@ -70,6 +71,7 @@ __all__ = [
     "models",
     "ops",
     "predict",
+    "predict_large",
     "refiners",
     "train",
     "train_instances",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate
     from .label_check import check_labels as check_labels
+    from .large import predict_large as predict_large
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
     from .pipeline import compose as compose

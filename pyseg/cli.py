@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import LayoutError, PluginFailure, PysegError
+from .errors import ImageError, LayoutError, PluginFailure, PysegError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -341,19 +341,47 @@ def predict(
         int | None, typer.Option(help="Images that are segmented at a time.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
+    tile: Annotated[
+        int | None,
+        typer.Option(help="Cut images into tiles of so many pixels a side: for those of any size."),
+    ] = None,
+    overlap: Annotated[int | None, typer.Option(help="Of tiles. [default: 128]")] = None,
+    halo: Annotated[
+        int | None,
+        typer.Option(help="Pixels at the sides of tiles that do not count. [default: overlap / 4]"),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(metavar="R,G,B", help="Bands of a TIFF, from 1, that are red, green, blue."),
+    ] = None,
+    format_: Annotated[
+        str | None,
+        typer.Option("--format", help="Of results of --tile: tif, zarr or png. [default: tif]"),
+    ] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images and write one indexed PNG each.
+    """Segment images and write one indexed PNG each; with --tile images larger than the memory.
 
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
     from .files import some
 
+    tiled = _given(tile=tile, overlap=overlap, halo=halo, bands=bands, format=format_)
+    if tile is not None:
+        untiled = _given(overlay=overlay, keep_suffix=keep_suffix, workers=workers)
+        if untiled:
+            raise PysegError(f"{_option(min(untiled))} has no meaning with --tile: leave it out")
+        pipeline = _pipeline(spec, weights, num_classes, device, precision)
+        given = _given(tile=tile, overlap=overlap, halo=halo, bands=_numbers(bands, "--bands"))
+        given |= _given(overwrite=overwrite, batch_size=batch_size)
+        return _predict_tiled(pipeline, paths, output, format_ or "tif", as_json, given)
+    if tiled:
+        raise PysegError(f"{_option(min(tiled))} goes with --tile, which is not given")
     pipeline = _pipeline(spec, weights, num_classes, device, precision)
     progress = [0, 0]
 
@@ -396,6 +424,56 @@ def predict(
             f"there already, {len(summary.failed)} failed"
         )
     if summary.failed:
+        raise typer.Exit(FAILED)
+
+
+def _predict_tiled(
+    pipeline: Pipeline,
+    paths: Sequence[str],
+    output: Path,
+    suffix: str,
+    as_json: bool,
+    given: dict[str, Any],
+) -> None:
+    """`predict` with --tile: one image after the other."""
+    from .large import predict_large
+
+    if suffix not in ("tif", "zarr", "png"):
+        raise PysegError(f"--format must be tif, zarr or png, got {suffix!r}")
+    targets = [output / f"{Path(path).stem}.{suffix}" for path in paths]
+    for path, target in zip(paths, targets, strict=True):
+        if targets.count(target) > 1:
+            raise PysegError(f"several images would be written to {target}: give them one by one")
+        if target.resolve() == Path(path).resolve():
+            raise PysegError(f"the label map of {path} would replace it; give another --output")
+    failed: dict[str, str] = {}
+    results = []
+    for path, target in zip(paths, targets, strict=True):
+        try:
+            result = predict_large(
+                pipeline,
+                path,
+                target,
+                track=_track("tiles"),
+                observe=lambda text: typer.echo(text, err=True),
+                **given,
+            )
+        except ImageError as error:
+            failed[path] = str(error)
+            _say(f"failed: {error}", "red", err=True)
+            continue
+        except KeyboardInterrupt:
+            raise _stop("the same command goes on behind the last finished tile") from None
+        results.append(result)
+        if not as_json:
+            peak = "" if result.peak_bytes is None else f", peak {result.peak_bytes / 1e6:,.0f} MB"
+            typer.echo(
+                f"{target}: {result.computed} tiles in {result.seconds:.1f} s, {result.reused} "
+                f"were done already{peak}"
+            )
+    if as_json:
+        _print_json({"written": [result.to_dict() for result in results], "failed": failed})
+    if failed:
         raise typer.Exit(FAILED)
 
 
@@ -1189,6 +1267,15 @@ def _size(text: str | None, option: str) -> tuple[int, int] | None:
     if found is None:
         raise PysegError(f"{option} must be height x width, such as 240x320, got {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Whole numbers from a text such as ``1,2,3``."""
+    if text is None:
+        return None
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise PysegError(f"{option} must be numbers such as 1,2,3, got {text!r}")
+    return tuple(map(int, text.split(",")))
 
 
 def _range(text: str | None, option: str) -> tuple[float, float] | None:

@@ -254,7 +254,14 @@ class Registry(Generic[T]):
             )
         with naming_failures(f"{self.kind} {shown(stage.name)}"):
             try:
-                made = factory(**options)
+                later = {
+                    name: options.pop(name)
+                    for name in _later_options(factory)
+                    if name in options and name not in _own_signature(factory).parameters
+                }
+                made: Any = factory(**options)
+                if later:
+                    made.predict_with(**later)
             except PysegError:
                 raise
             except (TypeError, ValueError, OSError) as error:
@@ -448,12 +455,33 @@ def _brief(stage: StageSpec) -> str:
 
 
 def _signature(factory: Callable[..., Any]) -> inspect.Signature:
+    """Of a factory, and behind its own options those of what it makes, see `_later_options`."""
+    own, later = _own_signature(factory), _later_options(factory)
+    if not later:
+        return own
+    parameters = [*own.parameters.values()]
+    places = [k for k, p in enumerate(parameters) if p.kind is p.VAR_KEYWORD]
+    place = places[0] if places else len(parameters)
+    parameters[place:place] = [p for name, p in later.items() if name not in own.parameters]
+    return own.replace(parameters=parameters)
+
+
+def _own_signature(factory: Callable[..., Any]) -> inspect.Signature:
     try:
         return inspect.signature(factory)
     except ValueError:  # some that are written in C tell nothing
         return inspect.Signature(
             [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)],
         )
+
+
+def _later_options(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Options of ``predict_with``, where a factory's annotation says that what it makes has it."""
+    setter = getattr(_own_type_hints(factory).get("return"), "predict_with", None)
+    if setter is None:
+        return {}
+    parameters = inspect.signature(setter).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
 
 
 def _options(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -518,11 +546,18 @@ def _annotations(factory: Callable[..., Any]) -> dict[str, str]:
 
 
 def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    hints = _own_type_hints(factory)
+    if _later_options(factory):
+        hints = {**typing.get_type_hints(hints["return"].predict_with), **hints}
+    return hints
+
+
+def _own_type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     function: Any = factory
     if isinstance(factory, type):
         function = inspect.getattr_static(factory, "__init__")  # its own or an inherited one
     elif isinstance(factory, functools.partial):
-        return _type_hints(factory.func)
+        return _own_type_hints(factory.func)
     elif not inspect.isroutine(factory):
         function = type(factory).__call__
     try:

@@ -12,6 +12,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | model | ``palette`` | one RGB colour per class; saved with the pipeline, given to predictions |
 | model | ``things`` | names of the countable classes: training scores panoptic quality with them |
 | model | ``parameters()`` | an ``nn.Module``'s: where they are, is the pipeline's device |
+| model | ``predict_with(*, …)`` | its options belong to a spec where a factory says ``-> Class`` |
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
 | stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
 | stage | ``training`` | an ``nn.Module``'s: refused where it is true |

@@ -8,15 +8,15 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A module may import those of lower floors, and its own package.
 FLOORS = (
     {"pyseg", "errors"},
-    {"_native", "classes", "devices", "files", "regions", "spec"},
+    {"_native", "classes", "devices", "files", "regions", "spec", "tiles"},
     {"image", "registry", "weights"},
-    {"formats", "page", "visual"},
+    {"formats", "page", "rasters", "visual"},
     {"ops"},
     {"compat", "types"},
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"conversion", "cost", "data_check", "doctor", "evaluation", "prediction", "scoring"},
+    {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
     {"demo"},

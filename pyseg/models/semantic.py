@@ -6,23 +6,31 @@ options that ends in `semantic_model`; `segnet` is the example.
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .. import weights as weight_files
 from ..errors import PysegError, WeightsError
 from ..image import default_palette, require_rgb8
+from ..spec import shown
+from ..tiles import check_tiles, spans
 from ..types import Segmentation
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SCALES = (0.75, 1.0, 1.25)  # what "scales" stands for
+_SMALLEST_SCALE, _LARGEST_SCALE = 0.1, 4.0
 
 
 class SemanticModel(nn.Module):
@@ -76,6 +84,7 @@ class SemanticModel(nn.Module):
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
         self.network = network
         self.max_batch_pixels = max_batch_pixels
+        self._method = _Method()
         # Constants of the architecture, not learnt: kept out of state_dict.
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
@@ -104,35 +113,87 @@ class SemanticModel(nn.Module):
         output = self.network((images - self.mean) / self.std)
         return dict(output) if isinstance(output, Mapping) else {"out": output}
 
+    def predict_with(
+        self,
+        *,
+        tta: str | Sequence[str | float] | None = None,
+        crop_size: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+    ) -> SemanticModel:
+        """Sets how `predict` works from now on; a spec gives these options beside the model's own.
+
+        Args:
+            tta: test-time augmentation: the mean of the probabilities of several variants of the
+                image. ``"flip"`` = it and its mirror image; ``"scales"`` = 0.75, 1 and 1.25 of its
+                size; numbers = these; joined by commas, or as a sequence: ``"flip,scales"`` are six
+                variants, ``"flip,0.5,1,2"`` too. None = the image alone.
+            crop_size: sides of sliding windows, (height, width) or one number, multiples of 32:
+                larger images are cut into these, which are blended where they overlap. None =
+                whole images.
+            stride: pixels between windows, at most; multiples of 32. None = two thirds of
+                ``crop_size``.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: a value out of range, or ``stride`` without ``crop_size``.
+            PysegError: the model's class has another way to predict, which knows no such options.
+
+        Example:
+            >>> segmenter = pyseg.build("streetnet(tta='flip,scales')")
+        """
+        if type(self).predict is not SemanticModel.predict and (tta or crop_size or stride):
+            raise PysegError(
+                f"{type(self).__name__} predicts in its own way and takes no tta, crop_size and "
+                "stride: leave them out"
+            )
+        self._method = _Method.of(tta, crop_size, stride)
+        return self
+
     @torch.inference_mode()
-    def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:
+    def predict(
+        self,
+        images: Sequence[Tensor],
+        *,
+        tta: str | Sequence[str | float] | None = None,
+        crop_size: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+    ) -> list[Segmentation]:
         """Segments images of any sizes; those of equal size share batches.
 
         Changes nothing of the model, so that many threads may call it.
 
         Args:
             images: each [3, H, W] uint8 RGB, on any device.
+            tta: see `predict_with`. Where all three are None, what was set there.
+            crop_size: see `predict_with`.
+            stride: see `predict_with`.
 
         Returns:
-            One `Segmentation` per image, in order, with ``logits`` on the model's device.
+            One `Segmentation` per image, in order, with ``logits`` on the model's device; those of
+            several variants are the logarithms of their mean probabilities.
 
         Raises:
-            ValueError: an image of another shape, or empty.
+            ValueError: an image of another shape, or empty; an option out of range.
             TypeError: an image of another dtype.
             PysegError: the model is in training mode.
         """
         require_evaluation_mode(self)
+        method = self._method
+        if tta is not None or crop_size is not None or stride is not None:
+            method = _Method.of(tta, crop_size, stride)
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             require_rgb8(image, f"images[{index}]")
             groups.setdefault((image.shape[1], image.shape[2]), []).append(index)
         results: dict[int, Segmentation] = {}
         for (height, width), members in groups.items():
-            step = max(1, self.max_batch_pixels // (height * width))
+            step = max(1, self.max_batch_pixels // method.pixels(height, width))
             for start in range(0, len(members), step):
                 chosen = members[start : start + step]
                 batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
-                outputs = self(batch)
+                outputs = method.outputs(self, batch)
                 uncertainty = outputs.get("uncertainty", [None] * len(chosen))
                 for i, logits, doubt in zip(chosen, outputs["out"], uncertainty, strict=True):
                     results[i] = Segmentation(
@@ -144,6 +205,170 @@ class SemanticModel(nn.Module):
                         uncertainty=doubt,
                     )
         return [results[i] for i in range(len(images))]
+
+
+@dataclass(frozen=True)
+class _Method:
+    """How a model predicts: on which variants of an image, whole or by windows."""
+
+    flips: tuple[bool, ...] = (False,)
+    scales: tuple[float, ...] = (1.0,)
+    crop: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tta: str | Sequence[str | float] | None,
+        crop_size: int | tuple[int, int] | None,
+        stride: int | tuple[int, int] | None,
+    ) -> _Method:
+        """From `SemanticModel.predict_with`'s options."""
+        items: Sequence[Any] = (
+            () if tta is None else tta.split(",") if isinstance(tta, str) else tta
+        )
+        flip = False
+        scales: list[float] = []
+        for item in items:
+            text = item.strip() if isinstance(item, str) else item
+            if text == "flip":
+                flip = True
+            elif text == "scales":
+                scales.extend(SCALES)
+            else:
+                scales.append(_scale(text, tta))
+        if stride is not None and crop_size is None:
+            raise ValueError(f"stride is that of windows: give crop_size, too, got stride={stride}")
+        crop = step = None
+        if crop_size is not None:
+            crop = _pair("crop_size", crop_size)
+            step = _pair("stride", stride) if stride is not None else None
+            step = step or (_two_thirds(crop[0]), _two_thirds(crop[1]))
+            for size, apart in zip(crop, step, strict=True):
+                if apart > size or apart < 1:
+                    raise ValueError(
+                        f"stride must be 32 to crop_size, got stride={stride} and "
+                        f"crop_size={crop_size}"
+                    )
+                check_tiles(size, size - apart, names=("crop_size", "crop_size - stride"))
+        flips = (False, True) if flip else (False,)
+        # The plain image first: its logits' stride is that of the result.
+        order = sorted(dict.fromkeys(scales), key=lambda scale: abs(math.log(scale)))
+        return cls(flips, tuple(order) or (1.0,), crop, step)
+
+    def pixels(self, height: int, width: int) -> int:
+        """What the network gets at a time, at most, of one image."""
+        high, wide = (math.ceil(side * max(self.scales)) for side in (height, width))
+        if self.crop is not None:
+            high, wide = min(high, self.crop[0]), min(wide, self.crop[1])
+        return high * wide
+
+    def outputs(self, model: SemanticModel, images: Tensor) -> dict[str, Tensor]:
+        """``"out"`` and, where the network gives it, ``"uncertainty"`` of [N, 3, H, W] uint8."""
+        variants = list(itertools.product(self.scales, self.flips))
+        if variants == [(1.0, False)]:
+            return self._windows(model, images)
+        total: dict[str, Tensor] = {}
+        for scale, flip in variants:
+            found = self._windows(model, _variant(images, scale, flip))
+            out = found["out"].float()
+            doubt = found.get("uncertainty")
+            parts = {"out": out.flip(3) if flip else out}
+            if doubt is not None:
+                parts["uncertainty"] = (doubt.flip(2) if flip else doubt).float()
+            if scale == self.scales[0] and not flip:
+                high, wide = (max(1, round(n / scale)) for n in out.shape[2:])
+            parts["out"] = _resized(parts["out"], (high, wide)).softmax(1)
+            if doubt is not None:
+                parts["uncertainty"] = _resized(parts["uncertainty"][:, None], (high, wide))[:, 0]
+            for key, value in parts.items():
+                total[key] = total[key] + value if key in total else value
+        mean = {key: value / len(variants) for key, value in total.items()}
+        mean["out"] = mean["out"].clamp(min=torch.finfo(torch.float32).tiny).log()
+        return mean
+
+    def _windows(self, model: SemanticModel, images: Tensor) -> dict[str, Tensor]:
+        """Of images as they are, by windows where these are smaller."""
+        height, width = images.shape[2:]
+        if self.crop is None or (height <= self.crop[0] and width <= self.crop[1]):
+            return model(images)
+        assert self.stride is not None
+        rows, columns = (
+            spans(length, crop, crop - stride)
+            for length, crop, stride in zip((height, width), self.crop, self.stride, strict=True)
+        )
+        total: dict[str, Tensor] = {}
+        for ys, xs in itertools.product(rows, columns):
+            size = (ys.stop - ys.start, xs.stop - xs.start)
+            found = model(images[:, :, ys.start : ys.stop, xs.start : xs.stop])
+            weights = ys.weights()[:, None] * xs.weights()
+            for key in ("out", "uncertainty"):
+                if key not in found:
+                    continue
+                value = found[key].float()
+                value = value if key == "out" else value[:, None]
+                step = _whole_stride(size, (value.shape[2], value.shape[3]))
+                if step is None or ys.start % step or xs.start % step:
+                    value, step = _resized(value, size), 1
+                if key not in total:
+                    shape = (*value.shape[:2], -(-height // step), -(-width // step))
+                    total[key] = value.new_zeros(shape)
+                share = F.avg_pool2d(weights[None, None], step, ceil_mode=True).to(value.device)
+                top, left = ys.start // step, xs.start // step
+                high, wide = value.shape[2:]
+                total[key][:, :, top : top + high, left : left + wide] += value * share
+        if "uncertainty" in total:
+            total["uncertainty"] = total["uncertainty"][:, 0]
+        return total
+
+
+def _variant(images: Tensor, scale: float, flip: bool) -> Tensor:
+    """Images [N, 3, H, W] uint8, resized and mirrored; floats in 0..1 where resized."""
+    if scale != 1.0:
+        size = [max(1, round(side * scale)) for side in images.shape[2:]]
+        images = F.interpolate(
+            images.float() / 255, size, mode="bilinear", antialias=True, align_corners=False
+        ).clamp(0, 1)
+    return images.flip(3) if flip else images
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(maps.shape[2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def _whole_stride(size: tuple[int, int], logits: tuple[int, int]) -> int | None:
+    """The stride of logits, where it is a whole number and the same both ways."""
+    step = -(-size[0] // logits[0])
+    fits = all(-(-length // step) == count for length, count in zip(size, logits, strict=True))
+    return step if fits else None
+
+
+def _scale(value: Any, tta: Any) -> float:
+    try:
+        scale = float(value)
+    except (TypeError, ValueError):
+        scale = math.nan
+    if isinstance(value, bool) or not _SMALLEST_SCALE <= scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"tta must be of 'flip', 'scales' and numbers from {_SMALLEST_SCALE} to "
+            f"{_LARGEST_SCALE:g}, such as 'flip,scales' or 'flip,0.75,1,1.25', got {shown(tta)}"
+        )
+    return scale
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(
+            f"{name} must be a number of pixels, or (height, width), got {shown(value)}"
+        )
+    return pair[0], pair[1]
+
+
+def _two_thirds(crop: int) -> int:
+    return max(32, crop * 2 // 3 // 32 * 32)
 
 
 def wrap(
