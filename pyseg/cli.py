@@ -441,7 +441,7 @@ def predict(
         raise typer.Exit(FAILED)
 
 
-@app.command(cls=_documented_by("evaluation.py:evaluate"))
+@app.command(cls=_documented_by("evaluation.py:evaluate", "cluster.py:evaluate", second="with ray"))
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
@@ -451,6 +451,10 @@ def evaluate(
         list[str] | None, typer.Option("--metric", help="Registered metric; may be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
+    engine: EngineOption = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(help="With ray: processes.")] = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -466,9 +470,11 @@ def evaluate(
     """
     from . import evaluation, processes
 
-    with processes.joined(device) as device:
+    on_ray = _on_ray(engine, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    chosen = _given(metrics=metrics or None, limit=limit)
+    joined = processes.joined(device) if on_ray is None else contextlib.nullcontext(device)
+    with joined as device:
         data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, weights, num_classes, device, precision)
         worst = None
         if report is not None:
             from .files import make_folder
@@ -476,13 +482,18 @@ def evaluate(
 
             make_folder(report, "--report")  # a mistake shows before the work
             worst = WorstImages(data)
-        result = evaluation.evaluate(
-            pipeline,
-            data,
-            track=_track("evaluating"),
-            observe=worst.add if worst else None,
-            **_given(metrics=metrics or None, limit=limit),
-        )
+        track = _track("evaluating")
+        if on_ray is None:
+            pipeline = _pipeline(spec, weights, num_classes, device, precision)
+            observe = worst.add if worst else None
+            result = evaluation.evaluate(pipeline, data, track=track, observe=observe, **chosen)
+        else:
+            from . import cluster
+
+            made = _made_by(weights, num_classes, device, precision)
+            result = cluster.evaluate(
+                spec, data, track=track, worst=worst, **chosen, **on_ray, **made
+            )
         if report is not None:
             title = f"{dataset}, {split}" if split else dataset
             write_page(report, result, worst, title=title)

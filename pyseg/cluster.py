@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
@@ -21,25 +22,32 @@ import tempfile
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from . import __version__, prediction
+from .classes import check_classes
 from .errors import ImageError, PysegError, require
-from .files import IMAGE_SUFFIXES, make_folder, remove_abandoned, replacing
+from .evaluation import MEMORY_IMAGES, Evaluation, Scoring, chosen, largest
+from .files import IMAGE_SUFFIXES, make_folder, remove_abandoned, replacing, some
 from .image import read_image
 from .pipeline import DEFAULT, DESCRIPTION, Pipeline, build, load
 from .prediction import MANIFEST, Predictions, Source
+from .processes import add_states
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from .report import WorstImages
+    from .types import Dataset
 
 ATTEMPTS = 3  # at a shard whose workers die; then it is reported, and the others go on
 _CPUS = 4  # of a worker, by default: as many as plain `predict` has images in work
+_PART = 16  # samples at most whose states a worker returns together
 _PACKAGES = {  # fsspec's schemes -> what brings them
     "s3": "s3fs",
     "s3a": "s3fs",
@@ -88,7 +96,6 @@ class _Recipe:
                 f"a worker has pyseg {__version__} and the driver {self.version}: install the "
                 "same everywhere"
             )
-        torch.set_num_threads(self.threads)
         if (Path(self.spec) / DESCRIPTION).is_file():
             if self.weights != DEFAULT or self.num_classes is not None:
                 raise PysegError(
@@ -165,19 +172,19 @@ def predict(
     Example:
         >>> predict("streetnet", ["s3://bucket/photos"], "s3://bucket/labels", workers=8)
     """
-    for name, value in (
-        ("workers", workers),
-        ("batch_size", batch_size),
-        ("shard_size", shard_size),
-    ):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if gpus_per_worker is not None and gpus_per_worker < 0:
-        raise ValueError(f"gpus_per_worker must be at least 0, got {gpus_per_worker}")
+    _check(
+        workers=workers,
+        gpus_per_worker=gpus_per_worker,
+        batch_size=batch_size,
+        shard_size=shard_size,
+    )
     require("ray.data", extra="ray")
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    for place in (output_dir, *given):
+        if os.fspath(place).startswith("memory://"):
+            raise PysegError(f"{place!r} is in the memory of one process, which workers do not see")
     store = Store(output_dir)
     found = Predictions(store.local or Path("output"))
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     jobs = [
         (source, target.relative_to(found.output_dir).as_posix())
         for source, target in prediction.find_jobs(given, found, keep_suffix, _find)
@@ -200,19 +207,20 @@ def predict(
         }
         with _cluster(address) as ray:
             crew = _crew(ray, workers, gpus_per_worker, device)
-            recipe = dataclasses.replace(recipe, device=crew.device, threads=crew.threads)
-            rows = _map(ray, crew, _Segmenter, (recipe, options), shards)
+            recipe = dataclasses.replace(recipe, device=crew.device, threads=crew.cpus)
             missing = {shard["name"]: shard for shard in shards}
-            for _ in track(shards):
-                if (row := next(rows, None)) is None:
-                    break
-                del missing[row["name"]]
-                summary.written += row["written"]
-                summary.failed |= row["failed"]
-                summary.shards += [row["name"]] if row["written"] else []
-                for text in row["warnings"]:
-                    warnings.warn(text, stacklevel=2)
-            next(rows, None)  # lets Ray end its execution
+            mapped = _map(ray, crew, _Segmenter, (recipe, options), shards)
+            with contextlib.closing(mapped) as rows:
+                for _ in track(shards):
+                    if (row := next(rows, None)) is None:
+                        break
+                    del missing[row["name"]]
+                    summary.written += row["written"]
+                    summary.failed |= row["failed"]
+                    summary.shards += [row["name"]] if row["written"] else []
+                    for text in row["warnings"]:
+                        warnings.warn(text, stacklevel=2)
+                next(rows, None)  # lets Ray end its execution
     there = set(summary.written)
     summary.written = [name for _, name in jobs if name in there]
     for shard in missing.values():
@@ -223,6 +231,92 @@ def predict(
                 "shard_size tells which it is"
             )
     return summary
+
+
+def evaluate(
+    spec: str,
+    dataset: Dataset,
+    metrics: Sequence[str] = ("semantic",),
+    *,
+    weights: str | None = DEFAULT,
+    num_classes: int | None = None,
+    device: str | None = None,
+    precision: str = "fp32",
+    limit: int | None = None,
+    workers: int | None = None,
+    gpus_per_worker: float | None = None,
+    address: str | None = None,
+    worst: WorstImages | None = None,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+) -> Evaluation:
+    """Scores every stage of a pipeline on a data set by many workers, as `pyseg.evaluate` does.
+
+    Each worker scores some images in a row and returns the metrics' states, which are added in the
+    order of the data set: the scores are those of one process to the last bit. What a *model*
+    returns depends on torch's threads in its last bits, which are here a worker's CPUs. Times are
+    means over all images, the peak memory is the largest of any worker.
+
+    Args:
+        spec, weights, num_classes, device, precision: as for `predict`.
+        dataset: is pickled; its files must be there on every machine.
+        metrics: as for `pyseg.evaluate`.
+        limit: score this many images, spread evenly over the dataset; None = all.
+        workers, gpus_per_worker, address: as for `predict`.
+        worst: what is to keep the worst images, for `pyseg.report.write_page`.
+        track: wraps the sequence of parts, for a progress bar.
+
+    Raises:
+        PysegError: as from `pyseg.evaluate`; a worker died three times over the same images, so
+            that no image is left out silently; the workers do not fit into the cluster.
+        ImportError: Ray is not installed.
+        ValueError: an option out of range.
+    """
+    _check(workers=workers, gpus_per_worker=gpus_per_worker)
+    require("ray.data", extra="ray")
+    recipe = _Recipe(_anywhere(spec), weights, num_classes, "cpu", precision)
+    pipeline = recipe.make()
+    check_classes(pipeline.classes, dataset.classes)
+    indices = chosen(len(dataset), limit)
+    total = Scoring(pipeline, dataset, metrics)
+    with _cluster(address) as ray:
+        crew = _crew(ray, workers, gpus_per_worker, device)
+        recipe = dataclasses.replace(recipe, device=crew.device, threads=crew.cpus)
+        # Some parts per worker, so that all end at about the same time.
+        size = min(_PART, -(-len(indices) // (4 * crew.workers)))
+        parts: list[dict[str, Any]] = [
+            {"name": start, "indices": indices[start : start + size]}
+            for start in range(0, len(indices), size)
+        ]
+        options = {"dataset": ray.put(dataset), "metrics": metrics, "worst": worst}
+        found = {}
+        with contextlib.closing(_map(ray, crew, _Scorer, (recipe, options), parts)) as rows:
+            for _ in track(parts):
+                if (row := next(rows, None)) is None:
+                    break
+                found[row["name"]] = row
+            next(rows, None)
+    if lost := [part["indices"] for part in parts if part["name"] not in found]:
+        raise PysegError(
+            f"a worker died {ATTEMPTS} times over the samples {some(lost[0])} of the data set, "
+            "for want of memory perhaps"
+        )
+    ordered = [found[part["name"]] for part in parts]
+    for k, stage_scorers in enumerate(total.scorers):
+        for name, scorer in stage_scorers.items():
+            scorer.load_state(add_states(name, [row["states"][k][name] for row in ordered]))
+        total.milliseconds[k] = math.fsum(row["milliseconds"][k] for row in ordered)
+        total.peaks[k] = largest(row["peaks"][k] for row in ordered)
+    if worst is not None:
+        for row in ordered:
+            worst.merge(row["worst"])
+    return total.result(len(indices), True, crew.device, crew.cpus)
+
+
+def _check(**options: float | None) -> None:
+    for name, value in options.items():
+        least = 0 if name == "gpus_per_worker" else 1
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 def _anywhere(spec: str) -> str:
@@ -279,8 +373,11 @@ class Store:
         remote = "://" in text
         self.local = None if remote else Path(text).absolute()
         self.url = text.rstrip("/") if remote else str(self.local)
-        self.system, self.root = _open_store(text) if remote else (None, str(self.local))
-        self.root = self.root.rstrip("/")
+        self.system: Any = None
+        self.root = ""
+        if remote:
+            self.system, root = _open_store(text)
+            self.root = root.rstrip("/")
 
     @contextlib.contextmanager
     def only_run(self) -> Iterator[None]:
@@ -443,6 +540,7 @@ class _Worker:
 
         try:
             if self.pipeline is None:
+                torch.set_num_threads(self.recipe.threads)
                 self.pipeline = self.recipe.make()
             answer = self.work(self.pipeline, pickle.loads(batch["job"][0]))
         except Exception as error:
@@ -491,6 +589,38 @@ class _Segmenter(_Worker):
                 Store(self.options["output"]).put(shard, job["name"])
         texts = [str(each.message) for each in caught if each.category is UserWarning]
         return {"name": job["name"], "written": written, "failed": failed, "warnings": texts}
+
+
+class _Scorer(_Worker):
+    """Of samples to the states of the metrics."""
+
+    def __init__(self, recipe: _Recipe, options: Mapping[str, Any]) -> None:
+        super().__init__(recipe, options)
+        self.dataset: Dataset | None = None
+
+    def work(self, pipeline: Pipeline, job: Any) -> dict[str, Any]:
+        first = self.dataset is None
+        if self.dataset is None:
+            self.dataset = require("ray", extra="ray").get(self.options["dataset"])
+        scoring = Scoring(pipeline, self.dataset, self.options["metrics"])
+        worst = copy.deepcopy(self.options["worst"])
+        for done, index in enumerate(job["indices"]):
+            scoring.add(
+                index,
+                warm_up=first and done == 0,
+                memory=first and done < MEMORY_IMAGES,
+                observe=worst.add if worst else None,
+            )
+        states = [
+            {name: scorer.state() for name, scorer in stage.items()} for stage in scoring.scorers
+        ]
+        return {
+            "name": job["name"],
+            "states": tree_map_only(Tensor, Tensor.cpu, states),
+            "milliseconds": scoring.milliseconds,
+            "peaks": scoring.peaks,
+            "worst": worst,
+        }
 
 
 class _Reader:
@@ -546,10 +676,6 @@ class _Crew:
     cpus: int  # of each
     gpus: float  # of each
     device: str
-
-    @property
-    def threads(self) -> int:
-        return self.cpus
 
 
 @contextlib.contextmanager
@@ -611,7 +737,7 @@ def _crew(
 
 def _map(
     ray: Any, crew: _Crew, kind: type[_Worker], arguments: tuple, jobs: Sequence[Any]
-) -> Iterator[dict[str, Any]]:
+) -> Generator[dict[str, Any], None, None]:
     """The answers of workers as they come; a job whose worker died too often has none.
 
     Ray holds the jobs, which are names, and gives a worker one at a time; the answers are small.
@@ -650,4 +776,4 @@ def _map(
             yield answer
 
 
-__all__ = ["ShardedPredictions", "predict"]
+__all__ = ["ShardedPredictions", "evaluate", "predict"]

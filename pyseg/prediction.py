@@ -84,7 +84,7 @@ def predict(
     keep_suffix: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
-    track: Callable[[Sequence[tuple[Path, Path]]], Iterable[tuple[Path, Path]]] = iter,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = iter,
 ) -> Predictions:
     """Segments image files and writes one indexed PNG each.
 
