@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import enum
 import functools
 import json
 import os
@@ -86,18 +87,19 @@ def _as_options(message: str, names: Sequence[str]) -> str:
     return message + separator + rest
 
 
-def _documented_by(*functions: str) -> type[TyperCommand]:
+def _documented_by(*functions: str, second: str = "with instances") -> type[TyperCommand]:
     """A command whose help shows the defaults of the functions that it passes its options to.
 
     Args:
         functions: such as ``"training/semantic.py:train"``; the second, if any, is for models of
-            instances.
+            instances, or what ``second`` says.
+        second: when the second function is called.
     """
 
     class Documented(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             for option in self.params:
-                text = _default(option.name or "", functions)
+                text = _default(option.name or "", functions, second)
                 help_text = getattr(option, "help", None) or ""
                 if text and "[default" not in help_text:
                     option.help = f"{help_text} [default: {text}]"  # type: ignore[attr-defined]
@@ -106,13 +108,13 @@ def _documented_by(*functions: str) -> type[TyperCommand]:
     return Documented
 
 
-def _default(name: str, functions: Sequence[str]) -> str:
+def _default(name: str, functions: Sequence[str], second: str) -> str:
     """The default of an option as help shows it; empty where there is none to tell."""
     known = [_defaults(function) for function in functions]
     texts = [_shown(defaults[name]) if name in defaults else "" for defaults in known]
     if len(texts) == 1 or texts[0] == texts[1]:
         return texts[0]
-    parts = [texts[0], texts[1] and f"{texts[1]} with instances"]
+    parts = [texts[0], texts[1] and f"{texts[1]} {second}"]
     return "; ".join(part for part in parts if part)
 
 
@@ -207,6 +209,26 @@ DatasetOption = Annotated[
 LimitOption = Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")]
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
+]
+
+
+class Engine(str, enum.Enum):
+    """Who does the work."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="local: this process. ray: processes here or on a cluster.")
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(help="With ray: GPUs of a worker. [default: 1 where there are any]"),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="With ray: of a cluster, such as auto. [default: $RAY_ADDRESS, else none]"),
 ]
 
 
@@ -323,11 +345,18 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(cls=_documented_by("prediction.py:predict"))
+@app.command(cls=_documented_by("prediction.py:predict", "cluster.py:predict", second="with ray"))
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Image files, folders and glob patterns.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders, glob patterns, @list.txt (a path a line); with ray, URLs."
+        ),
+    ],
     spec: SpecOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the label maps.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the label maps; with ray, or a URL.")
+    ],
     overlay: Annotated[
         bool | None, typer.Option("--overlay", help="Also write overlays with a legend.")
     ] = None,
@@ -338,7 +367,8 @@ def predict(
         bool | None, typer.Option("--keep-suffix", help="a.jpg becomes a.jpg.png, not a.png.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Images that are segmented at a time.")
+        int | None,
+        typer.Option(help="Images that are segmented at a time; with ray, processes."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     tile: Annotated[
@@ -358,31 +388,42 @@ def predict(
         str | None,
         typer.Option("--format", help="Of results of --tile: tif, zarr or png. [default: tif]"),
     ] = None,
+    engine: EngineOption = Engine.LOCAL,
+    gpus_per_worker: GpusOption = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="With ray: images whose results become one file.")
+    ] = None,
+    address: AddressOption = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images and write one indexed PNG each; with --tile images larger than the memory.
+    """Segment images and write one indexed PNG each; with --tile, images larger than the memory;
+    with --engine ray, ZIP files of such.
 
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
     from .files import some
 
+    on_ray = _on_ray(
+        engine, gpus_per_worker=gpus_per_worker, shard_size=shard_size, address=address
+    )
     tiled = _given(tile=tile, overlap=overlap, halo=halo, bands=bands, format=format_)
     if tile is not None:
         untiled = _given(overlay=overlay, keep_suffix=keep_suffix, workers=workers)
+        if on_ray is not None:
+            untiled["engine"] = engine
         if untiled:
             raise PysegError(f"{_option(min(untiled))} has no meaning with --tile: leave it out")
         pipeline = _pipeline(spec, weights, num_classes, device, precision)
         given = _given(tile=tile, overlap=overlap, halo=halo, bands=_numbers(bands, "--bands"))
         given |= _given(overwrite=overwrite, batch_size=batch_size)
-        return _predict_tiled(pipeline, paths, output, format_ or "tif", as_json, given)
+        return _predict_tiled(pipeline, paths, Path(output), format_ or "tif", as_json, given)
     if tiled:
         raise PysegError(f"{_option(min(tiled))} goes with --tile, which is not given")
-    pipeline = _pipeline(spec, weights, num_classes, device, precision)
     progress = [0, 0]
 
     def track(items: Sequence[Any]) -> Iterator[Any]:
@@ -390,26 +431,30 @@ def predict(
         for progress[0], item in enumerate(_track("predicting")(items)):
             yield item
 
+    given = _given(
+        overlay=overlay,
+        overwrite=overwrite,
+        keep_suffix=keep_suffix,
+        workers=workers,
+        batch_size=batch_size,
+    )
+    summary: Any
     try:
-        summary = prediction.predict(
-            pipeline,
-            paths,
-            output,
-            track=track,
-            **_given(
-                overlay=overlay,
-                overwrite=overwrite,
-                keep_suffix=keep_suffix,
-                workers=workers,
-                batch_size=batch_size,
-            ),
-        )
+        if on_ray is None:
+            pipeline = _pipeline(spec, weights, num_classes, device, precision)
+            summary = prediction.predict(pipeline, paths, output, track=track, **given)
+        else:
+            from . import cluster
+
+            made = _made_by(weights, num_classes, device, precision)
+            summary = cluster.predict(spec, paths, output, track=track, **given, **on_ray, **made)
     except KeyboardInterrupt:
         if not progress[1]:
             raise _stop("before the first image") from None
         how = "without --overwrite, the same command" if overwrite else "the same command"
+        what = "images" if on_ray is None else "shards"
         raise _stop(
-            f"{progress[0]} of {progress[1]} images are done; {how} goes on with the others"
+            f"{progress[0]} of {progress[1]} {what} are done; {how} goes on with the others"
         ) from None
     if as_json:
         _print_json(summary.to_dict())
@@ -477,7 +522,7 @@ def _predict_tiled(
         raise typer.Exit(FAILED)
 
 
-@app.command(cls=_documented_by("evaluation.py:evaluate"))
+@app.command(cls=_documented_by("evaluation.py:evaluate", "cluster.py:evaluate", second="with ray"))
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
@@ -487,6 +532,10 @@ def evaluate(
         list[str] | None, typer.Option("--metric", help="Registered metric; may be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
+    engine: EngineOption = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(help="With ray: processes.")] = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -502,9 +551,11 @@ def evaluate(
     """
     from . import evaluation, processes
 
-    with processes.joined(device) as device:
+    on_ray = _on_ray(engine, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    chosen = _given(metrics=metrics or None, limit=limit)
+    joined = processes.joined(device) if on_ray is None else contextlib.nullcontext(device)
+    with joined as device:
         data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, weights, num_classes, device, precision)
         worst = None
         if report is not None:
             from .files import make_folder
@@ -512,13 +563,18 @@ def evaluate(
 
             make_folder(report, "--report")  # a mistake shows before the work
             worst = WorstImages(data)
-        result = evaluation.evaluate(
-            pipeline,
-            data,
-            track=_track("evaluating"),
-            observe=worst.add if worst else None,
-            **_given(metrics=metrics or None, limit=limit),
-        )
+        track = _track("evaluating")
+        if on_ray is None:
+            pipeline = _pipeline(spec, weights, num_classes, device, precision)
+            observe = worst.add if worst else None
+            result = evaluation.evaluate(pipeline, data, track=track, observe=observe, **chosen)
+        else:
+            from . import cluster
+
+            made = _made_by(weights, num_classes, device, precision)
+            result = cluster.evaluate(
+                spec, data, track=track, worst=worst, **chosen, **on_ray, **made
+            )
         if report is not None:
             title = f"{dataset}, {split}" if split else dataset
             write_page(report, result, worst, title=title)
@@ -1239,6 +1295,27 @@ def _pipeline(
     return pipeline.build(
         spec, num_classes=num_classes, weights=chosen, device=device, **_given(precision=precision)
     )
+
+
+def _made_by(
+    weights: str | None,
+    num_classes: int | None,
+    device: str | None,
+    precision: str | None,
+) -> dict[str, Any]:
+    """The options of `_pipeline` for who builds it elsewhere."""
+    made = _given(weights=weights, num_classes=num_classes, device=device, precision=precision)
+    return {**made, "weights": None} if weights == "none" else made
+
+
+def _on_ray(engine: Engine, **options: Any) -> dict[str, Any] | None:
+    """The options that only ray takes; None for the other engine, which refuses them."""
+    given = _given(**options)
+    if engine is Engine.RAY:
+        return given
+    if given:
+        raise PysegError(f"{', '.join(map(_option, given))} need --engine ray")
+    return None
 
 
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:

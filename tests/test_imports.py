@@ -19,7 +19,7 @@ FLOORS = (
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"demo"},
+    {"cluster", "demo"},
     {"cli"},
     {"__main__"},
 )
