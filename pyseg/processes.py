@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,14 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * processes
     distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def broadcast(state: Mapping[str, Tensor]) -> None:
+    """Gives the tensors of every process the values of the first's; shares of a tensor are kept."""
+    if rank_and_count()[1] > 1:
+        for value in state.values():
+            if not hasattr(value, "full_tensor"):
+                distributed.broadcast(value, 0)
 
 
 def merge_states(name: str, metric: Metric) -> None:

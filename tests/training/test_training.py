@@ -480,7 +480,7 @@ def test_a_diverging_loss_stops_and_keeps_the_checkpoint(tmp_path):
     model = tiny()
     with torch.no_grad():
         model.network.head.weight.fill_(math.nan)
-    with pytest.raises(PysegError, match=r"the loss became nan in epoch 1; lower learning_rate"):
+    with pytest.raises(PysegError, match=r"no longer finite in epoch 1, at batch 1 of 1, .*lower"):
         train(model, Shapes(), output_dir=tmp_path, **SHORT)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -658,51 +658,7 @@ def test_public_names_stay_where_they_were():
     assert pyseg.train is training.train is train
     assert instance_training.train_instances is training.train_instances
     assert pyseg.tuning.train_crf is training.train_crf and callable(pyseg.tuning.tune_crf)
-    assert parameter_groups is loop.parameter_groups
-
-
-def test_soft_jaccard_of_certain_predictions_is_one_minus_miou():
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randint(0, 4, (2, 9, 11), generator=generator)
-    target = torch.randint(0, 4, (2, 9, 11), generator=generator)
-    target[target == 2] = 0  # class 2 is predicted, but not there
-    target[0, :3] = 255
-    p = nn.functional.one_hot(prediction, 4).permute(0, 3, 1, 2).float()
-    ious = []
-    for label in (0, 1, 3):
-        a = ((prediction == label) & (target != 255)).numpy()
-        b = (target == label).numpy()
-        ious.append((a & b).sum() / (a | b).sum())
-    loss = semantic._soft_jaccard(p, target)
-    assert loss.item() == pytest.approx(1 - np.mean(ious), abs=1e-6)
-    assert semantic._soft_jaccard(p, torch.full_like(target, 255)).item() == 0
-
-
-def test_loss_equals_torch_cross_entropy():
-    generator = torch.Generator().manual_seed(0)
-    outputs = {
-        "out": torch.randn(2, 3, 6, 8, generator=generator),
-        "aux8": torch.randn(2, 3, 3, 4, generator=generator),
-    }
-    labels = torch.randint(0, 3, (2, 12, 16), generator=generator).to(torch.uint8)
-    labels[:, 0] = 255
-    ones = torch.ones(3)
-    loss = semantic._loss(outputs, labels, ones, jaccard=0, auxiliary=0.4)
-    upsample = nn.Upsample((12, 16), mode="bilinear")
-    expected = nn.functional.cross_entropy(
-        upsample(outputs["out"]), labels.long(), ignore_index=255
-    ) + 0.4 * nn.functional.cross_entropy(
-        outputs["aux8"], labels[:, 2::4, 2::4].long(), ignore_index=255
-    )
-    torch.testing.assert_close(loss, expected)
-
-
-def test_class_weights():
-    weights = semantic._class_weights(torch.tensor([100, 10000, 0]), 0.5)
-    assert weights[0] / weights[1] == pytest.approx(10)
-    assert (100 * weights[0] + 10000 * weights[1]) / 10100 == pytest.approx(1)
-    assert weights[2] == 1
-    assert semantic._class_weights(torch.tensor([5, 50]), 0).tolist() == [1, 1]
+    assert parameter_groups is training.optimizer.parameter_groups
 
 
 @pytest.mark.parametrize("size", [(40, 40), (120, 140)])
@@ -758,7 +714,37 @@ def test_light_changes_brightness_and_keeps_grey_grey_at_strength_zero():
 
 
 def test_schedule_rises_then_falls():
-    rates = [loop._schedule(step, 100, 0.1) for step in range(100)]
+    rates = [loop.share_of_rate("cosine", step, 100, 0.1) for step in range(100)]
     assert rates.index(max(rates)) in (9, 10) and max(rates) == 1
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02
+
+
+def of_torch(make, total):
+    """What a scheduler of torch gives to a learning rate of 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = make(optimizer), []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("total", [7, 40, 111])
+def test_schedules_are_those_of_torch(total):
+    lr = torch.optim.lr_scheduler
+    poly = of_torch(lambda o: lr.PolynomialLR(o, total, 0.9), total)
+    ours = [loop.share_of_rate("poly", step, total, 0) for step in range(total)]
+    assert ours == pytest.approx(poly, abs=1e-12)
+    for rising in (0.3, 0.25):
+        cycle = of_torch(
+            lambda o, rising=rising: lr.OneCycleLR(
+                o, 1.0, total_steps=total, pct_start=rising, cycle_momentum=False
+            ),
+            total,
+        )
+        ours = [loop.share_of_rate("one-cycle", step, total, rising) for step in range(total)]
+        assert ours == pytest.approx(cycle, abs=1e-12)
+    rates = [loop.share_of_rate("poly", step, 100, 0.1) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10] == 1 and rates[-1] > 0
