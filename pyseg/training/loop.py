@@ -181,7 +181,7 @@ def fit(
         if main:
             remove_abandoned(output)
         resume = resume and (output / CHECKPOINT).exists()
-        checkpoint = _Checkpoint.read(output / CHECKPOINT, device) if resume else None
+        checkpoint = _Checkpoint.read(output / CHECKPOINT) if resume else None
         if precision is None:
             kept = checkpoint.settings.get("precision") if checkpoint else None
             precision = kept if kept in ("bf16", "fp32") else usual_precision(device)
@@ -203,7 +203,7 @@ def fit(
         training_mode(model)
         sharded = sharding.wanted(accelerator)
         whole = copy.deepcopy(model) if sharded else model  # what is validated and saved
-        network, optimizer = accelerator.prepare(model, optimizer)
+        network, optimizer = sharding.prepared(accelerator, model, optimizer)
         average = {key: value.detach().clone() for key, value in model.state_dict().items()}
         log: list[dict[str, Any]] = []
         if checkpoint is not None:
@@ -636,7 +636,7 @@ class _Checkpoint:
     optimizer: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path, device: torch.device) -> _Checkpoint:
+    def read(cls, path: Path) -> _Checkpoint:
         """Reads and checks a file, which may be any; no code from it runs.
 
         Raises:
@@ -645,7 +645,7 @@ class _Checkpoint:
         # Torch's own message advises weights_only=False, which would run code from the file.
         reason = "it is no file of torch.save, or one that needs more than tensors and numbers"
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise _unreadable(path, reason) from error
         try:

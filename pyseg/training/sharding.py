@@ -6,11 +6,12 @@ another number of processes, or without shares.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PysegError
 
@@ -19,19 +20,50 @@ if TYPE_CHECKING:
 
 
 def wanted(accelerator: Accelerator) -> bool:
-    """Whether a model is to be shared out.
+    """Whether a model is to be shared out: ``accelerate launch --use_fsdp --fsdp_version 2``.
 
     Raises:
         PysegError: by the first version of FSDP, whose parameters are of another shape.
     """
-    if accelerator.distributed_type.value != "FSDP":
+    if _on_cpu(accelerator):
+        second = os.environ.get("FSDP_VERSION") == "2"
+    elif accelerator.distributed_type.value == "FSDP":
+        second = accelerator.is_fsdp2
+    else:
         return False
-    if not accelerator.is_fsdp2:
+    if not second:
         raise PysegError(
             "training shares a model out by FSDP 2 only; start it by "
             "accelerate launch --use_fsdp --fsdp_version 2"
         )
     return True
+
+
+def prepared(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, Any]:
+    """What accelerate makes of a model and its optimizer."""
+    if wanted(accelerator):
+        for parameter in model.parameters():  # FSDP refuses other layouts, such as channels_last
+            parameter.data = parameter.data.contiguous()
+    if not _on_cpu(accelerator):
+        return accelerator.prepare(model, optimizer)
+    # accelerate shares models out on GPUs only, and would copy this one without a word.
+    from torch.distributed.fsdp import fully_shard
+
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [[names[parameter] for parameter in g["params"]] for g in optimizer.param_groups]
+    fully_shard(model)
+    own = dict(model.named_parameters())
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [own[name] for name in members]
+    return model, accelerator.prepare(optimizer)
+
+
+def _on_cpu(accelerator: Accelerator) -> bool:
+    """Whether FSDP was asked for where accelerate has none."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return asked and accelerator.distributed_type.value == "MULTI_CPU"
 
 
 def local(value: Tensor) -> Tensor:
@@ -74,7 +106,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     for index, values in state["state"].items():
         like = parameters[index]
         own[index] = {
-            key: shared_out(value, like)
+            key: shared_out(value.to(like.device), like)
             if isinstance(value, Tensor) and value.shape == like.shape
             else value
             for key, value in values.items()

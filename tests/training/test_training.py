@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys import CLASSES, PALETTE, SHORT, Shapes, same, tiny
 
 import pyseg
 import pyseg.tuning
@@ -25,68 +26,6 @@ from pyseg.training import fit, loop, parameter_groups, random_crop, random_ligh
 from pyseg.types import Sample
 from pyseg.weights import load_into, load_state
 
-CLASSES = ("ground", "disc", "frame")
-PALETTE = ((90, 60, 30), (250, 200, 20), (20, 40, 200))
-
-
-class Shapes:
-    """Discs on a ground within a frame: colours tell the classes, as far as the noise allows."""
-
-    classes, palette = CLASSES, PALETTE
-
-    def __init__(self, count=2, size=(24, 32), seed=0):
-        generator = np.random.default_rng(seed)
-        rows, columns = np.mgrid[: size[0], : size[1]]
-        self.samples = []
-        for index in range(count):
-            labels = np.zeros(size, dtype=np.uint8)
-            y, x = generator.integers(8, size[0] - 8), generator.integers(8, size[1] - 8)
-            labels[(rows - y) ** 2 + (columns - x) ** 2 < 36] = 1
-            labels[:2] = labels[-2:] = 2
-            image = np.array(PALETTE)[labels] + generator.integers(-20, 20, (*size, 3))
-            labels[:, -1] = 255
-            self.samples.append(
-                Sample(
-                    f"shape{index}",
-                    torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),
-                    torch.from_numpy(labels),
-                )
-            )
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-
-class Tiny(nn.Module):
-    """Stride 2, dropout and an auxiliary head: all that resuming could get wrong."""
-
-    def __init__(self, classes=3):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2, 1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 16, 3, 1, 1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-        )
-        self.head = nn.Conv2d(16, classes, 1)
-        self.auxiliary = nn.Conv2d(16, classes, 1)
-
-    def forward(self, x):
-        x = self.body(x)
-        outputs = {"out": self.head(x)}
-        return {**outputs, "aux": self.auxiliary(x[:, :, ::2, ::2])} if self.training else outputs
-
-
-def tiny(classes=CLASSES, seed=0):
-    torch.manual_seed(seed)
-    return SemanticModel(Tiny(len(classes)), classes)
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -95,20 +34,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-SHORT = {
-    "epochs": 4,
-    "batch_size": 2,
-    "crop_size": (16, 16),
-    "precision": "fp32",
-    "progress": False,
-    "ema": 0.9,
-}
-
-
-def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -597,10 +522,12 @@ def test_metrics_may_hold_lists():
 TWO = """
 import importlib.util
 import os
+import sys
 
 import torch
 from accelerate import PartialState
 
+sys.path.insert(0, os.path.dirname({file!r}))
 spec = importlib.util.spec_from_file_location("this", {file!r})
 this = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(this)
@@ -633,14 +560,6 @@ else:
 state.destroy_process_group()  # a peer that ends first would abort the other
 os._exit(0)  # without interpreter shutdown, in which Gloo's threads now and then abort
 """
-
-
-def without_auxiliary():
-    """DistributedDataParallel wants every parameter to have a share in the loss."""
-    model = tiny()
-    del model.network.auxiliary
-    model.network.auxiliary = lambda x: x
-    return model
 
 
 def test_two_processes(tmp_path):
