@@ -714,26 +714,55 @@ def _print_protocol(protocol: dict[str, Any]) -> None:
     cls=_documented_by("training/semantic.py:train", "training/instances.py:train_instances")
 )
 def train(
-    model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
-    dataset: DatasetOption,
+    model: Annotated[
+        str | None, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Options from a .yaml file, or from a recipe that comes with pyseg; those given "
+            "here count more.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Registered data set, with options if need be: \"folder(classes='names.txt')\"; "
+            "may be repeated."
+        ),
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
-    ],
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for checkpoints, weights and log."),
+    ] = None,
     epochs: Annotated[
-        int, typer.Option(help="Passes over the data in all; with --resume it may be another.")
-    ],
+        int | None,
+        typer.Option(help="Passes over the data in all; with --resume it may be another."),
+    ] = None,
     root: RootOption = None,
-    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split to train on. [default: train]")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of an epoch that is to be no pass over the data.")
     ] = None,
     validation_split: Annotated[
-        str | None, typer.Option(help="Split to score now and then.")
+        str | None, typer.Option(help="Split to score now and then, of the first data set.")
+    ] = None,
+    aliases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A=B,C=D|E",
+            help="Of several data sets: classes that stand for one or more of the model's.",
+        ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights to start from; none for random ones.")
-    ] = "none",
-    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
+        str | None,
+        typer.Option(help="Weights to start from; none for random ones. [default: none]"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches that are added up for a step of the optimizer.")
+    ] = None,
     crop_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Height and width of the crops, pixels.")
     ] = None,
@@ -747,23 +776,48 @@ def train(
     class_crops: Annotated[
         float | None, typer.Option(help="Share of crops placed on a class drawn evenly.")
     ] = None,
+    category_limit: Annotated[
+        float | None, typer.Option(help="Largest share of a crop that one class may fill.")
+    ] = None,
+    flip: Annotated[float | None, typer.Option(help="Share of images that are mirrored.")] = None,
     photometric: Annotated[
         float | None, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = None,
-    flip: Annotated[float | None, typer.Option(help="Share of images that are mirrored.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of AdamW, after the warm-up.")
+    class_mix: Annotated[
+        float | None, typer.Option(help="Share of crops that get classes of another image.")
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    copy_paste: Annotated[
+        float | None, typer.Option(help="Share of images that get instances of another.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Sum of ce, ohem, focal, dice, jaccard, lovasz, boundary: 'ce+0.5*lovasz'."
+        ),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(help="0 = pixels are equal, 1 = classes are; median = by median frequency."),
+    ] = None,
+    auxiliary: Annotated[float | None, typer.Option(help="Weight of each auxiliary head.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adam or sgd.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART=RATE,…",
+            help="Factors for parts: backbone=0.1; 0 freezes: rest=0,head=1.",
+        ),
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the learning rate: cosine, poly or one-cycle.")
+    ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps spent warming up.")
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
-    class_power: Annotated[
-        float | None, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
-    ] = None,
-    jaccard: Annotated[float | None, typer.Option(help="Weight of the soft Jaccard loss.")] = None,
-    auxiliary: Annotated[float | None, typer.Option(help="Weight of each auxiliary head.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="bf16 or fp32; chosen by the hardware where not given.")
@@ -774,6 +828,12 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Epochs between checkpoints.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without a better score, then it stops.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Also write TensorBoard's files.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the checkpoint in --output.")
@@ -789,30 +849,22 @@ def train(
     Models of instances (maskrcnn…, panoptic_fpn…, upsnet…) are trained otherwise: options that have
     no meaning for a model are refused.
     """
-    given = _given(
-        steps=steps,
-        batch_size=batch_size,
-        crop_size=_size(crop_size, "--crop-size"),
-        scale=_range(scale, "--scale"),
-        full_size=full_size,
-        class_crops=class_crops,
-        photometric=photometric,
-        flip=flip,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        clip=clip,
-        class_power=class_power,
-        jaccard=jaccard,
-        auxiliary=auxiliary,
-        ema=ema,
-        precision=precision,
-        cache=cache,
-        workers=workers,
-        save_every=save_every,
-        validate_every=validate_every,
-        seed=seed,
-        resume=resume,
+    given = _given(**{k: v for k, v in locals().items() if k not in ("config", "as_json")})
+    if config is not None:
+        from .training import recipes
+
+        given = {**recipes.read_recipe(config, _RECIPE), **given}
+    where = "give it, or a --config that has it"
+    for name, value in (("model", "MODEL"), *((k, _option(k)) for k in _NEEDED)):
+        if name not in given:
+            raise PysegError(f"{value} is missing: {where}")
+    model, output, epochs = given.pop("model"), Path(given.pop("output")), given.pop("epochs")
+    dataset, root = given.pop("dataset"), given.pop("root", None)
+    split, validation_split = given.pop("split", "train"), given.pop("validation_split", None)
+    weights, staged = given.pop("weights", "none"), given.pop("staged", False)
+    given |= _given(
+        crop_size=_size(given.get("crop_size"), "--crop-size"),
+        scale=_range(given.get("scale"), "--scale"),
     )
     import inspect
 
@@ -822,19 +874,27 @@ def train(
     from .files import read_json
     from .models import InstanceModel
 
-    data = _dataset(dataset, root, split)
-    validation = _dataset(dataset, root, validation_split) if validation_split else None
+    texts = [dataset] if isinstance(dataset, str) else dataset
+    sets = [_dataset(text, root, split) for text in texts]
+    validation = _dataset(texts[0], root, validation_split) if validation_split else None
+    data = sets[0] if len(sets) == 1 else sets
+    if "aliases" in given:
+        given["aliases"] = training.label_spaces.read_aliases(given["aliases"])
+    classes = training.union(sets, given.get("aliases") if len(sets) > 1 else None)
     # For weights that start out random.
-    torch.manual_seed(_defaults("training/semantic.py:train")["seed"] if seed is None else seed)
-    pipeline = _pipeline(model, weights, len(data.classes), None)
+    seed = given.get("seed", _defaults("training/semantic.py:train")["seed"])
+    torch.manual_seed(seed)
+    pipeline = _pipeline(model, weights, len(classes["classes"]), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
     network = pipeline.model
-    network.classes, network.palette = tuple(data.classes), tuple(data.palette)
+    network.classes, network.palette = classes["classes"], classes["palette"]
     fit: Any = training.train
     if isinstance(network, InstanceModel):
         if staged:
             raise PysegError(f"--staged has no meaning for {model}: leave it out")
+        if len(sets) > 1:
+            raise PysegError(f"{model} is trained on one data set, got {len(sets)}")
         fit = training.train_instances
     accepted = inspect.signature(fit).parameters
     if strange := [_option(name) for name in given if name not in accepted]:
@@ -862,6 +922,26 @@ def train(
     last = log[-1]
     scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou", "pq") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
+
+
+_NEEDED = ("dataset", "output", "epochs")  # options of `train` that a recipe may give
+# Options of `train` that a recipe may have, and what YAML may give them.
+_RECIPE: dict[str, tuple[type, ...]] = {
+    name: kinds
+    for names, kinds in {
+        "epochs steps batch_size accumulate workers seed save_every validate_every patience": (
+            int,
+        ),
+        "full_size class_crops category_limit flip photometric class_mix copy_paste": (float,),
+        "auxiliary learning_rate momentum weight_decay warmup clip ema": (float,),
+        "model output root split validation_split weights": (str,),
+        "loss class_weights optimizer schedule precision": (str,),
+        "crop_size scale dataset": (str, list),
+        "rates aliases": (str, dict),
+        "cache tensorboard resume staged": (bool,),
+    }.items()
+    for name in names.split()
+}
 
 
 @app.command(cls=_documented_by("comparison/run.py:compare"))
@@ -1336,10 +1416,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _size(text: str | None, option: str) -> tuple[int, int] | None:
-    """Height and width from a text such as ``240x320``."""
+def _size(text: str | Sequence[int] | None, option: str) -> tuple[int, int] | None:
+    """Height and width from a text such as ``240x320``, or from a recipe's list of two."""
     if text is None:
         return None
+    if not isinstance(text, str):
+        text = "x".join(map(str, text))
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if found is None:
         raise PysegError(f"{option} must be height x width, such as 240x320, got {text!r}")
@@ -1355,10 +1437,12 @@ def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, text.split(",")))
 
 
-def _range(text: str | None, option: str) -> tuple[float, float] | None:
-    """Two numbers from a text such as ``0.6-1.6``."""
+def _range(text: str | Sequence[float] | None, option: str) -> tuple[float, float] | None:
+    """Two numbers from a text such as ``0.6-1.6``, or from a recipe's list of two."""
     if text is None:
         return None
+    if not isinstance(text, str):
+        text = "-".join(map(str, text))
     found = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", text)
     if found is None:
         raise PysegError(f"{option} must be smallest-largest, such as 0.6-1.6, got {text!r}")

@@ -36,6 +36,14 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def broadcast(state: Mapping[str, Tensor]) -> None:
+    """Gives the tensors of every process the values of the first's; shares of a tensor are kept."""
+    if rank_and_count()[1] > 1:
+        for value in state.values():
+            if not hasattr(value, "full_tensor"):
+                distributed.broadcast(value, 0)
+
+
 def merge_states(name: str, metric: Metric) -> None:
     """Gives ``metric`` in every process the sum of the states of all.
 

@@ -461,8 +461,8 @@ def test_help_shows_the_defaults_of_the_functions():
     height, width = one["crop_size"].default
     assert f"crops, pixels. [default: {height}x{width}]" in shown
     assert (
-        f"--flip <float> Share of images that are mirrored. [default: {other['flip'].default} with"
-        in shown
+        "--copy-paste <float> Share of images that get instances of another. [default: "
+        f"{other['copy_paste'].default} with" in shown
     )
     for command, text in (
         ("evaluate", "may be repeated. [default: semantic]"),
@@ -514,8 +514,7 @@ def test_train_passes_on_what_is_given_and_leaves_a_pipeline(tmp_path, monkeypat
     for options, words in (
         (("--crop-size", "64,96"), "--crop-size must be height x width, such as 240x320, got"),
         (("--scale", "2"), "--scale must be smallest-largest, such as 0.6-1.6, got '2'"),
-        (("--flip", "0.5"), "--flip has no meaning for tiny: leave it out"),
-        (("--clip", "1"), "--clip has no meaning for tiny"),
+        (("--copy-paste", "0.5"), "--copy-paste has no meaning for tiny: leave it out"),
     ):
         assert words in error_line(run(*common, *options))
 
