@@ -326,12 +326,12 @@ def test_low_depth_files_keep_their_ids(tmp_path):
 def test_label_files_that_are_refused(rgb, tmp_path):
     Image.fromarray(rgb).save(tmp_path / "rgb.png")
     with pytest.raises(ImageError, match=r"mode RGB.*class id"):
-        image.image.read_labels(tmp_path / "rgb.png")
+        image.read_labels(tmp_path / "rgb.png")
     Image.fromarray(rgb[..., 0]).save(tmp_path / "a.jpg")
     with pytest.raises(ImageError, match="JPEG"):
-        image.image.read_labels(tmp_path / "a.jpg")
+        image.read_labels(tmp_path / "a.jpg")
     with pytest.raises(ImageError, match="does not exist"):
-        image.image.read_labels(tmp_path / "absent.png")
+        image.read_labels(tmp_path / "absent.png")
 
 
 def test_labels_that_are_not_written(tmp_path):
