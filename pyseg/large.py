@@ -40,7 +40,7 @@ from .tiles import Span, check_tiles, spans
 from .types import Segmentation
 
 _BATCH = 4  # tiles, by default and on accelerators; on a CPU batches gain nothing
-_ALLOWANCE = 64 << 20  # bytes that no arithmetic tells: packages that are loaded, gaps in the heap
+_ALLOWANCE = 64 << 20  # bytes that no arithmetic tells: of packages that are loaded on the way
 _WORK = ".unfinished"  # ends the name of the folder of an unfinished run, beside its output
 _ABOUT = ".json"  # ends the name of the file that says what made an output
 
@@ -102,7 +102,7 @@ def predict_large(
         overlap: pixels that neighbours share at least, a multiple of 32.
         halo: pixels at the sides of a tile that are thrown away, at most half of the overlap. Where
             the network sees no further than this, the result is that of the whole image. None =
-            a quarter of the overlap; the other half is where tiles are blended.
+            an eighth of the overlap; three quarters are then the ramp, where tiles are blended.
         bands: of a TIFF, those that are red, green and blue, or the grey one, counted from 1.
         batch_size: tiles per call of the pipeline. None = 1 on a CPU, else 4.
         overwrite: replace an output of another call, or begin an unfinished one anew.
@@ -121,7 +121,7 @@ def predict_large(
     Example:
         >>> predict_large(pyseg.build("streetnet"), "city.tif", "labels.tif", overlap=256)
     """
-    halo = overlap // 4 if halo is None else halo
+    halo = overlap // 8 if halo is None else halo
     check_tiles(tile, overlap, halo)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -262,13 +262,13 @@ class _Run:
             * (rims + high * wide * item),
             f"pixels of {2 * self.batch_size} tiles": 2 * self.batch_size * 3 * high * wide,
             "decoded parts of the file": self.raster.memory(self.tile),
-            "allowance for libraries and the allocator": _ALLOWANCE,
+            "allowance for packages": _ALLOWANCE,
             "the PNG": 2 * height * width * item if self.png else 0,
         }
 
     def planned_bytes(self) -> int:
-        """Of all that is held beside the model."""
-        return sum(self._parts().values())
+        """Of all that is held beside the model; with what it leaves idle, once that is known."""
+        return sum(self._parts().values()) + (self.model_bytes or 0) // 2
 
     def _space(self) -> tuple[int, int]:
         """Bytes on disk: of unfinished rows of tiles, and of the labels before compression."""
@@ -321,7 +321,8 @@ class _Run:
             return
         total = self.model_bytes + self.planned_bytes()
         observe(
-            f"the model took {_mb(self.model_bytes)} on its first call: at most {_mb(total)} in all"
+            f"the model took {_mb(self.model_bytes)} on its first call, and may leave half as much "
+            f"idle in the heap: at most {_mb(total)} in all"
         )
 
     def _read(self, batch: Sequence[Place]) -> list[tuple[Tensor, Tensor | None]]:

@@ -225,6 +225,53 @@ def test_labels_without_logits_are_cut(tmp_path, count):
     np.testing.assert_array_equal(found, expected)
 
 
+def seams(folder, pipeline, scene, size, tile, overlap, halo, draws=4):
+    """How much more pixels differ from the whole image's near cuts than elsewhere: factors for 8
+    pixels to both sides, for the whole overlap, and that by which labels change more often at cuts.
+
+    The mean over places of the grid, so that what is pictured there does not count.
+    """
+    draw = np.random.default_rng(1)
+    counts = np.zeros((3, 4))
+    for _ in range(draws):
+        top, left = (draw.integers(0, a - b) for a, b in zip(scene.shape[:2], size, strict=True))
+        pixels = np.ascontiguousarray(scene[top : top + size[0], left : left + size[1]])
+        source, target = write_tiff(folder / "in.tif", pixels), folder / "out.tif"
+        options = {"tile": tile, "overlap": overlap, "halo": halo, "overwrite": True}
+        pyseg.predict_large(pipeline, source, target, **options)
+        labels = tifffile.imread(target)
+        different = labels != pipeline(pixels).labels.numpy()
+        for index, reach in enumerate((8, overlap // 2, 8)):
+            near = [np.zeros(length, bool) for length in size]
+            for axis, length in enumerate(size):
+                for span in spans(length, tile, overlap, halo)[1:]:
+                    cut = sum(span.rise) // 2
+                    near[axis][cut - reach : cut + reach] = True
+            what, border = different, near[0][:, None] | near[1]
+            if index == 2:
+                what = (labels[1:, 1:] != labels[1:, :-1]) | (labels[1:, 1:] != labels[:-1, 1:])
+                border = border[1:, 1:]
+            inside, outside = what[border], what[~border]
+            counts[index] += [inside.sum(), inside.size, outside.sum(), outside.size]
+    return counts[:, 0] / counts[:, 1] / (counts[:, 2] / counts[:, 3])
+
+
+def test_no_seam_is_seen(tmp_path, one_thread):
+    """Streetnet pools over all that it sees, so tiles differ from the whole image everywhere: at
+    their borders no more than elsewhere. A hard cut shows, so the measure sees seams."""
+    street = Path(pyseg.__file__).parent / "assets/street.jpg"
+    picture = np.asarray(Image.open(street))
+    mirrored = picture[:, ::-1]
+    scene = np.concatenate(
+        [np.concatenate([picture, mirrored, picture], 1), np.concatenate([mirrored] * 3, 1)]
+    )
+    pipeline = pyseg.build("streetnet")
+    near, overlap, changes = seams(tmp_path, pipeline, scene, (520, 900), 256, 64, 8)
+    assert near <= 1.05 and overlap <= 1.05 and changes <= 1.05, (near, overlap, changes)
+    near, _, changes = seams(tmp_path, pipeline, scene, (520, 900), 256, 64, 32)
+    assert near > 1.1 and changes > 1.1, (near, changes)
+
+
 # --- files in ---------------------------------------------------------------------------------
 
 LAYOUTS = {
@@ -721,7 +768,7 @@ def test_another_run_into_the_same_folder_is_refused(tmp_path):
 
     refuse("unfinished run by another call .tile 96 there, 64 here", tile=64)
     refuse("overlap 32 there, 64 here", overlap=64)
-    refuse("halo 8 there, 3 here", halo=3)
+    refuse("halo 4 there, 3 here", halo=3)
     other = exact_pipeline()
     other.model.network.layers[0].weight[0, 0, 0, 0] += 1
     refuse("weights", pipeline=other)

@@ -88,6 +88,7 @@ def test_every_public_name_is_there():
         "build",
         "load",
         "predict",
+        "predict_large",
         "evaluate",
         "compare",
         "train",
