@@ -11,8 +11,8 @@ The first is masking, the second marginalising (Fang & Yan, 2020; Shi et al., 20
 nothing about unknown classes: a pixel of "sky" does not say that it is no "person". Where unknown
 classes can hide in one class of a set only, its ``background``, that class stands for them, too,
 and all others exclude them, which is worth more. Marginalising them in every class, each label
-standing for "this class or one that the set does not know", would let a network satisfy a whole data
-set by predicting what that set cannot refute.
+standing for "this class or one that the set does not know", would let a network satisfy a whole
+data set by predicting what that set cannot refute.
 """
 
 from __future__ import annotations
