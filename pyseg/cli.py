@@ -755,6 +755,13 @@ def train(
             help="Of several data sets: classes that stand for one or more of the model's.",
         ),
     ] = None,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of several data sets: the class in which alone what one does not know may hide; "
+            "may be repeated."
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Weights to start from; none for random ones. [default: none]"),
@@ -936,7 +943,7 @@ _RECIPE: dict[str, tuple[type, ...]] = {
         "auxiliary learning_rate momentum weight_decay warmup clip ema": (float,),
         "model output root split validation_split weights": (str,),
         "loss class_weights optimizer schedule precision": (str,),
-        "crop_size scale dataset": (str, list),
+        "crop_size scale dataset background": (str, list),
         "rates aliases": (str, dict),
         "cache tensorboard resume staged": (bool,),
     }.items()

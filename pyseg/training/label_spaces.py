@@ -7,9 +7,12 @@ softmax and get no gradient, neither up nor down; where a class of the set stand
 model's ("vehicle" for "car" and "truck"), its logit is the logarithm of the sum of theirs'
 exponentials, which makes its probability the sum of their probabilities.
 
-The first is masking, the second marginalising (Fang & Yan, 2020; Shi et al., 2021). Marginalising
-unknown classes as well, each label standing for "this class or one that the set does not know",
-lets a network satisfy a whole data set by predicting what that set cannot refute.
+The first is masking, the second marginalising (Fang & Yan, 2020; Shi et al., 2021). Masking learns
+nothing about unknown classes: a pixel of "sky" does not say that it is no "person". Where unknown
+classes can hide in one class of a set only, its ``background``, that class stands for them, too,
+and all others exclude them, which is worth more. Marginalising them in every class, each label
+standing for "this class or one that the set does not know", would let a network satisfy a whole
+data set by predicting what that set cannot refute.
 """
 
 from __future__ import annotations
@@ -36,12 +39,23 @@ class LabelSpace:
 
     @classmethod
     def of(
-        cls, classes: Sequence[str], model: Sequence[str], aliases: Aliases | None = None
+        cls,
+        classes: Sequence[str],
+        model: Sequence[str],
+        aliases: Aliases | None = None,
+        background: Sequence[str] = (),
     ) -> LabelSpace:
         """By name: a class stands for those that ``aliases`` gives it, or for its namesake.
 
+        Args:
+            classes: of the data set.
+            model: classes of the model.
+            aliases: what classes stand for where it is not their namesake.
+            background: the class of this name stands for what the data set does not know, too.
+
         Raises:
-            ValueError: a class has no counterpart, or two classes have the same.
+            ValueError: a class has no counterpart, two classes have the same, or two are the
+                background.
         """
         names = dict(read_aliases(aliases))
         members = []
@@ -60,6 +74,14 @@ class LabelSpace:
             raise ValueError(
                 f"two classes of one data set stand for {', '.join(twice)}; change aliases"
             )
+        hiding = [place for place, name in enumerate(classes) if name in background]
+        if len(hiding) > 1:
+            raise ValueError(
+                f"background names {' and '.join(classes[k] for k in hiding)} of one data set; "
+                "unknown classes can hide in one of a set's classes"
+            )
+        for place in hiding:
+            members[place] += tuple(k for k in range(len(model)) if k not in known)
         return cls(tuple(members))
 
     def covers(self, count: int) -> bool:

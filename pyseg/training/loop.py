@@ -324,7 +324,7 @@ def fit(
                     training_mode(model)
                 log.append(entry)
                 if events is not None:
-                    events.add_epoch(entry, (epoch + 1) * updates)
+                    events.add_epoch(entry, (epoch + 1) * updates - 1)
                 better = patience is not None and watch in entry and _best(log, watch) == epoch
                 if better and main:
                     save_state(output / BEST, state)

@@ -47,6 +47,7 @@ def train(
     steps: int | None = None,
     validation: Dataset | None = None,
     aliases: Aliases | None = None,
+    background: str | Sequence[str] = (),
     batch_size: int = 12,
     accumulate: int = 1,
     crop_size: tuple[int, int] = (240, 320),
@@ -105,6 +106,8 @@ def train(
             several data sets, in its own classes.
         aliases: with several data sets: the model's classes that one of theirs stands for, such as
             ``{"pavement": "sidewalk", "vehicle": ["car", "truck"]}``.
+        background: with several data sets: names of the classes, at most one in each set, in which
+            alone classes that the set does not know may hide.
         batch_size: images per batch and process.
         accumulate: batches whose gradients are added up for one step of the optimizer.
         crop_size: (height, width) of the training crops, in pixels.
@@ -191,7 +194,8 @@ def train(
         raise ValueError("patience needs validation: a score to look at")
     terms = Loss.parse(loss)
     class_weights = _kind_of_weights(class_weights)
-    sets, spaces = _label_spaces(model, dataset, aliases)
+    hiding = (background,) if isinstance(background, str) else tuple(background)
+    sets, spaces = _label_spaces(model, dataset, aliases, hiding)
     low, high = scale
     if not 0 < low <= high:
         raise ValueError(
@@ -214,7 +218,7 @@ def train(
         largest = max(largest[0], size[0]), max(largest[1], size[1])
     own_space = None
     if len(sets) > 1 and validation is not None:
-        own_space = LabelSpace.of(validation.classes, model.classes, aliases)
+        own_space = LabelSpace.of(validation.classes, model.classes, aliases, hiding)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     together = Together(sources)
@@ -303,6 +307,7 @@ def train(
                 "momentum": momentum,
                 "weight_decay": weight_decay,
                 "samples": len(together),
+                "spaces": None if len(spaces) == 1 else [space.members for space in spaces],
             },
             older=_older,
             schedule=schedule,
@@ -351,14 +356,17 @@ def _kind_of_weights(given: float | str) -> float | str:
 
 
 def _label_spaces(
-    model: SemanticModel, dataset: Dataset | Sequence[Dataset], aliases: Aliases | None
+    model: SemanticModel,
+    dataset: Dataset | Sequence[Dataset],
+    aliases: Aliases | None,
+    background: Sequence[str],
 ) -> tuple[tuple[Dataset, ...], list[LabelSpace]]:
     """The data sets and their classes among the model's, which gets their names and colours."""
     sets = tuple(dataset) if isinstance(dataset, (list, tuple)) else (dataset,)
     if len(sets) == 1:
         check_data(model, sets[0])
-        if aliases:
-            raise ValueError("aliases are for several data sets, and there is one")
+        if aliases or background:
+            raise ValueError("aliases and background are for several data sets, and there is one")
         model.classes, model.palette = tuple(sets[0].classes), tuple(sets[0].palette)
         return sets, [LabelSpace.of(model.classes, model.classes)]
     if not sets or any(len(each) == 0 for each in sets):
@@ -372,7 +380,9 @@ def _label_spaces(
                 f"{len(found['classes'])}"
             )
         model.classes, model.palette = found["classes"], found["palette"]
-    return sets, [LabelSpace.of(each.classes, model.classes, aliases) for each in sets]
+    if strange := [n for n in background if not any(n in each.classes for each in sets)]:
+        raise ValueError(f"background names {strange[0]!r}, which is a class of none of the sets")
+    return sets, [LabelSpace.of(each.classes, model.classes, aliases, background) for each in sets]
 
 
 class CachedDataset:

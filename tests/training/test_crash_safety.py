@@ -240,7 +240,9 @@ def test_a_lock_ends_with_its_training_though_its_workers_live_on(tmp_path):
         os._exit(0)
     try:
         release()  # as the end of the process does
-        again = loop._lock(tmp_path / ".lock")
+        end, again = time.monotonic() + 5, None  # the worker takes a moment to begin
+        while again is None and time.monotonic() < end:
+            again = loop._lock(tmp_path / ".lock")
         assert again is not None
         again()
     finally:
