@@ -181,16 +181,19 @@ def _runs_of_texts(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Run lengths of masks with text counts and how many each has; None = one is damaged."""
     none = np.zeros(0, np.int64)
-    counted: list[Any] = [rle.get("counts") for rle in rles if isinstance(rle, Mapping)]
-    if len(counted) < len(rles) or not all(isinstance(text, (str, bytes)) for text in counted):
+    if not all(issubclass(kind, Mapping) for kind in set(map(type, rles))):
+        return None
+    counted: list[Any] = [rle.get("counts") for rle in rles]
+    if not set(map(type, counted)) <= {str, bytes}:
         return None
     try:
         texts = [text if type(text) is bytes else text.encode("ascii") for text in counted]
-        sizes = [rle["size"] for rle in rles]
+        sizes = [tuple(rle["size"]) for rle in rles]
+        different = set(sizes)
+        if not all(len(size) == 2 and all(map(_is_side, size)) for size in different):
+            return None
         pixels = [height * width for height, width in sizes]
     except (KeyError, TypeError, ValueError):
-        return None
-    if not all(_is_integer(side) and side >= 0 for size in sizes for side in size):
         return None
     if not texts:
         return none, none
@@ -229,6 +232,10 @@ def _runs_of_texts(
     if numbers.min() < 0 or (np.add.reduceat(numbers, firsts) != pixels).any():
         return None
     return numbers, counts
+
+
+def _is_side(value: Any) -> bool:
+    return _is_integer(value) and bool(value >= 0)
 
 
 def _is_integer(value: Any) -> bool:

@@ -677,6 +677,8 @@ def _held(entries: Sequence[Mapping[str, Any]]) -> set[str]:
 def _alike(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The entries without a segmentation or bbox that not all of them have."""
     absent = {"segmentation", "bbox"} - _held(entries)
+    if not absent:
+        return entries
     return [{k: v for k, v in entry.items() if k not in absent} for entry in entries]
 
 
