@@ -2,8 +2,8 @@
 
 Tiles go through the pipeline as images of their own, row by row. Of each, the outermost pixels (the
 halo) may be thrown away; where two or four tiles meet, their logits are blended in straight ramps;
-all else takes the labels of its one tile, by the fused kernel. So full-resolution logits exist in the
-ramps only: what has to be kept is one ramp along a row of tiles, not a row of tiles.
+all else takes the labels of its one tile, by the fused kernel. So full-resolution logits exist in
+the ramps only: what has to be kept is one ramp along a row of tiles, not a row of tiles.
 
 Every tile that is finished is a file, in a folder beside the output, until its row of tiles is: a
 run that was killed goes on behind its last finished tile, and ends in the same bytes.
@@ -102,8 +102,8 @@ def predict_large(
         overlap: pixels that neighbours share at least, a multiple of 32.
         halo: pixels at the sides of a tile that are thrown away, at most half of the overlap; tiles
             are blended in the rest of it. Where the network sees no further than this, the result
-            is that of the whole image. The longer the blended part, the less of a seam: 0, unless the
-            network or a refiner goes wrong at borders.
+            is that of the whole image. The longer the blended part, the less of a seam: 0, unless
+            the network or a refiner goes wrong at borders.
         bands: of a TIFF, those that are red, green and blue, or the grey one, counted from 1.
         batch_size: tiles per call of the pipeline. None = 1 on a CPU, else 4.
         overwrite: replace an output of another call, or begin an unfinished one anew.
