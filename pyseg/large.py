@@ -628,9 +628,13 @@ class _Folder:
             with np.load(path) as stored:
                 return dict(stored)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            remedy = (
+                "delete it, and its tile is computed again"
+                if path.name.startswith("tile-")
+                else f"delete the folder {str(self.path)!r} to begin anew"
+            )
             raise PysegError(
-                f"{str(path)!r}, of an unfinished run, is damaged ({error}); delete the folder "
-                f"{str(self.path)!r} to begin anew"
+                f"{str(path)!r}, of an unfinished run, is damaged ({error}); {remedy}"
             ) from error
 
     def finish(self, about: dict[str, Any]) -> None:

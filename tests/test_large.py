@@ -889,8 +889,12 @@ def test_a_damaged_file_of_an_unfinished_run_is_named(tmp_path):
     content = bytearray(piece.read_bytes())
     content[len(content) // 2] ^= 255
     piece.write_bytes(content)
-    with pytest.raises(PysegError, match=r"is damaged .*delete the folder"):
+    with pytest.raises(PysegError, match=r"tile-.* is damaged .*delete it, and its tile is comp"):
         pyseg.predict_large(pipeline, source, tmp_path / "out.tif", tile=96, overlap=32)
+    piece.unlink()
+    pyseg.predict_large(pipeline, source, tmp_path / "out.tif", tile=96, overlap=32)
+    pyseg.predict_large(pipeline, source, tmp_path / "b.tif", tile=96, overlap=32)
+    assert (tmp_path / "out.tif").read_bytes() == (tmp_path / "b.tif").read_bytes()
 
 
 def test_stages_that_sometimes_give_logits_are_refused(tmp_path):
