@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import interpolate
 
 from pyseg.image import write_panoptic
-from pyseg.metrics.panoptic import Panoptic, score_files
+from pyseg.metrics.panoptic import Panoptic
 from pyseg.ops import panoptic_quality
+from pyseg.scoring import score_files
 from pyseg.types import Segment, Segments
 
 SIZE, CLASSES, SEGMENTS = (1024, 2048), 19, 60
@@ -135,7 +136,7 @@ def test_files(compare, tmp_path, threads):
         return found.pq_average(categories, isthing=None)[0]["pq"]
 
     compare(
-        ours=lambda: score_files(*files)["All"]["pq"],
+        ours=lambda: score_files(files[1], files[0]).metrics["panoptic"]["pq"],
         peer=panopticapi,
         peer_name="panopticapi, 8 images with PNGs",
         threads=threads,

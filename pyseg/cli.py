@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
+import enum
 import functools
 import json
 import os
@@ -86,18 +87,19 @@ def _as_options(message: str, names: Sequence[str]) -> str:
     return message + separator + rest
 
 
-def _documented_by(*functions: str) -> type[TyperCommand]:
+def _documented_by(*functions: str, second: str = "with instances") -> type[TyperCommand]:
     """A command whose help shows the defaults of the functions that it passes its options to.
 
     Args:
         functions: such as ``"training/semantic.py:train"``; the second, if any, is for models of
-            instances.
+            instances, or what ``second`` says.
+        second: when the second function is called.
     """
 
     class Documented(TyperCommand):
         def format_help(self, ctx: Any, formatter: Any) -> None:
             for option in self.params:
-                text = _default(option.name or "", functions)
+                text = _default(option.name or "", functions, second)
                 help_text = getattr(option, "help", None) or ""
                 if text and "[default" not in help_text:
                     option.help = f"{help_text} [default: {text}]"  # type: ignore[attr-defined]
@@ -106,13 +108,13 @@ def _documented_by(*functions: str) -> type[TyperCommand]:
     return Documented
 
 
-def _default(name: str, functions: Sequence[str]) -> str:
+def _default(name: str, functions: Sequence[str], second: str) -> str:
     """The default of an option as help shows it; empty where there is none to tell."""
     known = [_defaults(function) for function in functions]
     texts = [_shown(defaults[name]) if name in defaults else "" for defaults in known]
     if len(texts) == 1 or texts[0] == texts[1]:
         return texts[0]
-    parts = [texts[0], texts[1] and f"{texts[1]} with instances"]
+    parts = [texts[0], texts[1] and f"{texts[1]} {second}"]
     return "; ".join(part for part in parts if part)
 
 
@@ -207,6 +209,26 @@ DatasetOption = Annotated[
 LimitOption = Annotated[int | None, typer.Option(help="Use so many images, spread evenly.")]
 RootOption = Annotated[
     Path | None, typer.Option(help="Folder of the data set; synthetic has none.")
+]
+
+
+class Engine(str, enum.Enum):
+    """Who does the work."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
+EngineOption = Annotated[
+    Engine, typer.Option(help="local: this process. ray: processes here or on a cluster.")
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option(help="With ray: GPUs of a worker. [default: 1 where there are any]"),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="With ray: of a cluster, such as auto. [default: $RAY_ADDRESS, else none]"),
 ]
 
 
@@ -323,11 +345,18 @@ def doctor(as_json: JsonOption = False) -> None:
         raise typer.Exit(FAILED)
 
 
-@app.command(cls=_documented_by("prediction.py:predict"))
+@app.command(cls=_documented_by("prediction.py:predict", "cluster.py:predict", second="with ray"))
 def predict(
-    paths: Annotated[list[str], typer.Argument(help="Image files, folders and glob patterns.")],
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="Image files, folders, glob patterns, @list.txt (a path a line); with ray, URLs."
+        ),
+    ],
     spec: SpecOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the label maps.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Folder for the label maps; with ray, or a URL.")
+    ],
     overlay: Annotated[
         bool | None, typer.Option("--overlay", help="Also write overlays with a legend.")
     ] = None,
@@ -338,7 +367,8 @@ def predict(
         bool | None, typer.Option("--keep-suffix", help="a.jpg becomes a.jpg.png, not a.png.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Images that are segmented at a time.")
+        int | None,
+        typer.Option(help="Images that are segmented at a time; with ray, processes."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
     tile: Annotated[
@@ -358,31 +388,42 @@ def predict(
         str | None,
         typer.Option("--format", help="Of results of --tile: tif, zarr or png. [default: tif]"),
     ] = None,
+    engine: EngineOption = Engine.LOCAL,
+    gpus_per_worker: GpusOption = None,
+    shard_size: Annotated[
+        int | None, typer.Option(help="With ray: images whose results become one file.")
+    ] = None,
+    address: AddressOption = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
     precision: PrecisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Segment images and write one indexed PNG each; with --tile images larger than the memory.
+    """Segment images and write one indexed PNG each; with --tile, images larger than the memory;
+    with --engine ray, ZIP files of such.
 
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
     from .files import some
 
+    on_ray = _on_ray(
+        engine, gpus_per_worker=gpus_per_worker, shard_size=shard_size, address=address
+    )
     tiled = _given(tile=tile, overlap=overlap, halo=halo, bands=bands, format=format_)
     if tile is not None:
         untiled = _given(overlay=overlay, keep_suffix=keep_suffix, workers=workers)
+        if on_ray is not None:
+            untiled["engine"] = engine
         if untiled:
             raise PysegError(f"{_option(min(untiled))} has no meaning with --tile: leave it out")
         pipeline = _pipeline(spec, weights, num_classes, device, precision)
         given = _given(tile=tile, overlap=overlap, halo=halo, bands=_numbers(bands, "--bands"))
         given |= _given(overwrite=overwrite, batch_size=batch_size)
-        return _predict_tiled(pipeline, paths, output, format_ or "tif", as_json, given)
+        return _predict_tiled(pipeline, paths, Path(output), format_ or "tif", as_json, given)
     if tiled:
         raise PysegError(f"{_option(min(tiled))} goes with --tile, which is not given")
-    pipeline = _pipeline(spec, weights, num_classes, device, precision)
     progress = [0, 0]
 
     def track(items: Sequence[Any]) -> Iterator[Any]:
@@ -390,26 +431,30 @@ def predict(
         for progress[0], item in enumerate(_track("predicting")(items)):
             yield item
 
+    given = _given(
+        overlay=overlay,
+        overwrite=overwrite,
+        keep_suffix=keep_suffix,
+        workers=workers,
+        batch_size=batch_size,
+    )
+    summary: Any
     try:
-        summary = prediction.predict(
-            pipeline,
-            paths,
-            output,
-            track=track,
-            **_given(
-                overlay=overlay,
-                overwrite=overwrite,
-                keep_suffix=keep_suffix,
-                workers=workers,
-                batch_size=batch_size,
-            ),
-        )
+        if on_ray is None:
+            pipeline = _pipeline(spec, weights, num_classes, device, precision)
+            summary = prediction.predict(pipeline, paths, output, track=track, **given)
+        else:
+            from . import cluster
+
+            made = _made_by(weights, num_classes, device, precision)
+            summary = cluster.predict(spec, paths, output, track=track, **given, **on_ray, **made)
     except KeyboardInterrupt:
         if not progress[1]:
             raise _stop("before the first image") from None
         how = "without --overwrite, the same command" if overwrite else "the same command"
+        what = "images" if on_ray is None else "shards"
         raise _stop(
-            f"{progress[0]} of {progress[1]} images are done; {how} goes on with the others"
+            f"{progress[0]} of {progress[1]} {what} are done; {how} goes on with the others"
         ) from None
     if as_json:
         _print_json(summary.to_dict())
@@ -477,7 +522,7 @@ def _predict_tiled(
         raise typer.Exit(FAILED)
 
 
-@app.command(cls=_documented_by("evaluation.py:evaluate"))
+@app.command(cls=_documented_by("evaluation.py:evaluate", "cluster.py:evaluate", second="with ray"))
 def evaluate(
     spec: SpecOption,
     dataset: DatasetOption,
@@ -487,6 +532,10 @@ def evaluate(
         list[str] | None, typer.Option("--metric", help="Registered metric; may be repeated.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Score so many images, spread evenly.")] = None,
+    engine: EngineOption = Engine.LOCAL,
+    workers: Annotated[int | None, typer.Option(help="With ray: processes.")] = None,
+    gpus_per_worker: GpusOption = None,
+    address: AddressOption = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -502,9 +551,11 @@ def evaluate(
     """
     from . import evaluation, processes
 
-    with processes.joined(device) as device:
+    on_ray = _on_ray(engine, workers=workers, gpus_per_worker=gpus_per_worker, address=address)
+    chosen = _given(metrics=metrics or None, limit=limit)
+    joined = processes.joined(device) if on_ray is None else contextlib.nullcontext(device)
+    with joined as device:
         data = _dataset(dataset, root, split)
-        pipeline = _pipeline(spec, weights, num_classes, device, precision)
         worst = None
         if report is not None:
             from .files import make_folder
@@ -512,13 +563,18 @@ def evaluate(
 
             make_folder(report, "--report")  # a mistake shows before the work
             worst = WorstImages(data)
-        result = evaluation.evaluate(
-            pipeline,
-            data,
-            track=_track("evaluating"),
-            observe=worst.add if worst else None,
-            **_given(metrics=metrics or None, limit=limit),
-        )
+        track = _track("evaluating")
+        if on_ray is None:
+            pipeline = _pipeline(spec, weights, num_classes, device, precision)
+            observe = worst.add if worst else None
+            result = evaluation.evaluate(pipeline, data, track=track, observe=observe, **chosen)
+        else:
+            from . import cluster
+
+            made = _made_by(weights, num_classes, device, precision)
+            result = cluster.evaluate(
+                spec, data, track=track, worst=worst, **chosen, **on_ray, **made
+            )
         if report is not None:
             title = f"{dataset}, {split}" if split else dataset
             write_page(report, result, worst, title=title)
@@ -566,87 +622,154 @@ def cost_command(
     )
 
 
-@app.command("panoptic-quality", cls=_documented_by("metrics/panoptic.py:score_files"))
-def panoptic_quality(
-    ground_truth: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
-    predictions: Annotated[Path, typer.Argument(help="JSON in COCO's panoptic format.")],
-    gt_dir: Annotated[
-        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
-    ] = None,
-    pred_dir: Annotated[
-        Path | None, typer.Option(help="Its PNGs. [default: the folder of the JSON's name]")
-    ] = None,
-    categories: Annotated[
-        Path | None, typer.Option(help="JSON with the categories. [default: the ground truth's]")
-    ] = None,
-    boundary_ratio: Annotated[
-        float | None,
+@app.command(cls=_documented_by("scoring.py:score_files"))
+def score(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="PREDICTIONS [OTHERS] LABELS",
+            help="Folders of label maps, or COCO's JSON files; of two systems, what differs.",
+        ),
+    ],
+    classes: Annotated[
+        str | None,
         typer.Option(
-            help="Boundary PQ: width of the boundary as a share of the diagonal, "
-            "usually 0.02; 0 for plain PQ."
+            help="cityscapes, voc, ade20k, camvid, a file of names, or how many. "
+            "[default: classes.json or classes.txt by the labels]"
         ),
     ] = None,
-    all_crowds: Annotated[
-        bool | None,
+    metrics: Annotated[
+        list[str] | None,
         typer.Option(
-            "--all-crowds",
-            help="Every crowd of a class counts, not only the last one, as in panopticapi.",
+            "--metric",
+            help="Registered metric; may be repeated. [default: semantic of folders, panoptic or "
+            "instances of JSON files]",
         ),
     ] = None,
+    ignore_index: Annotated[
+        int | None, typer.Option(help="Value of pixels without ground truth.")
+    ] = None,
+    prediction_values: Annotated[
+        str | None,
+        typer.Option(help="indices of classes, or ids. [default: by the files' names, or indices]"),
+    ] = None,
+    label_values: Annotated[
+        str | None, typer.Option(help="The same of labels. [default: as is usual]")
+    ] = None,
+    prediction_folder: Annotated[
+        Path | None,
+        typer.Option(help="PNGs of a panoptic JSON. [default: the folder of its name]"),
+    ] = None,
+    label_folder: Annotated[Path | None, typer.Option(help="The same of the labels.")] = None,
+    resamples: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the bootstrap over images, for intervals. [default: 0; of two systems 1000]"
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the bootstrap.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Panoptic quality of predictions in COCO's format, as panopticapi computes it."""
-    from .metrics.panoptic import score_files
+    """Score what any tool has predicted, or tell where two systems differ beyond noise."""
+    from . import scoring
 
-    result = score_files(
-        ground_truth,
-        predictions,
-        target_folder=gt_dir,
-        prediction_folder=pred_dir,
-        categories=categories,
-        track=_track("scoring"),
-        **_given(boundary_ratio=boundary_ratio, all_crowds=all_crowds),
+    if len(paths) not in (2, 3):
+        raise PysegError(f"give PREDICTIONS LABELS, or FIRST SECOND LABELS, got {len(paths)} paths")
+    options = _given(
+        classes=classes,
+        metrics=metrics or None,
+        ignore_index=ignore_index,
+        prediction_values=prediction_values,
+        label_values=label_values,
+        prediction_folder=prediction_folder,
+        label_folder=label_folder,
+        resamples=resamples,
+        seed=seed,
     )
-    groups = ("All", "Things", "Stuff")
+    if len(paths) == 3:
+        found = scoring.compare_files(*paths, track=_track("scoring"), **options)
+        if as_json:
+            return _print_json(found.to_dict())
+        _print_table(*found.table(), numbers=True)
+        typer.echo(f"first: {paths[0]}, second: {paths[1]}. {found.method}")
+        return _print_protocol(found.first.protocol)
+    scores = scoring.score_files(*paths, track=_track("scoring"), **options)
     if as_json:
-        for group in groups:  # JSON has no nan
-            result[group] = {k: None if v != v else v for k, v in result[group].items()}
-        return _print_json(result)
-    rows = [
-        [
-            group,
-            *(f"{100 * result[group][key]:.1f}" for key in ("pq", "sq", "rq")),
-            str(result[group]["n"]),
-        ]
-        for group in groups
-    ]
-    _print_table(["", "PQ", "SQ", "RQ", "classes"], rows, numbers=True)
+        return _print_json(scores.to_dict())
+    _print_table(*scores.table(), numbers=True)
+    _print_table(*scores.class_table(), numbers=True)
+    _print_protocol(scores.protocol)
+
+
+def _print_protocol(protocol: dict[str, Any]) -> None:
+    for key, value in protocol.items():
+        if isinstance(value, dict):
+            value = "; ".join(f"{name}: {text}" for name, text in value.items())
+        if value is not None and key != "classes":
+            typer.echo(f"{key}: {value}")
+    typer.echo(f"classes: {len(protocol['classes'])}")
 
 
 @app.command(
     cls=_documented_by("training/semantic.py:train", "training/instances.py:train_instances")
 )
 def train(
-    model: Annotated[str, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")],
-    dataset: DatasetOption,
+    model: Annotated[
+        str | None, typer.Argument(help="Model, such as streetnet or fcn_resnet50.")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="Options from a .yaml file, or from a recipe that comes with pyseg; those given "
+            "here count more.",
+        ),
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Registered data set, with options if need be: \"folder(classes='names.txt')\"; "
+            "may be repeated."
+        ),
+    ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
-    ],
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for checkpoints, weights and log."),
+    ] = None,
     epochs: Annotated[
-        int, typer.Option(help="Passes over the data in all; with --resume it may be another.")
-    ],
+        int | None,
+        typer.Option(help="Passes over the data in all; with --resume it may be another."),
+    ] = None,
     root: RootOption = None,
-    split: Annotated[str, typer.Option(help="Split to train on.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split to train on. [default: train]")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of an epoch that is to be no pass over the data.")
     ] = None,
     validation_split: Annotated[
-        str | None, typer.Option(help="Split to score now and then.")
+        str | None, typer.Option(help="Split to score now and then, of the first data set.")
+    ] = None,
+    aliases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A=B,C=D|E",
+            help="Of several data sets: classes that stand for one or more of the model's.",
+        ),
+    ] = None,
+    background: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of several data sets: the class in which alone what one does not know may hide; "
+            "may be repeated."
+        ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="Weights to start from; none for random ones.")
-    ] = "none",
-    batch_size: Annotated[int | None, typer.Option(help="Images per step and process.")] = None,
+        str | None,
+        typer.Option(help="Weights to start from; none for random ones. [default: none]"),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
+    accumulate: Annotated[
+        int | None, typer.Option(help="Batches that are added up for a step of the optimizer.")
+    ] = None,
     crop_size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Height and width of the crops, pixels.")
     ] = None,
@@ -660,23 +783,48 @@ def train(
     class_crops: Annotated[
         float | None, typer.Option(help="Share of crops placed on a class drawn evenly.")
     ] = None,
+    category_limit: Annotated[
+        float | None, typer.Option(help="Largest share of a crop that one class may fill.")
+    ] = None,
+    flip: Annotated[float | None, typer.Option(help="Share of images that are mirrored.")] = None,
     photometric: Annotated[
         float | None, typer.Option(help="Strength of random light, colour, blur and noise.")
     ] = None,
-    flip: Annotated[float | None, typer.Option(help="Share of images that are mirrored.")] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Of AdamW, after the warm-up.")
+    class_mix: Annotated[
+        float | None, typer.Option(help="Share of crops that get classes of another image.")
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    copy_paste: Annotated[
+        float | None, typer.Option(help="Share of images that get instances of another.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="Sum of ce, ohem, focal, dice, jaccard, lovasz, boundary: 'ce+0.5*lovasz'."
+        ),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(help="0 = pixels are equal, 1 = classes are; median = by median frequency."),
+    ] = None,
+    auxiliary: Annotated[float | None, typer.Option(help="Weight of each auxiliary head.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, adam or sgd.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="After the warm-up.")] = None,
+    rates: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART=RATE,…",
+            help="Factors for parts: backbone=0.1; 0 freezes: rest=0,head=1.",
+        ),
+    ] = None,
+    momentum: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Of the learning rate: cosine, poly or one-cycle.")
+    ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps spent warming up.")
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradient.")] = None,
-    class_power: Annotated[
-        float | None, typer.Option(help="Class weights: 0 = pixels are equal, 1 = classes are.")
-    ] = None,
-    jaccard: Annotated[float | None, typer.Option(help="Weight of the soft Jaccard loss.")] = None,
-    auxiliary: Annotated[float | None, typer.Option(help="Weight of each auxiliary head.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the averaged weights.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="bf16 or fp32; chosen by the hardware where not given.")
@@ -687,6 +835,12 @@ def train(
     workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
     save_every: Annotated[int | None, typer.Option(help="Epochs between checkpoints.")] = None,
     validate_every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without a better score, then it stops.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard", help="Also write TensorBoard's files.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     resume: Annotated[
         bool | None, typer.Option("--resume", help="Go on from the checkpoint in --output.")
@@ -702,30 +856,22 @@ def train(
     Models of instances (maskrcnn…, panoptic_fpn…, upsnet…) are trained otherwise: options that have
     no meaning for a model are refused.
     """
-    given = _given(
-        steps=steps,
-        batch_size=batch_size,
-        crop_size=_size(crop_size, "--crop-size"),
-        scale=_range(scale, "--scale"),
-        full_size=full_size,
-        class_crops=class_crops,
-        photometric=photometric,
-        flip=flip,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        clip=clip,
-        class_power=class_power,
-        jaccard=jaccard,
-        auxiliary=auxiliary,
-        ema=ema,
-        precision=precision,
-        cache=cache,
-        workers=workers,
-        save_every=save_every,
-        validate_every=validate_every,
-        seed=seed,
-        resume=resume,
+    given = _given(**{k: v for k, v in locals().items() if k not in ("config", "as_json")})
+    if config is not None:
+        from .training import recipes
+
+        given = {**recipes.read_recipe(config, _RECIPE), **given}
+    where = "give it, or a --config that has it"
+    for name, value in (("model", "MODEL"), *((k, _option(k)) for k in _NEEDED)):
+        if name not in given:
+            raise PysegError(f"{value} is missing: {where}")
+    model, output, epochs = given.pop("model"), Path(given.pop("output")), given.pop("epochs")
+    dataset, root = given.pop("dataset"), given.pop("root", None)
+    split, validation_split = given.pop("split", "train"), given.pop("validation_split", None)
+    weights, staged = given.pop("weights", "none"), given.pop("staged", False)
+    given |= _given(
+        crop_size=_size(given.get("crop_size"), "--crop-size"),
+        scale=_range(given.get("scale"), "--scale"),
     )
     import inspect
 
@@ -735,19 +881,27 @@ def train(
     from .files import read_json
     from .models import InstanceModel
 
-    data = _dataset(dataset, root, split)
-    validation = _dataset(dataset, root, validation_split) if validation_split else None
+    texts = [dataset] if isinstance(dataset, str) else dataset
+    sets = [_dataset(text, root, split) for text in texts]
+    validation = _dataset(texts[0], root, validation_split) if validation_split else None
+    data = sets[0] if len(sets) == 1 else sets
+    if "aliases" in given:
+        given["aliases"] = training.label_spaces.read_aliases(given["aliases"])
+    classes = training.union(sets, given.get("aliases") if len(sets) > 1 else None)
     # For weights that start out random.
-    torch.manual_seed(_defaults("training/semantic.py:train")["seed"] if seed is None else seed)
-    pipeline = _pipeline(model, weights, len(data.classes), None)
+    seed = given.get("seed", _defaults("training/semantic.py:train")["seed"])
+    torch.manual_seed(seed)
+    pipeline = _pipeline(model, weights, len(classes["classes"]), None)
     if len(pipeline.stages) != 1:
         raise PysegError(f"train takes one model, got {model!r}; add refiners when it is trained")
     network = pipeline.model
-    network.classes, network.palette = tuple(data.classes), tuple(data.palette)
+    network.classes, network.palette = classes["classes"], classes["palette"]
     fit: Any = training.train
     if isinstance(network, InstanceModel):
         if staged:
             raise PysegError(f"--staged has no meaning for {model}: leave it out")
+        if len(sets) > 1:
+            raise PysegError(f"{model} is trained on one data set, got {len(sets)}")
         fit = training.train_instances
     accepted = inspect.signature(fit).parameters
     if strange := [_option(name) for name in given if name not in accepted]:
@@ -775,6 +929,26 @@ def train(
     last = log[-1]
     scores = "".join(f", {key} {last[key]:.4f}" for key in ("loss", "miou", "pq") if key in last)
     typer.echo(f"{last['epoch']} epochs{scores}; use it with --spec {folder}")
+
+
+_NEEDED = ("dataset", "output", "epochs")  # options of `train` that a recipe may give
+# Options of `train` that a recipe may have, and what YAML may give them.
+_RECIPE: dict[str, tuple[type, ...]] = {
+    name: kinds
+    for names, kinds in {
+        "epochs steps batch_size accumulate workers seed save_every validate_every patience": (
+            int,
+        ),
+        "full_size class_crops category_limit flip photometric class_mix copy_paste": (float,),
+        "auxiliary learning_rate momentum weight_decay warmup clip ema": (float,),
+        "model output root split validation_split weights": (str,),
+        "loss class_weights optimizer schedule precision": (str,),
+        "crop_size scale dataset background": (str, list),
+        "rates aliases": (str, dict),
+        "cache tensorboard resume staged": (bool,),
+    }.items()
+    for name in names.split()
+}
 
 
 @app.command(cls=_documented_by("comparison/run.py:compare"))
@@ -866,51 +1040,6 @@ def compare(
         typer.echo(f"wrote {report / 'index.html'} and {report / 'compare.json'}")
     if result.failures:
         raise typer.Exit(FAILED)
-
-
-@app.command("instance-ap", cls=_documented_by("metrics/instances.py:instance_ap"))
-def instance_ap_command(
-    truth: Annotated[Path, typer.Argument(metavar="GT.json", help="COCO instances_*.json.")],
-    predictions: Annotated[Path, typer.Argument(metavar="PRED.json", help="COCO results.")],
-    kinds: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KIND,KIND", help="Which of mask, box and boundary. [default: all there are]"
-        ),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Average precision of COCO results: masks, boxes and boundaries, as far as the files go."""
-    from .files import finite
-    from .metrics.instances import KINDS, instance_ap
-
-    given = _given(kinds=tuple(kinds.split(",")) if kinds is not None else None)
-    scores = instance_ap(truth, predictions, **given)
-    if as_json:
-        return _print_json(finite(scores))
-    names = [
-        "ap",
-        "ap50",
-        "ap75",
-        "ap_small",
-        "ap_medium",
-        "ap_large",
-        "ar1",
-        "ar10",
-        "ar100",
-        "ar_small",
-        "ar_medium",
-        "ar_large",
-    ]
-    rows = [
-        [kind, *(f"{scores[f'{kind}_{name}']:.4f}" for name in names)]
-        for kind in KINDS
-        if f"{kind}_ap" in scores
-    ]
-    _print_table(["", *names], rows, numbers=True)
-    typer.echo(
-        f"{scores['images']} images, {scores['objects']} objects, {scores['detections']} detections"
-    )
 
 
 @app.command("check-labels", cls=_documented_by("label_check.py:check_labels"))
@@ -1255,6 +1384,27 @@ def _pipeline(
     )
 
 
+def _made_by(
+    weights: str | None,
+    num_classes: int | None,
+    device: str | None,
+    precision: str | None,
+) -> dict[str, Any]:
+    """The options of `_pipeline` for who builds it elsewhere."""
+    made = _given(weights=weights, num_classes=num_classes, device=device, precision=precision)
+    return {**made, "weights": None} if weights == "none" else made
+
+
+def _on_ray(engine: Engine, **options: Any) -> dict[str, Any] | None:
+    """The options that only ray takes; None for the other engine, which refuses them."""
+    given = _given(**options)
+    if engine is Engine.RAY:
+        return given
+    if given:
+        raise PysegError(f"{', '.join(map(_option, given))} need --engine ray")
+    return None
+
+
 def _dataset(text: str, root: Path | None, split: str | None) -> Dataset:
     from . import datasets
     from .spec import StageSpec
@@ -1273,10 +1423,12 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _size(text: str | None, option: str) -> tuple[int, int] | None:
-    """Height and width from a text such as ``240x320``."""
+def _size(text: str | Sequence[int] | None, option: str) -> tuple[int, int] | None:
+    """Height and width from a text such as ``240x320``, or from a recipe's list of two."""
     if text is None:
         return None
+    if not isinstance(text, str):
+        text = "x".join(map(str, text))
     found = re.fullmatch(r"(\d+)x(\d+)", text)
     if found is None:
         raise PysegError(f"{option} must be height x width, such as 240x320, got {text!r}")
@@ -1292,10 +1444,12 @@ def _numbers(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, text.split(",")))
 
 
-def _range(text: str | None, option: str) -> tuple[float, float] | None:
-    """Two numbers from a text such as ``0.6-1.6``."""
+def _range(text: str | Sequence[float] | None, option: str) -> tuple[float, float] | None:
+    """Two numbers from a text such as ``0.6-1.6``, or from a recipe's list of two."""
     if text is None:
         return None
+    if not isinstance(text, str):
+        text = "-".join(map(str, text))
     found = re.fullmatch(r"(\d*\.?\d+)-(\d*\.?\d+)", text)
     if found is None:
         raise PysegError(f"{option} must be smallest-largest, such as 0.6-1.6, got {text!r}")

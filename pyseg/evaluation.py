@@ -163,81 +163,119 @@ def evaluate(
         >>> print(evaluate(pyseg.build("streetnet+crf"), CamVid("camvid", "val")))
     """
     check_classes(pipeline.classes, dataset.classes)
-    if limit is not None and limit < 1:
-        raise PysegError(f"limit must be at least 1, got {limit}")
-    total = len(dataset)
-    if total == 0:
-        raise PysegError("dataset is empty: there is nothing to evaluate")
-    if isinstance(metrics, str):
-        metrics = (metrics,)
-    count = total if limit is None else min(limit, total)
-    indices = [k * total // count for k in range(count)]
-    things = getattr(dataset, "things", ())
-    scorers = [
-        {name: _make_metric(name, dataset.classes, things) for name in metrics}
-        for _ in pipeline.stages
-    ]
-    milliseconds = [0.0] * len(pipeline.stages)
-    peaks: list[int | None] = [None] * len(pipeline.stages)
+    indices = chosen(len(dataset), limit)
+    count = len(indices)
+    scoring = Scoring(pipeline, dataset, metrics)
     rank, processes = rank_and_count()
     for done, index in enumerate(track(indices[rank::processes])):
-        sample = _sample(dataset, index)
-        if done == 0:
+        scoring.add(index, warm_up=done == 0, memory=done < MEMORY_IMAGES, observe=observe)
+    if processes > 1:
+        for k, stage_scorers in enumerate(scoring.scorers):
+            for name, scorer in stage_scorers.items():
+                merge_states(name, scorer)
+            costs = gather_objects((scoring.milliseconds[k], scoring.peaks[k]))
+            scoring.milliseconds[k] = math.fsum(time for time, _ in costs)
+            scoring.peaks[k] = largest(peak for _, peak in costs)
+    return scoring.result(count, rank == 0, str(pipeline.device), torch.get_num_threads())
+
+
+def chosen(total: int, limit: int | None) -> list[int]:
+    """The indices of the samples that are scored.
+
+    Raises:
+        PysegError: there are none, or ``limit`` is below 1.
+    """
+    if limit is not None and limit < 1:
+        raise PysegError(f"limit must be at least 1, got {limit}")
+    if total == 0:
+        raise PysegError("dataset is empty: there is nothing to evaluate")
+    count = total if limit is None else min(limit, total)
+    return [k * total // count for k in range(count)]
+
+
+def largest(peaks: Iterable[int | None]) -> int | None:
+    """The largest of what was measured; None = nothing was."""
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+class Scoring:
+    """Sums over the samples of one `evaluate` call, or of a part of them: they add up.
+
+    Args:
+        pipeline, dataset, metrics: as for `evaluate`.
+    """
+
+    def __init__(self, pipeline: Pipeline, dataset: Dataset, metrics: Sequence[str]) -> None:
+        self.pipeline, self.dataset = pipeline, dataset
+        things = getattr(dataset, "things", ())
+        names = (metrics,) if isinstance(metrics, str) else metrics
+        self.scorers = [
+            {name: _make_metric(name, dataset.classes, things) for name in names}
+            for _ in pipeline.stages
+        ]
+        self.milliseconds = [0.0] * len(pipeline.stages)  # in all
+        self.peaks: list[int | None] = [None] * len(pipeline.stages)
+
+    def add(
+        self,
+        index: int,
+        *,
+        warm_up: bool = False,
+        memory: bool = False,
+        observe: Callable[[Sample, list[StageResult]], None] | None = None,
+    ) -> None:
+        """Scores one sample; ``memory``: measures what it takes, too."""
+        pipeline = self.pipeline
+        sample = _sample(self.dataset, index)
+        if warm_up:
             pipeline.trace(sample.image, name=repr(sample.name))
-        memory = done < MEMORY_IMAGES
         results = pipeline.trace(sample.image, memory=memory, name=repr(sample.name))
         for k, result in enumerate(results):
-            milliseconds[k] += result.milliseconds / count
-            if result.peak_bytes is not None:
-                peaks[k] = max(peaks[k] or 0, result.peak_bytes)
+            self.milliseconds[k] += result.milliseconds
+            self.peaks[k] = largest((self.peaks[k], result.peak_bytes))
             where = f" on image {sample.name!r} after stage {pipeline.stages[k].text!r}"
-            for name, scorer in scorers[k].items():
+            for name, scorer in self.scorers[k].items():
                 with naming_failures(f"metric {name!r}", where):
                     scorer.update(result.prediction, sample)
         if observe is not None:
             observe(sample, results)
-    if processes > 1:
-        for k, stage_scorers in enumerate(scorers):
-            for name, scorer in stage_scorers.items():
-                merge_states(name, scorer)
-            costs = gather_objects((milliseconds[k], peaks[k]))
-            milliseconds[k] = math.fsum(time for time, _ in costs)
-            measured = [peak for _, peak in costs if peak is not None]
-            peaks[k] = max(measured) if measured else None
 
-    rows: list[StageScores] = []
-    for k, stage in enumerate(pipeline.stages):
-        scores = {name: _compute(name, scorer) for name, scorer in scorers[k].items()}
-        baseline = rows[0].metrics if rows else scores
-        rows.append(
-            StageScores(
-                stage=f"+{stage.name}" if k else "baseline",
-                spec="+".join(s.text for s in pipeline.stages[: k + 1]),
-                metrics=scores,
-                delta={
-                    name: {key: values[key] - baseline[name][key] for key in _numbers(values)}
-                    for name, values in scores.items()
-                },
-                milliseconds=milliseconds[k],
-                peak_bytes=peaks[k],
-                confusion=_confusion(scorers[k].values(), len(dataset.classes)),
+    def result(self, count: int, is_main: bool, device: str, threads: int) -> Evaluation:
+        """What `evaluate` returns, of ``count`` samples."""
+        pipeline, dataset, scorers = self.pipeline, self.dataset, self.scorers
+        rows: list[StageScores] = []
+        for k, stage in enumerate(pipeline.stages):
+            scores = {name: _compute(name, scorer) for name, scorer in scorers[k].items()}
+            baseline = rows[0].metrics if rows else scores
+            rows.append(
+                StageScores(
+                    stage=f"+{stage.name}" if k else "baseline",
+                    spec="+".join(s.text for s in pipeline.stages[: k + 1]),
+                    metrics=scores,
+                    delta={
+                        name: {key: values[key] - baseline[name][key] for key in _numbers(values)}
+                        for name, values in scores.items()
+                    },
+                    milliseconds=self.milliseconds[k] / count,
+                    peak_bytes=self.peaks[k],
+                    confusion=_confusion(scorers[k].values(), len(dataset.classes)),
+                )
             )
+        headline = {
+            name: tuple(getattr(scorer, "headline", _numbers(rows[0].metrics[name])[:1]))
+            for name, scorer in scorers[0].items()
+        }
+        return Evaluation(
+            str(pipeline),
+            count,
+            tuple(rows),
+            headline,
+            is_main,
+            classes=tuple(dataset.classes),
+            palette=tuple(dataset.palette),
+            device=device,
+            threads=threads,
         )
-    headline = {
-        name: tuple(getattr(scorer, "headline", _numbers(rows[0].metrics[name])[:1]))
-        for name, scorer in scorers[0].items()
-    }
-    return Evaluation(
-        str(pipeline),
-        count,
-        tuple(rows),
-        headline,
-        rank == 0,
-        classes=tuple(dataset.classes),
-        palette=tuple(dataset.palette),
-        device=str(pipeline.device),
-        threads=torch.get_num_threads(),
-    )
 
 
 def _sample(dataset: Dataset, index: int) -> Sample:

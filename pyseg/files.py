@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -182,11 +183,54 @@ def check_json(
         Exception: what ``error`` makes; the message says where in ``value``, what must be there and
             what is.
     """
+    if fits_json(value, wanted):
+        return
     if found := _misfit(value, wanted):
         place, complaint = found
         raise error(
             f"{where}: {place.lstrip('.')} {complaint}" if place else f"{where} {complaint}"
         )
+
+
+def fits_json(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is surely as `check_json` wants it, in a tenth of the time.
+
+    False = it may be all the same: only `check_json` looks at every value by itself.
+    """
+    return _fit([value], wanted)
+
+
+def _fit(values: list[Any], wanted: Any) -> bool:
+    """The same of values in equal places, whose types are looked at together."""
+    kinds = set(map(type, values))
+    if wanted is object or not values:
+        return True
+    if isinstance(wanted, list):
+        return kinds == {list} and _fit([*itertools.chain.from_iterable(values)], wanted[0])
+    if isinstance(wanted, dict):
+        if kinds != {dict}:
+            return False
+        for key, shape in wanted.items():
+            name = key.removesuffix("?")
+            if name == key and not all(name in value for value in values):
+                return False
+            if not _fit([value[name] for value in values if name in value], shape):
+                return False
+        return True
+    if isinstance(wanted, tuple):
+        return (
+            int not in wanted
+            and float not in wanted
+            and bool not in wanted
+            and (kinds <= set(wanted))
+        )
+    if wanted is int:
+        return kinds == {int} and min(values) >= -(1 << 63) and max(values) < 1 << 63
+    if wanted is float:
+        return kinds <= {int, float} and all(map(_is_finite, values))
+    if wanted is bool:
+        return kinds <= {int, bool} and min(values) >= 0 and max(values) <= 1
+    return kinds == {wanted}
 
 
 def _misfit(value: Any, wanted: Any) -> tuple[str, str] | None:
@@ -201,16 +245,17 @@ def _misfit(value: Any, wanted: Any) -> tuple[str, str] | None:
         if not isinstance(value, dict):
             return "", _must_be(_KINDS[dict], value)
         for key, shape in wanted.items():
-            name = key.removesuffix("?")
+            name = key[:-1] if key[-1] == "?" else key
             if name not in value:
                 if name == key:
                     return "", f"lacks {name!r}"
             elif found := _misfit(value[name], shape):
                 return f".{name}{found[0]}", found[1]
-    else:
-        kinds = wanted if isinstance(wanted, tuple) else (wanted,)
-        if not any(_is_a(value, kind) for kind in kinds):
-            return "", _must_be(" or ".join(_KINDS[kind] for kind in kinds), value)
+    elif not isinstance(wanted, tuple):
+        if not _is_a(value, wanted):
+            return "", _must_be(_KINDS[wanted], value)
+    elif not any(_is_a(value, kind) for kind in wanted):
+        return "", _must_be(" or ".join(_KINDS[kind] for kind in wanted), value)
     return None
 
 

@@ -41,6 +41,8 @@ from .image import (
 from .pipeline import Pipeline
 from .types import VOID, Segmentation
 
+Source = str | Path  # of an image: a path, or the URL of one
+
 MANIFEST = "pyseg.json"
 OVERLAYS, SEGMENTS, INSTANCES, UNCERTAINTY = "overlays", "segments", "instances", "uncertainty"
 
@@ -82,7 +84,7 @@ def predict(
     keep_suffix: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
-    track: Callable[[Sequence[tuple[Path, Path]]], Iterable[tuple[Path, Path]]] = iter,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = iter,
 ) -> Predictions:
     """Segments image files and writes one indexed PNG each.
 
@@ -97,10 +99,11 @@ def predict(
     Args:
         pipeline: from `pyseg.build` or `pyseg.load`.
         paths: image files, folders (searched recursively for the usual image suffixes; other files
-            are named in the summary) and glob patterns (``**`` crosses folders).
+            are named in the summary), glob patterns (``**`` crosses folders) and ``@list.txt``, a
+            text file with the path of an image on every line.
         output_dir: made if absent. ``a/b/c.jpg`` found in folder ``a`` becomes ``b/c.png`` here, a
-            file given by itself ``c.png``. A glob keeps the folders that it leaves open:
-            ``a/**/*.jpg`` gives ``b/c.png``, too.
+            file given by itself ``c.png``, one of a list ``a/b/c.png``. A glob keeps the folders
+            that it leaves open: ``a/**/*.jpg`` gives ``b/c.png``, too.
             Where the pipeline finds them, ``segments/b/c.png`` and ``.json`` have the panoptic
             segments (`pyseg.image.write_segments`), ``instances/b/c.json`` the instances
             (`write_instances`) and ``uncertainty/b/c.png`` the model's uncertainty
@@ -118,9 +121,9 @@ def predict(
             ``rich.progress.track``.
 
     Raises:
-        PysegError: several images would have the same result, a result would replace its own
-            image, or ``output_dir`` holds the results of another pipeline or files that are not
-            ours.
+        PysegError: ``paths`` is empty, another run is writing to ``output_dir``, several images
+            would have the same result, a result would replace its own image, or ``output_dir``
+            holds the results of another pipeline or files that are not ours.
         ValueError: ``workers`` or ``batch_size`` below 1.
 
     Example:
@@ -134,45 +137,77 @@ def predict(
     output = Path(output_dir)
     summary = Predictions(output)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    jobs = _jobs(given, summary, keep_suffix)
-    description = _description(pipeline)
-    _refuse_strangers(output, description, (target for _, target in jobs), overwrite)
+    jobs = find_jobs(given, summary, keep_suffix)
+    description = describe(pipeline)
     make_folder(output, "output_dir")
-    folders = {path.parent for _, target in jobs for path in _results(output, target)}
-    for folder in {output, *folders}:
-        if folder.is_dir():
-            remove_abandoned(folder)
-    with _Run(pipeline, jobs, output, description, overlay, overwrite, workers, batch_size) as run:
-        for index, (source, target) in enumerate(track(jobs)):
-            outcome = run.wait(index)
-            if outcome is _WRITTEN:
-                summary.written.append(target)
-            elif outcome is _SKIPPED:
-                summary.skipped.append(target)
-            else:
-                summary.failed[str(source)] = outcome
+    with only_run(output):
+        _refuse_strangers(output, description, (target for _, target in jobs), overwrite)
+        folders = {path.parent for _, target in jobs for path in _results(output, target)}
+        for folder in {output, *folders}:
+            if folder.is_dir():
+                remove_abandoned(folder)
+        with Run(
+            pipeline, jobs, output, description, overlay, overwrite, workers, batch_size
+        ) as run:
+            for index, (source, target) in enumerate(track(jobs)):
+                outcome = run.wait(index)
+                if outcome is WRITTEN:
+                    summary.written.append(target)
+                elif outcome is SKIPPED:
+                    summary.skipped.append(target)
+                else:
+                    summary.failed[str(source)] = outcome
     return summary
 
 
-_WRITTEN, _SKIPPED = "written", "skipped"  # outcomes of an image; any other is why it failed
+@contextmanager
+def only_run(output: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; the system takes the lock from a process that is killed.
+
+    Raises:
+        PysegError: another run holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(output / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise PysegError(
+            f"output_dir {str(output)!r} is being written by another run; wait for its end, or "
+            "give another directory"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-class _Run:
-    """The worker threads of one `predict` call. Leaving the context ends them."""
+WRITTEN, SKIPPED = "written", "skipped"  # outcomes of an image; any other is why it failed
+
+
+class Run:
+    """The worker threads of one `predict` call. Leaving the context ends them.
+
+    Args:
+        read: gives the image of a source; raises `ImageError` where there is none.
+    """
 
     def __init__(
         self,
         pipeline: Pipeline,
-        jobs: Sequence[tuple[Path, Path]],
+        jobs: Sequence[tuple[Source, Path]],
         output: Path,
         description: dict[str, Any],
         overlay: bool,
         overwrite: bool,
         workers: int | None,
         batch_size: int | None,
+        read: Callable[[Source], Tensor] = read_image,
     ) -> None:
         self.pipeline, self.jobs, self.output = pipeline, jobs, output
         self.description, self.overlay, self.overwrite = description, overlay, overwrite
+        self.read = read
         device = pipeline.device.type
         self.batch_size = batch_size or (1 if device == "cpu" else _BATCH)
         self.all_threads = torch.get_num_threads()
@@ -197,7 +232,7 @@ class _Run:
             "dtype": torch.get_autocast_dtype(device),
         }
 
-    def __enter__(self) -> _Run:
+    def __enter__(self) -> Run:
         for worker in self.workers:
             worker.start()
         return self
@@ -228,7 +263,7 @@ class _Run:
         with self.lock:
             while not self.stopped and self.next < len(self.jobs) and len(taken) < self.batch_size:
                 if self._is_done(self.jobs[self.next][1]):
-                    self.outcomes[self.next] = _SKIPPED
+                    self.outcomes[self.next] = SKIPPED
                 else:
                     taken.append(self.next)
                 self.next += 1
@@ -261,7 +296,7 @@ class _Run:
         for index in taken:
             source = self.jobs[index][0]
             try:
-                images[index] = read_image(source)
+                images[index] = self.read(source)
             except ImageError as error:
                 self.report(index, str(error))
             except (MemoryError, RuntimeError) as error:
@@ -301,7 +336,7 @@ class _Run:
             found |= self._segment(worker, {index: image})
         return found
 
-    def _warn_if_too_large(self, source: Path, image: Tensor) -> None:
+    def _warn_if_too_large(self, source: Source, image: Tensor) -> None:
         if self.bytes_per_pixel is None:
             self.bytes_per_pixel = _bytes_per_pixel(self.pipeline, image)
         need, free = self.bytes_per_pixel * _pixels(image), _free_memory(self.pipeline.device)
@@ -330,13 +365,13 @@ class _Run:
         if result.uncertainty is not None:
             write_uncertainty(_ready(doubt), result.full_uncertainty())
         write_labels(_ready(labels), result.labels, result.palette)
-        self.report(index, _WRITTEN)
+        self.report(index, WRITTEN)
 
 
 class _Worker(threading.Thread):
     """Takes jobs until there are none."""
 
-    def __init__(self, whole: _Run) -> None:
+    def __init__(self, whole: Run) -> None:
         super().__init__(name="pyseg-predict")
         self.whole = whole
         self.lock = threading.Lock()
@@ -426,7 +461,7 @@ def _ready(path: Path) -> Path:
     return path
 
 
-def _too_large(source: Path, error: Exception) -> str:
+def _too_large(source: Source, error: Exception) -> str:
     """Why an image failed, if it was for want of memory; raises ``error`` if not."""
     # torch's CPU allocator raises a plain RuntimeError.
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
@@ -472,21 +507,33 @@ def _free_memory(device: torch.device) -> int | None:
 # --- which images, and where their results go -------------------------------------------------
 
 
-def _jobs(
-    paths: Iterable[str | os.PathLike[str]], summary: Predictions, keep_suffix: bool
-) -> list[tuple[Path, Path]]:
-    """Pairs of image and label map; paths that lead nowhere become failures of the summary."""
+def find_jobs(
+    paths: Iterable[str | os.PathLike[str]],
+    summary: Predictions,
+    keep_suffix: bool,
+    find: Callable[[str, Predictions], list[tuple[Source, Path]]] | None = None,
+) -> list[tuple[Source, Path]]:
+    """Pairs of image and label map; paths that lead nowhere become failures of the summary.
+
+    Args:
+        paths: as `predict` takes them.
+        summary: says where results go, and is told of failures.
+        keep_suffix: as `predict` takes it.
+        find: the images of one path, each with its place below the output directory.
+    """
     output = summary.output_dir
-    jobs: dict[tuple[Path, Path], Path] = {}  # image as the system knows it, label map -> image
+    jobs: dict[tuple[Source, Path], Source] = {}  # image as the system knows it, map -> image
     replaced = []
+    if not (paths := list(paths)):
+        raise PysegError("paths is empty: there is nothing to segment")
     for given in paths:
-        found = _find(os.fspath(given), summary)
-        for file, relative in found:
+        for file, relative in (find or find_images)(os.fspath(given), summary):
             name = f"{relative.name}.png" if keep_suffix else f"{relative.stem}.png"
             target = output / relative.parent / name
-            if target.resolve() == file.resolve():
+            known = file.resolve() if isinstance(file, Path) else file
+            if target.resolve() == known:
                 replaced.append(str(file))
-            jobs.setdefault((file.resolve(), target), file)
+            jobs.setdefault((known, target), file)
     if replaced:
         raise PysegError(
             f"the label map of {', '.join(replaced)} would replace it; give another output "
@@ -497,11 +544,14 @@ def _jobs(
     return pairs
 
 
-def _find(text: str, summary: Predictions) -> list[tuple[Path, Path]]:
+def find_images(text: str, summary: Predictions) -> list[tuple[Source, Path]]:
     """The images of one path as given, each with its place below the output directory."""
     path, own = Path(text), summary.output_dir.resolve()
-    found: list[tuple[Path, Path]] = []
-    if path.is_dir():
+    found: list[tuple[Source, Path]] = []
+    if text.startswith("@"):
+        found = _listed(text[1:])
+        problem = "lists no image"
+    elif path.is_dir():
         found = [(file, file.relative_to(path)) for file in _images_below(path, own, summary)]
         problem = f"holds no image file ({', '.join(IMAGE_SUFFIXES)})"
     elif path.exists() or not glob.has_magic(text):
@@ -519,6 +569,23 @@ def _find(text: str, summary: Predictions) -> list[tuple[Path, Path]]:
         problem = "matches no file"
     if not found:
         summary.failed[text] = f"{text!r} {problem}; check the path"
+    return found
+
+
+def _listed(text: str) -> list[tuple[Source, Path]]:
+    """The images that a text file names, one a line, each placed by the whole of its path."""
+    try:
+        lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PysegError(
+            f"the list of images {text!r} cannot be read ({error}); give @ and a text file with a "
+            "path on every line"
+        ) from error
+    found: list[tuple[Source, Path]] = []
+    for line in filter(None, map(str.strip, lines)):
+        _, separator, rest = line.rpartition("://")
+        parts = [part for part in Path(os.path.normpath(rest)).parts if part not in ("/", "..")]
+        found.append((line if separator else Path(line), Path(*parts)))
     return found
 
 
@@ -542,9 +609,11 @@ def _images_below(folder: Path, own: Path, summary: Predictions) -> list[Path]:
     return found
 
 
-def _refuse_collisions(output: Path, pairs: Sequence[tuple[Path, Path]], keep_suffix: bool) -> None:
+def _refuse_collisions(
+    output: Path, pairs: Sequence[tuple[Source, Path]], keep_suffix: bool
+) -> None:
     """All that keeps results from being files of their own, in one error."""
-    owners: dict[Path, list[Path]] = {}
+    owners: dict[Path, list[Source]] = {}
     for source, target in pairs:
         owners.setdefault(target, []).append(source)
     companions = {path: source for source, target in pairs for path in _results(output, target)[1:]}
@@ -568,7 +637,7 @@ def _refuse_collisions(output: Path, pairs: Sequence[tuple[Path, Path]], keep_su
         )
 
 
-def _description(pipeline: Pipeline) -> dict[str, Any]:
+def describe(pipeline: Pipeline) -> dict[str, Any]:
     """The content of `MANIFEST`."""
     return {"spec": str(pipeline), "classes": list(pipeline.classes), "void": VOID}
 

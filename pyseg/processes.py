@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,14 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def broadcast(state: Mapping[str, Tensor]) -> None:
+    """Gives the tensors of every process the values of the first's; shares of a tensor are kept."""
+    if rank_and_count()[1] > 1:
+        for value in state.values():
+            if not hasattr(value, "full_tensor"):
+                distributed.broadcast(value, 0)
+
+
 def merge_states(name: str, metric: Metric) -> None:
     """Gives ``metric`` in every process the sum of the states of all.
 
@@ -61,12 +69,34 @@ def merge_states(name: str, metric: Metric) -> None:
         elif isinstance(value, list):
             total[key] = [record for part in gather_objects(value) for record in part]
         else:
-            raise PluginError(
-                f"metric {name!r} has a {type(value).__name__} as state {key!r}; "
-                "states are tensors and lists, whose sum over processes is the state "
-                "of the whole"
-            )
+            raise _no_sum(name, key, value)
     metric.load_state(total)
+
+
+def add_states(name: str, states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The sum of a metric's states, as of parts of a data set in their order.
+
+    Raises:
+        PluginError: as from `merge_states`.
+    """
+    total: dict[str, Any] = {}
+    for key, value in states[0].items():
+        if isinstance(value, Tensor):
+            total[key] = value.clone()
+            for state in states[1:]:
+                total[key] += state[key]
+        elif isinstance(value, list):
+            total[key] = [record for state in states for record in state[key]]
+        else:
+            raise _no_sum(name, key, value)
+    return total
+
+
+def _no_sum(name: str, key: str, value: Any) -> PluginError:
+    return PluginError(
+        f"metric {name!r} has a {type(value).__name__} as state {key!r}; states are tensors and "
+        "lists, whose sum over processes is the state of the whole"
+    )
 
 
 def accelerator() -> Accelerator:

@@ -121,6 +121,11 @@ class WorstImages:
     def _painted(self, image: torch.Tensor, **result: Any) -> Image.Image:
         return overlay(image, 0.65, classes=self.classes, palette=self.palette, **result)
 
+    def merge(self, other: WorstImages) -> None:
+        """Adds what another one kept, of other images of the same data set."""
+        self._kept = sorted([*self._kept, *other._kept], key=lambda entry: entry.rank)
+        del self._kept[self.count :]
+
     def gather(self) -> list[WorstImage]:
         """The worst images of all processes, the worst first; each process must call it."""
         found = (entry for part in gather_objects(self._kept) for entry in part)

@@ -19,6 +19,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |
 | stage | ``config()`` | options that make it again without its weights; saved in pipeline.json |
 | metric | ``headline`` | names of the scores that tables show first |
+| metric | ``averages`` | what is averaged over what, in words: `pyseg.metrics.score` tells it |
 | dataset | ``things`` | names of the countable classes; given to metrics that take ``things`` |
 | dataset | ``category_ids`` | COCO's category of every class, for panoptic results |
 | dataset | ``published`` | images, layout and page, which `pyseg.check_data` holds it against |

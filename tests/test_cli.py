@@ -461,8 +461,8 @@ def test_help_shows_the_defaults_of_the_functions():
     height, width = one["crop_size"].default
     assert f"crops, pixels. [default: {height}x{width}]" in shown
     assert (
-        f"--flip <float> Share of images that are mirrored. [default: {other['flip'].default} with"
-        in shown
+        "--copy-paste <float> Share of images that get instances of another. [default: "
+        f"{other['copy_paste'].default} with" in shown
     )
     for command, text in (
         ("evaluate", "may be repeated. [default: semantic]"),
@@ -514,8 +514,7 @@ def test_train_passes_on_what_is_given_and_leaves_a_pipeline(tmp_path, monkeypat
     for options, words in (
         (("--crop-size", "64,96"), "--crop-size must be height x width, such as 240x320, got"),
         (("--scale", "2"), "--scale must be smallest-largest, such as 0.6-1.6, got '2'"),
-        (("--flip", "0.5"), "--flip has no meaning for tiny: leave it out"),
-        (("--clip", "1"), "--clip has no meaning for tiny"),
+        (("--copy-paste", "0.5"), "--copy-paste has no meaning for tiny: leave it out"),
     ):
         assert words in error_line(run(*common, *options))
 
@@ -599,28 +598,6 @@ def test_training_on_files_ends_in_a_pipeline_that_is_scored(tmp_path):
     spec = "--spec", tmp_path / "run" / "pipeline"
     (row,) = json.loads(run("evaluate", *spec, *common, "--metric", "panoptic", "--json").stdout)
     assert 0 <= row["metrics"]["panoptic"]["pq"] <= 1 and row["images"] == 2
-
-
-# --- instance-ap ------------------------------------------------------------------------------
-
-
-def test_instance_ap_of_some_kinds(tmp_path, monkeypatch):
-    from pyseg.metrics import instances
-
-    seen = []
-
-    def fake(truth, predictions, **options):
-        seen.append(options)
-        counts = {"images": 1, "objects": 2, "detections": 3}
-        names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large", "ar1", "ar10", "ar100")
-        names += ("ar_small", "ar_medium", "ar_large")
-        return {**counts, **{f"box_{name}": 0.25 for name in names}}
-
-    monkeypatch.setattr(instances, "instance_ap", fake)
-    shown = run("instance-ap", "gt.json", "pred.json", "--kinds", "box,boundary")
-    assert "box" in shown.stdout and "0.2500" in shown.stdout and "mask" not in shown.stdout
-    assert run("instance-ap", "gt.json", "pred.json").exit_code == 0
-    assert seen == [{"kinds": ("box", "boundary")}, {}]
 
 
 # --- demo, bench ------------------------------------------------------------------------------

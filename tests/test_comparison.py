@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 
 import pyseg
 from pyseg import cli, datasets, metrics, models, refiners
-from pyseg.comparison import bootstrap, compare, run
+from pyseg.comparison import compare, run
 from pyseg.comparison.result import SCORES
 from pyseg.errors import PysegError, SpecError, UnknownName, WeightsError
+from pyseg.metrics import bootstrap
 from pyseg.models.semantic import SemanticModel
 from pyseg.types import Sample
 from pyseg.weights import load_state, save_state

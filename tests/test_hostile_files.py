@@ -24,9 +24,8 @@ from pyseg.errors import ImageError, LabelError, PysegError, ScoreError
 from pyseg.files import check_json, read_json
 from pyseg.formats.table import FORMATS
 from pyseg.image import write_image, write_labels
-from pyseg.metrics.instances import instance_ap
-from pyseg.metrics.panoptic import score_files
 from pyseg.regions import Segments
+from pyseg.scoring import score_files
 
 STRANGE = (
     None,
@@ -125,19 +124,25 @@ def test_panoptic_data_set(panoptic):
 
 
 @pytest.mark.filterwarnings("ignore:.*(are of images|another area)")
-@pytest.mark.parametrize("side", ["target", "prediction"])
+@pytest.mark.parametrize("side", ["labels", "predictions"])
 def test_panoptic_quality(panoptic, tmp_path, side):
     value = json.loads(panoptic.read_text())
     other = tmp_path / "other.json"
     other.write_text(panoptic.read_text())
-    files = {"target": other, "prediction": other, side: panoptic}
+    files = {"labels": other, "predictions": other, side: panoptic}
 
     def use():
         folder = panoptic.with_suffix("")
-        score_files(**files, target_folder=folder, prediction_folder=folder)
+        score_files(**files, label_folder=folder, prediction_folder=folder)
 
     use()
-    assert 60 < refusals(panoptic, value, 200, (LabelError, ImageError), use) < 200
+    errors = LabelError, ImageError, ScoreError
+    assert 60 < refusals(panoptic, value, 200, errors, use) < 200
+
+
+def instance_ap(truth, results, kinds=("mask", "box", "boundary")):
+    metric = f"instances(kinds={tuple(kinds)})"
+    return score_files(results, truth, metrics=[metric]).metrics[metric]
 
 
 def square(x, y, side=6):
@@ -189,7 +194,6 @@ def instances(tmp_path):
 
 @pytest.mark.parametrize("side", [0, 1], ids=["truth", "results"])
 def test_instance_ap(instances, side):
-    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval (the extra [coco])")
     values, paths = instances
 
     def use():
@@ -212,7 +216,6 @@ def test_instance_ap(instances, side):
     ],
 )
 def test_ground_truth_that_would_fill_the_memory(instances, change, words):
-    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval (the extra [coco])")
     (truth, _), paths = instances
     change(truth)
     paths[0].write_text(json.dumps(truth))
@@ -222,7 +225,6 @@ def test_ground_truth_that_would_fill_the_memory(instances, change, words):
 
 def test_results_with_runs_as_a_list(instances):
     """Uncompressed RLE is COCO's as well, and means the same."""
-    pytest.importorskip("faster_coco_eval", reason="needs faster-coco-eval (the extra [coco])")
     (_, results), paths = instances
     want = instance_ap(*paths)
     for entry, k in zip(results, range(4), strict=True):

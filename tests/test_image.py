@@ -419,3 +419,68 @@ def test_write_image(rgb, tmp_path):
     assert (got.int() - chw(smooth).int()).abs().max() <= 2
     with pytest.raises(ImageError, match="suffix"):
         image.write_image(tmp_path / "a.xyz", rgb)
+
+
+# --- by GDAL --------------------------------------------------------------------------------------
+
+
+def encoded(array, mode="L", **options):
+    stream = io.BytesIO()
+    picture = Image.fromarray(array)
+    if mode == "P":
+        picture = picture.convert("P")
+    picture.save(stream, "PNG", **options)
+    return bytearray(stream.getvalue())
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB"])
+def test_the_quick_way_reads_what_pillow_reads_or_nothing(mode, tmp_path):
+    """Files cut off or with wrong bits are left to Pillow, which says what is wrong."""
+    pytest.importorskip("rasterio")
+    generator = np.random.default_rng()
+    array = generator.integers(0, 200, (7, 9)).repeat(6, 0).repeat(5, 1).astype(np.uint8)
+    if mode == "RGB":
+        array = np.stack([array, array // 3, array // 7], -1)
+    whole, path = encoded(array, mode), tmp_path / "a.png"
+    path.write_bytes(whole)
+    planes = image.quick_png(path, 3 if mode == "RGB" else 1)
+    assert (np.moveaxis(planes, 0, -1).squeeze() == np.array(Image.open(path))).all()
+    assert image.quick_png(path, 1 if mode == "RGB" else 3) is None
+    for number in range(300):
+        damaged = bytearray(whole)
+        if number % 2:
+            damaged = damaged[: generator.integers(0, len(whole))]
+        else:
+            damaged[generator.integers(0, len(whole))] ^= 1 << generator.integers(0, 8)
+        path.write_bytes(damaged)
+        found = image.quick_png(path, 3 if mode == "RGB" else 1)
+        if found is not None:
+            assert (found == planes).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "options"),
+    [
+        (np.arange(60, dtype=np.uint16).reshape(6, 10) * 900, {}),
+        (np.arange(60, dtype=np.uint8).reshape(6, 10) % 4, {"bits": 2}),
+        (np.zeros((6, 10, 4), np.uint8), {}),
+        (np.zeros((6, 10), bool), {}),
+    ],
+)
+def test_the_quick_way_leaves_other_pictures_alone(array, options, tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(array, "P" if options else "L", **options))
+    assert image.quick_png(tmp_path / "a.png", 1) is None
+    animation = [Image.fromarray(np.full((4, 5), k, np.uint8)) for k in (1, 2)]
+    animation[0].save(tmp_path / "b.png", save_all=True, append_images=animation[1:])
+    assert image.quick_png(tmp_path / "b.png", 1) is None
+    assert image.quick_png(tmp_path, 1) is None and image.quick_png(tmp_path / "no.png", 1) is None
+
+
+def test_labels_are_the_same_without_gdal(tmp_path, monkeypatch):
+    array = np.random.default_rng().integers(0, 200, (40, 50)).astype(np.uint8)
+    for mode in ("L", "P"):
+        (tmp_path / f"{mode}.png").write_bytes(encoded(array, mode))
+    with_it = [image.read_labels(tmp_path / f"{mode}.png") for mode in ("L", "P")]
+    monkeypatch.setattr(image, "_gdal", lambda: None)
+    for mode, found in zip(("L", "P"), with_it, strict=True):
+        assert torch.equal(image.read_labels(tmp_path / f"{mode}.png"), found)

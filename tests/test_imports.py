@@ -16,10 +16,10 @@ FLOORS = (
     {"processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
-    {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction"},
+    {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"demo"},
+    {"cluster", "demo"},
     {"cli"},
     {"__main__"},
 )

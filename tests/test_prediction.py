@@ -2,6 +2,8 @@ import errno
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -92,7 +94,8 @@ def picture(path, seed=0, size=(6, 8)):
 
 
 def tree(folder):
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    found = (str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in found if name != ".lock")
 
 
 def test_files_folders_and_globs(pipeline, tmp_path):
@@ -332,6 +335,110 @@ def test_what_a_killed_run_left_is_removed(pipeline, tmp_path):
     os.utime(old, (1, 1))
     predict(pipeline, tmp_path / "in", tmp_path / "out")
     assert not old.exists() and young.exists()  # which another process may be writing
+
+
+def test_two_runs_into_one_folder(pipeline, tmp_path):
+    """The second of them is refused, also by another process, and one after it goes on."""
+    for k in range(2):
+        picture(tmp_path / "in" / f"{k}.png", k)
+    out = tmp_path / "out"
+
+    def meanwhile(jobs):
+        for job in jobs:
+            with pytest.raises(PysegError, match=r"out' is being written by another run"):
+                predict(pyseg.build("bycolour+swap"), tmp_path / "in", out)
+            code = (
+                "import pathlib, pyseg.prediction as p\n"
+                f"with p.only_run(pathlib.Path({str(out)!r})): pass"
+            )
+            done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+            assert done.returncode == 1 and "is being written by another run" in done.stderr
+            yield job
+
+    assert len(predict(pipeline, tmp_path / "in", out, track=meanwhile).written) == 2
+    assert tree(out) == ["0.png", "1.png", "pyseg.json"]
+    assert len(predict(pipeline, tmp_path / "in", out).skipped) == 2
+
+
+def test_the_lock_of_a_killed_run_is_free(pipeline, tmp_path):
+    picture(tmp_path / "a.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    code = (
+        "import os, pathlib, pyseg.prediction as p\n"
+        f"with p.only_run(pathlib.Path({str(out)!r})): os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert (out / ".lock").exists()
+    assert len(predict(pipeline, tmp_path / "a.png", out).written) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_space_on_the_way(tmp_path, monkeypatch, workers):
+    """One error that names the file; what is there is whole, and the next run does the rest."""
+    for k in range(4):
+        picture(tmp_path / "in" / f"{k}.png", k)
+    out, real, saved = tmp_path / "out", Image.Image.save, []
+
+    def full(self, path, **options):
+        saved.append(path)
+        if len(saved) > 4:  # the first image's files and a half
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, path, **options)
+
+    finds = pyseg.build("finds")
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*\.png'"):
+            predict(finds, tmp_path / "in", out, overlay=True, workers=workers)
+    names = tree(out)
+    assert not any(name.endswith(".part") for name in names)
+    for name in names:
+        if name.endswith(".png"):
+            Image.open(out / name).load()
+    done = [name for name in names if "/" not in name and name.endswith(".png")]
+    assert len(done) < 4
+    for name in done:  # the label map comes last: where it is, all is
+        assert {f"overlays/{name}", f"segments/{name}"} <= set(names)
+    again = predict(finds, tmp_path / "in", out, overlay=True)
+    assert sorted(path.name for path in again.skipped) == done
+    assert len(again.written) == 4 - len(done)
+    assert len([name for name in tree(out) if name.endswith(".png")]) == 12
+
+
+def test_no_space_on_the_command_line(tmp_path, monkeypatch):
+    picture(tmp_path / "a.png")
+
+    def full(self, path, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    command = ["predict", str(tmp_path / "a.png"), "-s", "bycolour", "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2 and "No space left on device" in result.stderr
+    assert "Traceback" not in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_lists_of_images(pipeline, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/x.png", "b/x.png"):
+        picture(tmp_path / name)
+    (tmp_path / "list.txt").write_text(
+        f"a/x.png\n\n ./b/../b/x.png \n{tmp_path}/a/x.png\ngone.png\ns3://bucket/c/y.png\n"
+    )
+    summary = predict(pipeline, "@list.txt", "out")
+    whole = f"{str(tmp_path).lstrip('/')}/a/x.png"
+    assert tree(tmp_path / "out") == sorted(["a/x.png", "b/x.png", whole, "pyseg.json"])
+    assert set(summary.failed) == {"gone.png", "s3://bucket/c/y.png"}
+    assert "download it first" in summary.failed["s3://bucket/c/y.png"]
+    assert len(predict(pipeline, ["@list.txt", "a/x.png"], "out").skipped) == 3
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "lists no image" in predict(pipeline, "@empty.txt", "other").failed["@empty.txt"]
+    with pytest.raises(PysegError, match=r"list of images 'none\.txt' cannot be read"):
+        predict(pipeline, "@none.txt", "other")
+    with pytest.raises(PysegError, match="paths is empty"):
+        predict(pipeline, [], "other")
 
 
 # --- several at a time ------------------------------------------------------------------------

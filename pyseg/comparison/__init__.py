@@ -1,7 +1,7 @@
 """`compare`: models trained by one recipe, each scored with each refiner, on one table.
 
-``run.py`` trains and scores, ``bootstrap.py`` says what is noise, ``result.py`` has the table and
-``page.py`` the page.
+``run.py`` trains and scores, ``result.py`` has the table and ``page.py`` the page. What is noise,
+`pyseg.metrics.bootstrap` says.
 """
 
 from .result import Comparison, Row, Training

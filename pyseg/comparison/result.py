@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import page
 from ..files import finite
-from .bootstrap import LEVEL, Difference
+from ..metrics.bootstrap import LEVEL, Difference
 
 NONE = "none"  # the refiner that is none
 SEMANTIC, CALIBRATION = "semantic", "calibration"

@@ -22,6 +22,7 @@ from ..cost import cost
 from ..errors import PysegError, SpecError
 from ..evaluation import evaluate
 from ..files import make_folder, read_json, remove_abandoned, write_json
+from ..metrics import bootstrap
 from ..models import SemanticModel
 from ..pipeline import Pipeline, StageResult
 from ..spec import Spec, parse
@@ -30,7 +31,6 @@ from ..training.loop import CHECKPOINT, LOG, WEIGHTS, Precision, check_run
 from ..training.semantic import CachedDataset
 from ..types import Dataset, Metric, Sample
 from ..visual import overlay
-from . import bootstrap
 from .page import write_comparison
 from .result import BOUNDARY, CALIBRATION, NONE, SCORES, SEMANTIC, Comparison, Row, Training
 

@@ -18,7 +18,7 @@ from .panoptic import (
     write_panoptic,
     write_segments,
 )
-from .rle import compressed_rle, decode_rle, encode_rle
+from .rle import compressed_rle, decode_rle, edges_of, encode_rle
 from .uncertainty import read_uncertainty, write_uncertainty
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "categories_of",
     "compressed_rle",
     "decode_rle",
+    "edges_of",
     "encode_rle",
     "from_napari_labels",
     "from_supervision",

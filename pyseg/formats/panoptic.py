@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ImageError, LabelError
 from ..files import check_json, make_folder, read_json, some, write_json
-from ..image import open_image, save_image
+from ..image import open_image, quick_png, save_image
 from ..regions import Segment, Segments
 from .annotation import (
     Annotation,
@@ -42,6 +42,14 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
     """
+    planes = quick_png(path, bands=3)
+    if planes is not None:
+        red, green, blue = torch.from_numpy(planes).unbind()
+        ids = red.int()
+        for plane, shift in ((green, 8), (blue, 16)):
+            if plane.any():  # most maps have few segments, and need one plane
+                ids |= plane.int() << shift
+        return ids
     image = open_image(path, "panoptic map")
     name = f"panoptic map {os.fspath(path)!r}"
     if image.format in ("JPEG", "MPO"):
@@ -62,9 +70,7 @@ def categories_of(value: Any, path: str | os.PathLike[str]) -> list[dict[str, An
     """The entries of a list of categories, or of a JSON that has one; ``path`` is for messages."""
     entries = value.get("categories") if isinstance(value, dict) else value
     if not isinstance(entries, list) or not entries:
-        raise LabelError(
-            f"{os.fspath(path)!r} has no categories; give a JSON that has them (--categories)"
-        )
+        raise LabelError(f"{os.fspath(path)!r} has no categories; give a JSON that has them")
     where = f"the categories of {os.fspath(path)!r}"
     check_json(entries, [{"id": int, "name": str, "isthing": bool}], where, LabelError)
     for key in ("id", "name"):

@@ -268,7 +268,20 @@ def fill_area(rings: Sequence[Ring], height: int, width: int) -> np.ndarray:
 
 
 def fill_coco(ring: Ring, height: int, width: int) -> np.ndarray:
-    """One polygon as pycocotools fills it: [H, W] bool.
+    """One polygon as pycocotools fills it: [H, W] bool."""
+    mask = np.zeros((height, width), bool)
+    places = coco_toggles(ring, height, width)
+    if places.size:
+        left = int(places.min()) // height  # no other column changes
+        wide = -(-int(places.max()) // height) - left
+        toggles = np.bincount(places - left * height, minlength=wide * height + 1)
+        odd = toggles[: wide * height].cumsum() % 2 == 1
+        mask[:, left : left + wide] = odd.reshape(wide, height).T
+    return mask
+
+
+def coco_toggles(ring: Ring, height: int, width: int) -> np.ndarray:
+    """Where a polygon begins and ends along the columns, as column * height + row, in any order.
 
     As in cocoapi's ``rleFrPoly``: vertices are rounded to a fifth of a pixel, edges walked on that
     grid, and the filling changes where they pass the centres of columns.
@@ -297,14 +310,26 @@ def fill_coco(ring: Ring, height: int, width: int) -> np.ndarray:
     row = np.where(v[1:][moved] < v[:-1][moved], v[1:][moved], v[:-1][moved])
     row = np.ceil(np.clip((row + 0.5) / 5 - 0.5, 0, height)).astype(np.int64)
     good = (np.floor(column) == column) & (column >= 0) & (column <= width - 1)
-    column, row = column[good].astype(np.int64), row[good]
-    mask = np.zeros((height, width), bool)
-    if column.size:
-        left, wide = int(column.min()), int(np.ptp(column)) + 1  # no other column changes
-        toggles = np.bincount((column - left) * height + row, minlength=wide * height + 1)
-        odd = toggles[: wide * height].cumsum() % 2 == 1
-        mask[:, left : left + wide] = odd.reshape(wide, height).T
-    return mask
+    return column[good].astype(np.int64) * height + row[good]
+
+
+def coco_edges(rings: Sequence[Ring], height: int, width: int) -> np.ndarray:
+    """The runs of polygons that are one mask, as `pyseg.formats.edges_of` gives them."""
+    begins, ends = [], []
+    for ring in rings:
+        places, counts = np.unique(coco_toggles(ring, height, width), return_counts=True)
+        places = places[counts % 2 == 1]
+        if len(places) % 2:
+            places = np.append(places, height * width)
+        begins.append(places[::2])
+        ends.append(places[1::2])
+    if len(rings) == 1:
+        return np.stack([begins[0], ends[0]], 1).ravel()
+    # What begins where another ends goes on.
+    keys = np.concatenate([2 * np.concatenate(begins), 2 * np.concatenate(ends) + 1])
+    keys.sort()
+    depth = np.cumsum(1 - 2 * (keys & 1))
+    return (keys >> 1)[(depth == 0) | ((depth == 1) & (keys & 1 == 0))]
 
 
 def fill_opencv(ring: Ring, height: int, width: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Registry of metrics: ``create``, ``list``, ``describe``, ``get``, ``info`` and ``register``.
 
-``create("name", option=…)`` makes a metric. The classes stand here by name, too.
+``create("name", option=…)`` makes a metric, `score` scores arrays by any of them. The classes stand
+here by name, too.
 """
 
 from __future__ import annotations
@@ -16,18 +17,28 @@ if TYPE_CHECKING:
     from .binary import Binary as Binary
     from .boundary import Boundary as Boundary
     from .calibration import Calibration as Calibration
+    from .cityscapes_ap import CityscapesAP as CityscapesAP
     from .instances import InstanceAP as InstanceAP
     from .panoptic import Panoptic as Panoptic
+    from .scoring import Differences as Differences
+    from .scoring import Scores as Scores
+    from .scoring import differences as differences
+    from .scoring import score as score
     from .semantic import Semantic as Semantic
 
-# Public class -> where it lives. Resolved on first use: listing needs no torch.
+# Public name -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
     "Binary": ".binary",
     "Boundary": ".boundary",
     "Calibration": ".calibration",
+    "CityscapesAP": ".cityscapes_ap",
+    "Differences": ".scoring",
     "InstanceAP": ".instances",
     "Panoptic": ".panoptic",
+    "Scores": ".scoring",
     "Semantic": ".semantic",
+    "differences": ".scoring",
+    "score": ".scoring",
 }
 
 _registry: Registry[Metric] = Registry("metric", "pyseg.metrics")
@@ -50,15 +61,20 @@ __all__ = [
     "Binary",
     "Boundary",
     "Calibration",
+    "CityscapesAP",
+    "Differences",
     "InstanceAP",
     "Panoptic",
+    "Scores",
     "Semantic",
     "create",
     "describe",
+    "differences",
     "get",
     "info",
     "list",
     "register",
+    "score",
 ]
 
 

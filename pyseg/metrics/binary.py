@@ -64,6 +64,7 @@ class Binary:
     """
 
     headline = ("iou", "f1", "roc_auc", "average_precision")
+    averages = "pixels are summed over all images"
 
     def __init__(
         self,

@@ -65,6 +65,10 @@ class Boundary:
     """
 
     headline = ("boundary_iou", "bf")  # what tables show first
+    averages = (
+        "boundary and trimap IoU: pixels are summed over all images, means are over the classes "
+        "that have one; BF: over an image's classes, then over images"
+    )
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class Calibration:
     """
 
     headline = ("ece", "brier")
+    averages = "over the pixels of all images that have ground truth"
 
     def __init__(
         self, classes: Sequence[str] | int, *, bins: int = 15, ignore_index: int = VOID

@@ -60,7 +60,11 @@ def label_map(values: Any, what: str) -> Tensor:
         if values.dtype.kind not in "uib":
             raise LabelError(f"{what} has labels of {values.dtype}; class ids are integers")
         wide = values.dtype.kind == "u" and values.dtype.itemsize > 1
-        values = torch.from_numpy(np.array(values, dtype=np.int64 if wide else None, order="C"))
+        if wide or not values.flags.writeable or not values.dtype.isnative or _turned(values):
+            # torch shares no memory with such; a copy takes longer than counting.
+            dtype = np.int64 if wide else values.dtype.newbyteorder("=")
+            values = np.array(values, dtype=dtype, order="C")
+        values = torch.from_numpy(values)
     if not isinstance(values, Tensor):
         raise LabelError(
             f"{what} has labels that are a {type(values).__name__}; give a tensor or a NumPy array"
@@ -72,6 +76,10 @@ def label_map(values: Any, what: str) -> Tensor:
     if values.dtype == torch.bool:
         return values.to(torch.uint8)
     return values.long() if values.dtype in _UNSIGNED else values
+
+
+def _turned(values: np.ndarray) -> bool:
+    return any(stride < 0 for stride in values.strides)
 
 
 _UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)

@@ -1,25 +1,40 @@
-"""`InstanceAP`: COCO's average precision of masks, boxes and boundaries, by faster-coco-eval."""
+"""`InstanceAP`: COCO's average precision of masks, boxes and boundaries."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import os
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..errors import ImageError, ScoreError
-from ..files import check_json, read_json
-from ..formats import compressed_rle, encode_rle
+from ..files import check_json, fits_json
+from ..formats import edges_of
+from ..formats.polygons import coco_edges
 from ..image import check_pixels
+from ..ops.boundary_mask import boundary_distance
 from ..types import Instances, Sample, Segmentation
+from .average_precision import (
+    AREAS,
+    MOST,
+    THRESHOLDS,
+    Curves,
+    Matches,
+    accumulate,
+    match,
+    ranked,
+    same_class,
+)
 from .inputs import class_names
+from .runs import Runs, intersections
 
 KINDS = ("mask", "box", "boundary")
-_COCO_NAME = {"mask": "segm", "box": "bbox", "boundary": "boundary"}
-_AREAS = ("", "_small", "_medium", "_large")  # all, below 32^2, to 96^2, above
+USUAL = ("mask", "box")  # the boundaries take longer than both
 
 
 class InstanceAP:
@@ -30,7 +45,7 @@ class InstanceAP:
     per image and class at most; ground truth marked as crowd neither counts nor punishes (Lin et
     al. 2014; pycocotools). IoU is that of masks, of boxes, or for the boundary AP the smaller of
     mask IoU and boundary IoU, with a boundary as wide as 2 % of the image diagonal (Cheng et al.
-    2021). Numbers are faster-coco-eval's, which equal pycocotools'.
+    2021). Numbers are pycocotools'.
 
     An object's size, for the scores of small (below 32^2 pixels), medium and large (from 96^2 on)
     objects, is the area of its mask; for boxes a detection's is that of its box.
@@ -40,10 +55,7 @@ class InstanceAP:
 
     Args:
         classes: names of the C classes, or C.
-        kinds: which IoUs: any of "mask", "box", "boundary".
-
-    Raises:
-        ImportError: faster-coco-eval is not installed.
+        kinds: which IoUs: any of "mask", "box", "boundary"; the last takes longest.
 
     Example:
         >>> metric = InstanceAP(("person", "car"))
@@ -51,11 +63,15 @@ class InstanceAP:
         >>> metric.compute()["mask_ap"]
     """
 
-    def __init__(self, classes: Sequence[str] | int, *, kinds: Sequence[str] = KINDS) -> None:
+    averages = (
+        "COCO's: precision at 101 recalls and the IoUs .50, .55, …, .95, 100 detections of a class "
+        "and image at most, means over the classes that have objects"
+    )
+
+    def __init__(self, classes: Sequence[str] | int, *, kinds: Sequence[str] = USUAL) -> None:
         names = class_names(classes, "InstanceAP")
         if isinstance(kinds, str) or not kinds or not set(kinds) <= set(KINDS):
             raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
-        _faster_coco_eval()  # better now than after an hour of images
         self.classes, self.kinds = names, tuple(kinds)
         self.headline = tuple(f"{kind}_ap" for kind in self.kinds)
         self.reset()
@@ -101,21 +117,14 @@ class InstanceAP:
                 f"{name}: the prediction has scores that are not finite: "
                 f"{found.scores[~found.scores.isfinite()][0].item()}"
             )
-        crowd = [False] * len(truth.labels) if truth.crowd is None else truth.crowd.tolist()
-        self._records.append(
-            {
-                "name": sample_name,
-                "size": size,
-                "truth": [
-                    {**entry, "area": int(mask.sum()), "iscrowd": int(many)}
-                    for entry, mask, many in zip(_entries(truth), truth.masks, crowd, strict=True)
-                ],
-                "detections": [
-                    {**entry, "score": score}
-                    for entry, score in zip(_entries(found), found.scores.tolist(), strict=True)
-                ],
-            }
+        records = _records(
+            [sample_name],
+            [(size[0], size[1])],
+            _of_instances(found),
+            _of_instances(truth),
+            self.kinds,
         )
+        self._records += records
 
     def _check(self, instances: Instances, size: tuple[int, ...], what: str) -> None:
         count = len(instances.labels)
@@ -164,157 +173,345 @@ class InstanceAP:
                     f"sample {one['name']!r} was scored twice; names must differ, and "
                     "each process must score images of its own"
                 )
-        truth = {
-            "images": [
-                {"id": k, "height": record["size"][0], "width": record["size"][1]}
-                for k, record in enumerate(records, 1)
-            ],
-            "categories": [{"id": k, "name": name} for k, name in enumerate(self.classes)],
-            "annotations": [
-                {**entry, "image_id": k, "id": 0}
-                for k, record in enumerate(records, 1)
-                for entry in record["truth"]
-            ],
+        return _scores(records, self.classes, self.kinds)
+
+
+# --- the engine -------------------------------------------------------------------------------
+
+
+@dataclass
+class _Objects:
+    """Detections or objects of several images."""
+
+    image: np.ndarray  # [K] which, rising
+    label: np.ndarray  # [K] class index
+    masks: Runs  # empty ones where there are none
+    boxes: np.ndarray  # [K, 4] x, y, width, height
+    areas: Mapping[str, np.ndarray]  # kind -> [K], which say what is small
+    score: np.ndarray  # [K] of detections, zeros of objects
+    crowd: np.ndarray  # [K] bool of objects
+
+    def part(self, begin: int, end: int) -> _Objects:
+        """Those of some images, which count from 0 then."""
+        low, high = np.searchsorted(self.image, (begin, end)).tolist()
+        chosen = slice(low, high)
+        return _Objects(
+            self.image[chosen] - begin,
+            self.label[chosen],
+            self.masks.part(low, high),
+            self.boxes[chosen],
+            {kind: areas[chosen] for kind, areas in self.areas.items()},
+            self.score[chosen],
+            self.crowd[chosen],
+        )
+
+
+def _of_instances(instances: Instances) -> _Objects:
+    """Of one image."""
+    masks = Runs.of_masks(instances.masks.detach().cpu().numpy().astype(bool, copy=False))
+    boxes = instances.boxes.detach().cpu().double().numpy()
+    boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+    area = masks.areas().astype(np.float64)
+    crowd = np.zeros(len(boxes), bool)
+    if instances.crowd is not None:
+        crowd = instances.crowd.cpu().bool().numpy()
+    return _Objects(
+        np.zeros(len(boxes), np.int64),
+        instances.labels.detach().cpu().numpy().astype(np.int64),
+        masks,
+        boxes,
+        {"mask": area, "boundary": area, "box": boxes[:, 2] * boxes[:, 3]},
+        instances.scores.detach().cpu().double().numpy(),
+        crowd,
+    )
+
+
+def _records(
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    found: _Objects,
+    truth: _Objects,
+    kinds: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What is kept of images: their matches."""
+    chosen, place = ranked(found.image, found.label, found.score)
+    image, label = found.image[chosen], found.label[chosen]
+    groups = image * (1 + int(label.max(initial=0))) + label
+    pairs = same_class((image, label), (truth.image, truth.label))
+    ours = chosen[pairs[0]], pairs[1]
+    matches = {}
+    for kind in kinds:
+        if kind == "box":
+            overlaps = _box_overlaps(found.boxes, truth.boxes, ours, truth.crowd)
+        else:
+            overlaps = _mask_overlaps(found.masks, truth.masks, ours, truth.crowd, sizes)
+            if kind == "boundary":
+                near = np.flatnonzero(overlaps >= THRESHOLDS[0])  # of others it does not matter
+                some = ours[0][near], ours[1][near]
+                edges = _boundary_overlaps(found, truth, some, overlaps[near], sizes)
+                overlaps[near] = np.minimum(overlaps[near], edges)
+        areas = found.areas[kind][chosen]
+        matches[kind] = match(groups, areas, (truth.areas["mask"], truth.crowd), pairs, overlaps)
+    ends = [np.searchsorted(side, np.arange(len(names) + 1)) for side in (image, truth.image)]
+    counted = np.bincount(found.image, minlength=len(names))
+    return [
+        {
+            "name": name,
+            "label": label[a:b].astype(np.int32),
+            "score": found.score[chosen[a:b]],
+            "place": place[a:b].astype(np.int8),
+            "truth": truth.label[c:d].astype(np.int32),
+            "crowd": truth.crowd[c:d],
+            "detections": int(counted[k]),
+            **{
+                kind: (made.matched[a:b], made.ignored[a:b], made.left_out[c:d])
+                for kind, made in matches.items()
+            },
         }
-        found = [
-            {**entry, "image_id": k}
-            for k, record in enumerate(records, 1)
-            for entry in record["detections"]
-        ]
-        # Given a box as well, COCO takes its area for that of the mask.
-        masks = [{k: v for k, v in entry.items() if k != "bbox"} for entry in found]
-        return _scores(truth, {kind: found if kind == "box" else masks for kind in self.kinds})
+        for k, (name, (a, b), (c, d)) in enumerate(
+            zip(names, *(itertools.pairwise(side.tolist()) for side in ends), strict=True)
+        )
+    ]
 
 
-def instance_ap(
-    truth: str | os.PathLike[str],
-    predictions: str | os.PathLike[str],
-    kinds: Sequence[str] | None = None,
+def _mask_overlaps(
+    found: Runs,
+    truth: Runs,
+    pairs: tuple[np.ndarray, np.ndarray],
+    crowd: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """IoU of the masks of each pair; with a crowd the share of the detection in it."""
+    span = max((height * width for height, width in sizes), default=0)
+    result = np.zeros(len(pairs[0]))
+    ours, theirs = found.boxes()[pairs[0]], truth.boxes()[pairs[1]]
+    apart = (ours[:, ::2] > theirs[:, 1::2]) | (theirs[:, ::2] > ours[:, 1::2])
+    near = np.flatnonzero(~apart.any(1))
+    both = intersections(found, truth, (pairs[0][near], pairs[1][near]), span)
+    areas = found.areas()[pairs[0][near]], truth.areas()[pairs[1][near]]
+    whole = np.where(crowd[pairs[1][near]], areas[0], areas[0] + areas[1] - both)
+    result[near] = both / np.maximum(whole, 1)
+    return result
+
+
+def _boundary_overlaps(
+    found: _Objects,
+    truth: _Objects,
+    pairs: tuple[np.ndarray, np.ndarray],
+    overlaps: np.ndarray,
+    sizes: Sequence[tuple[int, int]],
+) -> np.ndarray:
+    """IoU of the boundaries of each pair; with a crowd ``overlaps``."""
+    distance = np.array([boundary_distance(size, 0.02) for size in sizes])
+    parts, places = [], []
+    for side, which in ((found, pairs[0]), (truth, pairs[1])):
+        used, place = np.unique(which, return_inverse=True)
+        at, _ = side.masks.of(used)
+        some = Runs(side.masks.edges[at], side.masks.counts[used], side.masks.lengths[used])
+        parts.append(some.boundaries(distance[side.image[used]]))
+        places.append(place)
+    nobody = np.zeros(len(truth.crowd), bool)
+    result = _mask_overlaps(parts[0], parts[1], (places[0], places[1]), nobody, sizes)
+    return np.where(truth.crowd[pairs[1]], overlaps, result)
+
+
+def _box_overlaps(
+    found: np.ndarray, truth: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], crowd: np.ndarray
+) -> np.ndarray:
+    """IoU of the boxes of each pair; with a crowd the share of the detection in it."""
+    ours, theirs = found[pairs[0]], truth[pairs[1]]
+    low = np.maximum(ours[:, :2], theirs[:, :2])
+    high = np.minimum(ours[:, :2] + ours[:, 2:], theirs[:, :2] + theirs[:, 2:])
+    sides = np.maximum(high - low, 0)
+    both = sides[:, 0] * sides[:, 1]
+    areas = ours[:, 2] * ours[:, 3], theirs[:, 2] * theirs[:, 3]
+    whole = np.where(crowd[pairs[1]], areas[0], areas[0] + areas[1] - both)
+    return np.where(both > 0, both / np.where(both > 0, whole, 1), 0.0)
+
+
+def _scores(
+    records: Sequence[Mapping[str, Any]], classes: Sequence[str], kinds: Sequence[str]
 ) -> dict[str, Any]:
-    """Average precision of COCO files: annotations (instances_*.json) and results.
+    """COCO's scores of records in the order in which equal scores are ranked."""
+
+    def column(key: str, *dtype: Any) -> np.ndarray:
+        none = np.zeros(0, *dtype)
+        return np.concatenate([none, *(record[key] for record in records)])
+
+    label, score, place = column("label", np.int32), column("score"), column("place", np.int8)
+    truth, crowd = column("truth", np.int32), column("crowd", bool)
+    weights = [record.get("times", 1) for record in records]
+    times = [
+        np.repeat(np.array(weights, np.int64), [len(record[key]) for record in records])
+        for key in ("label", "truth")
+    ]
+    objects = np.bincount(truth[~crowd], times[1][~crowd], minlength=len(classes))
+    per_class: list[dict[str, Any]] = [{} for _ in classes]
+    scores: dict[str, Any] = {}
+    for kind in kinds:
+        parts = [record[kind] for record in records]
+        shape = len(AREAS), 10
+        nothing = np.zeros((0, *shape), bool), np.zeros((0, *shape), bool), np.zeros((0, 4), bool)
+        matches = Matches(*(np.concatenate(p) for p in zip(nothing, *parts, strict=True)))
+        curves = accumulate(label, score, place, truth, matches, (times[0], times[1]), len(classes))
+        scores |= {f"{kind}_{key}": value for key, value in _table(curves).items()}
+        for entry, precision in zip(per_class, curves.precision[:, 0], strict=True):
+            entry[f"{kind}_ap"] = float(precision.mean())
+    for entry, count in zip(per_class, objects.tolist(), strict=True):
+        entry["objects"] = int(count)
+    return {
+        **scores,
+        "per_class": dict(zip(classes, per_class, strict=True)),
+        "images": sum(weights),
+        "objects": int(objects.sum()),
+        "detections": sum(
+            record["detections"] * weight for record, weight in zip(records, weights, strict=True)
+        ),
+    }
+
+
+def _table(curves: Curves) -> dict[str, float]:
+    """COCO's 12 numbers."""
+    precision, recall = curves.precision, curves.recall  # [C, A, T, R], [C, A, M, T]
+    table = {f"ap{area}": _mean(precision[:, a]) for a, area in enumerate(AREAS)}
+    table |= {"ap50": _mean(precision[:, 0, 0]), "ap75": _mean(precision[:, 0, 5])}
+    table |= {f"ar{most}": _mean(recall[:, 0, m]) for m, most in enumerate(MOST)}
+    table |= {f"ar{area}": _mean(recall[:, a, -1]) for a, area in enumerate(AREAS) if area}
+    return table
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean without the classes that have no objects."""
+    present = values[~np.isnan(values)]
+    return float(present.mean()) if present.size else math.nan
+
+
+# --- COCO's files -----------------------------------------------------------------------------
+
+
+class CocoFiles:
+    """Annotations (instances_*.json) and results, checked, and records of their images.
 
     Areas are those that pycocotools takes: of ground truth the file's ``area``; of a detection that
     of its ``bbox`` where the results have one, else of its mask.
 
     Args:
-        truth: JSON with ``images``, ``annotations`` (polygons or RLE) and ``categories``.
-        predictions: JSON list of ``image_id``, ``category_id``, ``score`` and ``segmentation``
-            (RLE) or ``bbox`` (x, y, width, height) or both.
-        kinds: any of "mask", "box", "boundary"; None = those that both files allow.
-
-    Returns:
-        As `InstanceAP.compute`.
+        truth: JSON content with ``images``, ``annotations`` (polygons or RLE) and ``categories``.
+        predictions: a list of ``image_id``, ``category_id``, ``score`` and ``segmentation`` (RLE)
+            or ``bbox`` (x, y, width, height) or both.
+        files: where they are from, for messages.
 
     Raises:
-        ScoreError: a file cannot be read or is not of that form, or a prediction names an image or
-            category that the ground truth lacks; the message gives its index.
-        ImportError: faster-coco-eval is not installed.
+        ScoreError: a file is not of that form, or a prediction names an image or category that the
+            ground truth lacks; the message gives its index.
     """
-    _faster_coco_eval()
-    annotations = _truth_of(read_json(truth, ScoreError), str(truth))
-    results = _results_of(read_json(predictions, ScoreError), annotations, str(predictions))
-    held = _held(results)
-    if "segmentation" in held:
-        held.add("bbox")  # a box follows from a mask
-    held &= _held(annotations["annotations"])
-    possible = [kind for kind in KINDS if ("bbox" if kind == "box" else "segmentation") in held]
-    if kinds is None:
-        kinds = possible
-    if isinstance(kinds, str) or not set(kinds) <= set(KINDS):
-        raise ValueError(f"kinds must be a list of some of {', '.join(KINDS)}, got {kinds!r}")
-    if missing := [kind for kind in kinds if kind not in possible]:
-        raise ScoreError(
-            f"{missing[0]} AP needs a "
-            f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
-            f"{truth} and {predictions}; they allow "
-            f"{', '.join(possible) or 'none'}"
+
+    def __init__(
+        self, truth: Any, predictions: Any, files: tuple[str | os.PathLike[str], ...]
+    ) -> None:
+        self.files = [str(file) for file in files]
+        content = _truth_of(truth, self.files[0])
+        results = _results_of(predictions, content, self.files[1])
+        images = sorted(content["images"], key=lambda entry: entry["id"])
+        categories = sorted(content["categories"], key=lambda entry: entry["id"])
+        self.classes = tuple(entry["name"] for entry in categories)
+        self.sizes = [(entry["height"], entry["width"]) for entry in images]
+        width = max(len(str(entry["id"])) for entry in images)
+        self.names = [f"{entry['id']:0{width}d}" for entry in images]  # in the order of ids
+        places = (
+            {entry["id"]: k for k, entry in enumerate(images)},
+            {entry["id"]: k for k, entry in enumerate(categories)},
         )
-    if not kinds:
-        raise ScoreError(
-            f"{truth} and {predictions} share neither bbox nor segmentation in every entry"
+        held = _held(results)
+        if "segmentation" in held:
+            held.add("bbox")  # a box follows from a mask
+        held &= _held(content["annotations"])
+        self.possible = tuple(
+            kind for kind in KINDS if ("bbox" if kind == "box" else "segmentation") in held
         )
-    return _scores(annotations, dict.fromkeys(kinds, results))
+        if not self.possible:
+            raise ScoreError(
+                f"{' and '.join(self.files)} share neither bbox nor segmentation in every entry"
+            )
+        truth = content["annotations"]
+        self._truth = self._objects(truth, places, f"{self.files[0]}: annotation")
+        self._found = self._objects(results, places, f"{self.files[1]}: detection")
+
+    def _objects(
+        self,
+        entries: Sequence[dict[str, Any]],
+        places: tuple[dict[int, int], dict[int, int]],
+        what: str,
+    ) -> _Objects:
+        """The entries, by image and in their order."""
+        image = np.array([places[0][entry["image_id"]] for entry in entries], np.int64)
+        order = image.argsort(kind="stable")
+        entries, image = [entries[k] for k in order.tolist()], image[order]
+        label = np.array([places[1][entry["category_id"]] for entry in entries], np.int64)
+        count = len(entries)
+        masks = Runs(*(np.zeros(n, np.int64) for n in (0, count, count)))
+        boxes = np.zeros((count, 4))
+        if "mask" in self.possible:
+            sizes = [self.sizes[k] for k in image.tolist()]
+            shapes = [entry["segmentation"] for entry in entries]
+            masks = _masks(shapes, sizes, order, what)
+            left, right, top, bottom = masks.boxes().T
+            boxes = np.stack([left, top, right + 1 - left, bottom + 1 - top], 1).astype(np.float64)
+        areas = masks.areas().astype(np.float64)
+        if all("bbox" in entry for entry in entries):
+            boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
+            areas = boxes[:, 2] * boxes[:, 3]
+        if all("area" in entry for entry in entries):
+            areas = np.array([entry["area"] for entry in entries], np.float64)
+        return _Objects(
+            image,
+            label,
+            masks,
+            boxes,
+            dict.fromkeys(KINDS, areas),
+            np.array([entry.get("score", 0.0) for entry in entries], np.float64),
+            np.array([entry.get("iscrowd", 0) for entry in entries], bool),
+        )
+
+    def records(self, kinds: Sequence[str], begin: int, end: int) -> list[dict[str, Any]]:
+        """Records of some images, see `InstanceAP.state`.
+
+        Raises:
+            ScoreError: a kind of IoU that the files do not allow.
+        """
+        if missing := [kind for kind in kinds if kind not in self.possible]:
+            raise ScoreError(
+                f"{missing[0]} AP needs a "
+                f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
+                f"{self.files[0]} and {self.files[1]}; they allow {', '.join(self.possible)}"
+            )
+        found, truth = self._found.part(begin, end), self._truth.part(begin, end)
+        return _records(self.names[begin:end], self.sizes[begin:end], found, truth, kinds)
 
 
-def _entries(instances: Instances) -> Iterator[dict[str, Any]]:
-    for label, mask, box in zip(
-        instances.labels.tolist(), instances.masks, instances.boxes.tolist(), strict=True
-    ):
-        left, top, right, bottom = box
-        yield {
-            "category_id": label,
-            "segmentation": encode_rle(mask),
-            "bbox": [left, top, right - left, bottom - top],
-        }
-
-
-def _faster_coco_eval() -> Any:
+def _masks(
+    shapes: Sequence[Any],
+    sizes: Sequence[tuple[int, int]],
+    numbers: np.ndarray,
+    what: str,
+) -> Runs:
+    """Polygons and run-length masks as runs by columns."""
+    encoded = [k for k, shape in enumerate(shapes) if isinstance(shape, dict)]
     try:
-        import faster_coco_eval
-    except ImportError as error:
-        raise ImportError(
-            "instance AP needs faster-coco-eval; run pip install 'pyseg-toolkit[coco]'"
-        ) from error
-    return faster_coco_eval
+        edges, counts = edges_of([shapes[k] for k in encoded])
+    except ImageError as error:
+        where = numbers[encoded[error.index]]  # type: ignore[attr-defined]
+        raise ScoreError(f"{what} {where}: {error}") from error
+    if len(encoded) < len(shapes):
+        parts = dict(zip(encoded, np.split(edges, counts.cumsum()[:-1]), strict=False))
+        for k, (shape, size) in enumerate(zip(shapes, sizes, strict=True)):
+            if k not in parts:
+                rings = [np.array(ring, np.float64).reshape(-1, 2) for ring in shape]
+                parts[k] = coco_edges(rings, *size)
+        edges = np.concatenate([parts[k] for k in range(len(shapes))])
+        counts = np.array([len(parts[k]) for k in range(len(shapes))], np.int64)
+    return Runs(edges, counts, np.array([height for height, _ in sizes], np.int64))
 
-
-def _scores(truth: dict[str, Any], found: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """COCO's scores; ``found`` has the detections for each kind."""
-    names = {entry["id"]: entry["name"] for entry in truth["categories"]}
-    objects = dict.fromkeys(names, 0)
-    for entry in truth["annotations"]:
-        objects[entry["category_id"]] += not entry.get("iscrowd", 0)
-    scores: dict[str, Any] = {}
-    per_class: dict[str, dict[str, float]] = {names[k]: {} for k in sorted(names)}
-    for kind, detections in found.items():
-        table, by_class = _evaluate(truth, detections, _COCO_NAME[kind])
-        scores.update({f"{kind}_{key}": value for key, value in table.items()})
-        for k, value in zip(sorted(names), by_class, strict=True):
-            per_class[names[k]][f"{kind}_ap"] = value
-    return {
-        **scores,
-        "per_class": {
-            names[k]: {**per_class[names[k]], "objects": objects[k]} for k in sorted(names)
-        },
-        "images": len(truth["images"]),
-        "objects": sum(objects.values()),
-        "detections": len(next(iter(found.values()))),
-    }
-
-
-def _evaluate(
-    truth: dict[str, Any], detections: Sequence[dict[str, Any]], kind: str
-) -> tuple[dict[str, float], list[float]]:
-    """The 12 numbers of COCO's table, and the AP of every category in the order of ids."""
-    package = _faster_coco_eval()
-    truth = copy.deepcopy(truth)  # the evaluation writes into its annotations
-    for number, entry in enumerate(truth["annotations"], 1):
-        entry["id"] = number  # COCO takes a match with id 0 for none
-    images = package.COCO(truth)
-    evaluation = package.COCOeval_faster(
-        images, images.loadRes(copy.deepcopy(list(detections))), kind
-    )
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-    # precision [threshold, recall, class, area, detections], recall [threshold, class, area, …]
-    table = {f"ap{area}": _mean(precision[:, :, :, k, 2]) for k, area in enumerate(_AREAS)}
-    table |= {"ap50": _mean(precision[0, :, :, 0, 2]), "ap75": _mean(precision[5, :, :, 0, 2])}
-    table |= {f"ar{n}": _mean(recall[:, :, 0, k]) for k, n in enumerate((1, 10, 100))}
-    table |= {f"ar{area}": _mean(recall[:, :, k, 2]) for k, area in enumerate(_AREAS) if k}
-    return table, [_mean(precision[:, :, k, 0, 2]) for k in range(precision.shape[2])]
-
-
-def _mean(values: Any) -> float:
-    """Mean without the -1 of classes that have no ground truth."""
-    present = values[values > -1]
-    return float(present.mean()) if present.size else math.nan
-
-
-# --- COCO's files -----------------------------------------------------------------------------
-#
-# The evaluation is C++ that believes what it is given: it gets entries of our own making, with
-# checked values and nothing else of the file.
 
 _TRUTH = {
     "images": [{"id": int, "height": int, "width": int}],
@@ -368,9 +565,11 @@ def _truth_of(content: Any, file: str) -> dict[str, Any]:
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
     truth["annotations"] = []
+    sure = fits_json(content["annotations"], [_ANNOTATION])
     for index, entry in enumerate(content["annotations"]):
         where = f"{file}: annotation {index}"
-        check_json(entry, _ANNOTATION, where, ScoreError)
+        if not sure:
+            check_json(entry, _ANNOTATION, where, ScoreError)
         if entry["image_id"] not in sizes:
             raise ScoreError(f"{where} has image_id {entry['image_id']}, which is not in images")
         if entry["category_id"] not in categories:
@@ -401,9 +600,11 @@ def _results_of(content: Any, truth: dict[str, Any], file: str) -> list[dict[str
     sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in truth["images"]}
     categories = {entry["id"] for entry in truth["categories"]}
     results = []
+    sure = fits_json(content, [_DETECTION])
     for index, entry in enumerate(content):
         where = f"{file}: detection {index}"
-        check_json(entry, _DETECTION, where, ScoreError)
+        if not sure:
+            check_json(entry, _DETECTION, where, ScoreError)
         if entry["image_id"] not in sizes:
             raise ScoreError(
                 f"{where} has image_id {entry['image_id']}, which the ground truth "
@@ -436,10 +637,7 @@ def _shape(
         if mask.get("size") != list(size):
             found = reprlib.repr(mask.get("size"))
             raise ScoreError(f"{where} has a mask of size {found}, its image is {list(size)}")
-        try:
-            shape["segmentation"] = compressed_rle(mask)
-        except ImageError as error:
-            raise ScoreError(f"{where}: {error}") from error
+        shape["segmentation"] = mask  # looked at when all are, see `_masks`
     elif mask is not None and not polygons:
         raise ScoreError(
             f"{where} has polygons for a segmentation; that of results must be an RLE, see "
@@ -482,4 +680,4 @@ def _alike(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in entry.items() if k not in absent} for entry in entries]
 
 
-__all__ = ["InstanceAP", "instance_ap"]
+__all__ = ["KINDS", "CocoFiles", "InstanceAP"]

@@ -1,14 +1,10 @@
-"""`Panoptic`: panoptic quality, of maps in memory and of folders in COCO's format."""
+"""`Panoptic`: panoptic quality."""
 
 from __future__ import annotations
 
 import math
-import os
 import warnings
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +12,6 @@ import torch
 from torch import Tensor
 
 from ..errors import LabelError
-from ..files import read_json
-from ..formats import annotations_of, categories_of, read_segments
 from ..ops import boundary_mask, panoptic_quality
 from ..ops.boundary_mask import boundary_distance
 from ..ops.panoptic_quality import FRACTION_BITS, OTHER_AREA, PROBLEMS
@@ -57,6 +51,10 @@ class Panoptic:
     """
 
     headline = ("pq", "sq", "rq")  # what tables show first
+    averages = (
+        "matches are summed over all images, means are over the classes that occur in the ground "
+        "truth or are predicted"
+    )
 
     def __init__(
         self,
@@ -232,120 +230,3 @@ def _warn_of_areas(found: str) -> None:
         "one is used, as panopticapi does",
         stacklevel=3,
     )
-
-
-# --- COCO's format: PNGs and a JSON -------------------------------------------------------------
-
-
-def score_files(
-    target: str | os.PathLike[str],
-    prediction: str | os.PathLike[str],
-    *,
-    target_folder: str | os.PathLike[str] | None = None,
-    prediction_folder: str | os.PathLike[str] | None = None,
-    categories: str | os.PathLike[str] | None = None,
-    boundary_ratio: float = 0.0,
-    all_crowds: bool = False,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
-) -> dict[str, Any]:
-    """Panoptic quality of predictions in COCO's panoptic format, as panopticapi prints it.
-
-    Images are decoded by as many threads as torch has, few ahead of the one that is scored. An
-    image without a prediction is an error; a prediction of an image that is not in the ground truth
-    is left out, with a warning.
-
-    Args:
-        target: JSON of the ground truth.
-        prediction: JSON of the predictions.
-        target_folder: its PNGs; by default the folder of the JSON's name, beside it.
-        prediction_folder: the same of the predictions.
-        categories: JSON with the categories (``id``, ``name``, ``isthing``), as a list or under
-            ``categories``; by default those of ``target``.
-        boundary_ratio, all_crowds: see `Panoptic`.
-        track: wraps the sequence of images, for a progress bar such as ``rich.progress.track``.
-
-    Returns:
-        ``All``, ``Things``, ``Stuff``, each with ``pq``, ``sq``, ``rq`` (fractions, nan where no
-        class occurs) and ``n`` (classes that occur); ``per_class_counts`` name -> ``category_id``,
-        ``tp``, ``fp``, ``fn``, ``iou_sum`` of the classes that occur.
-
-    Raises:
-        LabelError: a JSON is missing, damaged or incomplete; an image has no prediction; an id is
-            in a PNG and not in its JSON, or the other way round; there are no images.
-        ImageError: a PNG is missing or unreadable.
-    """
-    truth, guesses = read_json(target, LabelError), read_json(prediction, LabelError)
-    source = target if categories is None else categories
-    known = categories_of(
-        truth if categories is None else read_json(categories, LabelError), source
-    )
-    index = {entry["id"]: k for k, entry in enumerate(known)}
-    metric = Panoptic(
-        [entry["name"] for entry in known],
-        things=[k for k, entry in enumerate(known) if entry["isthing"]],
-        boundary_ratio=boundary_ratio,
-        all_crowds=all_crowds,
-    )
-    folders = [
-        Path(given) if given is not None else Path(file).with_suffix("")
-        for given, file in ((target_folder, target), (prediction_folder, prediction))
-    ]
-    for folder in folders:
-        if not folder.is_dir():
-            raise LabelError(
-                f"there is no folder {str(folder)!r} with panoptic PNGs; say where "
-                "they are (--gt-dir, --pred-dir)"
-            )
-    wanted, found = annotations_of(truth, target), annotations_of(guesses, prediction)
-    if not wanted:
-        raise LabelError(f"{str(target)!r} has no annotations: there is nothing to score")
-    if missing := [key for key in wanted if key not in found]:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise LabelError(f"{str(prediction)!r} has no prediction for image {missing[0]!r}{more}")
-    if extra := [key for key in found if key not in wanted]:
-        warnings.warn(
-            f"{len(extra)} predictions are of images that {str(target)!r} does not have; "
-            "they are not scored",
-            stacklevel=2,
-        )
-
-    def read(key: Any) -> list[Segments]:
-        return [
-            read_segments(entries[key], folder, index, file)
-            for entries, folder, file in zip(
-                (wanted, found), folders, (target, prediction), strict=True
-            )
-        ]
-
-    # Decoding a PNG takes twenty times as long as scoring it, and lets other threads run.
-    workers = torch.get_num_threads()
-    keys, started = [*wanted], 0
-    coming: deque[Future[list[Segments]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for key in track(keys):
-            for later in keys[started : started + workers + 1 - len(coming)]:
-                coming.append(pool.submit(read, later))
-                started += 1
-            sides = coming.popleft().result()
-            metric.update_segments(sides[1], sides[0], str(wanted[key]["file_name"]))
-    return _as_panopticapi(metric.compute(), known)
-
-
-def _as_panopticapi(scores: dict[str, Any], categories: Sequence[Mapping[str, Any]]) -> dict:
-    groups = zip(("All", "Things", "Stuff"), GROUPS, ("classes", "things", "stuff"), strict=True)
-    result: dict[str, Any] = {
-        title: {
-            **{key: scores[key + group] for key in ("pq", "sq", "rq")},
-            "n": scores[f"{counted}_counted"],
-        }
-        for title, group, counted in groups
-    }
-    result["per_class_counts"] = {
-        entry["name"]: {
-            "category_id": entry["id"],
-            **{key: counts[key] for key in ("tp", "fp", "fn", "iou_sum")},
-        }
-        for entry in categories
-        if any((counts := scores["per_class"][entry["name"]])[key] for key in ("tp", "fp", "fn"))
-    }
-    return result

@@ -55,6 +55,10 @@ class Semantic:
     """
 
     headline = ("miou", "pixel_accuracy")  # what tables show first
+    averages = (
+        "pixels are summed over all images, means are over the classes that occur in the ground "
+        "truth or are predicted"
+    )
 
     def __init__(
         self,

@@ -60,6 +60,10 @@ class SemanticModel(nn.Module):
 
     mean: Tensor
     std: Tensor
+    trunk: str | None = (
+        None  # the module that a classifier of images may fill, as training names it
+    )
+    heads: tuple[str, ...] = ()  # the modules whose shapes depend on the number of classes
 
     def __init__(
         self,
@@ -483,6 +487,7 @@ def semantic_model(
     found = None if weights is None else read_weights(name, weights, known, default)
     colours = palette if names == tuple(classes) else None
     model = SemanticModel(network(count), names, colours, **options)
+    model.trunk, model.heads = trunk, tuple(heads)
     if found is None:
         return model
 

@@ -1,19 +1,29 @@
 """Training: `train` a semantic model, or from coarse to fine, `train_staged`; `train_instances`,
 `train_crf`, or `fit` a step of your own.
 
-One file each, on the loop of ``loop.py``; ``augment.py`` has the random views of samples.
+One file each, on the loop of ``loop.py``. ``losses.py`` has what is minimised, ``optimizer.py`` the
+parts of a model with learning rates of their own, ``augment.py`` the random views of samples,
+``label_spaces.py`` data sets that each know some of the classes, ``recipes.py`` options in files.
 """
 
-from .augment import random_crop, random_light, random_view
+from .augment import class_mix, copy_paste, random_crop, random_light, random_view
 from .crf import Training, train_crf
 from .instances import train_instances
-from .loop import fit, parameter_groups, usual_precision
+from .label_spaces import LabelSpace, union
+from .loop import fit, usual_precision
+from .losses import Loss
+from .optimizer import make_optimizer, parameter_groups
 from .semantic import train
 from .staged import train_staged
 
 __all__ = [
+    "LabelSpace",
+    "Loss",
     "Training",
+    "class_mix",
+    "copy_paste",
     "fit",
+    "make_optimizer",
     "parameter_groups",
     "random_crop",
     "random_light",
@@ -22,5 +32,6 @@ __all__ = [
     "train_crf",
     "train_instances",
     "train_staged",
+    "union",
     "usual_precision",
 ]

@@ -1,4 +1,4 @@
-"""Random views of training samples: crops and zooms, another light, mirror images."""
+"""Random views of training samples: crops and zooms, another light, mirror images, mixtures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..types import VOID, Sample
+from ..types import VOID, Instances, Sample
+
+TRIES = 10  # windows that `random_crop` looks at where one class must not fill them
 
 
 def random_crop(
@@ -19,8 +21,11 @@ def random_crop(
     scale: tuple[float, float],
     class_crops: float,
     generator: torch.Generator,
+    *,
+    flip: float = 0.5,
+    category_limit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """A random zoomed window, flipped half of the time; outside the image it is grey and void.
+    """A random zoomed window, flipped at times; outside the image it is grey and void.
 
     The window is cut before it is resized, which costs a fraction of resizing the whole image.
 
@@ -28,9 +33,13 @@ def random_crop(
         image: [3, H, W] uint8.
         labels: [H, W] uint8.
         size: (h, w) of the result.
-        scale: smallest and largest zoom; the aspect ratio varies by up to 15 % besides.
+        scale: smallest and largest zoom; where they differ the aspect ratio varies besides, by up
+            to 15 %.
         class_crops: probability that the window contains a pixel of an evenly drawn class.
         generator: source of all randomness.
+        flip: probability of the mirror image.
+        category_limit: largest share of one class in a window's labelled pixels; another window of
+            the same size is drawn where it is exceeded, up to ten in all.
 
     Returns:
         Image [3, h, w] uint8 and labels [h, w] uint8.
@@ -41,27 +50,22 @@ def random_crop(
     random = torch.rand(9, generator=generator).tolist()
     height, width = labels.shape
     zoom = scale[0] * (scale[1] / scale[0]) ** random[0]
-    aspect = 1.15 ** (2 * random[1] - 1)
+    aspect = 1.15 ** (2 * random[1] - 1) if scale[0] < scale[1] else 1.0
     zooms = zoom / math.sqrt(aspect), zoom * math.sqrt(aspect)
     window = [
         min(n, max(1, round(s / z))) for n, s, z in zip(labels.shape, size, zooms, strict=True)
     ]
     ranges = [height - window[0], width - window[1]]
-    corner = [round(random[2] * ranges[0]), round(random[3] * ranges[1])]
-    if random[4] < class_crops and any(ranges):
-        present = torch.bincount(labels.flatten(), minlength=VOID + 1)[:VOID].nonzero().flatten()
-        if len(present):
-            chosen = present[int(random[5] * len(present))]
-            pixels = (labels == chosen).flatten().nonzero().flatten()
-            pixel = int(pixels[int(random[6] * len(pixels))])
-            # Keeps the drawn position inside the window, and the window inside the image.
-            corner = [
-                min(max(0, p - round(r * (w - 1))), limit)
-                for p, r, w, limit in zip(
-                    divmod(pixel, width), random[2:4], window, ranges, strict=True
-                )
-            ]
-    top, left = corner
+    top, left = _corner(labels, window, ranges, class_crops, random[2:7])
+    for _ in range(TRIES - 1):
+        if category_limit >= 1 or not any(ranges):
+            break
+        inside = labels[top : top + window[0], left : left + window[1]].flatten()
+        found = torch.bincount(inside, minlength=VOID + 1)[:VOID]
+        if found.max() <= category_limit * found.sum():
+            break
+        again = torch.rand(5, generator=generator).tolist()
+        top, left = _corner(labels, window, ranges, class_crops, again)
     rows, columns = slice(top, top + window[0]), slice(left, left + window[1])
     target = [min(s, max(1, round(w * z))) for s, w, z in zip(size, window, zooms, strict=True)]
     cut, mask = Image(image[:, rows, columns]), Mask(labels[None, rows, columns])
@@ -69,7 +73,7 @@ def random_crop(
         cut = v2.functional.resize(cut, target, antialias=True)
         # v2 resizes masks with "nearest", which shifts them by up to half a source pixel.
         mask = Mask(F.interpolate(mask[None].as_subclass(Tensor), target, mode="nearest-exact")[0])
-    if random[7] < 0.5:
+    if random[7] < flip:
         cut, mask = v2.functional.horizontal_flip(cut), v2.functional.horizontal_flip(mask)
     if tuple(target) != tuple(size):
         slack = [s - t for s, t in zip(size, target, strict=True)]
@@ -78,6 +82,123 @@ def random_crop(
         cut = v2.functional.pad(cut, padding, fill=[124.0, 116.0, 104.0])
         mask = v2.functional.pad(mask, padding, fill=VOID)
     return cut.as_subclass(Tensor).contiguous(), mask.as_subclass(Tensor)[0].contiguous()
+
+
+def _corner(
+    labels: Tensor,
+    window: list[int],
+    ranges: list[int],
+    class_crops: float,
+    random: list[float],
+) -> tuple[int, int]:
+    """Row and column where a window begins: anywhere, or around a pixel of a drawn class."""
+    corner = [round(random[0] * ranges[0]), round(random[1] * ranges[1])]
+    if random[2] < class_crops and any(ranges):
+        present = torch.bincount(labels.flatten(), minlength=VOID + 1)[:VOID].nonzero().flatten()
+        if len(present):
+            chosen = present[int(random[3] * len(present))]
+            pixels = (labels == chosen).flatten().nonzero().flatten()
+            pixel = int(pixels[int(random[4] * len(pixels))])
+            # Keeps the drawn position inside the window, and the window inside the image.
+            corner = [
+                min(max(0, p - round(r * (w - 1))), limit)
+                for p, r, w, limit in zip(
+                    divmod(pixel, labels.shape[1]), random[:2], window, ranges, strict=True
+                )
+            ]
+    return corner[0], corner[1]
+
+
+def class_mix(
+    image: Tensor, labels: Tensor, other: tuple[Tensor, Tensor], generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Half of the classes of another sample pasted onto one (ClassMix, Olsson et al., 2021).
+
+    Args:
+        image: [3, H, W] uint8.
+        labels: [H, W] uint8.
+        other: image and labels of the same size; half of its classes, rounded up, are drawn.
+        generator: source of all randomness.
+
+    Returns:
+        Image and labels.
+    """
+    present = torch.bincount(other[1].flatten(), minlength=VOID + 1)[:VOID].nonzero().flatten()
+    order = torch.randperm(len(present), generator=generator)
+    pasted = torch.zeros(VOID + 1, dtype=torch.bool)
+    pasted[present[order[: (len(present) + 1) // 2]]] = True
+    inside = pasted[other[1].long()]
+    return torch.where(inside, other[0], image), torch.where(inside, other[1], labels)
+
+
+def copy_paste(sample: Sample, other: Sample, generator: torch.Generator) -> Sample:
+    """Half of another sample's instances, by chance, pasted onto one (Ghiasi et al., 2021).
+
+    They keep their size and come to a random place, all by the same shift. What they cover is taken
+    from the instances below, which vanish where nothing is left; regions of many objects (crowds)
+    are not pasted. Labels follow.
+
+    Args:
+        sample: with instances.
+        other: with instances, of any size.
+        generator: source of all randomness.
+
+    Returns:
+        A new sample without segments.
+    """
+    below, above = sample.instances, other.instances
+    if below is None or above is None:
+        raise ValueError(f"copy_paste needs instances in {sample.name!r} and {other.name!r}")
+    random = torch.rand(2 + len(above.labels), generator=generator)
+    chosen = random[2:] < 0.5
+    if above.crowd is not None:
+        chosen &= ~above.crowd
+    size, extent = sample.image.shape[1:], other.image.shape[1:]
+    target, source = [], []
+    for full, part, share in zip(size, extent, random[:2].tolist(), strict=True):
+        low, high = min(0, full - part), max(0, full - part)
+        shift = low + round(share * (high - low))
+        begin, end = max(0, shift), min(full, shift + part)
+        target.append(slice(begin, end))
+        source.append(slice(begin - shift, end - shift))
+    masks = above.masks.new_zeros(int(chosen.sum()), *size)
+    masks[:, target[0], target[1]] = above.masks[chosen][:, source[0], source[1]]
+    seen = masks.flatten(1).any(1)
+    masks, added = masks[seen], above.labels[chosen][seen]
+    cover = masks.any(0)
+    moved = torch.zeros_like(sample.image)
+    moved[:, target[0], target[1]] = other.image[:, source[0], source[1]]
+    labels = sample.labels
+    if labels is not None:
+        labels = labels.clone()
+        for mask, label in zip(masks, added.tolist(), strict=True):
+            labels[mask] = label
+    left = below.masks & ~cover
+    kept = left.flatten(1).any(1) | ~below.masks.flatten(1).any(1)
+    changed = (left != below.masks).flatten(1).any(1) & kept
+    boxes = below.boxes.clone()
+    boxes[changed] = _boxes(left[changed]).to(boxes.dtype)
+    crowd = below.crowd
+    if crowd is not None:
+        crowd = torch.cat([crowd[kept], crowd.new_zeros(len(added))])
+    instances = Instances(
+        torch.cat([boxes[kept], _boxes(masks).to(boxes.dtype)]),
+        torch.cat([left[kept], masks]),
+        torch.cat([below.scores[kept], below.scores.new_ones(len(added))]),
+        torch.cat([below.labels[kept], added]),
+        crowd,
+    )
+    image = torch.where(cover, moved, sample.image)
+    return replace(sample, image=image, labels=labels, segments=None, instances=instances)
+
+
+def _boxes(masks: Tensor) -> Tensor:
+    """Boxes xyxy [K, 4] around masks [K, H, W], none of which is empty."""
+    from torchvision.ops import masks_to_boxes
+
+    boxes = masks_to_boxes(masks)  # to the last pixel, not behind it
+    boxes[:, 2:] += 1
+    return boxes
 
 
 def random_light(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import itertools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +23,31 @@ from ..devices import computes_in_bfloat16
 from ..errors import PysegError
 from ..files import make_folder, remove_abandoned, replacing, write_json
 from ..types import Dataset, Metric
-from ..weights import load_into, save_state
+from ..weights import load_into, load_state, save_state
+from . import sharding
+from .logs import Display, tensorboard_writer, write_csv
+from .optimizer import training_mode
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..models import InstanceModel, SemanticModel
 
 CHECKPOINT = "checkpoint.pt"
 WEIGHTS = "model.safetensors"
+BEST = "best.safetensors"
 LOG = "log.json"
+TABLE = "log.csv"
+BAD_BATCH = "nonfinite_batch.pt"
+LOCK = ".lock"
+
+LOOKS = 8  # steps between two looks at the loss, which wait for the device
 
 Precision = Literal["bf16", "fp32"]
+Schedule = Literal["cosine", "poly", "one-cycle"]
+
+# Settings that checkpoints of older versions do not name, with the values that these had.
+_OLDER = {"schedule": "cosine", "accumulate": 1, "patience": None}
 
 
 def fit(
@@ -43,12 +61,20 @@ def fit(
     output_dir: str | Path,
     validate: Callable[[Any], Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    older: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    schedule: Schedule = "cosine",
     warmup: float = 0.05,
     clip: float | None = None,
+    accumulate: int = 1,
+    weigh: Callable[[Any], Tensor] | None = None,
     ema: float = 0.997,
     precision: Precision | None = None,
     validate_every: int = 10,
+    patience: int | None = None,
+    watch: str | None = None,
     save_every: int = 1,
+    describe: Callable[[Any], Mapping[str, Any]] | None = None,
+    tensorboard: bool = False,
     resume: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -57,13 +83,16 @@ def fit(
 
     What a step computes is the caller's: `pyseg.training.train` calls the network once, a method
     that adapts to another domain may call it as often as it needs. The learning rates are those of
-    the optimizer's groups under a linear warm-up and half a cosine. Under ``torchrun`` or
-    ``accelerate launch`` every process runs the same steps on batches of its own.
+    the optimizer's groups under a linear warm-up and a schedule. Parts of the model whose
+    parameters want no gradient stay as they are, statistics of normalisation too. Under
+    ``torchrun`` or ``accelerate launch`` every process runs the same steps on batches of its own,
+    with copies of the model or, by accelerate's FSDP 2, with a share of it each.
 
     Files in ``output_dir``, each replaced in one step, so that a kill leaves the previous one:
     ``checkpoint.pt`` (all that resuming needs), ``model.safetensors`` (the averaged weights,
-    loadable as ``weights=``) and ``log.json`` (one entry per epoch). One training at a time writes
-    there, which the lock of the file ``.lock`` sees to.
+    loadable as ``weights=``), ``log.json`` (one entry per epoch) and ``log.csv`` (the same as a
+    table); ``best.safetensors`` where there is ``patience``. One training at a time writes there,
+    which the lock of the file ``.lock`` sees to. All processes read the folder, the first writes.
 
     Args:
         model: moved to accelerate's device, and into training mode.
@@ -80,16 +109,33 @@ def fit(
         validate: called with the model, which then holds the averaged weights and is in evaluation
             mode, every ``validate_every`` epochs and at the end; its numbers go to the log.
         settings: what else must be equal in a run that is resumed, as JSON has it.
+        older: gives, from a checkpoint's settings, what one of an older version does not name.
+        schedule: of the learning rate after its rise: ``"cosine"`` = half a cosine down to 1 %;
+            ``"poly"`` = (1 - t)^0.9, down to 0; ``"one-cycle"`` (Smith & Topin, 2019) = from 1/25
+            up and down to 1/250,000 by half cosines each, usually with a ``warmup`` of 0.3.
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient; None = any.
-        ema: decay of the running average of the weights, per step.
+        accumulate: batches whose gradients are added up for one step of the optimizer; where an
+            epoch is no multiple, its last step has fewer.
+        weigh: called with a batch, gives what it counts among those of its step and of the other
+            processes, such as its labelled pixels; None = all the same. With it the gradient of a
+            mean over pixels is that of one large batch.
+        ema: decay of the running average of the weights, per step of the optimizer.
         precision: ``"bf16"`` = autocast; None = the checkpoint's when resuming, else
             `usual_precision` of the device.
         validate_every: epochs between validations.
+        patience: validations without a better score after which training stops; it then ends with
+            the weights of the best one. None = it goes on to its last epoch, and ends with those.
+        watch: which of ``validate``'s numbers ``patience`` looks at, more being better.
         save_every: epochs between checkpoints; the last epoch always writes one.
-        resume: go on from ``output_dir``'s checkpoint; it must exist and have the same settings.
+        describe: called with a batch whose loss is not finite; gives what is kept of it, with the
+            samples under ``"names"``. None = the batch itself.
+        tensorboard: also write event files below ``output_dir/tensorboard``.
+        resume: go on from ``output_dir``'s checkpoint, which must have the same settings; a run
+            that was killed before its first one begins again.
         seed: of what is random within the network.
-        progress: show a progress bar (on the main process, where stderr is a terminal).
+        progress: show a progress bar (on the main process, where stderr is a terminal) or now and
+            then a line, with the time that is left.
 
     Returns:
         The log: per epoch a dict with ``epoch``, the mean of every loss, ``learning_rate`` (of the
@@ -98,7 +144,8 @@ def fit(
     Raises:
         ValueError: a setting out of range.
         PysegError: nothing to resume, or a checkpoint that is damaged or of other settings; another
-            training writes to the folder, or it is a file; a loss that is not finite.
+            training writes to the folder, or it is a file; a loss that is not finite, whose batch
+            is then in ``nonfinite_batch.pt``.
         OSError: a file cannot be written, such as on a full disk; it names the file.
 
     Example:
@@ -111,108 +158,189 @@ def fit(
         >>> log = fit(model, batches, step=step, optimizer=AdamW(model.parameters(), 1e-3),
         ...           steps=500, epochs=20, output_dir="runs/adapted")
     """
-    check_run(epochs=epochs, warmup=warmup, clip=clip, ema=ema, precision=precision)
+    check_run(
+        epochs=epochs,
+        warmup=warmup,
+        clip=clip,
+        ema=ema,
+        precision=precision,
+        schedule=schedule,
+        accumulate=accumulate,
+        patience=patience,
+    )
     check_positive(steps=steps, validate_every=validate_every, save_every=save_every)
+    if patience is not None and (validate is None or watch is None):
+        raise ValueError("patience needs validation: a score to look at")
     output = Path(output_dir)
     check_output(output, resume)
     make_folder(output, "output_dir")
     accelerator = processes.accelerator()
-    device = accelerator.device
-    with _locked(output):
+    device, main = accelerator.device, accelerator.is_main_process
+    with _locked(output), contextlib.ExitStack() as cleanup:
         check_output(output, resume)  # again: only now nobody else writes there
-        if accelerator.is_main_process:
+        if main:
             remove_abandoned(output)
-        checkpoint = _Checkpoint.read(output / CHECKPOINT, device) if resume else None
+        resume = resume and (output / CHECKPOINT).exists()
+        checkpoint = _Checkpoint.read(output / CHECKPOINT) if resume else None
         if precision is None:
             kept = checkpoint.settings.get("precision") if checkpoint else None
             precision = kept if kept in ("bf16", "fp32") else usual_precision(device)
         settings = {
             "epochs": epochs,
             "steps": steps,
+            "schedule": schedule,
             "warmup": warmup,
             "clip": clip,
+            "accumulate": accumulate,
             "ema": ema,
+            "patience": patience,
             "precision": precision,
             "seed": seed,
             **(settings or {}),
         }
         rates = [group["lr"] for group in optimizer.param_groups]  # before a checkpoint's
         model.to(device)
-        model.train()
+        training_mode(model)
+        sharded = sharding.wanted(accelerator)
+        whole = copy.deepcopy(model) if sharded else model  # what is validated and saved
+        network, optimizer = sharding.prepared(accelerator, model, optimizer)
         average = {key: value.detach().clone() for key, value in model.state_dict().items()}
-        network, optimizer = accelerator.prepare(model, optimizer)
         log: list[dict[str, Any]] = []
         if checkpoint is not None:
-            checkpoint.restore(settings, model, optimizer, average)
+            known = {**_OLDER, **(older(checkpoint.settings) if older else {})}
+            checkpoint.restore(known, settings, whole, model, optimizer, average)
             log = checkpoint.log
-        first, total = len(log), steps * epochs
+        updates = math.ceil(steps / accumulate)
+        first, total = len(log), updates * epochs
         autocast = torch.autocast(device.type, torch.bfloat16, precision == "bf16")
+        shown = progress and main
+        display = cleanup.enter_context(
+            Display(f"training in {precision}", epochs, updates, first, shown)
+        )
+        events = None
+        if tensorboard and main:
+            events = cleanup.enter_context(tensorboard_writer(output, first * updates))
 
-        def train_epoch(epoch: int, advance: Callable[[float], None]) -> dict[str, float]:
+        def look(recent: list[tuple[int, Any, Mapping[str, Tensor]]], epoch: int) -> None:
+            """Stops where a loss of the last steps is not finite, in whichever process."""
+            kept = recent[:]
+            recent.clear()
+            finite = torch.stack([losses["loss"].detach() for _, _, losses in kept]).isfinite()
+            bad = next((k for k, fine in enumerate(finite.tolist()) if not fine), None)
+            found = processes.gather_objects(None if bad is None else kept[bad][0])
+            numbers = [(number, rank) for rank, number in enumerate(found) if number is not None]
+            if not numbers:
+                return
+            number, rank = min(numbers)
+            names: list[str] = []
+            if rank == accelerator.process_index and bad is not None:
+                _, batch, losses = kept[bad]
+                names = _keep_batch(output, describe, batch, losses, epoch, number)
+            names = processes.gather_objects(names)[rank]
+            of = f", of the samples {', '.join(names)}" if names else ""
+            raise PysegError(
+                f"the loss is no longer finite in epoch {epoch + 1}, at batch {number + 1} of "
+                f"{steps}{of}, which is kept in {output / BAD_BATCH}; lower learning_rate "
+                f"({rates[0]}) or use precision='fp32'"
+            )
+
+        def train_epoch(epoch: int) -> dict[str, float]:
             """Means of the losses, over all processes."""
             # Random layers must not depend on how the run came to this epoch.
             torch.manual_seed(hash((seed, epoch, accelerator.process_index)) % 2**31)
             sums: dict[str, Tensor] = {}
-            index, mean_loss = -1, math.nan
-            for index, batch in enumerate(batches(epoch)):
-                if index == steps:
-                    break
-                done = epoch * steps + index
-                share = _schedule(done, total, warmup)
-                for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * share
-                with autocast:
-                    losses = step(network, batch)
-                if "loss" not in losses:
-                    got = sorted(losses)
-                    raise ValueError(f"step must return losses with 'loss' among them, got {got}")
-                accelerator.backward(losses["loss"])
+            recent: list[tuple[int, Any, Mapping[str, Tensor]]] = []
+            iterator = iter(batches(epoch))
+            for begin in range(0, steps, accumulate):
+                group = list(itertools.islice(iterator, min(accumulate, steps - begin)))
+                if len(group) < min(accumulate, steps - begin):
+                    raise ValueError(
+                        f"batches({epoch}) gave {begin + len(group)} batches where steps={steps}"
+                    )
+                update = begin // accumulate
+                done = epoch * updates + update
+                share = share_of_rate(schedule, done, total, warmup)
+                for options, rate in zip(optimizer.param_groups, rates, strict=True):
+                    options["lr"] = rate * share
+                counts = _counts(group, weigh, accelerator)
+                for k, (batch, count) in enumerate(zip(group, counts, strict=True)):
+                    more = k + 1 < len(group)
+                    with accelerator.no_sync(network) if more else contextlib.nullcontext():
+                        with autocast:
+                            losses = step(network, batch)
+                        if "loss" not in losses:
+                            raise ValueError(
+                                "step must return losses with 'loss' among them, got "
+                                f"{sorted(losses)}"
+                            )
+                        loss = losses["loss"]
+                        accelerator.backward(loss if count is None else loss * count)
+                    for name, value in losses.items():
+                        value = value.detach() if count is None else value.detach() * count
+                        before = sums.get(name, torch.zeros((), device=device))
+                        sums[name] = before + value
+                    recent.append((begin + k, batch, losses))
                 if clip is not None:
                     accelerator.clip_grad_norm_(network.parameters(), clip)
                 optimizer.step()
                 optimizer.zero_grad()
                 _move_average(average, model.state_dict(), min(ema, (1 + done) / (10 + done)))
-                for name, value in losses.items():
-                    before = sums.get(name, torch.zeros((), device=device))
-                    sums[name] = before + value.detach()
-                if index % 8 == 0:  # reading the loss waits for the device
-                    mean_loss = sums["loss"].item() / (index + 1)
-                advance(mean_loss)
-            if index != steps - 1:
-                count = "more" if index == steps else index + 1
-                raise ValueError(f"batches({epoch}) gave {count} batches where steps={steps}")
+                if update % LOOKS == 0 or update + 1 == updates:
+                    look(recent, epoch)
+                    mean = sums["loss"].item() / (update + 1)
+                    display.show(mean)
+                    if events is not None:
+                        events.add_scalar("step/loss", mean, done)
+                        events.add_scalar(
+                            "step/learning_rate", optimizer.param_groups[0]["lr"], done
+                        )
+                display.advance()
+            if next(iterator, None) is not None:
+                raise ValueError(f"batches({epoch}) gave more batches where steps={steps}")
             return {
-                name: accelerator.reduce(value / steps, "mean").item()
+                name: accelerator.reduce(value / updates, "mean").item()
                 for name, value in sums.items()
             }
 
         try:
-            shown = progress and accelerator.is_main_process
-            with _bar(f"training in {precision}", total, first * steps, shown) as advance:
-                for epoch in range(first, epochs):
-                    start = time.perf_counter()
-                    means = train_epoch(epoch, advance)
-                    if not math.isfinite(means["loss"]):
-                        raise PysegError(
-                            f"the loss became {means['loss']} in epoch {epoch + 1}; lower "
-                            f"learning_rate ({rates[0]}) or use precision='fp32'"
-                        )
-                    entry: dict[str, Any] = {
-                        "epoch": epoch + 1,
-                        **{name: round(value, 5) for name, value in means.items()},
-                        "learning_rate": optimizer.param_groups[0]["lr"],
-                        "precision": precision,
-                        "seconds": round(time.perf_counter() - start, 2),
-                    }
-                    last = epoch + 1 == epochs
-                    if validate is not None and (last or (epoch + 1) % validate_every == 0):
-                        with _evaluating_with(model, average):
-                            entry.update(validate(model))
-                    log.append(entry)
-                    if accelerator.is_main_process and (last or (epoch + 1) % save_every == 0):
-                        _save(output, settings, log, model, optimizer, average)
+            for epoch in range(first, epochs):
+                if _is_over(log, patience, watch):
+                    break
+                start = time.perf_counter()
+                means = train_epoch(epoch)
+                entry: dict[str, Any] = {
+                    "epoch": epoch + 1,
+                    **{name: round(value, 5) for name, value in means.items()},
+                    "learning_rate": optimizer.param_groups[0]["lr"],
+                    "precision": precision,
+                    "seconds": round(time.perf_counter() - start, 2),
+                }
+                processes.broadcast(average)  # statistics of normalisation differ
+                last = epoch + 1 == epochs
+                if validate is not None and (last or (epoch + 1) % validate_every == 0):
+                    state = sharding.gathered(average)
+                    with _evaluating_with(whole, state):
+                        entry.update(validate(whole))
+                    training_mode(model)
+                log.append(entry)
+                if events is not None:
+                    events.add_epoch(entry, (epoch + 1) * updates - 1)
+                better = patience is not None and watch in entry and _best(log, watch) == epoch
+                if better and main:
+                    save_state(output / BEST, state)
+                over = last or _is_over(log, patience, watch)
+                if over or (epoch + 1) % save_every == 0:
+                    _save(output, settings, log, model, optimizer, average, main)
+                display.epoch(entry)
             accelerator.wait_for_everyone()
-            model.load_state_dict(average)
+            state = sharding.gathered(average)
+            if patience is not None:
+                state = load_state(output / BEST)
+                if main:
+                    save_state(output / WEIGHTS, state)
+            if sharded:  # the model becomes whole again
+                model.__class__, model.__dict__ = whole.__class__, whole.__dict__
+            model.load_state_dict(state)
         finally:
             model.eval()
     return log
@@ -221,15 +349,6 @@ def fit(
 def usual_precision(device: torch.device) -> Precision:
     """``"bf16"`` where the device computes in bfloat16 itself; elsewhere fp32 is faster."""
     return "bf16" if computes_in_bfloat16(device) else "fp32"
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters for an optimizer: weight decay for those of more than one dimension."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def score(
@@ -245,11 +364,22 @@ def score(
 
 
 def check_run(
-    *, epochs: int, warmup: float, clip: float | None, ema: float, precision: str | None
+    *,
+    epochs: int,
+    warmup: float,
+    clip: float | None,
+    ema: float,
+    precision: str | None,
+    schedule: str = "cosine",
+    accumulate: int = 1,
+    patience: int | None = None,
 ) -> None:
     """Refuses settings of `fit` that are out of range."""
-    check_positive(epochs=epochs, clip=1.0 if clip is None else clip)
+    check_positive(epochs=epochs, clip=1.0 if clip is None else clip, accumulate=accumulate)
+    check_positive(patience=1 if patience is None else patience)
     check_share(warmup=warmup)
+    if schedule not in ("cosine", "poly", "one-cycle"):
+        raise ValueError(f"schedule must be 'cosine', 'poly' or 'one-cycle', got {schedule!r}")
     if not 0 <= ema < 1:
         raise ValueError(f"ema must be in 0..1, below 1, got {ema}")
     if precision not in ("bf16", "fp32", None):
@@ -283,9 +413,9 @@ def check_data(model: SemanticModel | InstanceModel, dataset: Dataset) -> None:
 
 
 def check_output(output_dir: str | Path, resume: bool) -> None:
-    """Refuses a folder with no checkpoint to resume, or with one that is not to be resumed."""
+    """Refuses a folder with nothing to resume, or with a checkpoint that is not to be resumed."""
     checkpoint = Path(output_dir) / CHECKPOINT
-    if resume and not checkpoint.exists():
+    if resume and not has_begun(output_dir):
         raise PysegError(f"resume=True, but there is no {checkpoint}; start with resume=False")
     if not resume and checkpoint.exists():
         raise PysegError(
@@ -294,19 +424,21 @@ def check_output(output_dir: str | Path, resume: bool) -> None:
         )
 
 
+def has_begun(output_dir: str | Path) -> bool:
+    """Whether a training wrote here, or was killed before its first checkpoint."""
+    return any((Path(output_dir) / name).exists() for name in (CHECKPOINT, LOCK))
+
+
 @contextlib.contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Keeps other trainings out of a folder; the main process holds the lock for all of a run."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(output / ".lock")
-    taken = False
+    lock, taken = None, False
     if processes.rank_and_count()[0] == 0:
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            taken = True
+        lock = _lock(output / LOCK)
+        taken = lock is None
     if any(processes.gather_objects(taken)):
+        if lock is not None:
+            lock()
         raise PysegError(
             f"output_dir {output} is being written by another training; give another output_dir, "
             "or wait for its end and go on with resume=True"
@@ -314,32 +446,65 @@ def _locked(output: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        if lock is not None:
+            lock()
 
 
-@contextlib.contextmanager
-def _bar(what: str, total: int, completed: int, wanted: bool) -> Iterator[Callable[[float], None]]:
-    """A progress bar on stderr; yields what is called with the loss after each step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+def _lock(path: Path) -> Callable[[], None] | None:
+    """Takes a lock that ends with its process; returns what ends it before, None if it is taken."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is inherited by forking
+        from filelock import FileLock, Timeout
 
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not (wanted and console.is_terminal),
-    )
-    with bar:
-        task = bar.add_task(what, total=total, completed=completed, loss=math.nan)
-        yield lambda loss: bar.update(task, advance=1, loss=loss)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock.release
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise
+    _held.add(descriptor)
+
+    def release() -> None:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+    return release
 
 
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Share of the learning rate: linear rise, then half a cosine down to 1 % of it."""
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    """Workers that outlive a killed training for some seconds must not hold its lock."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+def share_of_rate(schedule: Schedule, step: int, total: int, warmup: float) -> float:
+    """What share of the learning rate a step of ``total`` has."""
+    if schedule == "one-cycle":
+        top = max(total * warmup - 1, 0.0)
+        if step <= top:
+            return _between(1 / 25, 1.0, step / top if top else 1.0)
+        return _between(1.0, 1 / 250_000, (step - top) / max(total - 1 - top, 1e-9))
+    if schedule == "poly":
+        rising = round(total * warmup)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return (1 - (step - rising) / (total - rising)) ** 0.9
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
@@ -347,18 +512,68 @@ def _schedule(step: int, total: int, warmup: float) -> float:
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def _between(start: float, end: float, done: float) -> float:
+    """Half a cosine from one value to another."""
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * done))
+
+
+def _counts(
+    group: Sequence[Any], weigh: Callable[[Any], Tensor] | None, accelerator: Accelerator
+) -> list[Any]:
+    """What the loss of each batch of a step is multiplied by; None = nothing to multiply."""
+    if weigh is None:
+        return [None] if len(group) == 1 else [1 / len(group)] * len(group)
+    if len(group) == 1 and accelerator.num_processes == 1:
+        return [None]
+    counts = torch.stack([weigh(batch).float() for batch in group]).to(accelerator.device)
+    total = accelerator.reduce(counts.sum(), "sum").clamp(min=1)
+    return list(counts * (accelerator.num_processes / total))
+
+
+def _best(log: Sequence[Mapping[str, Any]], watch: str | None) -> int | None:
+    """The first of the epochs, from 0, with the highest score; None where none has one."""
+    scores = [(entry[watch], -k) for k, entry in enumerate(log) if watch and watch in entry]
+    known = [pair for pair in scores if pair[0] is not None and not math.isnan(pair[0])]
+    return -max(known or scores)[1] if scores else None
+
+
+def _is_over(log: Sequence[Mapping[str, Any]], patience: int | None, watch: str | None) -> bool:
+    """Whether so many validations followed the best one."""
+    best = None if patience is None else _best(log, watch)
+    if best is None or patience is None:
+        return False
+    return sum(watch in entry for entry in log[best + 1 :]) >= patience
+
+
+def _keep_batch(
+    output: Path,
+    describe: Callable[[Any], Mapping[str, Any]] | None,
+    batch: Any,
+    losses: Mapping[str, Tensor],
+    epoch: int,
+    number: int,
+) -> list[str]:
+    """Writes a batch whose loss is not finite; returns the names of its samples."""
+    content = {"batch": batch} if describe is None else dict(describe(batch))
+    content["losses"] = {name: value.detach().cpu() for name, value in losses.items()}
+    _write_torch(output / BAD_BATCH, {**content, "epoch": epoch, "batch_of_epoch": number})
+    return [str(name) for name in content.get("names", ())]
+
+
 @torch.no_grad()
 def _move_average(average: dict[str, Tensor], state: dict[str, Tensor], decay: float) -> None:
-    floating = [key for key, value in average.items() if value.is_floating_point()]
-    torch._foreach_lerp_([average[k] for k in floating], [state[k] for k in floating], 1 - decay)
-    for key, value in average.items():
+    own = {key: sharding.local(value) for key, value in average.items()}
+    now = {key: sharding.local(value) for key, value in state.items()}
+    floating = [key for key, value in own.items() if value.is_floating_point()]
+    torch._foreach_lerp_([own[k] for k in floating], [now[k] for k in floating], 1 - decay)
+    for key, value in own.items():
         if not value.is_floating_point():
-            value.copy_(state[key])
+            value.copy_(now[key])
 
 
 @contextlib.contextmanager
-def _evaluating_with(model: nn.Module, state: dict[str, Tensor]) -> Iterator[None]:
-    """Within it the model holds the weights of ``state`` and is in evaluation mode."""
+def _evaluating_with(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it the model holds the weights of ``state`` and is in evaluation mode, as after it."""
     own = {key: value.clone() for key, value in model.state_dict().items()}
     model.load_state_dict(state)
     model.eval()
@@ -366,7 +581,6 @@ def _evaluating_with(model: nn.Module, state: dict[str, Tensor]) -> Iterator[Non
         yield
     finally:
         model.load_state_dict(own)
-        model.train()
 
 
 def _save(
@@ -376,21 +590,33 @@ def _save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
+    main: bool,
 ) -> None:
-    save_state(output / WEIGHTS, average)
-    write_json(output / LOG, log)
+    """Writes a checkpoint and what comes with it; all processes call it, the main one writes."""
+    weights = sharding.gathered(average)
     state = {
         "settings": json.dumps(settings),
         "epoch": len(log),
         "log": json.dumps(log),
-        "model": model.state_dict(),
-        "average": average,
-        "optimizer": optimizer.state_dict(),
+        "model": sharding.gathered(model.state_dict()),
+        "average": weights,
+        "optimizer": sharding.gathered_optimizer(optimizer),
     }
-    # Last, so that a checkpoint never speaks of an epoch whose weights were not written.
-    with replacing(output / CHECKPOINT) as temporary, temporary.open("wb") as file:
+    if main:
+        save_state(output / WEIGHTS, weights)
+        write_json(output / LOG, log)
+        write_csv(output / TABLE, log)
+        # Last, so that a checkpoint never speaks of an epoch whose weights were not written.
+        _write_torch(output / CHECKPOINT, state)
+
+
+def _write_torch(path: Path, state: Mapping[str, Any]) -> None:
+    """`torch.save`, whole or not at all, with the system's error where there is one."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # some file systems say only here that they are full
         except RuntimeError as error:  # torch's, which says nothing of the cause: see what it met
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, OSError):
@@ -410,7 +636,7 @@ class _Checkpoint:
     optimizer: dict[str, Any]
 
     @classmethod
-    def read(cls, path: Path, device: torch.device) -> _Checkpoint:
+    def read(cls, path: Path) -> _Checkpoint:
         """Reads and checks a file, which may be any; no code from it runs.
 
         Raises:
@@ -419,7 +645,7 @@ class _Checkpoint:
         # Torch's own message advises weights_only=False, which would run code from the file.
         reason = "it is no file of torch.save, or one that needs more than tensors and numbers"
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise _unreadable(path, reason) from error
         try:
@@ -447,14 +673,17 @@ class _Checkpoint:
 
     def restore(
         self,
+        older: Mapping[str, Any],
         settings: Mapping[str, Any],
+        whole: nn.Module,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         average: dict[str, Tensor],
     ) -> None:
         """Puts a run's state where it was, if its settings are those of then."""
         now = json.loads(json.dumps(settings))
-        before = {"steps": now["steps"], **self.settings}  # steps: older ones do not name them
+        # Older ones do not name their steps, and had no choice of some things.
+        before = {"steps": now["steps"], **older, **self.settings}
         changed = [
             f"{key} (was {before.get(key)!r}, now {now[key]!r})"
             for key in now
@@ -467,14 +696,15 @@ class _Checkpoint:
                 f"{self.path} has {len(self.log)} epochs behind it; give at least as many epochs, "
                 f"not {now['epochs']}"
             )
-        load_into(model, self.model, self.path)
+        load_into(whole, self.model, self.path)
+        if whole is not model:
+            sharding.load(model.state_dict(), self.model)
         try:
-            optimizer.load_state_dict(self.optimizer)
+            sharding.load_optimizer(optimizer, self.optimizer)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             reason = f"its optimizer does not fit: {type(error).__name__}: {error}"
             raise _unreadable(self.path, reason) from error
-        for key, value in self.average.items():
-            average[key].copy_(value)
+        sharding.load(average, self.average)
 
 
 def _unreadable(path: Path, reason: str) -> PysegError:

@@ -13,7 +13,7 @@ from ..registry import made_from
 from ..spec import StageSpec
 from ..types import Dataset
 from ..weights import load_into, load_state
-from .loop import CHECKPOINT, LOG, WEIGHTS
+from .loop import CHECKPOINT, LOG, WEIGHTS, has_begun
 from .semantic import train
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def train_staged(
     while name in COARSER:
         name = COARSER[name]
         before.insert(0, name)
-    if resume and not (output / before[0] / CHECKPOINT).exists():
+    if resume and not has_begun(output / before[0]):
         raise PysegError(
             f"resume=True, but there is no {output / before[0] / CHECKPOINT}; start with "
             "resume=False"
@@ -81,12 +81,12 @@ def train_staged(
             coarse = models._registry.make(made_stage, {"num_classes": len(model.classes)})
             own = coarse.state_dict()
             load_into(coarse, {key: state[key] for key in own}, "the coarser stage")
-            going = resume and (folder / CHECKPOINT).exists()
+            going = resume and has_begun(folder)
             train(coarse, dataset, output_dir=folder, epochs=epochs, resume=going, **options)
             del coarse, own
         state |= load_state(folder / WEIGHTS)
     load_into(model, state, output / before[-1] / WEIGHTS)
-    going = resume and (output / CHECKPOINT).exists()
+    going = resume and has_begun(output)
     return train(model, dataset, output_dir=output, epochs=epochs, resume=going, **options)
 
 

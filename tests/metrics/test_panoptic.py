@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from pyseg import cli
-from pyseg.errors import ImageError, LabelError
+from pyseg import cli, scoring
+from pyseg.errors import ImageError, LabelError, ScoreError
 from pyseg.image import read_segment_ids, write_panoptic
-from pyseg.metrics.panoptic import Panoptic, score_files
+from pyseg.metrics.panoptic import GROUPS, Panoptic
 from pyseg.types import Metric, Sample, Segment, Segmentation, Segments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +60,26 @@ def scored(images, **options):
     return metric
 
 
+def score_files(target, prediction, metric="panoptic", **folders):
+    """As panopticapi prints it."""
+    scores = scoring.score_files(prediction, target, metrics=[metric], **folders).metrics[metric]
+    groups = zip(("All", "Things", "Stuff"), GROUPS, ("classes", "things", "stuff"), strict=True)
+    return {
+        **{
+            title: {
+                **{key: scores[key + group] for key in ("pq", "sq", "rq")},
+                "n": scores[f"{counted}_counted"],
+            }
+            for title, group, counted in groups
+        },
+        "per_class_counts": {
+            name: {key: entry[key] for key in ("tp", "fp", "fn", "iou_sum")}
+            for name, entry in scores["per_class"].items()
+            if any(entry[key] for key in ("tp", "fp", "fn"))
+        },
+    }
+
+
 def assert_equal(got, want, tolerance=1e-9):
     for group in ("All", "Things", "Stuff"):
         assert got[group] == pytest.approx(want[group], abs=tolerance), group
@@ -80,6 +100,7 @@ def test_against_panopticapi_on_coco(name):
     assert_equal(got, want)
     assert got["per_class_counts"].keys() == want["per_class_counts"].keys()
     for label, counts in want["per_class_counts"].items():
+        counts.pop("category_id")
         assert got["per_class_counts"][label] == pytest.approx(counts, abs=1e-9), label
 
 
@@ -418,7 +439,7 @@ def edit(path, change):
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["panoptic-quality", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["score", *map(str, arguments)])
 
 
 def test_files_are_scored_like_maps_in_memory(files):
@@ -426,10 +447,7 @@ def test_files_are_scored_like_maps_in_memory(files):
     want = scored(random_images(3, seed=4)).compute()
     assert got["All"] == {**{k: want[k] for k in ("pq", "sq", "rq")}, "n": want["classes_counted"]}
     assert got["Things"]["pq"] == want["pq_things"] and got["Stuff"]["rq"] == want["rq_stuff"]
-    counts = {
-        "category_id": 92,
-        **{k: want["per_class"]["sky"][k] for k in ("tp", "fp", "fn", "iou_sum")},
-    }
+    counts = {k: want["per_class"]["sky"][k] for k in ("tp", "fp", "fn", "iou_sum")}
     assert got["per_class_counts"]["sky"] == counts
 
 
@@ -460,53 +478,29 @@ def test_threads_read_ahead_and_change_nothing(files):
 
 
 def test_command_line(files):
-    result = run(files / "truth.json", files / "guess.json", "--json")
+    result = run(files / "guess.json", files / "truth.json", "--json")
     assert result.exit_code == 0, result.output
-    got = score_files(files / "truth.json", files / "guess.json")
-    assert json.loads(result.stdout) == got
-    table = run(files / "truth.json", files / "guess.json").stdout
-    assert f"{100 * got['Stuff']['sq']:.1f}" in table and "Things" in table
-
+    want = scoring.score_files(files / "guess.json", files / "truth.json")
+    assert json.loads(result.stdout) == json.loads(json.dumps(want.to_dict()))
+    table = run(files / "guess.json", files / "truth.json").stdout
+    assert f"{want.metrics['panoptic']['sq']:.4f}" in table and "panoptic pq" in table
     shutil.move(files / "truth", files / "elsewhere")
-    edit(files / "truth.json", lambda value: value.pop("categories"))
-    (files / "c.json").write_text(
-        json.dumps(
-            [
-                {"id": k, "name": n, "isthing": int(k < 90)}
-                for k, n in zip((7, 3, 92, 100), NAMES, strict=True)
-            ]
-        )
-    )
-    moved = run(
-        files / "truth.json",
-        files / "guess.json",
-        "--gt-dir",
-        files / "elsewhere",
-        "--pred-dir",
-        files / "guess",
-        "--categories",
-        files / "c.json",
-        "--json",
-    )
-    assert json.loads(moved.stdout) == got
+    places = "--label-folder", files / "elsewhere", "--prediction-folder", files / "guess"
+    moved = run(files / "guess.json", files / "truth.json", *places, "--json")
+    assert json.loads(moved.stdout)["metrics"] == json.loads(result.stdout)["metrics"]
     boundary = run(
-        files / "truth.json",
-        files / "guess.json",
-        "--gt-dir",
-        files / "elsewhere",
-        "--categories",
-        files / "c.json",
-        "--boundary-ratio",
-        "0.05",
-        "--json",
+        *(files / "guess.json", files / "truth.json", *places, "--json"),
+        *("--metric", "panoptic(boundary_ratio=0.05)"),
     )
-    assert json.loads(boundary.stdout)["All"]["pq"] < got["All"]["pq"]
+    found = json.loads(boundary.stdout)["metrics"]["panoptic(boundary_ratio=0.05)"]
+    assert found["pq"] < want.metrics["panoptic"]["pq"]
 
 
 def test_a_group_without_classes_is_null(files):
     edit(files / "truth.json", lambda v: [c.update(isthing=1) for c in v["categories"]])
-    result = run(files / "truth.json", files / "guess.json", "--json")
-    assert json.loads(result.stdout)["Stuff"] == {"pq": None, "sq": None, "rq": None, "n": 0}
+    result = run(files / "guess.json", files / "truth.json", "--json")
+    scores = json.loads(result.stdout)["metrics"]["panoptic"]
+    assert scores["pq_stuff"] is None and scores["stuff_counted"] == 0
 
 
 def first(value):
@@ -516,7 +510,11 @@ def first(value):
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("guess", lambda v: v["annotations"].pop(1), "has no prediction for image 'image 1'"),
+        (
+            "guess",
+            lambda v: v["annotations"].pop(1),
+            "no prediction for 1 of 3 images: image 1",
+        ),
         ("guess", lambda v: first(v)["segments_info"].pop(), "ids that are not listed: 11"),
         ("truth", lambda v: first(v)["segments_info"].pop(), "target has ids .* listed: 11"),
         ("truth", lambda v: first(v)["segments_info"][0].update(id=99), "ids without pixels: 99"),
@@ -531,7 +529,7 @@ def first(value):
             lambda v: first(v)["segments_info"][0].pop("category_id"),
             r"annotations .*segments_info\[0\] lacks 'category_id'",
         ),
-        ("truth", lambda v: v.pop("categories"), "has no categories; .*--categories"),
+        ("truth", lambda v: v.pop("categories"), "has no categories; "),
         (
             "truth",
             lambda v: v["categories"][0].pop("isthing"),
@@ -547,24 +545,24 @@ def first(value):
 )
 def test_bad_files(files, file, change, message):
     edit(files / f"{file}.json", change)
-    with pytest.raises((LabelError, ImageError), match=message):
+    with pytest.raises((LabelError, ImageError, ScoreError), match=message):
         score_files(files / "truth.json", files / "guess.json")
-    result = run(files / "truth.json", files / "guess.json")
+    result = run(files / "guess.json", files / "truth.json")
     assert result.exit_code == 2 and result.stderr.startswith("error: ")
 
 
 def test_missing_and_damaged_files(files):
-    with pytest.raises(LabelError, match=r"nope.json' does not exist"):
+    with pytest.raises(ScoreError, match=r"nope.json' does not exist"):
         score_files(files / "nope.json", files / "guess.json")
     shutil.move(files / "guess", files / "away")
-    with pytest.raises(LabelError, match=r"no folder .*guess' with panoptic PNGs; .*--pred-dir"):
+    with pytest.raises(LabelError, match=r"no folder .*guess' with .*prediction_folder"):
         score_files(files / "truth.json", files / "guess.json")
     Image.fromarray(np.zeros((30, 32), np.uint8)).save(files / "away" / "image 0.png")
     with pytest.raises(ImageError, match=r"image 0.png' has mode L; .* RGB"):
         score_files(files / "truth.json", files / "guess.json", prediction_folder=files / "away")
     Image.fromarray(np.zeros((9, 32, 3), np.uint8)).save(files / "away" / "image 0.png")
     edit(files / "guess.json", lambda v: first(v).update(segments_info=[]))
-    with pytest.raises(LabelError, match=r"'image 0.png': .*\[9, 32\] and \[30, 32\]"):
+    with pytest.raises(LabelError, match=r"image 0.png: .* 32 x 9 pixels, .* 32 x 30"):
         score_files(files / "truth.json", files / "guess.json", prediction_folder=files / "away")
     (files / "guess.json").write_text("{")
     with pytest.raises(LabelError, match=r"guess.json' cannot be read as JSON"):

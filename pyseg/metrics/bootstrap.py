@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,33 +56,67 @@ def total_of(states: Sequence[Mapping[str, Tensor]], counts: Tensor) -> dict[str
     """
     stacked = {key: torch.stack([state[key] for state in states]) for key in states[0]}
     return {
-        key: (counts @ value.flatten(1)).view(len(counts), *value.shape[1:])
+        key: _products(counts, value.flatten(1)).view(len(counts), *value.shape[1:])
         for key, value in stacked.items()
     }
 
 
+def _products(counts: Tensor, values: Tensor) -> Tensor:
+    """``counts @ values`` of integers, [R, images] and [images, K]."""
+    largest = int(values.abs().max()) * values.shape[0] if values.numel() else 0
+    if largest >= 1 << 53:  # more than float64 counts to
+        return counts @ values
+    return (counts.double() @ values.double()).long()  # which is a hundred times as fast
+
+
+Path = tuple[str, ...]
+Key = TypeVar("Key", str, Path)
+
+
 def resampled(
-    metric: Metric, states: Sequence[Mapping[str, Tensor]], counts: Tensor, scores: Sequence[str]
-) -> dict[str, Tensor]:
+    metric: Metric,
+    states: Sequence[Mapping[str, Any]],
+    counts: Tensor,
+    scores: Sequence[Key],
+) -> dict[Key, Tensor]:
     """What a metric gives for each resample.
 
     Args:
         metric: its state is overwritten.
-        states: what `Metric.state` returned of each image alone.
+        states: what `Metric.state` returned of each image alone: integer tensors, or lists of
+            records, which come back with ``"times"``, how often the image was drawn.
         counts: of `draws`.
-        scores: which numbers of `Metric.compute` to keep.
+        scores: which numbers of `Metric.compute` to keep, by their keys: ``"miou"``, or
+            ``("per_class", "road", "iou")``.
 
     Returns:
         score -> [R] float64.
     """
-    totals = total_of(states, counts)
-    found: dict[str, list[float]] = {score: [] for score in scores}
-    for index in range(len(counts)):
-        metric.load_state({key: value[index] for key, value in totals.items()})
+    lists = [key for key, value in states[0].items() if isinstance(value, list)]
+    totals = total_of([{k: v for k, v in s.items() if k not in lists} for s in states], counts)
+    found: dict[Key, list[float]] = {score: [] for score in scores}
+    for index, row in enumerate(counts.tolist()):
+        state: dict[str, Any] = {key: value[index] for key, value in totals.items()}
+        for key in lists:
+            state[key] = [
+                {**record, "times": times}
+                for times, image in zip(row, states, strict=True)
+                if times
+                for record in image[key]
+            ]
+        metric.load_state(state)
         computed = metric.compute()
         for score in scores:
-            found[score].append(computed[score])
+            found[score].append(value_at(computed, score))
     return {score: torch.tensor(values, dtype=torch.float64) for score, values in found.items()}
+
+
+def value_at(computed: Mapping[str, Any], score: str | Path) -> float:
+    """A number of `Metric.compute` by its keys."""
+    value: Any = computed
+    for key in (score,) if isinstance(score, str) else score:
+        value = value[key]
+    return float(value)
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -104,4 +139,13 @@ def difference(value: float, first: Tensor, second: Tensor) -> Difference:
     return Difference(value, *interval(first - second))
 
 
-__all__ = ["LEVEL", "Difference", "difference", "draws", "interval", "resampled", "total_of"]
+__all__ = [
+    "LEVEL",
+    "Difference",
+    "difference",
+    "draws",
+    "interval",
+    "resampled",
+    "total_of",
+    "value_at",
+]

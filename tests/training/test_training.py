@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys import CLASSES, PALETTE, SHORT, Shapes, same, tiny
 
 import pyseg
 import pyseg.tuning
@@ -25,68 +26,6 @@ from pyseg.training import fit, loop, parameter_groups, random_crop, random_ligh
 from pyseg.types import Sample
 from pyseg.weights import load_into, load_state
 
-CLASSES = ("ground", "disc", "frame")
-PALETTE = ((90, 60, 30), (250, 200, 20), (20, 40, 200))
-
-
-class Shapes:
-    """Discs on a ground within a frame: colours tell the classes, as far as the noise allows."""
-
-    classes, palette = CLASSES, PALETTE
-
-    def __init__(self, count=2, size=(24, 32), seed=0):
-        generator = np.random.default_rng(seed)
-        rows, columns = np.mgrid[: size[0], : size[1]]
-        self.samples = []
-        for index in range(count):
-            labels = np.zeros(size, dtype=np.uint8)
-            y, x = generator.integers(8, size[0] - 8), generator.integers(8, size[1] - 8)
-            labels[(rows - y) ** 2 + (columns - x) ** 2 < 36] = 1
-            labels[:2] = labels[-2:] = 2
-            image = np.array(PALETTE)[labels] + generator.integers(-20, 20, (*size, 3))
-            labels[:, -1] = 255
-            self.samples.append(
-                Sample(
-                    f"shape{index}",
-                    torch.from_numpy(image.clip(0, 255).astype(np.uint8)).permute(2, 0, 1),
-                    torch.from_numpy(labels),
-                )
-            )
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-
-class Tiny(nn.Module):
-    """Stride 2, dropout and an auxiliary head: all that resuming could get wrong."""
-
-    def __init__(self, classes=3):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(3, 16, 3, 2, 1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 16, 3, 1, 1),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Dropout2d(0.1),
-        )
-        self.head = nn.Conv2d(16, classes, 1)
-        self.auxiliary = nn.Conv2d(16, classes, 1)
-
-    def forward(self, x):
-        x = self.body(x)
-        outputs = {"out": self.head(x)}
-        return {**outputs, "aux": self.auxiliary(x[:, :, ::2, ::2])} if self.training else outputs
-
-
-def tiny(classes=CLASSES, seed=0):
-    torch.manual_seed(seed)
-    return SemanticModel(Tiny(len(classes)), classes)
-
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -95,20 +34,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-SHORT = {
-    "epochs": 4,
-    "batch_size": 2,
-    "crop_size": (16, 16),
-    "precision": "fp32",
-    "progress": False,
-    "ema": 0.9,
-}
-
-
-def same(a, b):
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -480,7 +405,7 @@ def test_a_diverging_loss_stops_and_keeps_the_checkpoint(tmp_path):
     model = tiny()
     with torch.no_grad():
         model.network.head.weight.fill_(math.nan)
-    with pytest.raises(PysegError, match=r"the loss became nan in epoch 1; lower learning_rate"):
+    with pytest.raises(PysegError, match=r"no longer finite in epoch 1, at batch 1 of 1, .*lower"):
         train(model, Shapes(), output_dir=tmp_path, **SHORT)
     assert not (tmp_path / "checkpoint.pt").exists()
 
@@ -597,10 +522,12 @@ def test_metrics_may_hold_lists():
 TWO = """
 import importlib.util
 import os
+import sys
 
 import torch
 from accelerate import PartialState
 
+sys.path.insert(0, os.path.dirname({file!r}))
 spec = importlib.util.spec_from_file_location("this", {file!r})
 this = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(this)
@@ -635,14 +562,6 @@ os._exit(0)  # without interpreter shutdown, in which Gloo's threads now and the
 """
 
 
-def without_auxiliary():
-    """DistributedDataParallel wants every parameter to have a share in the loss."""
-    model = tiny()
-    del model.network.auxiliary
-    model.network.auxiliary = lambda x: x
-    return model
-
-
 def test_two_processes(tmp_path):
     script = tmp_path / "two.py"
     output = tmp_path / "run"
@@ -658,51 +577,7 @@ def test_public_names_stay_where_they_were():
     assert pyseg.train is training.train is train
     assert instance_training.train_instances is training.train_instances
     assert pyseg.tuning.train_crf is training.train_crf and callable(pyseg.tuning.tune_crf)
-    assert parameter_groups is loop.parameter_groups
-
-
-def test_soft_jaccard_of_certain_predictions_is_one_minus_miou():
-    generator = torch.Generator().manual_seed(0)
-    prediction = torch.randint(0, 4, (2, 9, 11), generator=generator)
-    target = torch.randint(0, 4, (2, 9, 11), generator=generator)
-    target[target == 2] = 0  # class 2 is predicted, but not there
-    target[0, :3] = 255
-    p = nn.functional.one_hot(prediction, 4).permute(0, 3, 1, 2).float()
-    ious = []
-    for label in (0, 1, 3):
-        a = ((prediction == label) & (target != 255)).numpy()
-        b = (target == label).numpy()
-        ious.append((a & b).sum() / (a | b).sum())
-    loss = semantic._soft_jaccard(p, target)
-    assert loss.item() == pytest.approx(1 - np.mean(ious), abs=1e-6)
-    assert semantic._soft_jaccard(p, torch.full_like(target, 255)).item() == 0
-
-
-def test_loss_equals_torch_cross_entropy():
-    generator = torch.Generator().manual_seed(0)
-    outputs = {
-        "out": torch.randn(2, 3, 6, 8, generator=generator),
-        "aux8": torch.randn(2, 3, 3, 4, generator=generator),
-    }
-    labels = torch.randint(0, 3, (2, 12, 16), generator=generator).to(torch.uint8)
-    labels[:, 0] = 255
-    ones = torch.ones(3)
-    loss = semantic._loss(outputs, labels, ones, jaccard=0, auxiliary=0.4)
-    upsample = nn.Upsample((12, 16), mode="bilinear")
-    expected = nn.functional.cross_entropy(
-        upsample(outputs["out"]), labels.long(), ignore_index=255
-    ) + 0.4 * nn.functional.cross_entropy(
-        outputs["aux8"], labels[:, 2::4, 2::4].long(), ignore_index=255
-    )
-    torch.testing.assert_close(loss, expected)
-
-
-def test_class_weights():
-    weights = semantic._class_weights(torch.tensor([100, 10000, 0]), 0.5)
-    assert weights[0] / weights[1] == pytest.approx(10)
-    assert (100 * weights[0] + 10000 * weights[1]) / 10100 == pytest.approx(1)
-    assert weights[2] == 1
-    assert semantic._class_weights(torch.tensor([5, 50]), 0).tolist() == [1, 1]
+    assert parameter_groups is training.optimizer.parameter_groups
 
 
 @pytest.mark.parametrize("size", [(40, 40), (120, 140)])
@@ -758,7 +633,37 @@ def test_light_changes_brightness_and_keeps_grey_grey_at_strength_zero():
 
 
 def test_schedule_rises_then_falls():
-    rates = [loop._schedule(step, 100, 0.1) for step in range(100)]
+    rates = [loop.share_of_rate("cosine", step, 100, 0.1) for step in range(100)]
     assert rates.index(max(rates)) in (9, 10) and max(rates) == 1
     assert rates[:10] == sorted(rates[:10]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02
+
+
+def of_torch(make, total):
+    """What a scheduler of torch gives to a learning rate of 1."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0)
+    scheduler, rates = make(optimizer), []
+    for _ in range(total):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("total", [7, 40, 111])
+def test_schedules_are_those_of_torch(total):
+    lr = torch.optim.lr_scheduler
+    poly = of_torch(lambda o: lr.PolynomialLR(o, total, 0.9), total)
+    ours = [loop.share_of_rate("poly", step, total, 0) for step in range(total)]
+    assert ours == pytest.approx(poly, abs=1e-12)
+    for rising in (0.3, 0.25):
+        cycle = of_torch(
+            lambda o, rising=rising: lr.OneCycleLR(
+                o, 1.0, total_steps=total, pct_start=rising, cycle_momentum=False
+            ),
+            total,
+        )
+        ours = [loop.share_of_rate("one-cycle", step, total, rising) for step in range(total)]
+        assert ours == pytest.approx(cycle, abs=1e-12)
+    rates = [loop.share_of_rate("poly", step, 100, 0.1) for step in range(100)]
+    assert rates[:11] == sorted(rates[:11]) and rates[10] == 1 and rates[-1] > 0

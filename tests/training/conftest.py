@@ -1,0 +1,6 @@
+"""`toys`, which the files here share, is importable."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
