@@ -975,11 +975,11 @@ def segmented(*arguments):
 def test_memory_is_as_announced(tmp_path):
     """The peak is within the arithmetic, and far from the size of the image."""
     source = raster(tmp_path / "in.tif", 9_000, 7_000)
-    summary, told = segmented(source, tmp_path / "out.tif", 1024, 128, "thirds")
+    summary, told = segmented(source, tmp_path / "out.tif", 512, 128, "thirds")
     if summary["peak_bytes"] is None:
         pytest.skip("the system does not tell its peak")
     assert summary["peak_bytes"] <= summary["model_bytes"] + summary["planned_bytes"]
-    assert summary["peak_bytes"] < source.stat().st_size * 0.9
+    assert summary["peak_bytes"] < source.stat().st_size * 0.7
     lines = told.splitlines()
     assert lines[0].startswith("9000 x 7000 pixels: ") and lines[1].startswith("memory ")
     assert lines[3].startswith("the model took ")
