@@ -378,7 +378,7 @@ def predict(
     overlap: Annotated[int | None, typer.Option(help="Of tiles. [default: 128]")] = None,
     halo: Annotated[
         int | None,
-        typer.Option(help="Pixels at the sides of tiles that do not count. [default: overlap / 8]"),
+        typer.Option(help="Pixels at the sides of tiles that do not count. [default: 0]"),
     ] = None,
     bands: Annotated[
         str | None,

@@ -1,9 +1,9 @@
 """`predict_large`: a pipeline over an image of any size, by overlapping tiles, in bounded memory.
 
 Tiles go through the pipeline as images of their own, row by row. Of each, the outermost pixels (the
-halo) are thrown away; where two or four tiles meet, their logits are blended in straight ramps; all
-else takes the labels of its one tile, by the fused kernel. So full-resolution logits exist in the
-ramps only: what has to be kept is one ramp along a row of tiles, not a row of tiles.
+halo) may be thrown away; where two or four tiles meet, their logits are blended in straight ramps;
+all else takes the labels of its one tile, by the fused kernel. So full-resolution logits exist in
+the ramps only: what has to be kept is one ramp along a row of tiles, not a row of tiles.
 
 Every tile that is finished is a file, in a folder beside the output, until its row of tiles is: a
 run that was killed goes on behind its last finished tile, and ends in the same bytes.
@@ -73,7 +73,7 @@ def predict_large(
     *,
     tile: int = 1024,
     overlap: int = 128,
-    halo: int | None = None,
+    halo: int = 0,
     bands: Sequence[int] | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
@@ -100,9 +100,10 @@ def predict_large(
             nodata value excludes are void.
         tile: pixels of a side, a multiple of 32. Larger ones show the network more and cost memory.
         overlap: pixels that neighbours share at least, a multiple of 32.
-        halo: pixels at the sides of a tile that are thrown away, at most half of the overlap. Where
-            the network sees no further than this, the result is that of the whole image. None =
-            an eighth of the overlap; three quarters are then the ramp, where tiles are blended.
+        halo: pixels at the sides of a tile that are thrown away, at most half of the overlap; tiles
+            are blended in the rest of it. Where the network sees no further than this, the result
+            is that of the whole image. The longer the blended part, the less of a seam: 0, unless
+            the network or a refiner goes wrong at borders.
         bands: of a TIFF, those that are red, green and blue, or the grey one, counted from 1.
         batch_size: tiles per call of the pipeline. None = 1 on a CPU, else 4.
         overwrite: replace an output of another call, or begin an unfinished one anew.
@@ -121,7 +122,6 @@ def predict_large(
     Example:
         >>> predict_large(pyseg.build("streetnet"), "city.tif", "labels.tif", overlap=256)
     """
-    halo = overlap // 8 if halo is None else halo
     check_tiles(tile, overlap, halo)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -628,9 +628,13 @@ class _Folder:
             with np.load(path) as stored:
                 return dict(stored)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            remedy = (
+                "delete it, and its tile is computed again"
+                if path.name.startswith("tile-")
+                else f"delete the folder {str(self.path)!r} to begin anew"
+            )
             raise PysegError(
-                f"{str(path)!r}, of an unfinished run, is damaged ({error}); delete the folder "
-                f"{str(self.path)!r} to begin anew"
+                f"{str(path)!r}, of an unfinished run, is damaged ({error}); {remedy}"
             ) from error
 
     def finish(self, about: dict[str, Any]) -> None:
