@@ -121,6 +121,8 @@ def _default(name: str, functions: Sequence[str], second: str) -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else ""
+    if value == ():
+        return ""
     if isinstance(value, tuple) and all(isinstance(part, (int, float)) for part in value):
         return ("x" if isinstance(value[0], int) else "-").join(map(str, value))
     if isinstance(value, tuple):

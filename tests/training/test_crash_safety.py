@@ -97,7 +97,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path, whole, workers):
     check_end(tmp_path, whole(epochs=6))
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_processes_killed_and_resumed(tmp_path, whole, workers):
     """The second dies in its third epoch, and the first with it, as a launcher has it."""
     options = {**OPTIONS, "batch_size": 1, "count": 6, "workers": workers}

@@ -528,6 +528,7 @@ import torch
 from accelerate import PartialState
 
 sys.path.insert(0, os.path.dirname({file!r}))
+import toys
 spec = importlib.util.spec_from_file_location("this", {file!r})
 this = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(this)
@@ -539,7 +540,7 @@ for name in ("train", "fit"):
         this.train(model, this.Shapes(4), validation=this.Shapes(3), output_dir={output!r},
                    **{{**this.SHORT, "batch_size": 1}})
     else:
-        model, log, _ = this.fit_tiny({output!r} + "-fit", model=this.without_auxiliary())
+        model, log, _ = this.fit_tiny({output!r} + "-fit", model=toys.without_auxiliary())
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     both = [torch.empty_like(weights) for _ in range(2)]
     torch.distributed.all_gather(both, weights)
@@ -552,7 +553,7 @@ lock = FileLock({output!r} + "-fit/.lock")
 if state.is_main_process:
     lock.acquire()
 try:
-    this.fit_tiny({output!r} + "-fit", model=this.without_auxiliary(), resume=True)
+    this.fit_tiny({output!r} + "-fit", model=toys.without_auxiliary(), resume=True)
 except this.PysegError as error:
     assert "another training" in str(error)
 else:
