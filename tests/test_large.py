@@ -985,7 +985,7 @@ def test_memory_is_as_announced(tmp_path):
     assert lines[3].startswith("the model took ")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_raster_of_400_megapixels_in_less_than_2_gib_above_the_model(tmp_path):
     """Stopped by kill -9 on the way; some 15 minutes."""
     source = raster(tmp_path / "in.tif", 20_000, 20_000)

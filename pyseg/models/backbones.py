@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,7 @@ def convolutionalize(classifier: nn.Module, *, size: int = 224) -> nn.Module:
         if isinstance(module, nn.Linear) and before is not None and len(before) == 2:
             if flat is None:
                 raise _not_convolutional(classifier, f"layer {node.target} sees no flat features")
-            sides = (flat[2], flat[3]) if before[1] == flat[1:].numel() else (1, 1)
+            sides = (flat[2], flat[3]) if before[1] == math.prod(flat[1:]) else (1, 1)
             graph.set_submodule(str(node.target), _as_convolution(module, sides))
             flat = torch.Size([1, module.out_features, 1, 1])
             connected += 1
