@@ -140,6 +140,18 @@ def test_intervals_are_those_of_brute_force():
     assert len(rows) == COUNT and head[1] == "semantic iou" and " to " in rows[0][2]
 
 
+def test_one_image_tells_nothing_about_others():
+    prediction, target = maps(1, seed=1, wrong=0.3)
+    first, second = (
+        score(side, target, num_classes=COUNT, resamples=50) for side in (target, prediction)
+    )
+    assert np.isnan(first.interval("semantic", "miou")).all()
+    found = differences(first, second)
+    assert found.values["semantic"]["miou",].value > 0
+    assert not any(d.beyond_noise for d in found.values["semantic"].values())
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
 def test_differences_that_are_none_and_one_that_is():
     prediction, target = maps(30, seed=1, wrong=0.3)
     better = prediction.copy()
