@@ -93,7 +93,9 @@ def resampled(
         score -> [R] float64; nan where there is one image only, which resampling cannot vary.
     """
     if len(states) < 2:
-        return {score: torch.full((len(counts),), torch.nan, dtype=torch.float64) for score in scores}
+        return {
+            score: torch.full((len(counts),), torch.nan, dtype=torch.float64) for score in scores
+        }
     lists = [key for key, value in states[0].items() if isinstance(value, list)]
     totals = total_of([{k: v for k, v in s.items() if k not in lists} for s in states], counts)
     found: dict[Key, list[float]] = {score: [] for score in scores}
