@@ -166,18 +166,29 @@ def accumulate(
         for m, most in enumerate(MOST):
             total = right[place[chosen] < most].sum(0)
             recall[k, some, m] = total[some] / objects[some, None]
-        tp = right.cumsum(0, dtype=np.float64)
-        everything = counts.cumsum(0, dtype=np.float64)
-        level = tp / (everything + np.spacing(1))
+        tp = right.cumsum(0)
+        level = tp / (counts.cumsum(0) + np.spacing(1))
         level = np.maximum.accumulate(level[::-1], 0)[::-1]
-        for a in np.flatnonzero(some).tolist():
-            reached = tp[:, a] / objects[a]
-            for t in range(shape[1]):
-                at = np.searchsorted(reached[:, t], _RECALLS)
-                inside = at < len(chosen)
-                precision[k, a, t] = 0
-                precision[k, a, t, inside] = level[at[inside], a, t]
+        # Where each recall is reached first, of all areas and thresholds in one search, in which
+        # each has its own range of integers.
+        need = _needed(objects[some])  # [A, R]
+        apart = 1 + int(max(need.max(initial=0), tp.max(initial=0)))
+        columns = np.arange(len(need) * shape[1]).reshape(len(need), shape[1], 1)  # [A, T, 1]
+        found = (tp[:, some].transpose(1, 2, 0) + columns * apart).ravel()
+        at = np.searchsorted(found, need[:, None] + columns * apart) - columns * len(chosen)
+        values = np.zeros((*columns.shape[:2], len(chosen) + 1))  # 0 where it is never reached
+        values[:, :, :-1] = level[:, some].transpose(1, 2, 0)
+        precision[k, some] = np.take_along_axis(values, at, 2)
     return Curves(precision, recall)
+
+
+def _needed(objects: np.ndarray) -> np.ndarray:
+    """How many true positives it takes to reach each recall, [A, R] int64; the quotients decide."""
+    total = objects[:, None]
+    need = np.ceil(_RECALLS * total).astype(np.int64)
+    need -= (need > 0) & ((need - 1) / total >= _RECALLS)
+    need += need / total < _RECALLS
+    return need
 
 
 __all__ = ["AREAS", "MOST", "THRESHOLDS", "Curves", "Matches", "accumulate", "match", "ranked"]
