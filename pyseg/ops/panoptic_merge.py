@@ -149,6 +149,8 @@ def panoptic_merge(
     for name, tensor in (("labels", labels), ("semantic", semantic)):
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
             raise ValueError(f"{name} must be integers, got {tensor.dtype}")
+    if semantic.dtype not in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        raise ValueError(f"semantic must be uint8, int16, int32 or int64, got {semantic.dtype}")
     try:
         stuff = [_native.integer("stuff_classes", label) for label in stuff_classes]
     except TypeError:

@@ -342,6 +342,8 @@ GOOD = MASKS, torch.ones(2), torch.zeros(2, dtype=torch.int64), torch.zeros(4, 5
         ({2: torch.zeros(1).long()}, r"labels must be \[2\]"),
         ({2: torch.zeros(2)}, "labels must be integers, got torch.float32"),
         ({3: torch.zeros(4, 5)}, "semantic must be integers, got torch.float32"),
+        ({3: torch.zeros(4, 5, dtype=torch.uint16)}, "semantic must be uint8, .* got torch.uint16"),
+        ({3: torch.zeros(4, 5, dtype=torch.int8)}, "semantic must be uint8, .* got torch.int8"),
         ({3: torch.zeros(4, 5, device="meta").byte()}, "masks are on cpu, semantic on meta"),
         ({"stuff_classes": [1, 1]}, "stuff_classes must be different"),
         ({"stuff_classes": [-1]}, r"stuff_classes must be .*got \[-1\]"),
