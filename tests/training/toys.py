@@ -215,7 +215,7 @@ def kill(*processes):
 def _is_alive(process):
     try:
         state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before or while it is read
         return False
     return state != "Z"
 
