@@ -196,8 +196,10 @@ void touch(Map& map, const Real* box, int64_t (&centre)[2]) {
   const int64_t size[2] = {map.width, map.height};
   for (int axis = 0; axis < 2; ++axis) {
     const Real a = cut(box[axis] * Real(map.scale)), b = cut(box[axis + 2] * Real(map.scale));
-    const int64_t first = int64_t(std::floor(std::min(a, b))) - 2;
-    const int64_t last = std::max(int64_t(std::ceil(std::max(a, b))), first + 2) + 2;
+    // Positions are rounded, and the more the farther out a box begins: see `sample_range`.
+    const int64_t margin = 2 + int64_t(1e-6 * (std::fabs(double(a)) + std::fabs(double(b))));
+    const int64_t first = int64_t(std::floor(std::min(a, b))) - margin;
+    const int64_t last = std::max(int64_t(std::ceil(std::max(a, b))), first + 2) + margin;
     low[axis] = std::clamp<int64_t>(first, 0, size[axis] - 1);
     high[axis] = std::clamp<int64_t>(last, 0, size[axis] - 1);
     centre[axis] = (low[axis] + high[axis]) / 2;

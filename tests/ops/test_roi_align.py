@@ -618,3 +618,18 @@ def test_small_kernel_answers_a_bad_box_with_nan(device, generator):
         (all_boxes,) = device.ops._roi_align_backward(grad, [level], boxes, *options)
         (good_boxes,) = device.ops._roi_align_backward(grad[::2], [level], boxes[::2], *options)
         assert torch.equal(all_boxes, good_boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_infinite_boxes_read_only_pixels_of_the_map(generator, dtype):
+    """Sample positions of a box that begins far out are rounded to many pixels beside it."""
+    input = torch.randn(1, 1, 39, 16, generator=generator).to(dtype)
+    boxes = torch.tensor([[0, 22.3986, -torch.inf, 24.5833, 19.6935]])
+    arguments = {"spatial_scale": 0.5, "sampling_ratio": 0, "aligned": True}
+    results = []
+    for filling in (torch.nan, 0.0, 1e30):
+        for size in (600, 624, 9984, 1 << 16):  # what the op is given next is often this
+            torch.full((size,), filling)
+        results.append(roi_align(input, boxes, (3, 3), **arguments))
+        assert results[-1].isfinite().all()
+        assert torch.equal(results[-1], results[0])
