@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -77,6 +78,53 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def take_lock(path: Path) -> Callable[[], None] | None:
+    """Takes a file's lock, which ends with the process, even with one that is killed.
+
+    Returns:
+        What ends it before; None where another holds it. The file stays.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows, where nothing is inherited by forking
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return None
+        return lock.release
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return None
+        raise
+    _held.add(descriptor)
+
+    def release() -> None:
+        _held.discard(descriptor)
+        os.close(descriptor)
+
+    return release
+
+
+_held: set[int] = set()  # descriptors of locks
+
+
+def _let_go() -> None:
+    """Workers that outlive a killed process for some seconds must not hold its locks."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def remove_abandoned(folder: str | os.PathLike[str], older_than: float = ABANDONED) -> None:

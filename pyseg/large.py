@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .errors import PluginError, PysegError
-from .files import make_folder, read_json, replacing, write_json
+from .files import make_folder, read_json, replacing, take_lock, write_json
 from .ops import upsample_argmax
 from .pipeline import Pipeline
 from .rasters import LabelMap, Raster, check_output, open_raster, write_label_map
@@ -507,24 +507,26 @@ class _Folder:
         self.blended: bool | None = None
 
     def __enter__(self) -> _Folder:
-        from filelock import FileLock, Timeout
-
         make_folder(self.path, "output")
-        self.lock = FileLock(self.path / "lock")
-        try:
-            self.lock.acquire(timeout=0)
-        except Timeout:
+        release = take_lock(self.path / "lock")
+        if release is None:
             raise PysegError(
                 f"output {str(self.target)!r} is being written by another run, which holds "
                 f"{str(self.path / 'lock')!r}; wait for it, or give another output"
-            ) from None
+            )
+        self.release = release
         return self
 
     def __exit__(self, *error: object) -> None:
         # A refused run leaves nothing behind.
         if self.path.is_dir() and {path.name for path in self.path.iterdir()} <= {"lock"}:
             _remove(self.path)
-        self.lock.release()
+        self.release()
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.name != "lock":
+                _remove(path)
 
     def claim(self, identity: dict[str, Any], overwrite: bool) -> bool:
         """Takes the folder for a run, a new one or one that goes on; False = all is done already.
@@ -536,18 +538,14 @@ class _Folder:
         if self.target.exists() and not overwrite:
             self._require_same(self.about, "is there already")
             if self.about.is_file():
-                for path in self.path.iterdir():
-                    if path.name != "lock":
-                        _remove(path)
+                self._clear()
                 return False
         if self.state.is_file():
             if not overwrite:
                 self._require_same(self.state, "has an unfinished run")
             theirs = read_json(self.state)
             if self._differences(theirs):
-                for path in self.path.iterdir():
-                    if path.name != "lock":
-                        _remove(path)
+                self._clear()
             else:
                 self.blended = theirs.get("blended")
         write_json(self.state, identity | {"blended": self.blended})

@@ -28,6 +28,7 @@ from .files import (
     make_folder,
     read_json,
     remove_abandoned,
+    take_lock,
     write_json,
 )
 from .image import (
@@ -167,20 +168,16 @@ def only_run(output: Path) -> Iterator[None]:
     Raises:
         PysegError: another run holds it.
     """
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
+    release = take_lock(output / ".lock")
+    if release is None:
         raise PysegError(
             f"output_dir {str(output)!r} is being written by another run; wait for its end, or "
             "give another directory"
-        ) from None
+        )
     try:
         yield
     finally:
-        lock.release()
+        release()
 
 
 WRITTEN, SKIPPED = "written", "skipped"  # outcomes of an image; any other is why it failed

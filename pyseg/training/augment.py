@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..datasets.pairs import tight_boxes
 from ..types import VOID, Instances, Sample
 
 TRIES = 10  # windows that `random_crop` looks at where one class must not fill them
@@ -177,12 +178,12 @@ def copy_paste(sample: Sample, other: Sample, generator: torch.Generator) -> Sam
     kept = left.flatten(1).any(1) | ~below.masks.flatten(1).any(1)
     changed = (left != below.masks).flatten(1).any(1) & kept
     boxes = below.boxes.clone()
-    boxes[changed] = _boxes(left[changed]).to(boxes.dtype)
+    boxes[changed] = tight_boxes(left[changed]).to(boxes.dtype)
     crowd = below.crowd
     if crowd is not None:
         crowd = torch.cat([crowd[kept], crowd.new_zeros(len(added))])
     instances = Instances(
-        torch.cat([boxes[kept], _boxes(masks).to(boxes.dtype)]),
+        torch.cat([boxes[kept], tight_boxes(masks).to(boxes.dtype)]),
         torch.cat([left[kept], masks]),
         torch.cat([below.scores[kept], below.scores.new_ones(len(added))]),
         torch.cat([below.labels[kept], added]),
@@ -190,15 +191,6 @@ def copy_paste(sample: Sample, other: Sample, generator: torch.Generator) -> Sam
     )
     image = torch.where(cover, moved, sample.image)
     return replace(sample, image=image, labels=labels, segments=None, instances=instances)
-
-
-def _boxes(masks: Tensor) -> Tensor:
-    """Boxes xyxy [K, 4] around masks [K, H, W], none of which is empty."""
-    from torchvision.ops import masks_to_boxes
-
-    boxes = masks_to_boxes(masks)  # to the last pixel, not behind it
-    boxes[:, 2:] += 1
-    return boxes
 
 
 def random_light(image: Tensor, strength: float, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .. import processes
 from ..devices import computes_in_bfloat16
 from ..errors import PysegError
-from ..files import make_folder, remove_abandoned, replacing, write_json
+from ..files import make_folder, remove_abandoned, replacing, take_lock, write_json
 from ..types import Dataset, Metric
 from ..weights import load_into, load_state, save_state
 from . import sharding
@@ -434,7 +434,7 @@ def _locked(output: Path) -> Iterator[None]:
     """Keeps other trainings out of a folder; the main process holds the lock for all of a run."""
     lock, taken = None, False
     if processes.rank_and_count()[0] == 0:
-        lock = _lock(output / LOCK)
+        lock = take_lock(output / LOCK)
         taken = lock is None
     if any(processes.gather_objects(taken)):
         if lock is not None:
@@ -448,49 +448,6 @@ def _locked(output: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             lock()
-
-
-def _lock(path: Path) -> Callable[[], None] | None:
-    """Takes a lock that ends with its process; returns what ends it before, None if it is taken."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, where nothing is inherited by forking
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return None
-        return lock.release
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return None
-        raise
-    _held.add(descriptor)
-
-    def release() -> None:
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-    return release
-
-
-_held: set[int] = set()  # descriptors of locks
-
-
-def _let_go() -> None:
-    """Workers that outlive a killed training for some seconds must not hold its lock."""
-    while _held:
-        os.close(_held.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
 
 
 def share_of_rate(schedule: Schedule, step: int, total: int, warmup: float) -> float:

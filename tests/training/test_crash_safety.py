@@ -14,7 +14,8 @@ import torch
 import toys
 from toys import SHORT, Shapes, same, tiny
 
-from pyseg.training import loop, train
+from pyseg.files import take_lock
+from pyseg.training import train
 from pyseg.weights import load_state
 
 OPTIONS = {**SHORT, "validated": True, "validate_every": 1, "cache": False}
@@ -232,8 +233,8 @@ def test_a_file_system_without_space_leaves_the_last_checkpoint(tmp_path):
 
 
 def test_a_lock_ends_with_its_training_though_its_workers_live_on(tmp_path):
-    release = loop._lock(tmp_path / ".lock")
-    assert loop._lock(tmp_path / ".lock") is None
+    release = take_lock(tmp_path / ".lock")
+    assert take_lock(tmp_path / ".lock") is None
     worker = os.fork()
     if not worker:
         time.sleep(60)
@@ -242,7 +243,7 @@ def test_a_lock_ends_with_its_training_though_its_workers_live_on(tmp_path):
         release()  # as the end of the process does
         end, again = time.monotonic() + 5, None  # the worker takes a moment to begin
         while again is None and time.monotonic() < end:
-            again = loop._lock(tmp_path / ".lock")
+            again = take_lock(tmp_path / ".lock")
         assert again is not None
         again()
     finally:
