@@ -102,9 +102,9 @@ def dense_crf(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an image without pixels; a sigma that is
             not positive, or one of image or features so small that the lattice's coordinates
-            overflow; NaN or infinity in
-            unary, image or features, weights or penalties that are not finite or above 1e15; more
-            than 2^31 lattice entries in an image; image or features require a gradient.
+            overflow; NaN or infinity in unary, image or features, weights or penalties that are
+            not finite or above 1e15; more than 2^31 lattice entries in an image; image or features
+            require a gradient.
 
     Source:
         Krähenbühl & Koltun, "Efficient inference in fully connected CRFs with Gaussian edge
