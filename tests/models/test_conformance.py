@@ -25,7 +25,7 @@ OPTIONS = {
 }
 # Old names of the same factories are not checked again.
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
-# Networks of others' code that differ from a quick one by their depth or by the detector's heads. Of
+# Networks of others' code that differ from a quick one by depth or by the detector's heads. Of
 # those with hundreds of megabytes in fully connected layers, small ones are checked in test_fcn.py.
 SLOW = {
     "deeplab_v2_resnet101",
