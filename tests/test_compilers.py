@@ -25,9 +25,35 @@ def test_kernels_take_what_they_are_noted_to_take():
     result = subprocess.run(
         [sys.executable, ROOT / "tests" / "cuda_resources.py"], capture_output=True, text=True
     )
-    if "no cuobjdump" in result.stderr:
+    if result.stderr.startswith(("no cuobjdump", "no c++filt")):
         pytest.skip(result.stderr.strip())
     assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.skipif(not shutil.which("c++filt"), reason="no c++filt")
+@pytest.mark.parametrize(
+    ("kernel", "usage", "message"),
+    [
+        ("mark_kernel", "REG:32 STACK:0 SHARED:1024 LOCAL:0", ""),
+        ("mark_kernel", "REG:32 STACK:8 SHARED:1024 LOCAL:0", "8 bytes of local memory"),
+        ("locate_kernel", "REG:32 STACK:0 SHARED:2048 LOCAL:0", ""),
+        ("locate_kernel", "REG:32 STACK:0 SHARED:2049 LOCAL:0", "of 64 KB that it may have"),
+        ("combine_kernel", "REG:32 STACK:0 SHARED:47104 LOCAL:0", "of 48 KB that it may have"),
+    ],
+)
+def test_too_much_of_a_multiprocessor_is_found(tmp_path, kernel, usage, message):
+    """What cuobjdump would print of such a kernel."""
+    (tmp_path / "text").write_text(f" Function {kernel}:\n  {usage} CONSTANT[0]:400\n")
+    (tmp_path / "cuobjdump").write_text(f"#!/bin/sh\ncat {tmp_path}/text\n")
+    (tmp_path / "cuobjdump").chmod(0o755)
+    result = subprocess.run(
+        [sys.executable, ROOT / "tests" / "cuda_resources.py", tmp_path / "text"],
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert kernel in result.stdout
+    assert result.returncode == bool(message) and message in result.stderr, result.stderr
 
 
 def find_clang():
