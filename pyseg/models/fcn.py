@@ -378,8 +378,8 @@ def deconvolve(x: Tensor, kernel: int, stride: int) -> Tensor:
 class _Scores(nn.Conv2d):
     """A 1x1 convolution that begins as zeros, as the authors' do.
 
-    Its bias is added by itself: with several threads oneDNN, as torch 2.14 has it, writes past the
-    gradient of the bias of a bfloat16 convolution from 4096 channels to few (AMX; the process dies).
+    Its bias is added by itself: with several threads on AMX, oneDNN as torch 2.14 has it writes
+    past the gradient of the bias of a bfloat16 convolution from 4096 channels to few.
     """
 
     def __init__(self, inputs: int, classes: int) -> None:
