@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import keyword
+import os
 import platform
 import re
 import sys
@@ -208,25 +209,7 @@ def _imports(module: str, seen: set[str]) -> set[str]:
     if spec is None or origin is None or not origin.endswith(".py"):
         return set()
     packages: set[str] = set()
-    names: set[str] = set()
-    for node in _certain(ast.parse(Path(origin).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
-            names.add(base)
-            if base.partition(".")[0] == root:  # what is imported may be a module itself
-                names.update(f"{base}.{alias.name}" for alias in node.names)
-        elif (
-            isinstance(node, ast.Call)
-            and ast.unparse(node.func) in _IMPORTERS
-            and node.args
-            and isinstance(node.args[0], ast.Constant)
-            and isinstance(node.args[0].value, str)
-            and not node.args[0].value.startswith(".")
-        ):
-            names.add(node.args[0].value)
-    for name in sorted(names):
+    for name in _names(origin, os.stat(origin).st_mtime_ns, spec.parent):
         package = name.partition(".")[0]
         if package == root:
             near = name.rpartition(".")[0] == module.rpartition(".")[0] or name in _NEIGHBOURS
@@ -235,6 +218,33 @@ def _imports(module: str, seen: set[str]) -> set[str]:
         elif package and package not in sys.stdlib_module_names:
             packages.add(package)
     return packages
+
+
+@cache
+def _names(file: str, changed: int, package: str) -> tuple[str, ...]:
+    """Modules that the ``file`` of a package imports; many models have neighbours in common."""
+    del changed  # it is there for the cache: a file that was edited is read again
+    root = package.partition(".")[0]
+    names: set[str] = set()
+    for node in _certain(ast.parse(Path(file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            names.add(base)
+            if base.partition(".")[0] == root:  # what is imported may be a module itself
+                names.update(f"{base}.{alias.name}" for alias in node.names)
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, (ast.Name, ast.Attribute))
+            and ast.unparse(node.func) in _IMPORTERS
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+            and isinstance(node.args[0].value, str)
+            and not node.args[0].value.startswith(".")
+        ):
+            names.add(node.args[0].value)
+    return tuple(sorted(names))
 
 
 def _found(module: str) -> Any:
@@ -246,13 +256,15 @@ def _found(module: str) -> Any:
 
 def _certain(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a module without those in ``try`` and in ``if TYPE_CHECKING``."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Try):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _certain(node)
+    nodes = [tree]
+    while nodes:
+        for node in ast.iter_child_nodes(nodes.pop()):
+            if isinstance(node, ast.Try):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            yield node
+            nodes.append(node)
 
 
 def _extras() -> set[str]:
