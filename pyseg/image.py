@@ -125,12 +125,12 @@ def read_labels(path: str | os.PathLike[str]) -> Tensor:
     if image.mode == "1":
         return torch.from_numpy(np.array(image).astype(np.uint8))
     if image.mode.startswith("I"):
-        values = np.array(image).astype(np.int32)
-        if values.min() < 0 or values.max() > 65535:
+        wide = np.array(image).astype(np.int32)
+        if wide.min() < 0 or wide.max() > 65535:
             raise ImageError(
-                f"{name} has values from {values.min()} to {values.max()}; class ids are 0 to 65535"
+                f"{name} has values from {wide.min()} to {wide.max()}; class ids are 0 to 65535"
             )
-        return torch.from_numpy(values)
+        return torch.from_numpy(wide)
     raise ImageError(
         f"{name} has mode {image.mode}, colours instead of one class id per pixel; convert the "
         "colours to ids and save them as a grey or palette PNG (a COCO panoptic PNG holds segment "

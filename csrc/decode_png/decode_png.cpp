@@ -1,6 +1,6 @@
-// Plain PNGs: 8 bits of grey, of a palette's indices or of RGB, not interlaced, one picture. What is
-// not plain, cut off or damaged gives an empty tensor, and is left to a decoder that takes all and
-// says what is wrong. A file is decoded by one thread: there are always more files.
+// Plain PNGs: 8 bits of grey, of a palette's indices or of RGB, not interlaced, one picture. What
+// is not plain, cut off or damaged gives an empty tensor, and is left to a decoder that takes all
+// and says what is wrong. A file is decoded by one thread: there are always more files.
 #include "decode_png.h"
 
 #include <array>

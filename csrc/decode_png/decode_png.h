@@ -1,4 +1,5 @@
-// What the parts of the PNG decoder share: the header, the stream of a file's IDAT chunks, checksums.
+// What the parts of the PNG decoder share: the header, the stream of a file's IDAT chunks,
+// checksums.
 #pragma once
 
 #include <cstdint>

@@ -2,8 +2,8 @@
 // before more is inflated: of the whole picture only the result is kept.
 //
 // Label maps are mostly flat, and what a filter leaves of flat regions is zeros. Where the pixel to
-// the left and the one above that are equal, Paeth's filter predicts the one above; so through a run
-// of zeros, however long, the row above is copied.
+// the left and the one above that are equal, Paeth's filter predicts the one above; so through a
+// run of zeros, however long, the row above is copied.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -135,14 +135,13 @@ bool undo_filter(const uint8_t* row, const uint8_t* above, int64_t n, uint8_t* t
 void join_ids(const uint8_t* rgb, int64_t n, int32_t* to) {
   int64_t x = 0;
 #if defined(PYSEG_AVX2) || defined(PYSEG_AVX512)
-  const __m256i spread =
-      _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 0, 1, 2, -1, 3, 4, 5,
-                       -1, 6, 7, 8, -1, 9, 10, 11, -1);
+  const __m256i spread = _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1, 0,
+                                          1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
   for (; x + 10 <= n; x += 8) {  // the second half reads four bytes more than it takes
     const __m128i* const low = reinterpret_cast<const __m128i*>(rgb + 3 * x);
     const __m128i* const high = reinterpret_cast<const __m128i*>(rgb + 3 * x + 12);
-    const __m256i both =
-        _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)), _mm_loadu_si128(high), 1);
+    const __m256i both = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)),
+                                                 _mm_loadu_si128(high), 1);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + x), _mm256_shuffle_epi8(both, spread));
   }
 #endif
@@ -160,11 +159,11 @@ bool decode(const uint8_t* stream, int64_t size, const Picture& picture, Form fo
   uint8_t* const window = memory + kTables;
   uint8_t* const most = window + kHistory + kSlab + stride;
   uint8_t* rows[2] = {most + kSlack, most + kSlack + n + kSlack};  // of segment ids
-  std::memset(rows[1], 0, n);  // above the first row
+  std::memset(rows[1], 0, n);                                      // above the first row
   const uint8_t* above = rows[1];
   const auto undo = picture.bytes == 3 ? undo_filter<3> : undo_filter<1>;
-  uint8_t* out = window;           // up to where it is inflated
-  const uint8_t* next = window;    // the row that is unfiltered next
+  uint8_t* out = window;         // up to where it is inflated
+  const uint8_t* next = window;  // the row that is unfiltered next
   const uint8_t* checked = window;
   uint32_t sum = 1, sums = 0;
   for (int64_t y = 0;;) {
@@ -172,8 +171,7 @@ bool decode(const uint8_t* stream, int64_t size, const Picture& picture, Form fo
     if (step == Step::wrong) return false;
     add_to_checksum(checked, out - checked, sum, sums);
     for (; out - next >= stride && y < picture.height; next += stride, ++y) {
-      uint8_t* const here =
-          form == kSegmentIds ? rows[y & 1] : static_cast<uint8_t*>(to) + y * n;
+      uint8_t* const here = form == kSegmentIds ? rows[y & 1] : static_cast<uint8_t*>(to) + y * n;
       if (!undo(next, above, n, here)) return false;
       if (form == kSegmentIds)
         join_ids(here, picture.width, static_cast<int32_t*>(to) + y * picture.width);

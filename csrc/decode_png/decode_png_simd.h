@@ -16,9 +16,9 @@ PYSEG_DECLARE_LEVELS(bool decode(const uint8_t* stream, int64_t size, const Pict
                                  Form form, uint8_t* memory, void* to);)
 
 // How decode divides its workspace.
-constexpr int64_t kSlab = 1 << 17;   // bytes that are inflated at a time, or a row if that is more
-constexpr int64_t kSlack = 512;      // what the inner loops may write beyond where they end
-constexpr int64_t kTables = 1 << 16; // of codes
+constexpr int64_t kSlab = 1 << 17;    // bytes that are inflated at a time, or a row if that is more
+constexpr int64_t kSlack = 512;       // what the inner loops may write beyond where they end
+constexpr int64_t kTables = 1 << 16;  // of codes
 
 inline int64_t workspace(const Picture& picture) {
   return kTables + kHistory + kSlab + (picture.row() + 1) + kSlack + 2 * (picture.row() + kSlack);

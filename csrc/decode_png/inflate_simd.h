@@ -25,9 +25,9 @@ struct Codes {
 };
 static_assert(sizeof(Codes) <= kTables);
 
-constexpr uint16_t kLengthBase[31] = {3,  4,  5,  6,  7,  8,  9,  10,  11,  13, 15,
-                                      17, 19, 23, 27, 31, 35, 43, 51,  59,  67, 83,
-                                      99, 115, 131, 163, 195, 227, 258, 0, 0};
+constexpr uint16_t kLengthBase[31] = {3,  4,   5,   6,   7,   8,   9,   10, 11, 13, 15,
+                                      17, 19,  23,  27,  31,  35,  43,  51, 59, 67, 83,
+                                      99, 115, 131, 163, 195, 227, 258, 0,  0};
 constexpr uint8_t kLengthExtra[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
                                       2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
 
@@ -221,10 +221,10 @@ struct Inflater {
   }
 
   bool build_both(int lengths, int distances) {
-    length_second = build<Alphabet::lengths, kLengthBits>(codes->sizes, lengths, codes->sorted,
-                                                          codes->lengths);
-    distance_second = build<Alphabet::distances, kDistanceBits>(
-        codes->sizes + lengths, distances, codes->sorted, codes->distances);
+    length_second =
+        build<Alphabet::lengths, kLengthBits>(codes->sizes, lengths, codes->sorted, codes->lengths);
+    distance_second = build<Alphabet::distances, kDistanceBits>(codes->sizes + lengths, distances,
+                                                                codes->sorted, codes->distances);
     return length_second >= 0 && distance_second >= 0;
   }
 
@@ -319,8 +319,8 @@ struct Inflater {
       }
       before = own.bits;
       own.drop(far & 255);
-      const int64_t distance = (far >> 16 & 0x7fff) +
-                               ((before & ((uint64_t(1) << (far & 255)) - 1)) >> (far >> 8 & 15));
+      const int64_t distance =
+          (far >> 16 & 0x7fff) + ((before & ((uint64_t(1) << (far & 255)) - 1)) >> (far >> 8 & 15));
       if (distance > out - begin) {
         step = Step::wrong;
         break;
@@ -360,8 +360,8 @@ PYSEG_INLINE void add_to_checksum(const uint8_t* data, int64_t n, uint32_t& sum,
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data + i));
       before = _mm256_add_epi32(before, total);
       total = _mm256_add_epi32(total, _mm256_sad_epu8(v, zero));
-      weighted = _mm256_add_epi32(weighted,
-                                  _mm256_madd_epi16(_mm256_maddubs_epi16(v, places), ones));
+      weighted =
+          _mm256_add_epi32(weighted, _mm256_madd_epi16(_mm256_maddubs_epi16(v, places), ones));
     }
     alignas(32) uint32_t lanes[3][8];
     _mm256_store_si256(reinterpret_cast<__m256i*>(lanes[0]), total);

@@ -72,7 +72,7 @@ def decode_png(draw: Draw) -> None:
     elif draw.chance(0.1):
         del file[draw.integer(0, len(file) - 1) :]
         whole = False
-    data = draw.tensor(np.frombuffer(bytes(file), np.uint8), broadcast=False)
+    data = draw.tensor(np.array(list(file), np.uint8), broadcast=False)
     arguments = {"data": data, "form": form}
     if draw.chance(0.1):
         change = draw.choice(
