@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from . import crf, labels, logits, regions  # noqa: F401  (they register their ops)
+from . import crf, files, labels, logits, regions  # noqa: F401  (they register their ops)
 from .draw import OPS, Draw
 from .memory import GuardedMemory
 
