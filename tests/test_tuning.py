@@ -238,10 +238,10 @@ def test_command_says_that_no_crf_is_best(tmp_path):
     assert '--spec "coarse(exact=True)"' in shown.output
 
 
-def test_command_knows_one_refiner(tmp_path):
+def test_command_knows_its_refiners(tmp_path):
     result = run("sam", "--dataset", "scenes", "--root", tmp_path)
     assert result.exit_code == 2
-    assert "only the refiner crf can be fitted, got 'sam'" in result.stderr
+    assert "only the refiners crf and temperature can be fitted, got 'sam'" in result.stderr
 
 
 def test_training_lowers_the_loss_and_raises_miou():
