@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import weights as weight_files
+from ..ops import boundary_mask
 from ..regions import VOID, Segments, void_label
 from ..types import Segmentation
 from ..weights import Remote
@@ -239,6 +240,8 @@ class SegFix(nn.Module):
         steps: longest path, in pixels; 0 leaves the prediction as it is.
         margin: only pixels change whose two best classes differ by less than this in probability,
             where the prediction has logits; above 1 all.
+        protect: pixels keep their label where it is thinner than 2 ``protect`` + 1 pixels, as of
+            poles and signs; 0 protects nothing.
         shared: take a model's features, where they are those that the refiner was trained with.
         weights: ``"default"`` = those that ship with pyseg, trained on CamVid (for research and
             demonstration only, see ``pyseg/assets/segfix_camvid.md``); a path or URL = those of
@@ -258,7 +261,8 @@ class SegFix(nn.Module):
         boundary: float = 0.5,
         direction: float = 0.0,
         steps: int = 8,
-        margin: float = 1.01,
+        margin: float = 0.5,
+        protect: int = 2,
         shared: bool = True,
         weights: str | Path | None = "default",
         channels: Sequence[int] | None = None,
@@ -270,10 +274,12 @@ class SegFix(nn.Module):
         whole = isinstance(steps, int) and not isinstance(steps, bool)
         if not whole or not 0 <= steps <= MAX_STEPS:
             raise ValueError(f"steps must be a whole number from 0 to {MAX_STEPS}, got {steps}")
+        if not isinstance(protect, int) or isinstance(protect, bool) or not 0 <= protect < 1000:
+            raise ValueError(f"protect must be a whole number from 0 to 999, got {protect}")
         if not margin >= 0:
             raise ValueError(f"margin must be 0 or more, got {margin}")
         self.boundary, self.direction, self.steps = boundary, direction, steps
-        self.margin, self.shared = margin, shared
+        self.margin, self.protect, self.shared = margin, protect, shared
         state, path = None, None
         if weights is not None:
             known = {"default": Remote(BUNDLED.as_uri())}
@@ -308,6 +314,7 @@ class SegFix(nn.Module):
             "direction": self.direction,
             "steps": self.steps,
             "margin": self.margin,
+            "protect": self.protect,
             "shared": self.shared,
             "channels": None if self.head is None else self.head.channels,
         }
@@ -343,7 +350,7 @@ class SegFix(nn.Module):
             return prediction
         boundary, direction = self.predict(image, prediction)
         moved, source = inward(boundary, direction, self.steps)
-        return _moved(prediction, moved, source, self.margin)
+        return _moved(prediction, moved, source, margin=self.margin, protect=self.protect)
 
     def predict(self, image: Tensor, prediction: Segmentation) -> tuple[Tensor, Tensor]:
         """Boundary [H, W] bool and direction [H, W] int64, -1 where none is sure enough."""
@@ -376,61 +383,77 @@ def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     return tuple(found) or None
 
 
-def _moved(prediction: Segmentation, moved: Tensor, source: Tensor, margin: float) -> Segmentation:
+def _moved(
+    prediction: Segmentation, moved: Tensor, source: Tensor, *, margin: float, protect: int
+) -> Segmentation:
     """A prediction with what is at ``source`` also at ``moved``, flat indices of pixels."""
     changed: dict[str, Any] = {}
-    if prediction.segments is not None:
-        segments = _moved_segments(prediction.segments, moved, source)
-        if segments is not None:
-            changed["segments"] = segments
-    if prediction.instances is not None:
-        masks = _moved_masks(prediction.instances.masks, moved, source)
-        if masks is not None:
-            changed["instances"] = replace(prediction.instances, masks=masks)
-    if prediction.logits is not None or prediction._labels is not None:
-        void, _ = void_label(len(prediction.classes))
-        labels = prediction.labels.flatten()
-        here, there = labels[moved], labels[source]
-        differ = (here != there) & (here != void) & (there != void)
-        moved, source = moved[differ], source[differ]
-        if prediction.logits is not None and len(moved):
-            logits = prediction.full_logits()
-            if logits is prediction.logits:
-                logits = logits.clone()
-            flat = logits.flatten(1)
-            if margin <= 1:
-                best = flat[:, moved].softmax(0).topk(min(2, len(flat)), 0).values
-                unsure = best[0] - best[-1] < margin
-                moved, source = moved[unsure], source[unsure]
-            if len(moved):
-                flat[:, moved] = flat[:, source]
-                changed["logits"] = logits
-        if len(moved):
-            labels = labels.clone()
-            labels[moved] = labels[source]
-            changed["_labels"] = labels.reshape(prediction.size)
+    segments, instances, logits = prediction.segments, prediction.instances, prediction.logits
+    if segments is not None:
+        where, whence = _moving(segments.map[None], moved, source, 0, protect)[0]
+        if len(where):
+            changed["segments"] = _moved_segments(segments, where, whence)
+    if instances is not None:
+        masks = instances.masks.clone()
+        chosen = _moving(masks.to(torch.uint8), moved, source, None, protect)
+        for mask, (where, whence) in zip(masks.flatten(1), chosen, strict=True):
+            if len(where) and not (len(where) == mask.sum() and mask[where].all()):
+                mask[where] = mask[whence]
+                changed["instances"] = replace(instances, masks=masks)
+    if logits is None and prediction._labels is None:
+        return replace(prediction, **changed) if changed else prediction
+    void, _ = void_label(len(prediction.classes))
+    labels = prediction.labels
+    where, whence = _moving(labels[None], moved, source, void, protect)[0]
+    if logits is not None and len(where):
+        full = prediction.full_logits()
+        full = full.clone() if full is logits else full
+        flat = full.flatten(1)
+        if margin <= 1:
+            best = flat[:, where].softmax(0).topk(min(2, len(flat)), 0).values
+            unsure = best[0] - best[-1] < margin
+            where, whence = where[unsure], whence[unsure]
+        flat[:, where] = flat[:, whence]
+        changed["logits"] = full
+    if len(where):
+        labels = labels.flatten().clone()
+        labels[where] = labels[whence]
+        changed["_labels"] = labels.reshape(prediction.size)
+    else:
+        changed.pop("logits", None)
     return replace(prediction, **changed) if changed else prediction
 
 
-def _moved_segments(segments: Segments, moved: Tensor, source: Tensor) -> Segments | None:
-    """None where nothing changes; a segment of which nothing is left is dropped."""
-    ids = segments.map.flatten()
-    here, there = ids[moved], ids[source]
-    differ = (here != there) & (here != 0) & (there != 0)
-    if not differ.any():
-        return None
-    ids = ids.clone()
-    ids[moved[differ]] = there[differ]
+def _moving(
+    maps: Tensor, moved: Tensor, source: Tensor, void: int | None, protect: int
+) -> list[tuple[Tensor, Tensor]]:
+    """For each map [N, H, W] of labels which of the pixels change, and whence."""
+    chosen = []
+    for labels, thick in zip(maps.flatten(1), _thick(maps, protect).flatten(1), strict=True):
+        here, there = labels[moved], labels[source]
+        change = (here != there) & thick[moved]
+        if void is not None:
+            change &= (here != void) & (there != void)
+        chosen.append((moved[change], source[change]))
+    return chosen
+
+
+def _thick(maps: Tensor, radius: int) -> Tensor:
+    """Pixels in a square of side 2 ``radius`` + 1 that is all of one label, [N, H, W] bool.
+
+    Squares may reach over the border of the image.
+    """
+    if radius == 0:
+        return torch.ones_like(maps, dtype=torch.bool)
+    centres = ~boundary_mask(maps, radius, border=False)
+    return centres | boundary_mask(centres.to(torch.uint8), radius, border=False)
+
+
+def _moved_segments(segments: Segments, where: Tensor, whence: Tensor) -> Segments:
+    """A segment of which nothing is left is dropped."""
+    ids = segments.map.flatten().clone()
+    ids[where] = ids[whence]
     found, counts = ids.unique(return_counts=True)
     areas = dict(zip(found.tolist(), counts.tolist(), strict=True))
     items = [replace(item, area=areas[item.id]) for item in segments.items if item.id in areas]
     return Segments(ids.reshape(segments.map.shape), tuple(items))
-
-
-def _moved_masks(masks: Tensor, moved: Tensor, source: Tensor) -> Tensor | None:
-    """None where nothing changes; a mask of which nothing would be left stays."""
-    flat = masks.flatten(1)
-    changed = flat.clone()
-    changed[:, moved] = flat[:, source]
-    changed = torch.where(changed.any(1, keepdim=True), changed, flat)
-    return None if torch.equal(changed, flat) else changed.reshape(masks.shape)
