@@ -8,7 +8,7 @@ image alone where boundaries are and which way leads from them to the inside.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -236,10 +236,11 @@ class SegFix(nn.Module):
 
     Args:
         boundary: probability from which a pixel counts as on a boundary.
-        direction: least probability of a pixel's direction for a path to follow it.
         steps: longest path, in pixels; 0 leaves the prediction as it is.
-        margin: only pixels change whose two best classes differ by less than this in probability,
-            where the prediction has logits; above 1 all.
+        margin: where a prediction has logits, only pixels change whose two best classes differ by
+            less than this in probability; above 1 all.
+        direction: where there are none, and for masks and segments, paths follow only directions
+            of at least this probability; 0 follows all.
         protect: pixels keep their label where it is thinner than 2 ``protect`` + 1 pixels, as of
             poles and signs; 0 protects nothing.
         shared: take a model's features, where they are those that the refiner was trained with.
@@ -259,9 +260,9 @@ class SegFix(nn.Module):
         self,
         *,
         boundary: float = 0.5,
-        direction: float = 0.0,
-        steps: int = 8,
-        margin: float = 0.5,
+        steps: int = 4,
+        margin: float = 0.3,
+        direction: float = 0.6,
         protect: int = 2,
         shared: bool = True,
         weights: str | Path | None = "default",
@@ -311,9 +312,9 @@ class SegFix(nn.Module):
         """The options that rebuild it without its weights."""
         return {
             "boundary": self.boundary,
-            "direction": self.direction,
             "steps": self.steps,
             "margin": self.margin,
+            "direction": self.direction,
             "protect": self.protect,
             "shared": self.shared,
             "channels": None if self.head is None else self.head.channels,
@@ -348,12 +349,19 @@ class SegFix(nn.Module):
             )
         if not self.steps or not min(size):
             return prediction
-        boundary, direction = self.predict(image, prediction)
-        moved, source = inward(boundary, direction, self.steps)
-        return _moved(prediction, moved, source, margin=self.margin, protect=self.protect)
+        boundary, direction, sure = self.predict(image, prediction)
+        paths = inward(boundary, direction, self.steps)
+        certain = torch.where(sure >= self.direction, direction, -1)
+        return _moved(
+            prediction,
+            paths,
+            lambda: inward(boundary, certain, self.steps),
+            margin=self.margin,
+            protect=self.protect,
+        )
 
-    def predict(self, image: Tensor, prediction: Segmentation) -> tuple[Tensor, Tensor]:
-        """Boundary [H, W] bool and direction [H, W] int64, -1 where none is sure enough."""
+    def predict(self, image: Tensor, prediction: Segmentation) -> tuple[Tensor, Tensor, Tensor]:
+        """Boundary [H, W] bool, direction [H, W] int64 and its probability [H, W]."""
         features = None
         for key in self.wanted_features:
             features = (prediction.features or {}).get(key)
@@ -370,9 +378,8 @@ class SegFix(nn.Module):
         out = out.float()
         edge = F.interpolate(out[:, :1], size, mode="bilinear", align_corners=False)[0, 0]
         sure, way = out[:, 1:].softmax(1).max(1, keepdim=True)
-        way = torch.where(sure >= self.direction, way, -1).float()
-        way = F.interpolate(way, size, mode="nearest-exact")[0, 0].long()
-        return edge.sigmoid() >= self.boundary, way
+        both = F.interpolate(torch.cat([sure, way.float()], 1), size, mode="nearest-exact")[0]
+        return edge.sigmoid() >= self.boundary, both[1].long(), both[0]
 
 
 def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
@@ -383,51 +390,61 @@ def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     return tuple(found) or None
 
 
+Paths = tuple[Tensor, Tensor]  # flat indices of pixels, and of where what they get comes from
+
+
 def _moved(
-    prediction: Segmentation, moved: Tensor, source: Tensor, *, margin: float, protect: int
+    prediction: Segmentation,
+    paths: Paths,
+    certain: Callable[[], Paths],
+    *,
+    margin: float,
+    protect: int,
 ) -> Segmentation:
-    """A prediction with what is at ``source`` also at ``moved``, flat indices of pixels."""
+    """A prediction with pixels changed: by ``paths`` where it has logits, else by ``certain``."""
     changed: dict[str, Any] = {}
     segments, instances, logits = prediction.segments, prediction.instances, prediction.logits
+    by_labels = logits is None and prediction._labels is not None
+    if segments is not None or instances is not None or by_labels:
+        sure = certain()
     if segments is not None:
-        where, whence = _moving(segments.map[None], moved, source, 0, protect)[0]
+        where, whence = _moving(segments.map[None], sure, 0, protect)[0]
         if len(where):
             changed["segments"] = _moved_segments(segments, where, whence)
     if instances is not None:
         masks = instances.masks.clone()
-        chosen = _moving(masks.to(torch.uint8), moved, source, None, protect)
+        chosen = _moving(masks.to(torch.uint8), sure, None, protect)
         for mask, (where, whence) in zip(masks.flatten(1), chosen, strict=True):
+            # A mask of which nothing would be left stays.
             if len(where) and not (len(where) == mask.sum() and mask[where].all()):
                 mask[where] = mask[whence]
                 changed["instances"] = replace(instances, masks=masks)
-    if logits is None and prediction._labels is None:
-        return replace(prediction, **changed) if changed else prediction
-    void, _ = void_label(len(prediction.classes))
-    labels = prediction.labels
-    where, whence = _moving(labels[None], moved, source, void, protect)[0]
-    if logits is not None and len(where):
-        full = prediction.full_logits()
-        full = full.clone() if full is logits else full
-        flat = full.flatten(1)
-        if margin <= 1:
-            best = flat[:, where].softmax(0).topk(min(2, len(flat)), 0).values
-            unsure = best[0] - best[-1] < margin
-            where, whence = where[unsure], whence[unsure]
-        flat[:, where] = flat[:, whence]
-        changed["logits"] = full
-    if len(where):
-        labels = labels.flatten().clone()
-        labels[where] = labels[whence]
-        changed["_labels"] = labels.reshape(prediction.size)
-    else:
-        changed.pop("logits", None)
+    if logits is not None or by_labels:
+        void, _ = void_label(len(prediction.classes))
+        labels = prediction.labels
+        given = sure if logits is None else paths
+        where, whence = _moving(labels[None], given, void, protect)[0]
+        if logits is not None and len(where):
+            full = prediction.full_logits()
+            full = full.clone() if full is logits else full
+            flat = full.flatten(1)
+            if margin <= 1:
+                best = flat[:, where].softmax(0).topk(min(2, len(flat)), 0).values
+                unsure = best[0] - best[-1] < margin
+                where, whence = where[unsure], whence[unsure]
+            if len(where):
+                flat[:, where] = flat[:, whence]
+                changed["logits"] = full
+        if len(where):
+            labels = labels.flatten().clone()
+            labels[where] = labels[whence]
+            changed["_labels"] = labels.reshape(prediction.size)
     return replace(prediction, **changed) if changed else prediction
 
 
-def _moving(
-    maps: Tensor, moved: Tensor, source: Tensor, void: int | None, protect: int
-) -> list[tuple[Tensor, Tensor]]:
-    """For each map [N, H, W] of labels which of the pixels change, and whence."""
+def _moving(maps: Tensor, paths: Paths, void: int | None, protect: int) -> list[Paths]:
+    """For each map [N, H, W] of labels the paths that change it."""
+    moved, source = paths
     chosen = []
     for labels, thick in zip(maps.flatten(1), _thick(maps, protect).flatten(1), strict=True):
         here, there = labels[moved], labels[source]

@@ -162,11 +162,12 @@ def test_paths_are_those_of_brute_force(generator, steps):
 
 
 class Known(SegFix):
-    """Says of boundaries what it is told."""
+    """Says of boundaries what it is told; sure of all directions, or as told."""
 
-    def __init__(self, boundary, direction, **options):
+    def __init__(self, boundary, way, sure=None, **options):
         super().__init__(weights=None, **options)
-        self.known = boundary, direction
+        sure = torch.ones(boundary.shape) if sure is None else sure
+        self.known = boundary, way, sure
 
     def predict(self, image, prediction):
         return self.known
@@ -242,6 +243,23 @@ def test_only_unsure_pixels_move(generator):
         assert last is None or not (last & ~moved).any()
         last = moved
     assert last.any()
+
+
+def test_labels_alone_move_by_sure_directions(generator):
+    given, boundary, direction = drawn(generator, (24, 31))
+    bare = given.with_labels(given.labels)
+    sure = torch.rand(24, 31, generator=generator)
+    found = {}
+    for least in (0.0, 0.6):
+        refiner = Known(boundary, direction, sure, margin=2, protect=0, direction=least)
+        found[least] = refiner.refine(picture((24, 31)), bare).labels
+        # With logits the margin decides.
+        found["logits"] = refiner.refine(picture((24, 31)), given).labels
+        assert torch.equal(found["logits"], found[0.0])
+    only = torch.where(sure >= 0.6, direction, -1)
+    expected = Known(boundary, only, margin=2, protect=0).refine(picture((24, 31)), bare)
+    assert torch.equal(found[0.6], expected.labels)
+    assert not torch.equal(found[0.6], found[0.0])
 
 
 def test_thin_labels_stay(generator):
@@ -418,7 +436,7 @@ def training(tmp_path, pipeline=None, **options):
 
 
 def test_training_learns_shapes(tmp_path):
-    result = training(tmp_path, epochs=40, width=5, margin=2, protect=0, steps=8)
+    result = training(tmp_path, epochs=25, width=5, margin=2, protect=0, steps=8)
     assert result.losses[-1] < 0.5 * result.losses[0]
     assert result.trained["miou"] > result.off["miou"] + 0.02
     assert result.table()[0][0] == "segfix" and len(result.table()[1]) == 3
