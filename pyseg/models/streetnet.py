@@ -104,8 +104,8 @@ class StreetNet(nn.Module):
     def forward(self, x: Tensor, *, features: bool = False) -> dict[str, Any]:
         """[N, 3, H, W] normalised RGB to logits ``out`` [N, C, ⌈H/2⌉, ⌈W/2⌉].
 
-        ``features``: under this name also the maps that other heads may use, of the decoder: at
-        strides 2, with the stem's beside it, 4 and 8.
+        ``features``: under this name also the maps that other heads may use, of the decoder at
+        strides 2, 4 and 8.
         """
         x = x.contiguous(memory_format=torch.channels_last)
         fine = self.stem(x)
@@ -130,7 +130,7 @@ class StreetNet(nn.Module):
                 outputs["aux8"] = self.head8(top)
         top = self.refine(F.relu(fine + _resize(self.reduce(top), fine)))
         if features:
-            outputs["features"] = (torch.cat([top, fine], 1), coarse[2], coarse[1])
+            outputs["features"] = (top, coarse[2], coarse[1])
         return {"out": self.head(top), **outputs}
 
 

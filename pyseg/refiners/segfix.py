@@ -113,13 +113,16 @@ def _distance_to_others(labels: Tensor, known: Tensor, reach: int) -> Tensor:
     return table[nearest.long()]
 
 
-def inward(boundary: Tensor, direction: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def inward(
+    boundary: Tensor, direction: Tensor, steps: int, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Follows the directions from the pixels of boundaries until off these.
 
     Args:
         boundary: [H, W] bool.
         direction: [H, W] int64 indices into `DIRECTIONS`; others, such as -1, stop there.
         steps: at most so many, each to one of the eight neighbours.
+        start: [H, W] bool, pixels to begin at, as far as they are on a boundary; None = all.
 
     Returns:
         Flat indices of the pixels that have got off, and of where: both [K] int64.
@@ -127,16 +130,17 @@ def inward(boundary: Tensor, direction: Tensor, steps: int) -> tuple[Tensor, Ten
     height, width = boundary.shape
     on, way = boundary.flatten(), direction.flatten()
     moves = torch.tensor([*DIRECTIONS, (0, 0)], device=boundary.device)
-    way = torch.where((way >= 0) & (way < len(DIRECTIONS)), way, len(DIRECTIONS))
-    start = on.nonzero().flatten()
-    place = start
+    begin = (on if start is None else on & start.flatten()).nonzero().flatten()
+    place = begin
     for _ in range(min(steps, MAX_STEPS)):
-        move = moves[torch.where(on[place], way[place], len(DIRECTIONS))]
+        k = way[place]
+        go = on[place] & (k >= 0) & (k < len(DIRECTIONS))
+        move = moves[torch.where(go, k, len(DIRECTIONS))]
         y = (place // width + move[:, 0]).clamp_(0, height - 1)
         x = (place % width + move[:, 1]).clamp_(0, width - 1)
         place = y * width + x
     off = ~on[place]
-    return start[off], place[off]
+    return begin[off], place[off]
 
 
 class BoundaryHead(nn.Module):
@@ -148,14 +152,18 @@ class BoundaryHead(nn.Module):
     Args:
         channels: of the feature maps, the finest first.
         width: channels in the head.
+        fine: smooth the sum at the finest map, too, which is most of the cost; maps of a decoder
+            have been smoothed there.
     """
 
-    def __init__(self, channels: Sequence[int], width: int = 32) -> None:
+    def __init__(self, channels: Sequence[int], width: int = 32, *, fine: bool = False) -> None:
         super().__init__()
         self.channels = tuple(channels)
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1, bias=False) for c in self.channels)
         self.norm = nn.ModuleList(nn.BatchNorm2d(width) for _ in self.channels)
-        self.smooth = nn.ModuleList(_conv(width, width) for _ in self.channels)
+        self.smooth = nn.ModuleList(
+            _conv(width, width) if k or fine else nn.Identity() for k in range(len(self.channels))
+        )
         self.out = nn.Conv2d(width, 1 + len(DIRECTIONS), 1)
         nn.init.zeros_(self.out.weight[:1])
         nn.init.constant_(self.out.bias[:1], math.log(_SEEDS / (1 - _SEEDS)))
@@ -199,7 +207,7 @@ class BoundaryNetwork(nn.Module):
             nn.Sequential(_conv(a, b, stride=2), *(_Block(b) for _ in range(depth)))
             for a, b, depth in zip(widths, widths[1:], depths, strict=False)
         )
-        self.head = BoundaryHead(widths)
+        self.head = BoundaryHead(widths, fine=True)
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] RGB uint8 to [N, 9, h, w], at stride 2."""
@@ -388,7 +396,10 @@ class SegFix(nn.Module):
         if not self.steps or not min(size):
             return prediction
         boundary, direction, sure = self.predict(image, prediction)
-        paths = inward(boundary, direction, self.steps)
+        near = None
+        if prediction.logits is not None:  # further off, all labels are the same
+            near = boundary_mask(prediction.labels[None], self.steps, border=False)[0]
+        paths = inward(boundary, direction, self.steps, near)
         certain = torch.where(sure >= self.direction, direction, -1)
         return _moved(
             prediction,
@@ -415,9 +426,11 @@ class SegFix(nn.Module):
         size = tuple(image.shape[1:])
         out = out.float()
         edge = F.interpolate(out[:, :1], size, mode="bilinear", align_corners=False)[0, 0]
-        sure, way = out[:, 1:].softmax(1).max(1, keepdim=True)
+        best, way = out[:, 1:].max(1, keepdim=True)
+        sure = (best - out[:, 1:].logsumexp(1, keepdim=True)).exp()
         both = F.interpolate(torch.cat([sure, way.float()], 1), size, mode="nearest-exact")[0]
-        return edge.sigmoid() >= self.boundary, both[1].long(), both[0]
+        least = torch.tensor(self.boundary, dtype=torch.float64).logit()
+        return edge >= least.item(), both[1].long(), both[0]
 
 
 def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import math
 import pickle
 
@@ -614,3 +616,33 @@ def test_refuses_an_image_of_another_size():
     given = Segmentation((4, 5), ("a",)).with_labels(torch.zeros(4, 5, dtype=torch.uint8))
     with pytest.raises(ValueError, match="image is"):
         SegFix(weights=None).refine(picture((5, 4)), given)
+
+
+def test_the_card_has_the_numbers_that_were_measured():
+    card = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in card
+    rows = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["fold"], row["model"], row["refiner"]): row for row in rows}
+
+    def cell(difference):
+        value, low, high = (f"{number:+.2f}" for number in difference)
+        return f"{value} [{low}, {high}]"
+
+    thin = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
+    for (fold, model, refiner), row in found.items():
+        if refiner == "none":
+            continue
+        plain = found[fold, model, "none"]
+        cells = [
+            *(fold, model, refiner),
+            *(f"{plain['miou']:.4f}", cell(row["delta_miou"])),
+            *(f"{plain['boundary_iou']:.4f}", cell(row["delta_boundary_iou"])),
+        ]
+        assert f"| {' | '.join(cells)} |" in card
+        if fold != "other cities":
+            changes = [f"{row['delta_per_class'][name][0]:+.2f}" for name in thin]
+            assert f"| {' | '.join([fold, model, refiner, *changes])} |" in card
+        if refiner.startswith("segfix") and "crf" not in refiner:
+            assert row["delta_miou"][0] > -0.2  # what a default may lose at most
+    names = {"dusk", "day", "validation", "other cities"}
+    assert {row["fold"] for row in rows} == names and len(found) == len(rows)
