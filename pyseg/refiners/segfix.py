@@ -166,6 +166,7 @@ class BoundaryHead(nn.Module):
         )
         self.out = nn.Conv2d(width, 1 + len(DIRECTIONS), 1)
         nn.init.zeros_(self.out.weight[:1])
+        assert self.out.bias is not None
         nn.init.constant_(self.out.bias[:1], math.log(_SEEDS / (1 - _SEEDS)))
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
@@ -435,7 +436,7 @@ class SegFix(nn.Module):
 
 def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """Of the feature maps that a file's head takes."""
-    found = []
+    found: list[int] = []
     while (weight := state.get(f"head.project.{len(found)}.weight")) is not None:
         found.append(weight.shape[1])
     return tuple(found) or None

@@ -16,7 +16,13 @@ from ..classes import check_classes
 from ..errors import LabelError, PysegError
 from ..metrics.semantic import Semantic
 from ..pipeline import Pipeline, Stage
-from ..refiners.segfix import WIDTH, BoundaryHead, SegFix, boundary_targets
+from ..refiners.segfix import (
+    WIDTH,
+    BoundaryHead,
+    BoundaryNetwork,
+    SegFix,
+    boundary_targets,
+)
 from ..spec import StageSpec
 from ..types import VOID, Dataset
 from .crf import Training
@@ -119,9 +125,9 @@ def train_segfix(
     refiner = SegFix(**options).to(pipeline.device)
     model = pipeline.model
     key = getattr(model, "features_key", None) if shared else None
-    trained: nn.Module = refiner.network
+    trained: nn.Module
     if key is None:
-        refiner.network.apply(_reset)
+        trained = refiner.network = BoundaryNetwork().to(pipeline.device)
     else:
         probe = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=pipeline.device)
         with torch.no_grad():
@@ -249,8 +255,3 @@ class _Some:
         if sample.labels is None:
             raise LabelError(f"sample {sample.name} has no labels; training needs them for all")
         return sample
-
-
-def _reset(module: nn.Module) -> None:
-    if module.__class__.__name__ != "BoundaryHead" and hasattr(module, "reset_parameters"):
-        module.reset_parameters()
