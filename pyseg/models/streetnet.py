@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,8 +99,14 @@ class StreetNet(nn.Module):
         self.head8 = nn.Conv2d(width, num_classes, 1)
         self.head16 = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """[N, 3, H, W] normalised RGB to logits ``out`` [N, C, ⌈H/2⌉, ⌈W/2⌉]."""
+    offers_features = True
+
+    def forward(self, x: Tensor, *, features: bool = False) -> dict[str, Any]:
+        """[N, 3, H, W] normalised RGB to logits ``out`` [N, C, ⌈H/2⌉, ⌈W/2⌉].
+
+        ``features``: under this name also the maps that other heads may use, of the decoder at
+        strides 2, 4 and 8.
+        """
         x = x.contiguous(memory_format=torch.channels_last)
         fine = self.stem(x)
         levels = []
@@ -111,15 +118,19 @@ class StreetNet(nn.Module):
         for size, project in zip(_POOLS, self.context, strict=True):
             top = top + _resize(project(F.adaptive_avg_pool2d(x, size)), top)
         top = self.smooth[-1](F.relu(top))
-        outputs = {}
+        outputs: dict[str, Any] = {}
+        coarse = []
         for i in (2, 1, 0):
             skip = self.lateral[i](levels[i])
             top = self.smooth[i](F.relu(skip + _resize(top, skip)))
+            coarse.append(top)
             if self.training and i == 2:
                 outputs["aux16"] = self.head16(top)
             if self.training and i == 1:
                 outputs["aux8"] = self.head8(top)
         top = self.refine(F.relu(fine + _resize(self.reduce(top), fine)))
+        if features:
+            outputs["features"] = (top, coarse[2], coarse[1])
         return {"out": self.head(top), **outputs}
 
 
