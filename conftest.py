@@ -6,6 +6,7 @@ GPU and torch version, which `--save-baseline` writes. What fails the run: a rat
 under the baseline, and a SIMD level that is more than 5 % slower than a lower one.
 """
 
+import argparse
 import datetime
 import json
 import os
@@ -23,6 +24,13 @@ RESULTS = pytest.StashKey[dict]()
 PROBLEMS = pytest.StashKey[list]()
 
 
+def _part(text):
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N")
+    return int(number) - 1, int(parts)
+
+
 def pytest_addoption(parser):
     group = parser.getgroup("pyseg")
     group.addoption("--benchmark", action="store_true", help="run benchmarks/, not the tests")
@@ -35,6 +43,12 @@ def pytest_addoption(parser):
         "--rehearse",
         action="store_true",
         help="with --benchmark: GPU benchmarks run once on the CPU, are checked and not timed",
+    )
+    group.addoption(
+        "--part",
+        metavar="K/N",
+        type=_part,
+        help="of N parts of the tests that were chosen the Kth, from 1 on",
     )
     group.addoption(
         "--log-json",
@@ -71,9 +85,14 @@ def _is_benchmark(path):
     return inside and path.suffix == ".py" and path.name != "conftest.py"
 
 
+@pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
     if not config.option.benchmark:  # not even where the command line names the file
         items[:] = [item for item in items if not _is_benchmark(item.path)]
+    if config.option.part is not None:
+        first, step = config.option.part
+        config.hook.pytest_deselected(items=[x for k, x in enumerate(items) if k % step != first])
+        items[:] = items[first::step]
 
 
 def pytest_collect_file(file_path, parent):

@@ -91,6 +91,19 @@ def test_benchmarks_are_no_tests(project):
     assert result.returncode != 0 and "needs --benchmark" in result.stderr
 
 
+def test_parts_make_the_whole(project):
+    root, run = project
+    names = [f"test_{letter}" for letter in "abcdefg"]
+    code = "".join(f"def {name}():\n    pass\n" for name in names)
+    (root / "tests" / "test_one.py").write_text(code)
+    parts = [re.findall(r"::(test_\w)\b", run("-v", "--part", f"{k}/3").stdout) for k in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == names and [
+        len(part) for part in parts
+    ] == [3, 2, 2]
+    result = run("--part", "4/3")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR and "'4/3' is not K/N" in result.stderr
+
+
 def test_ratios_and_baseline(project):
     root, run = project
     result = run("--benchmark")
