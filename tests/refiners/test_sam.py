@@ -332,7 +332,7 @@ def test_the_ceiling_on_camvid(every):
             "vote": SamRefiner(perfect, mode="vote"),
             "prompt": SamRefiner(perfect),
         }
-        if number % 4 == 0:
+        if number % (4 if every == 1 else 12) == 0:  # these take longest
             cases["garbage ungated"] = SamRefiner(
                 garbage, mode="vote", agreement=0, rim_agreement=0, margin=2
             )
