@@ -34,7 +34,7 @@ PACKAGES = (
     "accelerate",
 )
 _IMPORTERS = {"import_module", "importlib.import_module", "require", "errors.require"}
-_NEIGHBOURS = {"pyseg.promptable"}  # of those that import it: the segmenters behind sam and sam2
+_NEIGHBOURS = "pyseg.promptable"  # of those that import it: the segmenters behind sam and sam2
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")  # what a spec can call a stage
 # Importing sam2 starts Hydra, whose state is one for the whole process and may be the user's.
 _NOT_IMPORTED = {"sam2"}
@@ -212,7 +212,8 @@ def _imports(module: str, seen: set[str]) -> set[str]:
     for name in _names(origin, os.stat(origin).st_mtime_ns, spec.parent):
         package = name.partition(".")[0]
         if package == root:
-            near = name.rpartition(".")[0] == module.rpartition(".")[0] or name in _NEIGHBOURS
+            near = name.rpartition(".")[0] == module.rpartition(".")[0]
+            near |= f"{name}.".startswith(f"{_NEIGHBOURS}.")
             if near and name not in seen and _found(name) is not None:
                 packages |= _imports(name, seen)
         elif package and package not in sys.stdlib_module_names:

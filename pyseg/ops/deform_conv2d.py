@@ -71,7 +71,13 @@ def deform_conv2d(
         ... )
         True
     """
-    named: dict[str, Any] = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    named: dict[str, Any] = {
+        "input": input,
+        "offset": offset,
+        "weight": weight,
+        "bias": bias,
+        "mask": mask,
+    }
     tensors = {
         name: tensor
         for name, tensor in named.items()
