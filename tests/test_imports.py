@@ -13,7 +13,7 @@ FLOORS = (
     {"formats", "page", "rasters", "visual"},
     {"ops"},
     {"compat", "types"},
-    {"processes", "promptable"},
+    {"fusion", "processes", "promptable"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
