@@ -45,7 +45,7 @@ class Rules:
     area_ratio: float = 2.0
     agreement: float = 0.9
     outline: float = 0.25
-    skew: float = 0.25
+    displacement: float = 1.0
     strength: float = 8.0
     boundary: int = 8
     margin: float = 0.5
@@ -92,6 +92,8 @@ class Fusion:
 
     def __post_init__(self) -> None:
         self._logits = self.prediction.full_logits()
+        self._moves = torch.zeros(2, 2, dtype=torch.float64)  # of all masks with an outline
+        self._outlines = 0
 
     @property
     def device(self) -> torch.device:
@@ -140,6 +142,8 @@ class Fusion:
         """The prediction with what the accepted masks change; itself if that is nothing."""
         if not self._accepted or self.rules.strength == 0:
             return self.prediction
+        if self._outlines and not self._in_place(self._moves, self._outlines):
+            return self.prediction  # who draws all outlines beside their places knows none
         size = self.prediction.size
         zone = self._zone()
         owner = torch.full(size, -1, dtype=torch.int16, device=self.device)
@@ -241,20 +245,19 @@ class Fusion:
         count = int(band.sum())
         if not count:  # all of the image
             return True
+        moves = _moves(inside, p)
+        self._moves += moves
+        self._outlines += 1
         error = float(((p - inside.float())[band] ** 2).sum()) / count
-        if error > self.rules.outline:
-            return False
-        # The probability on the outline, seen from the left, the right, above and below.
-        for dim in (1, 0):
-            length = inside.shape[dim] - 1
-            low, high = inside.narrow(dim, 0, length), inside.narrow(dim, 1, length)
-            middle = (p.narrow(dim, 0, length) + p.narrow(dim, 1, length)) / 2
-            sides = []
-            for edge in (high & ~low, low & ~high):
-                number = int(edge.sum())
-                if number:
-                    sides.append(float(middle[edge].sum()) / number)
-            if len(sides) == 2 and abs(sides[0] - sides[1]) > self.rules.skew:
+        return error <= self.rules.outline and self._in_place(moves, 1)
+
+    def _in_place(self, moves: Tensor, masks: int) -> bool:
+        """Whether masks lie where the probabilities have them: see `_moves`, here summed over
+        ``masks``. Of few masks, which may each be off by chance, less is asked."""
+        allowed = self.rules.displacement * (1 + 2 / math.sqrt(masks))
+        for onward, back in moves.tolist():
+            # Newton's step to the least error, -(f(1) - f(-1)) / (2 (f(1) + f(-1) - 2 f(0))).
+            if abs(onward - back) > allowed * 2 * max(onward + back, 0):
                 return False
         return True
 
@@ -351,6 +354,30 @@ def _strip(region: Region, window: tuple[slice, slice], device: torch.device) ->
     x = torch.arange(columns.start, columns.stop, device=device)
     along = x * region.axis[0] + y * region.axis[1]
     return (along >= region.strip[0]) & (along < region.strip[1])
+
+
+def _moves(inside: Tensor, p: Tensor) -> Tensor:
+    """What moving a mask by a pixel would change.
+
+    Args:
+        inside: the mask, [h, w] bool.
+        p: probability of its class, [h, w].
+
+    Returns:
+        [2, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
+        if it moves back, along x and along y.
+    """
+    changes = []
+    for dim in (1, 0):
+        length = inside.shape[dim] - 1
+        before, after = inside.narrow(dim, 0, length), inside.narrow(dim, 1, length)
+        first, second = p.narrow(dim, 0, length), p.narrow(dim, 1, length)
+        begins, ends = after & ~before, before & ~after
+        # A pixel that joins adds (1 - p)^2 - p^2 = 1 - 2 p, one that leaves takes that away.
+        onward = (1 - 2 * second)[ends].sum() - (1 - 2 * second)[begins].sum()
+        back = (1 - 2 * first)[begins].sum() - (1 - 2 * first)[ends].sum()
+        changes.append(torch.stack([onward, back]))
+    return torch.stack(changes).double().cpu()
 
 
 def _margin(probabilities: Tensor) -> Tensor:
