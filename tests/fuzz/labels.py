@@ -453,18 +453,10 @@ def run_edges(draw: Draw) -> None:
     if begin != len(edges):
         raise Wrong("edges of a damaged text")
     pairs = draw.integer(0, 200) if len(whole) else 0
-    side = {"edges": edges, "ends": counts[whole].cumsum(0)}
+    side = (edges, counts[whole].cumsum(0))
     chosen = [draw.rng.integers(0, max(1, len(whole)), pairs) for _ in range(2)]
-    shared = draw.call(
-        torch.ops.pyseg._run_overlaps,
-        **{
-            f"{which}_{name}": value
-            for which in ("first", "second")
-            for name, value in side.items()
-        },
-        first=draw.tensor(chosen[0], broadcast=False).contiguous(),
-        second=draw.tensor(chosen[1], broadcast=False).contiguous(),
-    )
+    drawn = [draw.tensor(which, broadcast=False).contiguous() for which in chosen]
+    shared = draw.call(torch.ops.pyseg._run_overlaps, *side, *side, *drawn)
     kept = flat[whole.numpy()].astype(np.int64)
     expected = (kept[chosen[0]] * kept[chosen[1]]).sum(1)
     if shared.tolist() != expected.tolist():
