@@ -48,7 +48,7 @@ def scores(pipeline, dataset):
         "miou": round(found["miou"], 4),
         "accuracy": round(found["pixel_accuracy"], 4),
         "iou": {
-            name: None if math.isnan(entry["iou"] or math.nan) else round(entry["iou"], 4)
+            name: None if math.isnan(entry["iou"]) else round(entry["iou"], 4)
             for name, entry in found["per_class"].items()
         },
     }
