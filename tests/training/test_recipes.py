@@ -100,12 +100,15 @@ def test_the_recipe_of_streetnet_trains(tmp_path):
         *("--repeats", "8,1", *short),
     )
     assert again.exit_code == 0, again.output
-    wrong = run("--config", "streetnet", "--root", root, "--output", tmp_path / "c", "--repeats", 6)
-    assert wrong.exit_code and "repeats must be a positive integer" in wrong.output
-    wrong = run(
-        "--config", "streetnet", "--root", root, "--output", tmp_path / "c", "--repeats", "6;1"
-    )
-    assert wrong.exit_code and "--repeats must be integers such as 6,1" in wrong.output
+    for repeats, message in (
+        ("6", "repeats must be a positive integer for each of 4 data sets"),
+        ("6;1", "--repeats must be integers such as 6,1"),
+    ):
+        wrong = run(
+            *("--config", "streetnet", "--root", root, "-o", tmp_path / "c", "--weights", "none"),
+            *("--repeats", repeats),
+        )
+        assert wrong.exit_code == 2 and message in wrong.output
 
 
 def test_values_of_a_recipe(tmp_path):
