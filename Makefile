@@ -24,8 +24,8 @@ test: $(TESTED) $(PLUGINS)/.installed  ## the tests, less the slow ones
 	$(PYTEST) worksteal
 	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests)
 
-test-slow: $(TESTED)  ## the slow ones only: sanitizers, many seeds, every compiler
-	$(PYTEST) load --maxschedchunk 1 -m slow
+test-slow: $(TESTED)  ## the slow ones only: sanitizers, every compiler; PART=1/3 a third of them
+	$(PYTEST) load --maxschedchunk 1 -m slow $(if $(PART),--part $(PART))
 
 sanitize: $(TESTED)  ## the CPU kernels under ASan, UBSan and TSan, at every SIMD level
 	$(BIN)/python tests/sanitize.py

@@ -2,7 +2,7 @@
 
 The template of an op's benchmarks: the size that people have, the best peer that they could install
 instead, both on the same number of threads, a goal, and `check`, by which a wrong result is no
-result. `compare` and `gpu` are fixtures of the root conftest.py.
+result. `compare` and `gpu` are fixtures of conftest.py beside it.
 """
 
 import numpy as np

@@ -1222,7 +1222,8 @@ def convert_command(
     typer.echo(f"wrote {result.output}")
 
 
-RefinerArgument = Annotated[str, typer.Argument(help="Refiner: crf.")]
+TunedArgument = Annotated[str, typer.Argument(help="Refiner: crf or temperature.")]
+TrainedArgument = Annotated[str, typer.Argument(help="Refiner: crf or segfix.")]
 RefinedOption = Annotated[
     str,
     typer.Option(
@@ -1235,7 +1236,7 @@ RefinedOption = Annotated[
 
 @app.command(cls=_documented_by("tuning.py:tune_crf"))
 def tune(
-    refiner: RefinerArgument,
+    refiner: TunedArgument,
     dataset: DatasetOption,
     root: RootOption = None,
     spec: RefinedOption = "streetnet",
@@ -1258,9 +1259,22 @@ def tune(
     """
     from . import tuning
 
-    _check_refiner(refiner)
+    _check_refiner(refiner, ("crf", "temperature"), {"trials": trials, "output": output})
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
+    if refiner == "temperature":
+        found = tuning.tune_temperature(
+            pipeline, data, track=_track("tuning"), **_given(limit=limit, seed=seed)
+        )
+        if as_json:
+            return _print_json(found.to_dict())
+        _print_table(*found.table(), numbers=True)
+        gains = "lowers" if found.spec != str(pipeline) else "does not lower"
+        typer.echo(
+            f"a temperature of {found.temperature:g} {gains} the NLL of images not fitted; use "
+            f'--spec "{found.spec}"'
+        )
+        return
     result = tuning.tune_crf(
         pipeline,
         data,
@@ -1283,12 +1297,23 @@ def tune(
         )
 
 
-@app.command("train-refiner", cls=_documented_by("training/crf.py:train_crf"))
+@app.command(
+    "train-refiner",
+    cls=_documented_by(
+        "training/crf.py:train_crf", "training/segfix.py:train_segfix", second="of segfix"
+    ),
+)
 def train_refiner(
-    refiner: RefinerArgument,
+    refiner: TrainedArgument,
     dataset: DatasetOption,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the pipeline with the refiner.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the pipeline with the refiner; segfix puts its checkpoint there and "
+            "the pipeline in pipeline/.",
+        ),
     ],
     root: RootOption = None,
     spec: RefinedOption = "streetnet",
@@ -1297,29 +1322,50 @@ def train_refiner(
     limit: LimitOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of Adam.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="segfix: crops per step.")] = None,
+    shared: Annotated[
+        bool | None,
+        typer.Option(help="segfix: a head on the features of a model that offers them."),
+    ] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="segfix: go on from the checkpoint.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of images.")] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a refiner's kernel weights and label compatibility behind a pipeline that stays."""
+    """Train a refiner behind a pipeline that stays as it is.
+
+    Of crf the kernel weights and the label compatibility; of segfix the network that finds
+    boundaries and the way off them.
+    """
     from . import training
 
-    _check_refiner(refiner)
+    own = {"batch_size": batch_size, "shared": shared, "resume": resume}
+    _check_refiner(refiner, ("crf", "segfix"), own)
     if check_split == split:
         raise PysegError(
             f"--split and --check-split must be different, got {split!r} for both: scores on "
             "images that were trained on tell nothing"
         )
     data, check = _dataset(dataset, root, split), _dataset(dataset, root, check_split)
-    result = training.train_crf(
-        _pipeline(spec, weights, num_classes, device),
-        data,
-        check,
-        track=_track("training"),
-        **_given(limit=limit, epochs=epochs, learning_rate=learning_rate, seed=seed),
-    )
+    pipeline = _pipeline(spec, weights, num_classes, device)
+    given = _given(limit=limit, epochs=epochs, learning_rate=learning_rate, seed=seed)
+    if refiner == "segfix":
+        result = training.train_segfix(
+            pipeline,
+            data,
+            check,
+            output_dir=output,
+            track=_track("scoring"),
+            **given,
+            **_given(**own),
+        )
+        output = output / "pipeline"
+    else:
+        result = training.train_crf(pipeline, data, check, track=_track("training"), **given)
     result.pipeline.save(output)
     if as_json:
         return _print_json(result.to_dict())
@@ -1328,9 +1374,14 @@ def train_refiner(
     typer.echo(f"loss of each epoch: {losses}; use --spec {output}")
 
 
-def _check_refiner(refiner: str) -> None:
-    if refiner != "crf":
-        raise PysegError(f"only the refiner crf can be fitted, got {refiner!r}")
+def _check_refiner(refiner: str, known: Sequence[str], own: dict[str, Any]) -> None:
+    """Refuses refiners that cannot be fitted, and options, ``own``, that are of another one."""
+    if refiner not in known:
+        raise PysegError(f"only the refiners {' and '.join(known)} can be fitted, got {refiner!r}")
+    given = [name for name, value in own.items() if value is not None]
+    of = "segfix" if "segfix" in known else "crf"
+    if given and refiner != of:
+        raise PysegError(f"{_option(given[0])} is of {of}, and {refiner} does not take it")
 
 
 @app.command()

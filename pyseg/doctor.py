@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import keyword
+import os
 import platform
 import re
 import sys
@@ -33,7 +34,7 @@ PACKAGES = (
     "accelerate",
 )
 _IMPORTERS = {"import_module", "importlib.import_module", "require", "errors.require"}
-_NEIGHBOURS = {"pyseg.promptable"}  # of those that import it: the segmenters behind sam and sam2
+_NEIGHBOURS = "pyseg.promptable"  # of those that import it: the segmenters behind sam and sam2
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")  # what a spec can call a stage
 # Importing sam2 starts Hydra, whose state is one for the whole process and may be the user's.
 _NOT_IMPORTED = {"sam2"}
@@ -208,17 +209,35 @@ def _imports(module: str, seen: set[str]) -> set[str]:
     if spec is None or origin is None or not origin.endswith(".py"):
         return set()
     packages: set[str] = set()
+    for name in _names(origin, os.stat(origin).st_mtime_ns, spec.parent):
+        package = name.partition(".")[0]
+        if package == root:
+            near = name.rpartition(".")[0] == module.rpartition(".")[0]
+            near |= f"{name}.".startswith(f"{_NEIGHBOURS}.")
+            if near and name not in seen and _found(name) is not None:
+                packages |= _imports(name, seen)
+        elif package and package not in sys.stdlib_module_names:
+            packages.add(package)
+    return packages
+
+
+@cache
+def _names(file: str, changed: int, package: str) -> tuple[str, ...]:
+    """Modules that the ``file`` of a package imports; many models have neighbours in common."""
+    del changed  # it is there for the cache: a file that was edited is read again
+    root = package.partition(".")[0]
     names: set[str] = set()
-    for node in _certain(ast.parse(Path(origin).read_text(encoding="utf-8"))):
+    for node in _certain(ast.parse(Path(file).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = importlib.util.resolve_name("." * node.level + (node.module or ""), spec.parent)
+            base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             names.add(base)
             if base.partition(".")[0] == root:  # what is imported may be a module itself
                 names.update(f"{base}.{alias.name}" for alias in node.names)
         elif (
             isinstance(node, ast.Call)
+            and isinstance(node.func, (ast.Name, ast.Attribute))
             and ast.unparse(node.func) in _IMPORTERS
             and node.args
             and isinstance(node.args[0], ast.Constant)
@@ -226,15 +245,7 @@ def _imports(module: str, seen: set[str]) -> set[str]:
             and not node.args[0].value.startswith(".")
         ):
             names.add(node.args[0].value)
-    for name in sorted(names):
-        package = name.partition(".")[0]
-        if package == root:
-            near = name.rpartition(".")[0] == module.rpartition(".")[0] or name in _NEIGHBOURS
-            if near and name not in seen and _found(name) is not None:
-                packages |= _imports(name, seen)
-        elif package and package not in sys.stdlib_module_names:
-            packages.add(package)
-    return packages
+    return tuple(sorted(names))
 
 
 def _found(module: str) -> Any:
@@ -246,13 +257,15 @@ def _found(module: str) -> Any:
 
 def _certain(tree: ast.AST) -> Iterator[ast.AST]:
     """The nodes of a module without those in ``try`` and in ``if TYPE_CHECKING``."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Try):
-            continue
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        yield node
-        yield from _certain(node)
+    nodes = [tree]
+    while nodes:
+        for node in ast.iter_child_nodes(nodes.pop()):
+            if isinstance(node, ast.Try):
+                continue
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                continue
+            yield node
+            nodes.append(node)
 
 
 def _extras() -> set[str]:

@@ -217,8 +217,9 @@ class Pipeline:
                 if index > 0:
                     results = list(component.refine_batch(images, predictions))
                 else:
+                    wanted = {"features": True} if self._features_end() else {}
                     with self._autocast(images[0]):
-                        results = list(component.predict(images))
+                        results = list(component.predict(images, **wanted))
         if len(results) != len(images):
             raise PluginError(
                 f"stage {stage.text!r} returned {len(results)} predictions for {len(images)} images"
@@ -234,10 +235,22 @@ class Pipeline:
                     f"stage {stage.text!r} returned a Segmentation of size {tuple(result.size)} "
                     f"for an image of size {tuple(image.shape[1:])}"
                 )
+        if any(result.features for result in results) and index >= self._features_end():
+            results = [replace(result, features=None) for result in results]
         return [
             result if result.image is not None else replace(result, image=image)
             for image, result in zip(images, results, strict=True)
         ]
+
+    def _features_end(self) -> int:
+        """The last stage that wants what the model has under the name of its features; 0 = none."""
+        key = getattr(self.model, "features_key", None)
+        found = [
+            index
+            for index, refiner in enumerate(self.refiners, 1)
+            if key is not None and key in getattr(refiner, "wanted_features", ())
+        ]
+        return max(found, default=0)
 
     def _autocast(self, image: Tensor) -> AbstractContextManager[Any]:
         """In which the model predicts: bfloat16, or what the caller has set."""

@@ -31,14 +31,8 @@ from .files import (
     take_lock,
     write_json,
 )
-from .image import (
-    read_image,
-    write_image,
-    write_instances,
-    write_labels,
-    write_segments,
-    write_uncertainty,
-)
+from .formats import write_instances, write_segments, write_uncertainty
+from .image import read_image, write_image, write_labels
 from .pipeline import Pipeline
 from .types import VOID, Segmentation
 

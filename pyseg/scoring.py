@@ -579,6 +579,7 @@ def _instances(
         raise ScoreError(
             f"files of instances are scored by the metric 'instances' alone, got {list(metrics)}"
         )
+    files.prepare(metric.kinds)
     count = len(files.names)
 
     def records(begin: int) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""`tune_crf`: searches parameters of the refiner `crf` for a pipeline on a validation split."""
+"""`tune_crf` searches parameters of the refiner `crf` for a pipeline, `tune_temperature` the one of
+`temperature`, on a validation split."""
 
 from __future__ import annotations
 
@@ -11,15 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from . import refiners
 from .classes import check_classes
 from .errors import PysegError
 from .files import finite, read_json, write_json
+from .metrics.calibration import Calibration
 from .metrics.semantic import Semantic
 from .pipeline import Pipeline
 from .training.crf import Training as Training  # both also known by this module's name
 from .training.crf import train_crf as train_crf
-from .types import Dataset, Sample, Segmentation
+from .types import VOID, Dataset, Sample, Segmentation
 
 OFF: dict[str, Any] = {"iterations": 0}
 USUAL: dict[str, Any] = {  # of pydensecrf's example, which most code in the field copied
@@ -278,3 +283,146 @@ def _read(log: Path, pipeline: str, names: list[str]) -> dict[str, dict[str, Any
 
 def _key(parameters: dict[str, Any]) -> str:
     return json.dumps(parameters, sort_keys=True)  # lists for tuples, as in the log
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The result of `tune_temperature`."""
+
+    spec: str  # with the temperature; without one where it gains nothing on the others
+    temperature: float
+    fitted: int  # images
+    checked: int
+    scores: dict[str, dict[str, dict[str, Any]]]  # part -> "before", "after" -> of `calibration`
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; nan becomes None."""
+        return {
+            "spec": self.spec,
+            "temperature": self.temperature,
+            "fitted": self.fitted,
+            "checked": self.checked,
+            **{part: finite(scores) for part, scores in self.scores.items()},
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the table that is printed, as text."""
+        rows = []
+        for part, count in (("fit", self.fitted), ("check", self.checked)):
+            called = f"{count} {'fitted' if part == 'fit' else 'others'}"
+            for when, temperature in (("before", 1.0), ("after", self.temperature)):
+                found = self.scores[part][when]
+                numbers = (f"{found[name]:.4f}" for name in ("ece", "nll", "brier", "confidence"))
+                rows.append([called, f"{temperature:.3f}", *numbers])
+        return ["images", "temperature", "ECE", "NLL", "Brier", "mean confidence"], rows
+
+
+def tune_temperature(
+    pipeline: Pipeline,
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    pixels: int = 20_000,
+    seed: int = 0,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> Calibrated:
+    """Fits the temperature of `temperature` behind a pipeline, by the likelihood of the labels.
+
+    The negative log-likelihood of the labels is convex in the inverse temperature, and bisection
+    finds its minimum. As in `tune_crf` the first half of the images is fitted and the second
+    half tells what the fit is worth. The images should not be those of training, on which a network
+    is right more often than it will be.
+
+    Args:
+        pipeline: its last stage must give logits.
+        dataset: at least two samples, with labels.
+        limit: use so many images, spread evenly over the dataset; None = all.
+        pixels: that are drawn of an image to fit; scores are of all of them.
+        seed: of these pixels.
+        track: wraps the sequence of images, for a progress bar.
+
+    Raises:
+        PysegError: too few images, classes that differ, no labelled pixel, or a last stage without
+            logits.
+
+    Example:
+        >>> found = tune_temperature(pyseg.build("streetnet"), CamVid("camvid", "val"))
+        >>> pyseg.build(found.spec)("street.jpg").confidence()
+    """
+    check_classes(pipeline.classes, dataset.classes)
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 2:
+        raise PysegError(
+            f"tuning needs at least 2 images, one to fit and one to check, got {count}"
+            "; raise limit or choose another split"
+        )
+    if pixels < 1:
+        raise PysegError(f"pixels must be at least 1, got {pixels}")
+    fitted = (count + 1) // 2
+    generator = torch.Generator().manual_seed(seed)
+    images: list[tuple[Sample, Segmentation]] = []
+    logits: list[Tensor] = []
+    targets: list[Tensor] = []
+    for k in track(range(count)):
+        sample = dataset[k * len(dataset) // count]
+        prediction = pipeline(sample.image)
+        if prediction.logits is None:
+            raise PysegError(f"temperature needs logits, but {pipeline} gives labels only")
+        if sample.labels is None:
+            raise PysegError(f"{sample.name} has no labels: nothing to fit")
+        images.append((sample, replace(prediction, image=None)))
+        if k < fitted:
+            known = (sample.labels != VOID).flatten().nonzero().flatten()
+            drawn = known[torch.randperm(len(known), generator=generator)[:pixels]]
+            logits.append(
+                prediction.full_logits().flatten(1)[:, drawn.to(prediction.logits.device)]
+            )
+            targets.append(sample.labels.flatten()[drawn].long())
+    target = torch.cat(targets)
+    if not len(target):
+        raise PysegError(
+            f"{images[0][0].name} to {images[fitted - 1][0].name} have no labelled pixel"
+        )
+    temperature = fit_temperature(torch.cat(logits, 1).cpu(), target)
+    factory = refiners.get("temperature")
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    for part, members in (("fit", images[:fitted]), ("check", images[fitted:])):
+        scores[part] = {}
+        for when, value in (("before", 1.0), ("after", temperature)):
+            metric, refiner = Calibration(dataset.classes), factory(value=value)
+            for sample, prediction in members:
+                metric.update(refiner.refine(sample.image, prediction), sample)
+            scores[part][when] = metric.compute()
+    gained = scores["check"]["after"]["nll"] < scores["check"]["before"]["nll"]
+    return Calibrated(
+        f"{pipeline}+temperature(value={temperature!r})" if gained else str(pipeline),
+        temperature,
+        fitted,
+        count - fitted,
+        scores,
+    )
+
+
+def fit_temperature(logits: Tensor, target: Tensor) -> float:
+    """The temperature under which labels are the most probable, to three digits.
+
+    Args:
+        logits: [C, P] of pixels.
+        target: [P] int64 class indices.
+
+    Returns:
+        Between 0.05 and 20, where it ends if everything is right, or no better than chance.
+    """
+    logits = logits.double()
+    logits = logits - logits.amax(0)
+    own = logits.gather(0, target[None])[0].mean()
+    low, high = math.log(1 / 20), math.log(20)
+    # Bisection by the slope in beta = 1 / temperature, the mean of sum_c p_c z_c - z_target.
+    for _ in range(30):
+        middle = (low + high) / 2
+        p = (logits * math.exp(middle)).softmax(0)
+        if (p * logits).sum(0).mean() < own:
+            low = middle
+        else:
+            high = middle
+    return float(f"{math.exp(-(low + high) / 2):.3g}")

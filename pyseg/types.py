@@ -14,6 +14,8 @@ Beyond the protocols the house reads these attributes where an object has them:
 | model | ``parameters()`` | an ``nn.Module``'s: where they are, is the pipeline's device |
 | model | ``predict_with(*, …)`` | its options belong to a spec where a factory says ``-> Class`` |
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
+| model | ``features_key`` | name of what the model offers in ``Segmentation.features``, or None |
+| refiner | ``wanted_features`` | names of what it takes of them; only then the model keeps them |
 | stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
 | stage | ``training`` | an ``nn.Module``'s: refused where it is true |
 | stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |
@@ -74,6 +76,9 @@ class Segmentation:
     image: Tensor | None = None  # [3, H, W] uint8 RGB: what overlay() paints on
     palette: tuple[tuple[int, int, int], ...] | None = None  # one RGB colour per class
     uncertainty: Tensor | None = None  # [h, w] float, 0 = certain: of the model, refiners keep it
+    # What a stage computed of the image for later ones that want it: feature maps [c, h, w], the
+    # finest first, by the name of the network and its weights. A pipeline drops it after the last.
+    features: Mapping[str, tuple[Tensor, ...]] | None = field(default=None, repr=False)
     _labels: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -152,6 +157,19 @@ class Segmentation:
             ValueError: there are no logits, as after a stage that outputs labels only.
         """
         return self.full_logits().softmax(0)
+
+    def confidence(self) -> Tensor:
+        """Probability of every pixel's most probable class, [H, W] float32, at full resolution.
+
+        It is as true as the probabilities are: ``pyseg evaluate --metric calibration`` tells how
+        much they say too much, and `pyseg tune temperature` mends it.
+
+        Raises:
+            ValueError: there are no logits, as after a stage that outputs labels only.
+        """
+        logits = self.full_logits()
+        # The largest of a softmax, without the others.
+        return (logits.amax(0) - logits.logsumexp(0)).exp()
 
     def full_uncertainty(self) -> Tensor:
         """The model's uncertainty at full resolution, [H, W] float32: bilinear, not kept.

@@ -1,4 +1,5 @@
-"""The option --benchmark of the root conftest.py, on a small project of its own."""
+"""The option --benchmark of the root conftest.py and the fixtures of benchmarks/conftest.py, on a
+small project of its own."""
 
 import importlib.util
 import json
@@ -18,6 +19,7 @@ from pyseg import _native
 
 pytest.importorskip("pytest_benchmark")
 CONFTEST = Path(__file__).resolve().parents[1] / "conftest.py"
+FIXTURES = CONFTEST.parent / "benchmarks" / "conftest.py"
 pytestmark = pytest.mark.skipif(not CONFTEST.exists(), reason="outside the source tree")
 
 BENCHMARK = """
@@ -32,16 +34,22 @@ def test_sum(compare, threads):
             levels=False)
 """
 
+# On a clock that only counts, as naps take longer on a busy machine.
 LEVELS = """
 import os, time
 
-def test_slow(compare):
+def test_slow(compare, benchmark, monkeypatch):
+    now = [0.0]
+    benchmark._timer = lambda: now[0]
+    monkeypatch.setattr(time, "perf_counter", benchmark._timer)
+    def nap(seconds):
+        now[0] += seconds
     def ours():
         level = os.environ.get("PYSEG_SIMD", "best")
-        time.sleep({{"generic": {generic}}}.get(level, 0.02))
+        nap({{"generic": {generic}}}.get(level, 0.02))
         return level
     seen = []
-    compare(ours=ours, peer=lambda: time.sleep(0.02), peer_name="a nap", threads=1, rounds=4,
+    compare(ours=ours, peer=lambda: nap(0.02), peer_name="a nap", threads=1, rounds=4,
             goal={{"generic": 0.5}}, check=lambda level, _: seen.append(level))
     assert seen[0] == "best" and "generic" in seen[1:] and "PYSEG_SIMD" not in os.environ
 """
@@ -56,6 +64,7 @@ def project(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_one.py").write_text("def test_one():\n    pass\n")
     (tmp_path / "benchmarks").mkdir()
+    shutil.copy(FIXTURES, tmp_path / "benchmarks")
     (tmp_path / "benchmarks" / "toy.py").write_text(BENCHMARK.format(n=200_000, factor=1))
 
     def run(*arguments):
@@ -80,6 +89,19 @@ def test_benchmarks_are_no_tests(project):
     assert result.returncode == 0 and "1 skipped" in result.stdout, result.stdout
     result = run("--save-baseline")
     assert result.returncode != 0 and "needs --benchmark" in result.stderr
+
+
+def test_parts_make_the_whole(project):
+    root, run = project
+    names = [f"test_{letter}" for letter in "abcdefg"]
+    code = "".join(f"def {name}():\n    pass\n" for name in names)
+    (root / "tests" / "test_one.py").write_text(code)
+    parts = [re.findall(r"::(test_\w)\b", run("-v", "--part", f"{k}/3").stdout) for k in (1, 2, 3)]
+    assert sorted(name for part in parts for name in part) == names and [
+        len(part) for part in parts
+    ] == [3, 2, 2]
+    result = run("--part", "4/3")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR and "'4/3' is not K/N" in result.stderr
 
 
 def test_ratios_and_baseline(project):
@@ -146,12 +168,16 @@ def test_levels(project):
 # -- what is measured on a GPU, on a clock that only counts
 
 
-@pytest.fixture(scope="module")
-def timing():
-    spec = importlib.util.spec_from_file_location("timing", CONFTEST)
+def loaded(file):
+    spec = importlib.util.spec_from_file_location("loaded", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def timing():
+    return loaded(FIXTURES)
 
 
 class CountingClock:
@@ -348,12 +374,14 @@ def test_log_of_a_lost_device(project):
     assert entries(log)["test_second"]["outcome"] == "passed"
 
 
-def test_commit_without_git(timing, monkeypatch):
+def test_commit_without_git(monkeypatch):
+    options = loaded(CONFTEST)
+
     def no_git(*arguments, **options):
         raise FileNotFoundError("git")
 
-    monkeypatch.setattr(timing.subprocess, "run", no_git)
+    monkeypatch.setattr(options.subprocess, "run", no_git)
     monkeypatch.setenv("PYSEG_COMMIT", "abc123")
-    assert timing._commit() == "abc123"
+    assert options._commit() == "abc123"
     monkeypatch.delenv("PYSEG_COMMIT")
-    assert timing._commit() is None
+    assert options._commit() is None

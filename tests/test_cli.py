@@ -468,7 +468,7 @@ def test_help_shows_the_defaults_of_the_functions():
         ("evaluate", "may be repeated. [default: semantic]"),
         ("cost", "the median counts. [default: 5]"),
         ("tune", "Parameters to try. [default: 40]"),
-        ("train-refiner", "Passes over the images. [default: 4]"),
+        ("train-refiner", "Passes over the images. [default: 4; 20 of segfix]"),
     ):
         assert text in " ".join(run(command, "-h").stdout.split())
 

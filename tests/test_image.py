@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from pyseg import image
+from pyseg import formats, image
 from pyseg.errors import ImageError, LabelError, PysegError
 from pyseg.files import IMAGE_SUFFIXES
 from pyseg.visual import overlay
@@ -436,16 +437,18 @@ def encoded(array, mode="L", **options):
 @pytest.mark.parametrize("mode", ["L", "P", "RGB"])
 def test_the_quick_way_reads_what_pillow_reads_or_nothing(mode, tmp_path):
     """Files cut off or with wrong bits are left to Pillow, which says what is wrong."""
-    pytest.importorskip("rasterio")
     generator = np.random.default_rng()
     array = generator.integers(0, 200, (7, 9)).repeat(6, 0).repeat(5, 1).astype(np.uint8)
     if mode == "RGB":
         array = np.stack([array, array // 3, array // 7], -1)
     whole, path = encoded(array, mode), tmp_path / "a.png"
+    form, other = image.VALUES, image.COLOURS
+    if mode == "RGB":
+        form, other = other, form
     path.write_bytes(whole)
-    planes = image.quick_png(path, 3 if mode == "RGB" else 1)
-    assert (np.moveaxis(planes, 0, -1).squeeze() == np.array(Image.open(path))).all()
-    assert image.quick_png(path, 1 if mode == "RGB" else 3) is None
+    pixels = image.plain_png(path, form)
+    assert (pixels.numpy() == np.array(Image.open(path))).all()
+    assert image.plain_png(path, other) is None
     for number in range(300):
         damaged = bytearray(whole)
         if number % 2:
@@ -453,9 +456,9 @@ def test_the_quick_way_reads_what_pillow_reads_or_nothing(mode, tmp_path):
         else:
             damaged[generator.integers(0, len(whole))] ^= 1 << generator.integers(0, 8)
         path.write_bytes(damaged)
-        found = image.quick_png(path, 3 if mode == "RGB" else 1)
+        found = image.plain_png(path, form)
         if found is not None:
-            assert (found == planes).all()
+            assert torch.equal(found, pixels)
 
 
 @pytest.mark.parametrize(
@@ -469,18 +472,40 @@ def test_the_quick_way_reads_what_pillow_reads_or_nothing(mode, tmp_path):
 )
 def test_the_quick_way_leaves_other_pictures_alone(array, options, tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(array, "P" if options else "L", **options))
-    assert image.quick_png(tmp_path / "a.png", 1) is None
+    assert image.plain_png(tmp_path / "a.png", image.VALUES) is None
     animation = [Image.fromarray(np.full((4, 5), k, np.uint8)) for k in (1, 2)]
     animation[0].save(tmp_path / "b.png", save_all=True, append_images=animation[1:])
-    assert image.quick_png(tmp_path / "b.png", 1) is None
-    assert image.quick_png(tmp_path, 1) is None and image.quick_png(tmp_path / "no.png", 1) is None
+    assert image.plain_png(tmp_path / "b.png", image.VALUES) is None
+    for name in (".", "no.png", "a\0b"):
+        assert image.plain_png(tmp_path / name, image.VALUES) is None
 
 
-def test_labels_are_the_same_without_gdal(tmp_path, monkeypatch):
-    array = np.random.default_rng().integers(0, 200, (40, 50)).astype(np.uint8)
-    for mode in ("L", "P"):
-        (tmp_path / f"{mode}.png").write_bytes(encoded(array, mode))
-    with_it = [image.read_labels(tmp_path / f"{mode}.png") for mode in ("L", "P")]
-    monkeypatch.setattr(image, "_gdal", lambda: None)
-    for mode, found in zip(("L", "P"), with_it, strict=True):
-        assert torch.equal(image.read_labels(tmp_path / f"{mode}.png"), found)
+def test_the_quick_way_makes_no_difference(tmp_path, monkeypatch):
+    """Turned, transparent, with text, profiles and offsets: images are as Pillow reads them."""
+    array = np.random.default_rng().integers(0, 200, (40, 50, 3)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    text = PngInfo()
+    text.add_text("Comment", "none")
+    ways = {
+        "plain": {},
+        "turned": {"exif": exif},
+        "text": {"pnginfo": text},
+        "dpi": {"dpi": (9, 9)},
+    }
+    ways["transparent"] = {"transparency": tuple(int(v) for v in array[0, 0])}
+    for name, options in ways.items():
+        Image.fromarray(array).save(tmp_path / f"{name}.png", **options)
+    Image.fromarray(array[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(array).convert("P").save(tmp_path / "palette.png")
+    names = [*ways, "grey", "palette"]
+    quick = [image.read_image(tmp_path / f"{name}.png") for name in names]
+    labels = [image.read_labels(tmp_path / f"{name}.png") for name in names[-2:]]
+    ids = image.read_segment_ids(tmp_path / "transparent.png")
+    for module in (image, formats.panoptic):
+        monkeypatch.setattr(module, "plain_png", lambda *_: None)
+    for name, found in zip(names, quick, strict=True):
+        assert torch.equal(image.read_image(tmp_path / f"{name}.png"), found), name
+    for name, found in zip(names[-2:], labels, strict=True):
+        assert torch.equal(image.read_labels(tmp_path / f"{name}.png"), found), name
+    assert torch.equal(image.read_segment_ids(tmp_path / "transparent.png"), ids)

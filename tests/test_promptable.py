@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyseg import promptable
 from pyseg.errors import WeightsError
 from pyseg.promptable import Prompts, load_sam, load_sam2, propose, stability
+from pyseg.promptable import sam as promptable
 from pyseg.refiners.sam_prompts import prompt_components, stack_prompts
 
 

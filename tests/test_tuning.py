@@ -11,7 +11,14 @@ from pyseg import cli, datasets, models
 from pyseg.errors import PysegError
 from pyseg.refiners.crf import CRF
 from pyseg.training import train_crf
-from pyseg.tuning import ITERATIONS, PROTECT, RANGES, tune_crf
+from pyseg.tuning import (
+    ITERATIONS,
+    PROTECT,
+    RANGES,
+    fit_temperature,
+    tune_crf,
+    tune_temperature,
+)
 from pyseg.types import Sample, Segmentation
 
 CLASSES = ("left", "right", "disc")
@@ -238,10 +245,10 @@ def test_command_says_that_no_crf_is_best(tmp_path):
     assert '--spec "coarse(exact=True)"' in shown.output
 
 
-def test_command_knows_one_refiner(tmp_path):
+def test_command_knows_its_refiners(tmp_path):
     result = run("sam", "--dataset", "scenes", "--root", tmp_path)
     assert result.exit_code == 2
-    assert "only the refiner crf can be fitted, got 'sam'" in result.stderr
+    assert "only the refiners crf and temperature can be fitted, got 'sam'" in result.stderr
 
 
 def test_training_lowers_the_loss_and_raises_miou():
@@ -292,3 +299,87 @@ def test_command_trains_and_saves_a_pipeline(tmp_path):
     assert len(result["losses"]) == 2 and result["trained"]["miou"] > 0
     same = run(*arguments, "--split", "val", command="train-refiner")
     assert same.exit_code == 2 and "--split and --check-split must be different" in same.stderr
+
+
+def test_temperature_of_drawn_labels():
+    """Of labels that are drawn from probabilities, logits times T have the temperature T."""
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
+    logits = 1.5 * torch.randn(5, 60_000, generator=generator)
+    target = torch.multinomial(logits.softmax(0).T, 1, generator=generator)[:, 0]
+    for true in (0.4, 1.0, 3.0):
+        assert fit_temperature(true * logits, target) == pytest.approx(true, rel=0.04)
+    # A grid says the same: nothing is more likely.
+    found = fit_temperature(logits, target)
+    grid = torch.linspace(0.5, 2, 31)
+    losses = [torch.nn.functional.cross_entropy(logits.T / t, target) for t in grid]
+    ours = torch.nn.functional.cross_entropy(logits.T / found, target)
+    assert ours <= min(losses) + 1e-6
+    assert fit_temperature(logits, logits.argmax(0)) == 0.05
+    assert fit_temperature(logits, logits.argmin(0)) == 20
+    assert fit_temperature(torch.zeros(3, 4), torch.zeros(4, dtype=torch.long)) > 0
+
+
+def test_temperature_lowers_the_loss_of_images_not_fitted():
+    found = tune_temperature(pyseg.build("coarse(exact=True)"), Scenes())
+    assert (found.fitted, found.checked) == (3, 2)
+    # one-hot logits that are right: less than 1 makes them as sure as they may be
+    assert found.temperature < 0.2 and found.spec.endswith(
+        f"+temperature(value={found.temperature})"
+    )
+    before, after = (found.scores["check"][when] for when in ("before", "after"))
+    assert after["nll"] < before["nll"] and after["ece"] < before["ece"]
+    assert after["pixel_accuracy"] == before["pixel_accuracy"]
+    # The scores are those of the pipelines.
+    for spec, scores in (("coarse(exact=True)", before), (found.spec, after)):
+        metric = pyseg.metrics.get("calibration")(classes=CLASSES)
+        for index in (3, 4):
+            metric.update(pyseg.build(spec)(Scenes()[index].image), Scenes()[index])
+        assert metric.compute()["ece"] == scores["ece"]
+    again = tune_temperature(pyseg.build("coarse(exact=True)"), Scenes(), pixels=10**9)
+    assert again.temperature == pytest.approx(found.temperature, rel=0.05)
+
+
+def test_temperature_refuses():
+    pipeline = pyseg.build("coarse")
+    with pytest.raises(PysegError, match="at least 2 images"):
+        tune_temperature(pipeline, Scenes(), limit=1)
+    with pytest.raises(PysegError, match="pixels must be at least 1"):
+        tune_temperature(pipeline, Scenes(), pixels=0)
+    with pytest.raises(PysegError, match="gives labels only"):
+        tune_temperature(pyseg.build("labels_only"), Scenes())
+    with pytest.raises(PysegError, match="scene0 to scene2 have no labelled pixel"):
+        tune_temperature(pipeline, Scenes(labelled=False))
+
+
+def test_command_tunes_temperature(tmp_path):
+    arguments = ("temperature", "--dataset", "scenes", "--root", tmp_path, "--spec", "coarse")
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    result = json.loads(run(*arguments, "--json").output)
+    assert f'use --spec "{result["spec"]}"' in shown.output
+    for word in ("ECE", "NLL", "Brier", "3 fitted", "2 others", f"{result['temperature']:.3f}"):
+        assert word in shown.output
+    assert result["check"]["after"]["nll"] <= result["check"]["before"]["nll"]
+    refused = run(*arguments, "--trials", 3)
+    assert refused.exit_code == 2
+    assert "--trials is of crf, and temperature does not take it" in refused.stderr
+
+
+def test_command_trains_segfix(tmp_path):
+    arguments = ("segfix", "--dataset", "scenes", "--root", tmp_path, "--spec", "coarse")
+    arguments += ("--limit", 2, "--batch-size", 2, "--output", tmp_path / "run")
+    shown = run(*arguments, "--epochs", 1, command="train-refiner")
+    assert shown.exit_code == 0, shown.output
+    for word in ("segfix", "off", "default", "trained", "run/pipeline"):
+        assert word in shown.output.replace("\n", "")
+    again = run(*arguments, "--epochs", 2, command="train-refiner")
+    assert again.exit_code == 2 and "earlier run" in again.stderr
+    more = run(*arguments, "--epochs", 2, "--resume", "--json", command="train-refiner")
+    assert len(json.loads(more.output)["losses"]) == 2
+    loaded = pyseg.load(tmp_path / "run" / "pipeline")
+    assert str(loaded) == "coarse+segfix"
+    refused = run(
+        *("crf", *arguments[1:-4]), "--output", tmp_path, "--resume", command="train-refiner"
+    )
+    assert refused.exit_code == 2
+    assert "--resume is of segfix, and crf does not take it" in refused.stderr

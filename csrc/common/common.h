@@ -18,6 +18,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "inline.h"
 #include "simd_level.h"
@@ -73,6 +74,17 @@ inline int narrow(const char* name, int64_t value) {
   PYSEG_CHECK(value == int64_t(int(value)), name, " must be an integer of 32 bits, got ", value);
   return int(value);
 }
+
+// Defines functions_in_force<T>(), where levels have functions<T>(): those of the level in force; of
+// double, which checks gradients, there are generic ones only.
+#define PYSEG_FUNCTIONS_IN_FORCE                \
+  template <class T>                            \
+  auto functions_in_force() {                   \
+    if constexpr (std::is_same_v<T, double>)    \
+      return generic::functions<double>();      \
+    else                                        \
+      return PYSEG_AT_LEVEL(functions<T>)();    \
+  }
 
 // Below this, in additions of numbers, waking threads takes longer than the work: much longer where
 // other processes keep the cores busy, as then each region waits for the scheduler.

@@ -29,14 +29,7 @@ namespace {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The loops of the level in force; of double, which checks gradients, there are generic ones only.
-template <class T>
-Functions<T, WorkType<T>> functions_in_force() {
-  if constexpr (std::is_same_v<T, double>)
-    return generic::functions<double>();
-  else
-    return PYSEG_AT_LEVEL(functions<T>)();
-}
+PYSEG_FUNCTIONS_IN_FORCE
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 

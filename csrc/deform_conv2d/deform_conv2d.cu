@@ -189,20 +189,23 @@ struct Samples {
   }
 };
 
-// Copies rows of a tap's weights [channels, outputs] into shared memory, 0 beyond both.
+// Copies a tap's weights of `rows` channels and some outputs into shared memory, 0 beyond both.
 template <int Width, int Depth, class Real, class T>
-__device__ void copy_weights(const T* matrix, int rows, int outputs, int row_outputs, Real* to,
-                             int stride) {
+__device__ void copy_weights(const T* weight,  // [groups, taps, C / groups, O / groups]
+                             const Shape& s, int group, int tap, int channel, int rows,
+                             int first_output, Real* to, int stride) {
   constexpr int kLanes = kOutputs / Width, kRows = kThreads / kLanes;  // at once
   const int first = int(threadIdx.x) / kLanes, o = int(threadIdx.x) % kLanes * Width;
-  if (o >= outputs) rows = 0;
-  const T* from = matrix + int64_t(first) * row_outputs + o;
+  if (first_output + o >= s.group_outputs) rows = 0;
+  const int64_t row = (int64_t(group) * s.taps + tap) * s.group_channels + channel -
+                      group * s.group_channels + first;
+  int64_t at = row * s.group_outputs + first_output + o;  // beyond the weights in rows left out
   to += first * stride + o;
 #pragma unroll(Depth / kRows <= 8 ? Depth / kRows : 4)
   for (int i = 0; i < Depth / kRows; ++i) {
     Pack<T, Width> part{};
-    if (first + i * kRows < rows) part = *reinterpret_cast<const Pack<T, Width>*>(from);
-    from += kRows * int64_t(row_outputs);
+    if (first + i * kRows < rows) part = *reinterpret_cast<const Pack<T, Width>*>(weight + at);
+    at += kRows * int64_t(s.group_outputs);
     if constexpr (std::is_same_v<T, Real>) {
       *reinterpret_cast<Pack<T, Width>*>(to + i * kRows * stride) = part;
     } else {
@@ -261,13 +264,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(Real) == 4 ? 2 : 1)
 #pragma unroll
             for (int j = 0; j < Width; ++j) columns[(k + j) * kPixels + place] = values[j];
           }
-          const T* const matrix =
-              weight + ((int64_t(group) * s.taps + first_tap + t) * s.group_channels + c -
-                        group * s.group_channels) *
-                           s.group_outputs;
-          copy_weights<Width, kDepth>(matrix + first_output, end - c,
-                                      s.group_outputs - first_output, s.group_outputs, weights,
-                                      kOutputs);
+          copy_weights<Width, kDepth>(weight, s, group, first_tap + t, c, end - c, first_output,
+                                      weights, kOutputs);
           __syncthreads();
 #pragma unroll 2
           for (int quad = 0; quad < kDepth / 4; ++quad) {
@@ -362,13 +360,8 @@ __global__ void __launch_bounds__(kThreads, 2)
             for (int j = 0; j < Width; ++j) rounded.v[j] = T(values[j]);
             *reinterpret_cast<Pack<T, Width>*>(columns + p * kColumnStride + k) = rounded;
           }
-          const T* const matrix =
-              weight + ((int64_t(group) * s.taps + first_tap + t) * s.group_channels + c -
-                        group * s.group_channels) *
-                           s.group_outputs;
-          copy_weights<Width, kDepth>(matrix + first_output, end - c,
-                                      s.group_outputs - first_output, s.group_outputs, weights,
-                                      kWeightStride);
+          copy_weights<Width, kDepth>(weight, s, group, first_tap + t, c, end - c, first_output,
+                                      weights, kWeightStride);
           __syncthreads();
 #pragma unroll
           for (int depth = 0; depth < kDepth; depth += 16) {

@@ -72,7 +72,8 @@ inline Arguments check(const Tensor& unary, const Tensor& features, const Tensor
                   " is not among the ", features.size(1), " features");
       PYSEG_CHECK(sigmas[at] > 0 && std::isfinite(sigmas[at]), "sigma must be positive, got ",
                   sigmas[at]);
-      kernel.channels[i] = int(channels[at]), kernel.sigmas[i] = sigmas[at];
+      kernel.channels[i] = int(channels[at]);
+      kernel.sigmas[i] = kernel.channels[i] < 0 ? std::max(sigmas[at], kLeastSigma) : sigmas[at];
     }
     choose_lattice(kernel, {int(passes), spread, int(rings)}, self_term, height, width);
     settings.kernels.push_back(kernel);

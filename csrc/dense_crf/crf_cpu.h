@@ -11,20 +11,13 @@
 #include "../common/common.h"
 #include "arguments.h"
 #include "dense_crf.h"
-#include "tile_passes.h"
+#include "dense_crf_simd.h"
 
 namespace pyseg::crf {
 
 constexpr int64_t kPiece = 2048;  // lattice vertices that a thread takes at a time
 
-// double, which checks gradients, has one level.
-template <class Real>
-LevelFunctions<Real> level_functions() {
-  if constexpr (sizeof(Real) == 4)
-    return PYSEG_AT_LEVEL(functions<float>)();
-  else
-    return generic::functions<double>();
-}
+PYSEG_FUNCTIONS_IN_FORCE
 
 // A row of classes, padded so that few vectors hold it: in a lattice, whose size matters, and in
 // the memory of a tile, whose alignment matters.
@@ -138,7 +131,7 @@ class Crf {
   Settings settings_;
   const int64_t height_, width_;
   const int kernels_;
-  const LevelFunctions<Real> functions_ = level_functions<Real>();
+  const LevelFunctions<Real> functions_ = functions_in_force<Real>();
   int entries_ = 0;
   std::vector<Tile> tiles_;
   std::vector<std::vector<Axis>> grids_;     // [kernels] x and y, or none

@@ -24,7 +24,7 @@
 #include "../common/common.h"
 #include "arguments.h"
 #include "crf_cpu.h"
-#include "tile_passes.h"
+#include "dense_crf_simd.h"
 
 namespace pyseg::crf {
 

@@ -206,6 +206,24 @@ struct Kernel {
   PYSEG_HOST_DEVICE int margin() const { return blur.passes - 1; }
 };
 
+// Of exp(-k^2 / 2 sigma^2) over all whole k. From sigma = 1 on the variance is sigma^2.
+struct Sampled {
+  double sum, variance;
+};
+inline Sampled sampled(double sigma) {
+  if (sigma >= 4) return {std::sqrt(2 * M_PI) * sigma, sigma * sigma};
+  double sum = 1, squares = 0;
+  for (int k = 1; k < 40; ++k) {
+    const double value = 2 * std::exp(-0.5 * k * k / (sigma * sigma));
+    sum += value, squares += k * k * value;
+  }
+  return {sum, squares / sum};
+}
+
+// Of positions, in pixels: no lattice passes anything on over more than 11 sigmas, and neighbours
+// are 16 apart. So any smaller sigma has the same result, without coordinates that overflow.
+constexpr double kLeastSigma = 1.0 / 16;
+
 // Chooses the lattice of a kernel whose channels and sigmas are set. A grid's row sums are products
 // of those along its axes; without the self terms, `self_term` false, they are not.
 inline void choose_lattice(Kernel& kernel, const Blur& quality, bool self_term, int64_t height,
@@ -229,7 +247,7 @@ inline void choose_lattice(Kernel& kernel, const Blur& quality, bool self_term, 
       return;
     }
     kernel.cell[i] = int(h);
-    rest[i] = (sigma * sigma - (h * h - 1) / 3) / (2 * h * h);
+    rest[i] = (sampled(sigma).variance - (h * h - 1) / 3) / (2 * h * h);
     passes = int(std::fmax(passes, std::ceil(rest[i] / 0.2)));
   }
   for (int i = 0; i < 2; ++i) kernel.spread[i] = rest[i] / passes;
@@ -273,11 +291,7 @@ PYSEG_HOST_DEVICE void locate_on_grid(const Kernel& kernel, int x, int y, const 
 
 // On a grid, of one axis: the sum of exp(-k^2 / 2 sigma^2) over all k, over that of the filter.
 inline double axis_scale(const Kernel& kernel, int axis) {
-  const double sigma = kernel.sigmas[axis];
-  double sum = 1;
-  for (int k = 1; k < 40 && sigma < 4; ++k) sum += 2 * std::exp(-0.5 * k * k / (sigma * sigma));
-  if (sigma >= 4) sum = std::sqrt(2 * M_PI) * sigma;
-  return sum / kernel.cell[axis];
+  return sampled(kernel.sigmas[axis]).sum / kernel.cell[axis];
 }
 
 // What makes the lattice's kernel 1 at distance 0, as exp(0) is, where it is not normalised. The

@@ -495,12 +495,14 @@ void Crf<Real>::normalize() {
           const Real own = self_term_of(weights + i);
           sum -= own;
           alone = sum < Real(kAlone) * own;
-          *self = how == Normalization::none ? own : alone ? 0 : own / sum;
+          *self = alone ? 0 : how == Normalization::none ? own : own / sum;
           self += kernels_;
         }
-        if (how == Normalization::none) continue;
-        const Real factor =
-            alone ? 0 : Real(1) / (how == Normalization::symmetric ? std::sqrt(sum) : sum);
+        Real factor = 0;
+        if (!alone)
+          factor = how == Normalization::none        ? Real(1)
+                   : how == Normalization::symmetric ? Real(1) / std::sqrt(sum)
+                                                     : Real(1) / sum;
         for (int k = 0; k <= kernel.features; ++k) weights[i + k] *= factor;
       }
     }

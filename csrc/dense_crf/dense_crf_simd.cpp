@@ -16,7 +16,7 @@
 #include <immintrin.h>
 #endif
 
-#include "tile_passes.h"
+#include "dense_crf_simd.h"
 
 #include "../common/level.h"              // after all others
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: everything is inlined

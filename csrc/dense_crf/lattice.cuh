@@ -812,11 +812,12 @@ __global__ void normalize_kernel(Tiling tiling, int first_entry, int count, int 
       const Real own = self_term(weights);
       sum -= own;
       alone = sum < Real(kAlone) * own;
-      const Real share = how == Normalization::none ? own : alone ? Real(0) : own / sum;
+      const Real share = alone ? Real(0) : how == Normalization::none ? own : own / sum;
       self[p * tiling.kernels + number] = share / scale;
     }
-    if (how == Normalization::none) continue;
-    const Real divisor = how == Normalization::symmetric ? sqrt(sum) : sum;
+    const Real divisor = how == Normalization::none        ? Real(1)
+                         : how == Normalization::symmetric ? sqrt(sum)
+                                                           : sum;
     const Real factor = alone ? Real(0) : Real(1) / divisor;
     for (int k = 0; k < count; ++k) its[k].weight *= factor;
   }

@@ -150,14 +150,7 @@ void find_bins(const Problem& p, const Map& map, const Real* box, Axis<Real>& y,
     y.samples(bins_y, p.bins_y, map.height), x.samples(bins_x, p.bins_x, map.width);
 }
 
-// The loops of the level in force; of double, which checks gradients, there are generic ones only.
-template <class T>
-Functions<T, WorkType<T>> functions_in_force() {
-  if constexpr (std::is_same_v<T, double>)
-    return generic::functions<double>();
-  else
-    return PYSEG_AT_LEVEL(functions<T>)();
-}
+PYSEG_FUNCTIONS_IN_FORCE
 
 template <bool Samples, class Real>
 void spread_maximum(const Real* gradient, const Integer<Real>* best_index, const Axis<Real>& ys,

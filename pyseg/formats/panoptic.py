@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import ImageError, LabelError
 from ..files import check_json, make_folder, read_json, some, write_json
-from ..image import open_image, quick_png, save_image
+from ..image import SEGMENT_IDS, open_image, plain_png, save_image
 from ..regions import Segment, Segments
 from .annotation import (
     Annotation,
@@ -42,13 +42,8 @@ def read_segment_ids(path: str | os.PathLike[str]) -> Tensor:
     Raises:
         ImageError: the file cannot be read (see `read_image`), or is not a lossless RGB image.
     """
-    planes = quick_png(path, bands=3)
-    if planes is not None:
-        red, green, blue = torch.from_numpy(planes).unbind()
-        ids = red.int()
-        for plane, shift in ((green, 8), (blue, 16)):
-            if plane.any():  # most maps have few segments, and need one plane
-                ids |= plane.int() << shift
+    ids = plain_png(path, SEGMENT_IDS)
+    if ids is not None:
         return ids
     image = open_image(path, "panoptic map")
     name = f"panoptic map {os.fspath(path)!r}"

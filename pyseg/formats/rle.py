@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import image
+from .. import _native, image
 from ..errors import ImageError
 from ..image import check_pixels
 
@@ -143,21 +144,18 @@ def edges_of(rles: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]
     Raises:
         ImageError: as `decode_rle`, for the first mask that is damaged; its ``index`` says which.
     """
-    texts = all(
-        isinstance(rle, Mapping) and isinstance(rle.get("counts"), (str, bytes)) for rle in rles
-    )
-    found = _runs_of_texts(rles) if texts else None
-    if found is None:  # one by one, which also says what is damaged, and how
-        runs = []
-        for index, rle in enumerate(rles):
-            try:
-                runs.append(_runs(rle)[2])
-            except ImageError as error:
-                error.index = index  # type: ignore[attr-defined]
-                raise
-        none = np.zeros(0, np.int64)
-        found = np.concatenate([none, *runs]), np.array([len(part) for part in runs], np.int64)
-    return _edges(*found)
+    found = _edges_of_texts(rles)
+    if found is not None:
+        return found
+    runs = []  # one by one, which also says what is damaged, and how
+    for index, rle in enumerate(rles):
+        try:
+            runs.append(_runs(rle)[2])
+        except ImageError as error:
+            error.index = index  # type: ignore[attr-defined]
+            raise
+    none = np.zeros(0, np.int64)
+    return _edges(np.concatenate([none, *runs]), np.array([len(part) for part in runs], np.int64))
 
 
 def _edges(runs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -176,11 +174,10 @@ def _edges(runs: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return places[odd], np.bincount(owner[odd], minlength=len(counts))
 
 
-def _runs_of_texts(
+def _edges_of_texts(
     rles: Sequence[Mapping[str, Any]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Run lengths of masks with text counts and how many each has; None = one is damaged."""
-    none = np.zeros(0, np.int64)
+    """As `edges_of`, of masks with text counts; None = some are not, or one is damaged."""
     if not all(issubclass(kind, Mapping) for kind in set(map(type, rles))):
         return None
     counted: list[Any] = [rle.get("counts") for rle in rles]
@@ -189,49 +186,20 @@ def _runs_of_texts(
     try:
         texts = [text if type(text) is bytes else text.encode("ascii") for text in counted]
         sizes = [tuple(rle["size"]) for rle in rles]
-        different = set(sizes)
-        if not all(len(size) == 2 and all(map(_is_side, size)) for size in different):
+        if not all(len(size) == 2 and all(map(_is_side, size)) for size in set(sizes)):
             return None
         pixels = [height * width for height, width in sizes]
     except (KeyError, TypeError, ValueError):
         return None
-    if not texts:
-        return none, none
-    if max(pixels) > image.MAX_PIXELS or not all(texts):
+    if max(pixels, default=0) > image.MAX_PIXELS:
         return None
-    codes = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)
-    ends = np.cumsum([len(text) for text in texts])
-    stops = np.flatnonzero((codes & 32) == 0) + 1
-    counts = np.diff(np.searchsorted(stops, ends, "right"), prepend=0)
-    if codes.max() > 63 or not counts.all() or (stops[counts.cumsum() - 1] != ends).any():
-        return None
-    starts = np.concatenate([[0], stops[:-1]])
-    lengths = stops - starts
-    if lengths.max() > 12:
-        return None
-    numbers = (codes[starts] & 31).astype(np.int64)
-    for digit in range(1, int(lengths.max())):
-        longer = np.flatnonzero(lengths > digit)
-        numbers[longer] |= (codes[starts[longer] + digit] & 31).astype(np.int64) << 5 * digit
-    negative = np.flatnonzero(codes[stops - 1] & 16)
-    numbers[negative] -= np.int64(1) << 5 * lengths[negative]
-    if np.abs(numbers).max() > max(pixels):  # then no sum of them wraps
-        return None
-    # From the fourth run on a number is the difference to the one two before: two chains.
-    firsts = counts.cumsum() - counts
-    heads = numbers[firsts]
-    numbers[firsts] = 0  # of no chain
-    sums = np.zeros(len(numbers) + 2, np.int64)
-    sums[2::2], sums[3::2] = numbers[::2].cumsum(), numbers[1::2].cumsum()
-    numbers = sums[2:] - np.repeat(sums[firsts], counts)
-    if len(numbers) > 1:
-        other = np.repeat(sums[firsts + 1] - sums[firsts], counts)
-        other[(np.arange(len(numbers)) - np.repeat(firsts, counts)) & 1 == 0] = 0
-        numbers -= other
-    numbers[firsts] = heads
-    if numbers.min() < 0 or (np.add.reduceat(numbers, firsts) != pixels).any():
-        return None
-    return numbers, counts
+    _native.load()
+    edges, counts = torch.ops.pyseg._rle_edges(
+        torch.from_numpy(np.frombuffer(bytearray(b"".join(texts)), np.uint8)),
+        torch.tensor(list(itertools.accumulate(map(len, texts))), dtype=torch.int64),
+        torch.tensor(pixels, dtype=torch.int64),
+    )
+    return None if (counts < 0).any() else (edges.numpy(), counts.numpy())
 
 
 def _is_side(value: Any) -> bool:

@@ -18,6 +18,7 @@ from ..formats import edges_of
 from ..formats.polygons import coco_edges
 from ..image import check_pixels
 from ..ops.boundary_mask import boundary_distance
+from ..ops.rle import run_overlaps
 from ..types import Instances, Sample, Segmentation
 from .average_precision import (
     AREAS,
@@ -31,7 +32,7 @@ from .average_precision import (
     same_class,
 )
 from .inputs import class_names
-from .runs import Runs, intersections
+from .runs import Runs
 
 KINDS = ("mask", "box", "boundary")
 USUAL = ("mask", "box")  # the boundaries take longer than both
@@ -244,7 +245,7 @@ def _records(
         if kind == "box":
             overlaps = _box_overlaps(found.boxes, truth.boxes, ours, truth.crowd)
         else:
-            overlaps = _mask_overlaps(found.masks, truth.masks, ours, truth.crowd, sizes)
+            overlaps = _mask_overlaps(found.masks, truth.masks, ours, truth.crowd)
             if kind == "boundary":
                 near = np.flatnonzero(overlaps >= THRESHOLDS[0])  # of others it does not matter
                 some = ours[0][near], ours[1][near]
@@ -279,15 +280,15 @@ def _mask_overlaps(
     truth: Runs,
     pairs: tuple[np.ndarray, np.ndarray],
     crowd: np.ndarray,
-    sizes: Sequence[tuple[int, int]],
 ) -> np.ndarray:
     """IoU of the masks of each pair; with a crowd the share of the detection in it."""
-    span = max((height * width for height, width in sizes), default=0)
     result = np.zeros(len(pairs[0]))
     ours, theirs = found.boxes()[pairs[0]], truth.boxes()[pairs[1]]
     apart = (ours[:, ::2] > theirs[:, 1::2]) | (theirs[:, ::2] > ours[:, 1::2])
     near = np.flatnonzero(~apart.any(1))
-    both = intersections(found, truth, (pairs[0][near], pairs[1][near]), span)
+    both = run_overlaps(
+        (found.edges, found.counts), (truth.edges, truth.counts), (pairs[0][near], pairs[1][near])
+    )
     areas = found.areas()[pairs[0][near]], truth.areas()[pairs[1][near]]
     whole = np.where(crowd[pairs[1][near]], areas[0], areas[0] + areas[1] - both)
     result[near] = both / np.maximum(whole, 1)
@@ -311,7 +312,7 @@ def _boundary_overlaps(
         parts.append(some.boundaries(distance[side.image[used]]))
         places.append(place)
     nobody = np.zeros(len(truth.crowd), bool)
-    result = _mask_overlaps(parts[0], parts[1], (places[0], places[1]), nobody, sizes)
+    result = _mask_overlaps(parts[0], parts[1], (places[0], places[1]), nobody)
     return np.where(truth.crowd[pairs[1]], overlaps, result)
 
 
@@ -433,17 +434,35 @@ class CocoFiles:
             raise ScoreError(
                 f"{' and '.join(self.files)} share neither bbox nor segmentation in every entry"
             )
-        truth = content["annotations"]
-        self._truth = self._objects(truth, places, f"{self.files[0]}: annotation")
-        self._found = self._objects(results, places, f"{self.files[1]}: detection")
+        self._entries, self._places = (content["annotations"], results), places
+
+    def prepare(self, kinds: Sequence[str]) -> None:
+        """What `records` needs for these kinds of IoU; masks that none asks for are not looked at.
+
+        Raises:
+            ScoreError: a kind that the files do not allow, or a mask that is damaged.
+        """
+        if missing := [kind for kind in kinds if kind not in self.possible]:
+            raise ScoreError(
+                f"{missing[0]} AP needs a "
+                f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
+                f"{self.files[0]} and {self.files[1]}; they allow {', '.join(self.possible)}"
+            )
+        masks = set(kinds) != {"box"}
+        words = "annotation", "detection"
+        self._truth, self._found = (
+            self._objects(entries, self._places, f"{file}: {word}", masks)
+            for entries, file, word in zip(self._entries, self.files, words, strict=True)
+        )
 
     def _objects(
         self,
         entries: Sequence[dict[str, Any]],
         places: tuple[dict[int, int], dict[int, int]],
         what: str,
+        masked: bool,
     ) -> _Objects:
-        """The entries, by image and in their order."""
+        """The entries, by image and in their order; of their masks what is asked for."""
         image = np.array([places[0][entry["image_id"]] for entry in entries], np.int64)
         order = image.argsort(kind="stable")
         entries, image = [entries[k] for k in order.tolist()], image[order]
@@ -451,14 +470,15 @@ class CocoFiles:
         count = len(entries)
         masks = Runs(*(np.zeros(n, np.int64) for n in (0, count, count)))
         boxes = np.zeros((count, 4))
-        if "mask" in self.possible:
+        boxed = all("bbox" in entry for entry in entries)
+        if "mask" in self.possible and (masked or not boxed):
             sizes = [self.sizes[k] for k in image.tolist()]
             shapes = [entry["segmentation"] for entry in entries]
             masks = _masks(shapes, sizes, order, what)
             left, right, top, bottom = masks.boxes().T
             boxes = np.stack([left, top, right + 1 - left, bottom + 1 - top], 1).astype(np.float64)
         areas = masks.areas().astype(np.float64)
-        if all("bbox" in entry for entry in entries):
+        if boxed:
             boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
             areas = boxes[:, 2] * boxes[:, 3]
         if all("area" in entry for entry in entries):
@@ -474,17 +494,7 @@ class CocoFiles:
         )
 
     def records(self, kinds: Sequence[str], begin: int, end: int) -> list[dict[str, Any]]:
-        """Records of some images, see `InstanceAP.state`.
-
-        Raises:
-            ScoreError: a kind of IoU that the files do not allow.
-        """
-        if missing := [kind for kind in kinds if kind not in self.possible]:
-            raise ScoreError(
-                f"{missing[0]} AP needs a "
-                f"{'bbox' if missing[0] == 'box' else 'segmentation'} in every entry of "
-                f"{self.files[0]} and {self.files[1]}; they allow {', '.join(self.possible)}"
-            )
+        """Records of some images, see `InstanceAP.state`; after `prepare` for these kinds."""
         found, truth = self._found.part(begin, end), self._truth.part(begin, end)
         return _records(self.names[begin:end], self.sizes[begin:end], found, truth, kinds)
 

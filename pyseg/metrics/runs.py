@@ -6,15 +6,12 @@ integers, so that the order of the work does not change a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..ops import boundary_mask
-
-CHUNK = 1 << 22  # edges that are sorted at a time, which bounds the memory
 
 
 @dataclass(frozen=True)
@@ -117,43 +114,4 @@ class Runs:
         return (line + first) * length + place + low
 
 
-def intersections(
-    first: Runs, second: Runs, pairs: tuple[np.ndarray, np.ndarray], span: int
-) -> np.ndarray:
-    """Pixels that pairs of masks have in common, [P] int64.
-
-    Args:
-        first, second: masks.
-        pairs: their indices, [P] each; those of a pair are of one image.
-        span: pixels of the largest image.
-    """
-    result = np.zeros(len(pairs[0]), np.int64)
-    sizes = first.counts[pairs[0]] + second.counts[pairs[1]]
-    for begin, end in _chunks(sizes):
-        keys = []
-        for runs, which in zip((first, second), pairs, strict=True):
-            places, owner = runs.of(which[begin:end])
-            # In order: the pair, the pixel, and what ends there before what begins.
-            keys.append((owner * (span + 1) + runs.edges[places]) * 2 + 1 - (places & 1))
-        order = np.concatenate(keys)
-        order.sort()
-        depth = np.cumsum((order & 1) * 2 - 1)
-        both = np.flatnonzero(depth == 2)
-        at = order >> 1
-        owner = at[both] // (span + 1)
-        shared = np.bincount(owner, at[both + 1] - at[both], minlength=end - begin)
-        result[begin:end] = shared.astype(np.int64)  # below 2^53: exact
-    return result
-
-
-def _chunks(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `CHUNK` in all, of at least one each."""
-    ends = np.concatenate([[0], sizes.cumsum()])
-    begin = 0
-    while begin < len(sizes):
-        end = max(begin + 1, int(np.searchsorted(ends, ends[begin] + CHUNK, "right")) - 1)
-        yield begin, end
-        begin = end
-
-
-__all__ = ["Runs", "intersections"]
+__all__ = ["Runs"]

@@ -200,7 +200,7 @@ def convolutionalize(classifier: nn.Module, *, size: int = 224) -> nn.Module:
         elif before is not None and after is not None and len(before) == 4 and len(after) == 2:
             # flattening, or a mean over both sides
             pooling = _pooling_before(node, graph, shapes)
-            if after[1] == before[1:].numel():
+            if after[1] == math.prod(before[1:]):
                 flat = before
                 _replace(graph, node, None)
             elif after[1] == before[1]:

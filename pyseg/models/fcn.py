@@ -248,12 +248,12 @@ class FCNVGG(nn.Module):
             features[0].padding = (100, 100)
         padding = (0, 0, 0, 0) if self.published else (3, 3, 3, 3)
         self.trunk = _Trunk(features, widths[-1], 7, hidden, padding)
-        self.score = _scores(hidden, num_classes)
+        self.score = _Scores(hidden, num_classes)
         self.scales = (0.01, 1e-4) if at_once else (1.0, 1.0)
         if stride <= 16:
-            self.score_pool4 = _scores(widths[3], num_classes)
+            self.score_pool4 = _Scores(widths[3], num_classes)
         if stride <= 8:
-            self.score_pool3 = _scores(widths[2], num_classes)
+            self.score_pool3 = _Scores(widths[2], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [N, 3, H, W] to logits [N, C, H, W], modern: [N, C, H/s, W/s]."""
@@ -312,7 +312,7 @@ class FCNAlexNet(nn.Module):
         # 6 is even: the larger half of what keeps sizes goes to the right and below
         around = (0, 0, 0, 0) if self.published else (2, 3, 2, 3)
         self.trunk = _Trunk(nn.Sequential(*layers), 256, 6, hidden, around)
-        self.score = _scores(hidden, num_classes)
+        self.score = _Scores(hidden, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images [N, 3, H, W] to logits [N, C, H, W], modern: [N, C, H/32, W/32]."""
@@ -375,13 +375,22 @@ def deconvolve(x: Tensor, kernel: int, stride: int) -> Tensor:
     return F.conv_transpose2d(x, weight, stride=stride, groups=x.shape[1])
 
 
-def _scores(inputs: int, classes: int) -> nn.Conv2d:
-    """A 1x1 convolution that begins as zeros, as the authors' do."""
-    layer = nn.Conv2d(inputs, classes, 1)
-    nn.init.zeros_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
-    return layer
+class _Scores(nn.Conv2d):
+    """A 1x1 convolution that begins as zeros, as the authors' do.
+
+    Its bias is added by itself: with several threads on AMX, oneDNN as torch 2.14 has it writes
+    past the gradient of the bias of a bfloat16 convolution from 4096 channels to few.
+    """
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__(inputs, classes, 1)
+        nn.init.zeros_(self.weight)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.bias is not None
+        return F.conv2d(x, self.weight) + self.bias[:, None, None]
 
 
 def _crop(x: Tensor, offset: int, size: torch.Size) -> Tensor:

@@ -180,7 +180,7 @@ class SegNet(nn.Module):
             self.decoder.append(nn.Sequential(*layers))
         _initialise(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Normalised images [N, 3, H, W] to logits [N, C, H, W]."""
         maxima: list[tuple[Tensor, torch.Size]] = []
         for layer in self.encoder:

@@ -6,6 +6,7 @@ options that ends in `semantic_model`; `segnet` is the example.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import warnings
@@ -89,20 +90,45 @@ class SemanticModel(nn.Module):
         self.network = network
         self.max_batch_pixels = max_batch_pixels
         self._method = _Method()
+        self._key: tuple[tuple[tuple[int, int], ...], str] | None = None
         # Constants of the architecture, not learnt: kept out of state_dict.
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.eval()
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    @property
+    def features_key(self) -> str | None:
+        """What its feature maps are called in `Segmentation.features`: network and weights.
+
+        None where the network offers none: one that does has ``offers_features`` and, called with
+        ``features=True``, returns them under ``"features"``, a tuple with the finest first.
+        """
+        if not getattr(self.network, "offers_features", False):
+            return None
+        heads = tuple(f"{head}." for head in self.heads)
+        trunk = {
+            key: value
+            for key, value in self.network.state_dict().items()
+            if not key.startswith(heads or ("\0",))
+        }
+        # Hashed anew only where weights were written to or moved.
+        now = tuple((value.data_ptr(), _version(value)) for value in trunk.values())
+        known = self._key
+        if known is None or known[0] != now:
+            known = self._key = (now, _digest(trunk))
+        return f"{type(self.network).__name__.lower()}-{known[1]}"
+
+    def forward(self, images: Tensor, *, features: bool = False) -> dict[str, Any]:
         """Logits of a batch.
 
         Args:
             images: [N, 3, H, W] RGB, uint8, or floating point in 0..1.
+            features: give the network's feature maps, too; see `features_key`.
 
         Returns:
             ``"out"``: logits [N, C, h, w] at the network's own stride, never upsampled;
-            ``"aux…"``: logits of auxiliary heads, if the network gives any.
+            ``"aux…"``: logits of auxiliary heads, if the network gives any; ``"features"``: if
+            asked for, a tuple of feature maps [N, c, h, w], the finest first.
 
         Raises:
             ValueError: another shape.
@@ -114,7 +140,8 @@ class SemanticModel(nn.Module):
             images = images.to(self.mean.dtype) / 255
         elif not images.is_floating_point():
             raise TypeError(f"images must be uint8, or floating point in 0..1, got {images.dtype}")
-        output = self.network((images - self.mean) / self.std)
+        images = (images - self.mean) / self.std
+        output = self.network(images, features=True) if features else self.network(images)
         return dict(output) if isinstance(output, Mapping) else {"out": output}
 
     def predict_with(
@@ -163,6 +190,7 @@ class SemanticModel(nn.Module):
         tta: str | Sequence[str | float] | None = None,
         crop_size: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] | None = None,
+        features: bool = False,
     ) -> list[Segmentation]:
         """Segments images of any sizes; those of equal size share batches.
 
@@ -173,6 +201,8 @@ class SemanticModel(nn.Module):
             tta: see `predict_with`. Where all three are None, what was set there.
             crop_size: see `predict_with`.
             stride: see `predict_with`.
+            features: keep the network's feature maps, where it offers them, in the predictions; not
+                with ``tta`` or windows, of which there would be several.
 
         Returns:
             One `Segmentation` per image, in order, with ``logits`` on the model's device; those of
@@ -187,6 +217,7 @@ class SemanticModel(nn.Module):
         method = self._method
         if tta is not None or crop_size is not None or stride is not None:
             method = _Method.of(tta, crop_size, stride)
+        key = self.features_key if features and method == _Method() else None
         groups: dict[tuple[int, int], list[int]] = {}
         for index, image in enumerate(images):
             require_rgb8(image, f"images[{index}]")
@@ -197,9 +228,12 @@ class SemanticModel(nn.Module):
             for start in range(0, len(members), step):
                 chosen = members[start : start + step]
                 batch = torch.stack([images[i].to(self.mean.device) for i in chosen])
-                outputs = method.outputs(self, batch)
+                outputs = method.outputs(self, batch) if key is None else self(batch, features=True)
                 uncertainty = outputs.get("uncertainty", [None] * len(chosen))
-                for i, logits, doubt in zip(chosen, outputs["out"], uncertainty, strict=True):
+                maps = zip(*outputs["features"], strict=True) if key else [None] * len(chosen)
+                for i, logits, doubt, seen in zip(
+                    chosen, outputs["out"], uncertainty, maps, strict=True
+                ):
                     results[i] = Segmentation(
                         (height, width),
                         self.classes,
@@ -207,6 +241,7 @@ class SemanticModel(nn.Module):
                         image=images[i],
                         palette=self.palette,
                         uncertainty=doubt,
+                        features=None if key is None or seen is None else {key: seen},
                     )
         return [results[i] for i in range(len(images))]
 
@@ -324,6 +359,20 @@ class _Method:
         if "uncertainty" in total:
             total["uncertainty"] = total["uncertainty"][:, 0]
         return total
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Some digits that tell weights from others."""
+    digest = hashlib.sha256()
+    for key, value in state.items():
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _variant(images: Tensor, scale: float, flip: bool) -> Tensor:

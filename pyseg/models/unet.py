@@ -213,8 +213,10 @@ class UNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
                 # The paper's: normal, of variance 2 / the numbers that come into a neuron.
-                fan = "fan_out" if isinstance(layer, nn.ConvTranspose2d) else "fan_in"
-                nn.init.kaiming_normal_(layer.weight, mode=fan, nonlinearity="relu")
+                outwards = isinstance(layer, nn.ConvTranspose2d)
+                nn.init.kaiming_normal_(
+                    layer.weight, mode="fan_out" if outwards else "fan_in", nonlinearity="relu"
+                )
                 assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 

@@ -7,6 +7,7 @@ the same name in this package.
 from .boundary_mask import boundary_mask
 from .boundary_match import BoundaryMatches, boundary_match
 from .confusion_matrix import ConfusionCounts, confusion_counts, confusion_matrix
+from .decode_png import decode_png
 from .deform_conv2d import DeformConv2d, deform_conv2d
 from .dense_crf import dense_crf
 from .panoptic_head import panoptic_head, panoptic_logits
@@ -38,6 +39,7 @@ __all__ = [
     "boundary_match",
     "confusion_counts",
     "confusion_matrix",
+    "decode_png",
     "deform_conv2d",
     "dense_crf",
     "multi_scale_roi_align",

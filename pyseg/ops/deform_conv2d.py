@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,13 @@ def deform_conv2d(
         ... )
         True
     """
-    named = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
+    named: dict[str, Any] = {
+        "input": input,
+        "offset": offset,
+        "weight": weight,
+        "bias": bias,
+        "mask": mask,
+    }
     tensors = {
         name: tensor
         for name, tensor in named.items()

@@ -68,7 +68,7 @@ def dense_crf(
             are computed in float32, float64 in float64.
         image: [N, B, H, W], uint8 or floating point, usually RGB with values 0 to 255; B up to 6.
         gaussian: kernels over position: (sigma_xy, weight), sigma_xy in pixels, one number or
-            (sigma_x, sigma_y).
+            (sigma_x, sigma_y). Far below a pixel it reaches no neighbour along that axis.
         bilateral: kernels over position and image: (sigma_xy, sigma_rgb, weight), sigma_rgb in the
             image's unit, one number or one per channel.
         iterations: mean-field steps, at most 10,000; 0 returns softmax(-unary), whatever the
@@ -85,8 +85,8 @@ def dense_crf(
             out, as eq. 1 of Krähenbühl & Koltun does, whose sum is over j != i, before the
             normalisation. The lattice's own diagonal is taken from barycentric weights as if no
             vertex were absent, on photographs 1 to 5 % more than it is. Where neighbours sum to
-            less than a tenth of that, most would be error: such a pixel counts as alone, and the
-            normalisation multiplies it by 0. False takes memory for one more result; the backward
+            less than a tenth of that, most would be error: such a pixel counts as alone, and
+            neither gets nor sends a message. False takes memory for one more result; the backward
             pass then keeps Q of each iteration.
         compatibility: [C, C] penalty of label i (row) for a neighbour of label j. None is the
             Potts model: a penalty of 1 where the labels differ.
@@ -101,9 +101,10 @@ def dense_crf(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; an image without pixels; a sigma that is
-            not positive, or so small that the lattice's coordinates overflow; NaN or infinity in
-            unary, image or features, weights or penalties that are not finite or above 1e15; more
-            than 2^31 lattice entries in an image; image or features require a gradient.
+            not positive, or one of image or features so small that the lattice's coordinates
+            overflow; NaN or infinity in unary, image or features, weights or penalties that are
+            not finite or above 1e15; more than 2^31 lattice entries in an image; image or features
+            require a gradient.
 
     Source:
         Krähenbühl & Koltun, "Efficient inference in fully connected CRFs with Gaussian edge

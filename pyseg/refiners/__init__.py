@@ -14,11 +14,15 @@ from ..registry import Registry
 if TYPE_CHECKING:
     from .crf import CRF as CRF
     from .sam import SamRefiner as SamRefiner
+    from .segfix import SegFix as SegFix
+    from .temperature import Temperature as Temperature
 
 # Public class -> where it lives. Resolved on first use: listing needs no torch.
 _CLASSES = {
     "CRF": ".crf",
     "SamRefiner": ".sam",
+    "SegFix": ".segfix",
+    "Temperature": ".temperature",
 }
 
 _registry: Registry[Any] = Registry("refiner", "pyseg.refiners")
@@ -40,6 +44,8 @@ def __getattr__(name: str) -> Any:
 __all__ = [
     "CRF",
     "SamRefiner",
+    "SegFix",
+    "Temperature",
     "create",
     "describe",
     "get",

@@ -22,13 +22,14 @@ from ..types import VOID, Dataset, Sample, Segmentation
 
 @dataclass(frozen=True)
 class Training:
-    """The result of `train_crf`."""
+    """The result of `train_crf` and `train_segfix`."""
 
-    pipeline: Pipeline  # with the trained CRF as its last stage
+    pipeline: Pipeline  # with the trained refiner as its last stage
     losses: tuple[float, ...]  # mean over the images, of each epoch
-    off: dict[str, Any]  # scores of the metric `semantic` on the images that check, without a CRF
+    off: dict[str, Any]  # scores of the metric `semantic` on the images that check, without it
     default: dict[str, Any]  # with the refiner's default
     trained: dict[str, Any]
+    refiner: str = "crf"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; nan becomes None."""
@@ -38,7 +39,7 @@ class Training:
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows of the table that is printed, as text."""
         classes = list(self.trained["per_class"])
-        head = ["crf", "mIoU", "pixel accuracy", *classes]
+        head = [self.refiner, "mIoU", "pixel accuracy", *classes]
         rows = []
         for name in ("off", "default", "trained"):
             scores = getattr(self, name)

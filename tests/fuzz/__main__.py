@@ -18,15 +18,17 @@ import struct
 import sys
 import time
 import traceback
+from pathlib import Path
 
 import torch
 
-from . import crf, labels, logits, regions  # noqa: F401  (they register their ops)
+from . import crf, files, labels, logits, regions  # noqa: F401  (they register their ops)
 from .draw import OPS, Draw
 from .memory import GuardedMemory
 
 CHUNK = 250  # cases that a process makes
-PATIENCE = 60.0  # seconds for a case
+PATIENCE = 60.0  # the processor's seconds for a case, so that a busy machine fails none
+WAITING = 10  # times as long by the clock, for one that hangs without doing anything
 LEVELS = ("v4", "v3", "generic")
 
 
@@ -64,8 +66,9 @@ def run_case(name: str, seed: int, case: int, memory: GuardedMemory, note=None) 
 class Worker:
     """A process that runs the cases [first, last) at one level."""
 
-    # In memory that both share: the case in progress, when it began, and its call as text.
-    PLACE = struct.Struct("qd")
+    # In memory that both share: the case in progress, when it began by the clock and by the
+    # processor's time of this process, and its call as text.
+    PLACE = struct.Struct("qdd")
     TEXT = 2000
 
     def __init__(self, options, first: int, last: int, level: str) -> None:
@@ -94,15 +97,23 @@ class Worker:
         self._text = b""
 
     def _note(self, case: int) -> None:
-        self._shared[: self.PLACE.size] = self.PLACE.pack(case, time.monotonic())
+        self._shared[: self.PLACE.size] = self.PLACE.pack(
+            case, time.monotonic(), time.process_time()
+        )
         self._note_call("")
 
     def _note_call(self, text: str) -> None:
         self._shared[self.PLACE.size :] = text.encode()[: self.TEXT].ljust(self.TEXT, b"\0")
 
-    def place(self) -> tuple[int, float]:
-        case, since = self.PLACE.unpack(self._shared[: self.PLACE.size])
-        return case, time.monotonic() - since
+    def place(self) -> int:
+        return self.PLACE.unpack(self._shared[: self.PLACE.size])[0]
+
+    def hangs(self) -> bool:
+        _, since, processor_since = self.PLACE.unpack(self._shared[: self.PLACE.size])
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        processor = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        waited = time.monotonic() - since
+        return processor - processor_since > PATIENCE or waited > WAITING * PATIENCE
 
     def call(self) -> str:
         return self._shared[self.PLACE.size :].rstrip(b"\0").decode(errors="replace")
@@ -149,7 +160,7 @@ class Run:
                     self.workers.append(Worker(self.options, *self.chunks.pop()))
                 self._wait()
         except KeyboardInterrupt:
-            first = min([w.place()[0] for w in self.workers] + [c[0] for c in self.chunks])
+            first = min([w.place() for w in self.workers] + [c[0] for c in self.chunks])
             rest = self.options.first + self.options.cases - first
             self._kill()
             seed = self.options.seed
@@ -170,14 +181,14 @@ class Run:
                 self._report(worker, case, problem)
             if not going:
                 self._ended(worker)
-            elif worker.place()[1] > PATIENCE:
+            elif worker.hangs():
                 os.kill(worker.pid, signal.SIGKILL)
                 self._ended(worker, f"no end within {PATIENCE:.0f} s")
         self._progress()
 
     def _ended(self, worker: Worker, problem: str = "") -> None:
         self.workers.remove(worker)
-        status, (case, _) = worker.end(), worker.place()
+        status, case = worker.end(), worker.place()
         if case == worker.last and status == 0:
             return
         if not problem:
@@ -201,7 +212,7 @@ class Run:
 
     def _progress(self) -> None:
         waiting = sum(b - a for a, b, _ in self.chunks)
-        running = sum(w.last - w.place()[0] for w in self.workers)
+        running = sum(w.last - w.place() for w in self.workers)
         done = self.options.cases - waiting - running
         step = max(1, self.options.cases // 20)
         if done >= self.done + step or self.done < done == self.options.cases:

@@ -203,7 +203,8 @@ def against_itself(draw: Draw) -> None:
     bands = draw.integer(1, 3)
     image = image[:, :bands]
     gaussian = [
-        (draw.choice((3.0, (2.0, 5.0))), draw.uniform(0, 3)) for _ in range(draw.integer(0, 2))
+        (draw.choice((3.0, 3.0, (2.0, 5.0), (0.4, 1e-20), 1e-20)), draw.uniform(0, 3))
+        for _ in range(draw.integer(0, 2))
     ]
     bilateral = [
         (draw.choice((30.0, 8.0)), draw.choice((13.0, 40.0)), draw.uniform(0, 5))
@@ -326,6 +327,7 @@ def wrong_crf(draw: Draw) -> None:
             5,
             [None],
             [(3.0, -1.0, 1.0)],
+            [(3.0, 1e-20, 1.0)],
             [(number, 1.0, 1.0)],
         ),
         "features": (

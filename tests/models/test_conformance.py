@@ -25,31 +25,49 @@ OPTIONS = {
 }
 # Old names of the same factories are not checked again.
 ONCE = {pyseg.models.get(name): name for name in pyseg.models.list()}
-# Networks of others' code that differ from a quick one by their depth or by the detector's heads.
+# Networks of others' code that differ from a quick one by depth or by the detector's heads. Of
+# those with hundreds of megabytes in fully connected layers, small ones are checked in test_fcn.py.
 SLOW = {
     "deeplab_v2_resnet101",
     "deeplab_v2_vgg16",
+    "deeplabv3plus_xception65",
+    "fcn8s",
+    "fcn_alexnet",
+    "hrnet_w18_small_v2",
+    "maskrcnn_resnet50_fpn_v2",
+    "pspnet_resnet50",
+    "segformer_b1",
+    "unet_resnet50",
+}
+# These only differ in depth or width from a quick or slow one, built by the same function.
+LONG = {
     "deeplabv3_resnet101",
     "deeplabv3plus_resnet101",
-    "deeplabv3plus_xception65",
+    "fcn16s",
+    "fcn32s",
     "fcn_resnet101",
-    *(f"hrnet_{name}" for name in ("w18", "w18_small_v2", "w32", "w48")),
-    "maskrcnn_resnet50_fpn_v2",
+    "hrnet_w18",
+    "hrnet_w32",
+    "hrnet_w48",
     "pspnet_resnet101",
-    "pspnet_resnet50",
-    *(f"segformer_b{k}" for k in range(1, 6)),
+    "segformer_b2",
+    "segformer_b3",
+    "segformer_b4",
+    "segformer_b5",
 }
-# Hundreds of megabytes of fully connected layers: small ones are checked in test_fcn.py.
-SLOW |= {"unet_resnet50"}
-SLOW |= {"fcn8s", "fcn16s", "fcn32s", "fcn_alexnet"}
+
+
+def marks(name):
+    return [
+        mark
+        for names, mark in ((SLOW, pytest.mark.slow), (LONG, pytest.mark.long))
+        if name in names
+    ]
 
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in SLOW else ())
-        for name in sorted(ONCE.values())
-    ],
+    [pytest.param(name, marks=marks(name)) for name in sorted(ONCE.values())],
 )
 def test_conformance(name):
     testing.check_model(name, **OPTIONS.get(name, {}))

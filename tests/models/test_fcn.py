@@ -1,5 +1,10 @@
 """FCN on VGG-16 and AlexNet: what the conformance suite (test_conformance.py) cannot know."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -184,3 +189,20 @@ def test_what_cannot_be_loaded_says_so(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "vgg.pth")
     with pytest.raises(WeightsError, match="another architecture than FCNVGG"):
         small(32, weights=tmp_path / "vgg.pth")
+
+
+def test_bfloat16_training_keeps_within_its_memory():
+    """oneDNN wrote past the gradient of the last convolution's bias: the process died."""
+    code = """
+        import torch
+        from pyseg.models.fcn import _Scores
+        scores = _Scores(4096, 2)  # the last layer, behind VGG-16
+        for _ in range(20):
+            features = torch.rand(8, 4096, 3, 4, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                scores(features).float().sum().backward()
+            scores.zero_grad()
+            lists = [bytes(20 + k) for k in range(50)]
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "MALLOC_CHECK_": "3"}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment, check=True)

@@ -193,7 +193,7 @@ def test_small_kernel_with_channels_that_are_loaded_alone_or_together(device, ge
         assert difference <= tolerance
 
 
-@pytest.mark.slow  # half a minute when emulated
+@pytest.mark.long  # minutes when emulated, where test_large_shapes_can_be_launched sees the same
 def test_kernel_gradients_of_two_million_pixels(device):
     """As rows of the transposed input they once exceeded a grid's second dimension."""
     height, width = 1024, 2049

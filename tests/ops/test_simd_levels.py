@@ -5,15 +5,20 @@ says what to run and what should come out of it. Integers, and what only compare
 the same bits at all levels; elsewhere levels with fused multiplication and addition round less.
 """
 
+import io
+
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch.nn.functional import interpolate
 
 from pyseg import ops
 from pyseg.ops.boundary_mask import reference as boundary_mask_reference
 from pyseg.ops.boundary_match import reference as boundary_match_reference
 from pyseg.ops.confusion_matrix import reference as confusion_reference
+from pyseg.ops.decode_png import reference as decode_png_reference
 from pyseg.ops.dense_crf import reference as dense_crf_reference
 from pyseg.ops.panoptic_merge import paste
 from pyseg.ops.panoptic_merge import reference as panoptic_merge_reference
@@ -227,6 +232,27 @@ def panoptic_quality(generator):
         )
 
 
+def decode_png(generator):
+    for mode, form in (("L", "values"), ("P", "values"), ("RGB", "colours")):
+        for noise in (0, 3, 256):  # smooth, as a photograph, neither
+            array = blobs(generator, 200, 1, 90, 171)[0].numpy().astype(np.uint8)
+            if noise:
+                array += (
+                    torch.randint(0, noise, (90, 171), generator=generator).numpy().astype("u1")
+                )
+            stream = io.BytesIO()
+            Image.fromarray(array).convert(mode).save(stream, "PNG")
+            data = torch.from_numpy(np.frombuffer(bytearray(stream.getvalue()), np.uint8))
+            yield (
+                lambda data=data, form=form: ops.decode_png(data, form),
+                equal,
+                lambda data=data: decode_png_reference(data),
+                equal,
+            )
+            if mode == "RGB":
+                yield (lambda data=data: ops.decode_png(data, "segment_ids"), equal, None, None)
+
+
 def deform_conv2d(generator):
     for dtype in FLOATS:
         for channels, outputs in ((32, 24), (21, 10)):
@@ -335,6 +361,7 @@ CASES = [
     boundary_mask,
     boundary_match,
     confusion_matrix,
+    decode_png,
     deform_conv2d,
     dense_crf,
     panoptic_head,

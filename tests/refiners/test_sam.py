@@ -311,7 +311,8 @@ def reference_soft_vote(logits, index):
     return torch.from_numpy(np.where(flat > 0, voted, p.argmax(0)).reshape(index.shape))
 
 
-def test_the_ceiling_on_camvid():
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
+def test_the_ceiling_on_camvid(every):
     """The rows "coarse", "perfect masks, soft vote" and "garbage grid" of the ceiling study.
 
     The study (24 images, not named): coarse 84.6; perfect masks, soft vote 92.3, of which pole
@@ -321,6 +322,8 @@ def test_the_ceiling_on_camvid():
     total = {}
     agree = []
     for number, truth in enumerate(camvid(24)):
+        if number % every:
+            continue
         size, logits = tuple(truth.shape), coarse(truth, 11)
         prediction = Segmentation(size, CAMVID, logits=logits)
         index, _ = components(truth, 11)
@@ -329,7 +332,7 @@ def test_the_ceiling_on_camvid():
             "vote": SamRefiner(perfect, mode="vote"),
             "prompt": SamRefiner(perfect),
         }
-        if number % 4 == 0:
+        if number % (4 if every == 1 else 12) == 0:  # these take longest
             cases["garbage ungated"] = SamRefiner(
                 garbage, mode="vote", agreement=0, rim_agreement=0, margin=2
             )
@@ -346,12 +349,17 @@ def test_the_ceiling_on_camvid():
     iou = {name: scores(matrix) for name, matrix in total.items()}
     mean = {name: float(value.nanmean()) for name, value in iou.items()}
     print(mean, {k: v[[pole, sign, pedestrian]].tolist() for k, v in iou.items()})
-    assert abs(mean["coarse"] - 84.6) < 1.5
-    assert abs(mean["vote"] - 92.3) < 1.5
-    assert mean["vote"] - mean["coarse"] > 92.3 - 84.6 - 0.5
+    study = ((pole, 29.3, 45.8), (sign, 77.8, 90.6), (pedestrian, 75.4, 91.7))
+    if every == 1:  # of fewer images the gains are the study's, the levels not
+        assert abs(mean["coarse"] - 84.6) < 1.5
+        assert abs(mean["vote"] - 92.3) < 1.5
+        for c, before, after in study:
+            assert abs(iou["coarse"][c] - before) < 3 and abs(iou["vote"][c] - after) < 3
+        assert mean["vote"] - mean["coarse"] > 92.3 - 84.6 - 0.5
+    assert mean["vote"] - mean["coarse"] > 6
     assert mean["vote"] > mean["reference"] - 0.3 and min(agree) > 0.98
-    for c, before, after in ((pole, 29.3, 45.8), (sign, 77.8, 90.6), (pedestrian, 75.4, 91.7)):
-        assert abs(iou["coarse"][c] - before) < 3 and abs(iou["vote"][c] - after) < 3
+    for c, before, after in study:
+        assert iou["vote"][c] - iou["coarse"][c] > (after - before) / 2
     # Prompts leave stuff and what is below 64 pixels alone, so they reach less, but no class less
     # than before.
     assert mean["prompt"] > mean["coarse"] + 3.5

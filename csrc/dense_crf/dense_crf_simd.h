@@ -1,4 +1,5 @@
-// What dense_crf.cpp shares with its inner loops, which are compiled once per instruction set.
+// The inner loops of the dense CRF on the CPU: what dense_crf.cpp and dense_crf_lattice.cpp know of
+// them.
 #pragma once
 
 #include <cstdint>

@@ -1,22 +1,20 @@
-"""Promptable segmenters: an image is embedded once, then any number of prompts get their masks.
-
-`Promptable` is what the refiners ask of one. Behind it stand Segment Anything (Kirillov et al.,
-2023, arXiv:2304.02643) and SAM 2 (Ravi et al., 2024, arXiv:2408.00714), its image part.
-"""
+"""Segment Anything (Kirillov et al., 2023, arXiv:2304.02643) and SAM 2 (Ravi et al., 2024,
+arXiv:2408.00714), its image part, as promptable segmenters; from their own packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .errors import require
-from .weights import Remote, load_into, load_state, resolve
+from ..errors import require
+from ..weights import Remote, load_into, load_state, resolve
+from .base import PROMPT_LOGIT, Prompts
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_{}.pth"
 _SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{}.pt"
@@ -57,77 +55,6 @@ SAM2_WEIGHTS = {
 
 # Without isolation, or its build would fetch a second torch.
 _SAM2_REMEDY = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
-
-PROMPT_LOGIT = 10.0
-"""Of a mask prompt far from its outline; SAM's own masks reach 10 to 20."""
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """K prompts for one image. Coordinates are x, y in pixels of the image, first pixel at 0."""
-
-    points: Tensor  # [K, P, 2] float
-    point_labels: Tensor  # [K, P] int: 1 on the object, 0 off it, -1 no point
-    boxes: Tensor | None = None  # [K, 4] float, xyxy
-    masks: Tensor | None = None  # [K, H, W] float logits at image resolution
-
-
-class Promptable(Protocol):
-    """A segmenter that answers prompts with masks; it keeps no state between calls."""
-
-    def embed(self, image: Tensor) -> Any:
-        """Whatever ``predict`` and ``upsample`` need of ``image`` [3, H, W] uint8 RGB."""
-        ...
-
-    def predict(self, embedding: Any, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """Best mask per prompt: logits [K, h, w] at the segmenter's size, predicted IoU [K]."""
-        ...
-
-    def upsample(self, embedding: Any, logits: Tensor) -> Tensor:
-        """Logits [K, h, w] of ``predict`` to the image's own frame, [K, H, W]."""
-        ...
-
-
-class Proposals(NamedTuple):
-    """Masks that a promptable segmenter stands by, at its own size h x w."""
-
-    # over tuple.index, which nobody calls here
-    index: Tensor  # type: ignore[assignment]  # [K] int64: which of the prompts each answers
-    logits: Tensor  # [K, h, w] float
-    predicted_iou: Tensor  # [K] float, as the segmenter gives it
-    stability: Tensor  # [K] float, see `stability`
-
-
-def propose(
-    segmenter: Promptable, embedding: Any, chunks: Iterable[Prompts], *, predicted_iou: float
-) -> Iterator[Proposals]:
-    """Predicts masks a chunk of prompts at a time and drops those of low quality.
-
-    Masks stay at the segmenter's size, so that only what passes is ever upsampled.
-
-    Args:
-        segmenter: what answers the prompts.
-        embedding: what its ``embed`` made of the image.
-        chunks: the prompts; each chunk is decoded at once, and made when its turn comes.
-        predicted_iou: the least IoU that the segmenter predicts for a mask to pass.
-
-    Yields:
-        For every chunk of which something passes, what passes; ``index`` counts on over chunks.
-    """
-    begin = 0
-    for prompts in chunks:
-        logits, quality = segmenter.predict(embedding, prompts)
-        good = (quality >= predicted_iou).nonzero()[:, 0]
-        if len(good):
-            logits = logits[good]
-            yield Proposals(begin + good, logits, quality[good], stability(logits))
-        begin += len(prompts.points)
-
-
-def stability(logits: Tensor) -> Tensor:
-    """IoU of each mask [K, h, w] cut at logits +1 and -1, as in SAM's mask generator; [K]."""
-    flat = logits.flatten(1)
-    return (flat > 1).float().sum(1) / (flat > -1).float().sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True)
