@@ -1,18 +1,11 @@
 """streetnet's bundled weights: their scores, and the file itself from a training run.
 
 ``python benchmarks/streetnet.py score DATA --name NAME``: DATA holds ``camvid`` as SegNet's
-tutorial has it. Scored are two blocks of frames that, by the recipe's hold-out form, no training
-has seen, and the validation clip: single scale unless ``--tta`` says otherwise, 480 × 360, one
-confusion matrix per set. NAME is the entry of the card's JSON that is written; its table is printed
-by ``python benchmarks/streetnet.py table --name NAME``.
-
-The hold-out form of the recipe, whose weights ``--weights`` names (the bundled ones have seen all):
-
-    pyseg train --config streetnet --root DATA -o runs/holdout --repeats 6,1,1 \
-      --dataset "camvid(without='FRAMES')" --dataset "labelmefacade(split='train')" \
-      --dataset "labelmefacade(split='test')"
-
-with the patterns of both blocks, joined by a comma, for FRAMES.
+tutorial has it. Scored are two blocks of frames that the first half of the training has not seen,
+and the validation clip: single scale unless ``--tta`` says otherwise, 480 × 360, one confusion
+matrix per set. The second half, whose weights the package has, has seen all of them: what it scores
+here is on data that it was trained on. NAME is the entry of the card's JSON that is written; its
+table is printed by ``python benchmarks/streetnet.py table --name NAME``.
 
 ``python benchmarks/streetnet.py bundle RUN/model.safetensors`` stores weights in half precision
 where the package has them.

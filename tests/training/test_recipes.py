@@ -42,12 +42,13 @@ def test_what_comes_with_pyseg_is_what_train_takes():
         "fcn_resnet50_cityscapes",
         "fcn_resnet50_cityscapes_full",
         "streetnet",
+        "streetnet_final",
     )
     accepted = set(inspect.signature(training.train).parameters)
     for name in recipes.names():
         found = recipes.read_recipe(name, KINDS)
         rest = set(found) - accepted - {"model", "weights", "split", "validation_split"}
-        assert not rest and found["model"] == name.removesuffix("_full").removesuffix("_cityscapes")
+        assert not rest and found["model"] in ("streetnet", "fcn_resnet50")
         training.Loss.parse(found["loss"])
     report = recipes.read_recipe("fcn_resnet50_cityscapes", KINDS)
     assert report["batch_size"] == 2 and report["epochs"] == 2 and report["optimizer"] == "adam"
@@ -92,20 +93,24 @@ def test_the_recipe_of_streetnet_trains(tmp_path):
     model = pyseg.load(output / "pipeline").model
     assert model.classes == CAMVID_CLASSES
     kept = json.loads(torch.load(output / "checkpoint.pt")["settings"])
-    assert kept["repeats"] == [6, 6, 1, 1]
-    # The hold-out form: other sets in their place.
+    assert kept["repeats"] == [6, 1, 1]
+    half = ("--weights", output / "model.safetensors")
     again = run(
-        *("--config", "streetnet", "--root", root, "--output", tmp_path / "b", "--weights", "none"),
+        *("--config", "streetnet_final", "--root", root, "--output", tmp_path / "b", *half, *short)
+    )
+    assert again.exit_code == 0, again.output
+    other = run(
+        *("--config", "streetnet", "--root", root, "--output", tmp_path / "c", "--weights", "none"),
         *("--dataset", "camvid(without='a,b*')", "--dataset", "labelmefacade(split='train')"),
         *("--repeats", "8,1", *short),
     )
-    assert again.exit_code == 0, again.output
+    assert other.exit_code == 0, other.output
     for repeats, message in (
-        ("6", "repeats must be a positive integer for each of 4 data sets"),
+        ("6", "repeats must be a positive integer for each of 3 data sets"),
         ("6;1", "--repeats must be integers such as 6,1"),
     ):
         wrong = run(
-            *("--config", "streetnet", "--root", root, "-o", tmp_path / "c", "--weights", "none"),
+            *("--config", "streetnet", "--root", root, "-o", tmp_path / "d", "--weights", "none"),
             *("--repeats", repeats),
         )
         assert wrong.exit_code == 2 and message in wrong.output
