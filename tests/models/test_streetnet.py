@@ -1,8 +1,7 @@
-import os
-import re
+import hashlib
+import json
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,6 @@ from pyseg.efficientnet import MEAN, STD, imagenet_weights
 from pyseg.errors import WeightsError
 from pyseg.image import read_image
 from pyseg.models.streetnet import BUNDLED, streetnet
-
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[2] / "../shared/data"))
 
 
 def test_bundled_weights():
@@ -202,12 +199,27 @@ def test_weights_from_a_file(tmp_path):
         streetnet(num_classes=0, weights=None)
 
 
-@pytest.mark.skipif(not (DATA / "camvid").is_dir(), reason=f"no CamVid below {DATA}")
-def test_validation_score_is_the_cards():
+def test_the_card_has_the_numbers_that_were_measured():
+    card = BUNDLED.with_suffix(".md").read_text(encoding="utf-8")
+    assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in card
+    measured = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
+    assert measured["bundled"]["weights"] == "bundled"
+    for name in ("first half", "bundled"):
+        columns = [entry for entry in measured[name].values() if isinstance(entry, dict)]
+        assert len(columns) >= 3
+        for kind in columns[0]["iou"]:
+            cells = [f"{entry['iou'][kind]:.3f}" for entry in columns]
+            assert f"| {kind} | {' | '.join(cells)} |" in card
+        for row, key in (("**mIoU**", "miou"), ("pixel accuracy", "accuracy")):
+            cells = [f"{entry[key]:.4f}" for entry in columns]
+            assert f"| {row} | {' | '.join(cells)} |" in card
+
+
+def test_validation_score_is_the_cards(data_folder):
     """Scored without pyseg's kernels: torch's bilinear upsampling, argmax and bincount."""
-    card = (BUNDLED.parent / "streetnet_camvid.md").read_text(encoding="utf-8")
-    stated = float(re.search(r"\| \*\*mIoU\*\* \|.*\| ([.\d]+) \|\n", card).group(1))
-    model, data = streetnet(), CamVid(DATA / "camvid", "val")
+    measured = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
+    stated = measured["bundled"]["validation"]["miou"]
+    model, data = streetnet(), CamVid(data_folder("camvid"), "val")
     counts = torch.zeros(121, dtype=torch.int64)
     for index in range(len(data)):
         sample = data[index]
