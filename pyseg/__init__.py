@@ -20,6 +20,7 @@ _LAZY = {
     "evaluate": ".evaluation",
     "predict": ".prediction",
     "predict_large": ".large",
+    "Session": ".session",
     "train": ".training",
     "train_instances": ".training",
     "tune_crf": ".tuning",
@@ -55,6 +56,7 @@ __all__ = [
     "Segment",
     "Segmentation",
     "Segments",
+    "Session",
     "__version__",
     "build",
     "check_data",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from .pipeline import compose as compose
     from .pipeline import load as load
     from .prediction import predict as predict
+    from .session import Session as Session
     from .training import train as train
     from .training import train_instances as train_instances
     from .tuning import tune_crf as tune_crf

@@ -14,7 +14,7 @@ FLOORS = (
     {"ops"},
     {"compat", "types"},
     {"processes", "promptable"},
-    {"datasets", "metrics", "models", "refiners"},
+    {"datasets", "metrics", "models", "refiners", "session"},
     {"label_check", "pipeline"},
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
