@@ -342,7 +342,7 @@ class Pipeline:
             image: as for calling the pipeline.
             start: what is edited, as `pyseg.Session` takes it; None = this pipeline's prediction.
             edit: ``"labels"``, ``"segments"`` or ``"instances"`` of it; None = what is there.
-            promptable: what answers clicks and boxes; None = that of the first refiner which has
+            promptable: what answers clicks and boxes; None = that of the first stage which has
                 one, as ``sam`` and ``sam2`` do.
 
         Example:
@@ -350,7 +350,7 @@ class Pipeline:
         """
         from .session import Session
 
-        found = (getattr(refiner, "generator", None) for refiner in self.refiners)
+        found = (getattr(stage.component, "generator", None) for stage in self.stages)
         tensor = images_module.read_image(image)
         begun = self(tensor) if start is None else start
         return Session(

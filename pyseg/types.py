@@ -16,7 +16,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
 | model | ``features_key`` | name of what the model offers in ``Segmentation.features``, or None |
 | refiner | ``wanted_features`` | names of what it takes of them; only then the model keeps them |
-| refiner | ``generator`` | a promptable segmenter: `Pipeline.session` asks it |
+| stage | ``generator`` | a promptable segmenter: `Pipeline.session` asks it |
 | stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
 | stage | ``training`` | an ``nn.Module``'s: refused where it is true |
 | stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |
