@@ -44,6 +44,7 @@ _SUBMODULES = {
     "ops",
     "refiners",
     "types",
+    "video",
     "visual",
 }
 
@@ -79,6 +80,7 @@ __all__ = [
     "train_instances",
     "tune_crf",
     "types",
+    "video",
     "visual",
 ]
 
@@ -91,6 +93,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from . import refiners as refiners
     from . import types as types
+    from . import video as video
     from . import visual as visual
     from .comparison import compare as compare
     from .cost import cost as cost

@@ -23,10 +23,12 @@ from .image import require_rgb8
 from .promptable import Promptable, Prompts, load_sam, load_sam2, propose
 
 DEFAULT_DETECTOR = "IDEA-Research/grounding-dino-tiny"
-SEGMENTERS = {"sam": load_sam, "sam2": load_sam2}
+SEGMENTERS: dict[str, Any] = {"sam": load_sam, "sam2": load_sam2}
 _KINDS = ("grounding-dino", "mm-grounding-dino")
 _MAX_ASPECT = 16  # longer images are padded: the processor would leave them no height at all
 _NO_CLASS = ("background", "void", "unlabeled", "unlabelled", "other", "ignore")
+
+_Span = tuple[int, int, int]  # of a phrase in a text: its index, its first token, its last + 1
 
 
 class Detections(NamedTuple):
@@ -95,7 +97,9 @@ class GroundingDino(nn.Module):
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def texts(self, phrases: Sequence[str]) -> Iterator[tuple[list[int], list[tuple[int, int, int]]]]:
+    def texts(
+        self, phrases: Sequence[str]
+    ) -> Iterator[tuple[list[int], list[tuple[int, int, int]]]]:
         """The phrases as texts ``[CLS] a . b . [SEP]`` of at most `longest` tokens.
 
         Yields:
@@ -106,7 +110,8 @@ class GroundingDino(nn.Module):
             ValueError: a phrase without tokens, or with too many.
         """
         begin, dot, end = self._marks
-        tokens, spans = [begin], []
+        tokens: list[int] = [begin]
+        spans: list[_Span] = []
         for index, phrase in enumerate(phrases):
             # What ends a phrase in the network's text must not stand within one.
             text = re.sub(r"[\s.?]+", " ", phrase.lower()).strip()
@@ -371,6 +376,11 @@ class Grounder(nn.Module):
         self.detector, self.generator = detector, generator
         self.predicted_iou, self.batch = predicted_iou, batch
         self.eval()
+
+    def config(self) -> dict[str, Any]:
+        """What a saved pipeline holds of the detector beside its weights."""
+        made = getattr(self.detector, "configuration", None)
+        return {} if made is None else {"configuration": made()}
 
     @torch.no_grad()
     def masks(self, image: Tensor, phrases: Sequence[str]) -> Iterator[GroundedMasks]:

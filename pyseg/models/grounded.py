@@ -53,7 +53,7 @@ class GroundedModel(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What a saved pipeline holds beside the spec and the weights."""
-        return {"configuration": self.grounder.detector.configuration(), "size": self.size}
+        return {**self.grounder.config(), "size": self.size}
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Segmentation]:

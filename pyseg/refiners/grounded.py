@@ -112,7 +112,7 @@ class GroundedSam(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """What a saved pipeline holds beside the spec and the weights."""
-        return {"configuration": self.grounder.detector.configuration(), "size": self.size}
+        return {**self.grounder.config(), "size": self.size}
 
     @torch.no_grad()
     def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
