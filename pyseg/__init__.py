@@ -18,6 +18,7 @@ _LAZY = {
     "load": ".pipeline",
     "compare": ".comparison",
     "evaluate": ".evaluation",
+    "label": ".prediction",
     "predict": ".prediction",
     "predict_large": ".large",
     "Session": ".session",
@@ -69,6 +70,7 @@ __all__ = [
     "errors",
     "evaluate",
     "image",
+    "label",
     "load",
     "metrics",
     "models",
@@ -106,6 +108,7 @@ if TYPE_CHECKING:
     from .pipeline import build as build
     from .pipeline import compose as compose
     from .pipeline import load as load
+    from .prediction import label as label
     from .prediction import predict as predict
     from .session import Session as Session
     from .training import train as train

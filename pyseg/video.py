@@ -234,11 +234,14 @@ class _Tracker:
         while self.frames.has(index):
             yield index, self._step(index, False)
             self._forget(lambda t, now=index: t > now - self.reach or t <= start + self.reach)
-            self.frames.forget(index, keep=start if backward else 0)
+            self.frames.forget(index, keep=start + 1 if backward else 0)
             index += 1
         self._forget(lambda t: t <= start + self.reach)
-        for index in range(start - 1, -1, -1) if backward else ():
-            yield index, self._step(index, True)
+        for index in range(start, -1, -1) if backward and start else ():
+            # Objects that are not prompted in the first frame turn back in it.
+            scores = self._step(index, True)
+            if index < start:
+                yield index, scores
             self._forget(lambda t, now=index: t < now + self.reach)
             self.frames.forget(index, keep=0)
 

@@ -94,9 +94,9 @@ def expected(predictor, folder, prompts, backward=True):
             predictor.add_new_points_or_box(state, p.frame, p.object, box=p.box, **points)
     found = {}
     for reverse in (False, True) if backward else (False,):
-        for index, ids, masks in predictor.propagate_in_video(state, reverse=reverse):
+        for index, _, masks in predictor.propagate_in_video(state, reverse=reverse):
             found.setdefault(index, masks[:, 0].clone())
-    return tuple(ids), found
+    return tuple(state["obj_ids"]), found
 
 
 MASK = torch.zeros(SIZE, dtype=torch.bool)

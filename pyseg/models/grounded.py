@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..classes import (
+    CAMVID_CLASSES,
+    CAMVID_PALETTE,
+    CITYSCAPES_CLASSES,
+    CITYSCAPES_PALETTE,
+    VOC_CLASSES,
+)
 from ..errors import SpecError
 from ..grounding import DEFAULT_DETECTOR, Grounder, load_grounder, read_prompts
 from ..image import default_palette, require_rgb8
@@ -21,6 +28,13 @@ from ..regions import Instances, void_label
 from ..types import Segmentation
 from .facts import facts
 from .semantic import require_evaluation_mode
+
+LISTS = {
+    "camvid": (CAMVID_CLASSES, CAMVID_PALETTE),
+    "cityscapes": (CITYSCAPES_CLASSES, CITYSCAPES_PALETTE),
+    "voc": (VOC_CLASSES, default_palette(len(VOC_CLASSES))),
+}
+"""Class lists that ``grounded_sam`` knows by name."""
 
 
 class GroundedModel(nn.Module):
@@ -147,7 +161,7 @@ def grounded_sam(
 
     Args:
         classes: what to look for, such as ``('car', 'person', 'tree')``; they are the classes of
-            the result.
+            the result. ``"camvid"``, ``"cityscapes"`` or ``"voc"``: those of that data set.
         prompts: class -> other phrases than its name, such as ``{"pole": "a street light pole .
             traffic pole"}``. Without ``classes`` they name them.
         id: the detector: a Grounding DINO or MM-Grounding-DINO on the Hugging Face hub, ``@`` and a
@@ -168,6 +182,9 @@ def grounded_sam(
         WeightsError: weights are absent, unreachable, or of another network.
         ImportError: transformers, or the segmenter's package, is not installed.
     """
+    known = LISTS.get(classes) if isinstance(classes, str) else None
+    if known is not None:
+        classes = known[0]
     names = [classes] if isinstance(classes, str) else classes and list(classes)
     if not names and not prompts:
         raise SpecError(
@@ -192,7 +209,10 @@ def grounded_sam(
         batch=batch,
         configuration=configuration,
     )
-    return GroundedModel(grounder, found, size)
+    model = GroundedModel(grounder, found, size)
+    if known is not None:
+        model.palette = known[1]
+    return model
 
 
 __all__ = ["GroundedModel", "grounded_sam"]
