@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .devices import checked_device
 from .errors import LabelError, PysegError, require
@@ -233,7 +233,9 @@ class _Tracker:
         index = start
         while self.frames.has(index):
             yield index, self._step(index, False)
-            self._forget(lambda t, now=index: t > now - self.reach or t <= start + self.reach)
+            # Those after the first frame are what going back begins with.
+            around = start + self.reach if backward else start
+            self._forget(lambda t, low=index - self.reach, high=around: t > low or t <= high)
             self.frames.forget(index, keep=start + 1 if backward else 0)
             index += 1
         self._forget(lambda t: t <= start + self.reach)
@@ -335,9 +337,9 @@ class _Frames:
     def __getitem__(self, index: int) -> Tensor:
         if self.sequence is not None:
             pixels = self._read(index, self.sequence[index])
-        elif index in self.kept:
+        elif self.has(index) and index in self.kept:
             pixels = self.kept[index]
-        else:  # of a stream, and given up too early
+        else:  # of a stream, and given up
             raise RuntimeError(f"frame {index} is not held any more")
         plane = torch.from_numpy(pixels / 255.0).permute(2, 0, 1).float()
         # In the order of sam2's own reader, for the same bits.
@@ -364,6 +366,24 @@ class _Frames:
         return np.asarray(picture.resize((self.side, self.side)))
 
 
+class _Widened(nn.Module):
+    """Memory attention in float32 of memories that the predictor keeps in bfloat16.
+
+    sam2 leaves that to autocast. Without it, an object that is first prompted in a later frame has
+    a memory of bfloat16 alone, which the layers refuse.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *, curr: Any, memory: Tensor, **rest: Any) -> Tensor:
+        first = curr[0] if isinstance(curr, list) else curr
+        if not torch.is_autocast_enabled(first.device.type):
+            memory = memory.to(first.dtype)
+        return self.inner(curr=curr, memory=memory, **rest)
+
+
 def _predictor_of(model: Any) -> Any:
     """sam2's video predictor of the same weights, as its ``build_sam2_video_predictor`` sets it.
 
@@ -377,7 +397,12 @@ def _predictor_of(model: Any) -> Any:
     decoder.dynamic_multimask_via_stability = True
     decoder.dynamic_multimask_stability_delta = 0.05
     decoder.dynamic_multimask_stability_thresh = 0.98
-    made._modules = {**model._modules, "sam_mask_decoder": decoder}
+    attention = _Widened(model.memory_attention)
+    made._modules = {
+        **model._modules,
+        "sam_mask_decoder": decoder,
+        "memory_attention": attention,
+    }
     made.binarize_mask_from_pts_for_mem_enc = True
     made.fill_hole_area = 0
     made.non_overlap_masks = False
