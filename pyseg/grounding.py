@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .errors import SpecError, WeightsError, require
 from .image import require_rgb8
-from .promptable import Promptable, Prompts, load_sam, load_sam2, propose
+from .promptable import Promptable, Prompts, load_sam, load_sam2, propose, stability
 
 DEFAULT_DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SEGMENTERS: dict[str, Any] = {"sam": load_sam, "sam2": load_sam2}
@@ -175,6 +175,28 @@ class GroundingDino(nn.Module):
             "tokenizer": self.tokenizer.to_str(),
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # transformers hangs functions on its modules while they run, which do not pickle
+        network: Any = self.network
+        options = {"nms": self.nms}
+        options |= {"box_threshold": self.box_threshold, "text_threshold": self.text_threshold}
+        made = (type(network), network.config, network.state_dict(), network.dtype)
+        return _restored, (*made, self.processor, self.tokenizer, options)
+
+
+def _restored(
+    kind: Any,
+    config: Any,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    processor: Any,
+    tokenizer: Any,
+    options: Mapping[str, float],
+) -> GroundingDino:
+    network = kind(config).to(next(iter(state.values())).device, dtype)
+    network.load_state_dict(state)
+    return GroundingDino(network, processor, tokenizer, **options)
+
 
 def load_grounding_dino(
     id: str = DEFAULT_DETECTOR,
@@ -198,8 +220,8 @@ def load_grounding_dino(
         WeightsError: ``id`` is no folder and cannot be fetched, lacks files, or is another network.
         ImportError: transformers is not installed.
     """
-    transformers = require("transformers", extra="grounded")
-    tokenizers = require("tokenizers", extra="grounded")
+    transformers = require("transformers", extra="hf")
+    tokenizers = require("tokenizers", extra="hf")
     if weights not in ("default", None):
         raise WeightsError(
             f"weights={weights!r}: a detector's weights are those of id, or None for random ones; "
@@ -407,6 +429,48 @@ class Grounder(nn.Module):
             yield GroundedMasks(logits, quality, found.scores[place], found.index[place])
 
 
+class ConceptMasks(nn.Module):
+    """In place of a `Grounder`: a segmenter that finds what a phrase names by itself, as SAM 3.
+
+    Args:
+        generator: with ``embed(image)``, ``find(embedding, phrase, threshold=…)``, which gives
+            ``logits``, ``scores`` and ``boxes``, and ``upsample``.
+        threshold: the least score.
+        nms: IoU of boxes from which the less certain of two is dropped, whatever their phrases.
+        batch: masks that are scaled to the image at a time.
+    """
+
+    def __init__(
+        self, generator: Any, threshold: float = 0.3, nms: float = 0.8, batch: int = 16
+    ) -> None:
+        super().__init__()
+        self.generator, self.threshold, self.nms, self.batch = generator, threshold, nms, batch
+        self.eval()
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @torch.no_grad()
+    def masks(self, image: Tensor, phrases: Sequence[str]) -> Iterator[GroundedMasks]:
+        """As `Grounder.masks`."""
+        from torchvision.ops import nms
+
+        if not phrases:
+            return
+        embedding = self.generator.embed(image)
+        found = [self.generator.find(embedding, text, threshold=self.threshold) for text in phrases]
+        boxes, scores, logits = (
+            torch.cat([getattr(one, name) for one in found])
+            for name in ("boxes", "scores", "logits")
+        )
+        index = torch.cat([torch.full((len(one.scores),), k) for k, one in enumerate(found)])
+        for some in nms(boxes, scores, self.nms).split(self.batch):
+            quality = stability(logits[some]).cpu()
+            masks = self.generator.upsample(embedding, logits[some])
+            place = some.cpu()
+            yield GroundedMasks(masks, quality, scores[some].cpu(), index[place])
+
+
 def load_grounder(
     *,
     id: str,
@@ -444,6 +508,7 @@ def load_grounder(
 
 __all__ = [
     "DEFAULT_DETECTOR",
+    "ConceptMasks",
     "Detections",
     "Detector",
     "GroundedMasks",
