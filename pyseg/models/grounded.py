@@ -21,7 +21,7 @@ from ..classes import (
     VOC_CLASSES,
 )
 from ..errors import SpecError
-from ..grounding import DEFAULT_DETECTOR, Grounder, load_grounder, read_prompts
+from ..grounding import DEFAULT_DETECTOR, ConceptMasks, Grounder, load_grounder, read_prompts
 from ..image import default_palette, require_rgb8
 from ..promptable import Promptable
 from ..regions import Instances, void_label
@@ -47,7 +47,10 @@ class GroundedModel(nn.Module):
     """
 
     def __init__(
-        self, grounder: Grounder, prompts: Mapping[str, Sequence[str]], size: str | None = None
+        self,
+        grounder: Grounder | ConceptMasks,
+        prompts: Mapping[str, Sequence[str]],
+        size: str | None = None,
     ) -> None:
         super().__init__()
         if not any(prompts.values()):

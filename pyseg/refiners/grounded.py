@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion import Fusion, Rules
-from ..grounding import DEFAULT_DETECTOR, Grounder, load_grounder, read_prompts
+from ..grounding import DEFAULT_DETECTOR, ConceptMasks, Grounder, load_grounder, read_prompts
 from ..image import require_rgb8
 from ..promptable import Promptable
 from ..types import Segmentation
@@ -56,7 +56,7 @@ class GroundedSam(nn.Module):
 
     def __init__(
         self,
-        grounder: Grounder | None = None,
+        grounder: Grounder | ConceptMasks | None = None,
         /,
         *,
         prompts: Mapping[str, str | Sequence[str]] | None = None,
