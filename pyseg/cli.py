@@ -1285,7 +1285,7 @@ def convert_command(
     typer.echo(f"wrote {result.output}")
 
 
-TunedArgument = Annotated[str, typer.Argument(help="Refiner: crf or temperature.")]
+TunedArgument = Annotated[str, typer.Argument(help="Refiner: crf, temperature or sam.")]
 TrainedArgument = Annotated[str, typer.Argument(help="Refiner: crf or segfix.")]
 RefinedOption = Annotated[
     str,
@@ -1322,9 +1322,19 @@ def tune(
     """
     from . import tuning
 
-    _check_refiner(refiner, ("crf", "temperature"), {"trials": trials, "output": output})
+    own = {"trials": trials, "output": output}
+    if refiner == "sam":
+        own["seed"] = seed
+    _check_refiner(refiner, ("crf", "temperature", "sam"), own)
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
+    if refiner == "sam":
+        tuned = tuning.tune_sam(pipeline, data, track=_track("tuning"), **_given(limit=limit))
+        if as_json:
+            return _print_json(tuned.to_dict())
+        _print_table(*tuned.table(), numbers=True)
+        typer.echo(f'mIoU {tuned.gain:+.4f} on images not fitted; use --spec "{tuned.spec}"')
+        return
     if refiner == "temperature":
         found = tuning.tune_temperature(
             pipeline, data, track=_track("tuning"), **_given(limit=limit, seed=seed)

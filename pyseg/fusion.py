@@ -9,7 +9,7 @@ more for the mask than a coin would. All other pixels keep the network's logits 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -23,6 +23,8 @@ VOTE = -1
 
 _CONFIDENT = 0.8  # top-1 minus top-2 probability of a pixel that may contradict a mask
 _BAND = 4  # pixels on both sides of an outline where it is held against the probabilities
+_ONE_SIDE = 1.5  # times ``outline`` that is allowed within a mask alone, or around it
+_TOGETHER = 4 / 3  # times ``outline`` for all masks together, parts of objects among them
 _ROWS = 1 << 22  # pixels whose probabilities are held at once, all classes of them
 
 
@@ -44,7 +46,7 @@ class Rules:
     component_iou: float = 0.5
     area_ratio: float = 2.0
     agreement: float = 0.9
-    outline: float = 0.25
+    outline: float = 0.3
     displacement: float = 1.0
     strength: float = 8.0
     boundary: int = 8
@@ -65,6 +67,7 @@ class _Accepted:
     """A mask that passed the gate, cut out to where it speaks."""
 
     class_id: int
+    score: float
     area: int
     window: tuple[slice, slice]
     inside: Tensor  # [h, w] bool
@@ -79,7 +82,6 @@ class Fusion:
     Args:
         prediction: with logits.
         rules: when a mask is believed, and what it changes.
-        classes: ids of those that masks may get; None = all.
 
     Raises:
         ValueError: the prediction has no logits.
@@ -87,13 +89,13 @@ class Fusion:
 
     prediction: Segmentation
     rules: Rules = Rules()
-    classes: frozenset[int] | None = None
     _accepted: list[_Accepted] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self._logits = self.prediction.full_logits()
         self._moves = torch.zeros(2, 2, dtype=torch.float64)  # of all masks with an outline
-        self._outlines = 0
+        self._outlines = self._pixels = 0
+        self._error = 0.0
 
     @property
     def device(self) -> torch.device:
@@ -138,19 +140,37 @@ class Fusion:
             found.append(accepted is not None)
         return found
 
-    def result(self) -> Segmentation:
-        """The prediction with what the accepted masks change; itself if that is nothing."""
-        if not self._accepted or self.rules.strength == 0:
+    @property
+    def classes(self) -> set[int]:
+        """Of the masks accepted."""
+        return {mask.class_id for mask in self._accepted}
+
+    def result(self, least: Mapping[int, float] | None = None) -> Segmentation:
+        """The prediction with what the accepted masks change; itself if that is nothing.
+
+        Args:
+            least: ids of the classes that masks may get, with the least score of such masks; None =
+                all classes, and any score.
+        """
+        accepted = [
+            mask
+            for mask in self._accepted
+            if least is None or mask.score >= least.get(mask.class_id, math.inf)
+        ]
+        if not accepted or self.rules.strength == 0:
             return self.prediction
-        if self._outlines and not self._in_place(self._moves, self._outlines):
-            return self.prediction  # who draws all outlines beside their places knows none
+        if self._outlines and not (
+            self._error <= _TOGETHER * self.rules.outline * self._pixels
+            and self._in_place(self._moves, self._outlines)
+        ):
+            return self.prediction  # who draws outlines anywhere is right by chance
         size = self.prediction.size
         zone = self._zone()
         owner = torch.full(size, -1, dtype=torch.int16, device=self.device)
         gain = torch.zeros(size, device=self.device)
         loss: dict[int, Tensor] = {}
         # Large first, so that small ones paint over them.
-        for mask in sorted(self._accepted, key=lambda mask: -mask.area):
+        for mask in sorted(accepted, key=lambda mask: -mask.area):
             own, amount = owner[mask.window], gain[mask.window]
             own[mask.inside] = mask.class_id
             amount[mask.inside] = mask.vote[mask.inside]
@@ -161,7 +181,7 @@ class Fusion:
                 lost.copy_(torch.where(mask.against, lost.minimum(mask.vote), lost))
         logits = self._logits.clone()
         changed = False
-        for class_id in sorted({mask.class_id for mask in self._accepted}):
+        for class_id in sorted({mask.class_id for mask in accepted}):
             mine = owner == class_id
             change = torch.where(mine, gain, 0)
             if class_id in loss:
@@ -195,9 +215,12 @@ class Fusion:
         height, width = self.prediction.size
         top, left = max(top - reach, 0), max(left - reach, 0)
         window = slice(top, min(bottom + reach, height)), slice(left, min(right + reach, width))
-        inside, own, weight = inside[window], None, score
+        whole = inside[window]
+        inside, own, weight = whole, None, score
+        counted = torch.ones_like(whole)
         if region is not None:
-            inside = inside & _strip(region, window, self.device)
+            counted = _strip(region, window, self.device)
+            inside = whole & counted
             own = torch.zeros_like(inside)
             y, x = region.corner[0] - top, region.corner[1] - left
             h, w = region.mask.shape
@@ -215,11 +238,9 @@ class Fusion:
         probabilities = self._logits[(slice(None), *window)].softmax(0)
         if class_id == VOTE:
             class_id = int(probabilities[:, inside].mean(1).argmax())
-        if self.classes is not None and class_id not in self.classes:
-            return None
         if own is None and not self._agrees(inside, class_id, probabilities):
             return None
-        if not self._outline_fits(inside, probabilities[class_id]):
+        if not self._outline_fits(whole, probabilities[class_id], counted):
             return None
         against = None
         if own is not None:
@@ -230,31 +251,43 @@ class Fusion:
             vote = torch.where(inside, 1.0, -1.0)
         else:
             vote = torch.tanh(mask[window].float() / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
-        return _Accepted(class_id, area, window, inside, against, rules.strength * weight * vote)
+        return _Accepted(
+            class_id, score, area, window, inside, against, rules.strength * weight * vote
+        )
 
     def _agrees(self, inside: Tensor, class_id: int, probabilities: Tensor) -> bool:
         """Whether most of what the network is sure about in a mask is of the mask's class."""
         sure = inside & (_margin(probabilities) >= _CONFIDENT)
-        known = int(sure.sum())
-        right = int((sure & (probabilities.argmax(0) == class_id)).sum())
-        return right >= self.rules.agreement * known
+        right = sure & (probabilities.argmax(0) == class_id)
+        return int(right.sum()) >= self.rules.agreement * int(sure.sum())
 
-    def _outline_fits(self, inside: Tensor, p: Tensor) -> bool:
-        """Whether the class's probability ``p`` [h, w] changes where the mask ends."""
-        band = _grow(inside, _BAND) & _grow(~inside, _BAND)
-        count = int(band.sum())
-        if not count:  # all of the image
+    def _outline_fits(self, inside: Tensor, p: Tensor, counted: Tensor) -> bool:
+        """Whether the class's probability ``p`` [h, w] changes where the mask ends, as far as
+        pixels are ``counted``: where a strip cuts a mask is no outline."""
+        within = inside & _grow(~inside, _BAND) & counted
+        around = ~inside & _grow(inside, _BAND) & counted
+        if not around.any():  # all of the image
             return True
-        moves = _moves(inside, p)
-        self._moves += moves
+        moves = _moves(inside, p, counted)
+        errors = [float((off**2).sum()) for off in (1 - p[within], p[around])]
+        counts = [int(within.sum()), int(around.sum())]
         self._outlines += 1
-        error = float(((p - inside.float())[band] ** 2).sum()) / count
-        return error <= self.rules.outline and self._in_place(moves, 1)
+        self._moves += moves
+        self._error += sum(errors)
+        self._pixels += sum(counts)
+        limit = self.rules.outline
+        return (
+            sum(errors) <= limit * sum(counts)
+            and all(e <= _ONE_SIDE * limit * n for e, n in zip(errors, counts, strict=True))
+            and self._in_place(moves, 1)
+        )
 
     def _in_place(self, moves: Tensor, masks: int) -> bool:
         """Whether masks lie where the probabilities have them: see `_moves`, here summed over
         ``masks``. Of few masks, which may each be off by chance, less is asked."""
-        allowed = self.rules.displacement * (1 + 2 / math.sqrt(masks))
+        allowed = self.rules.displacement * (1 + 5 / math.sqrt(masks))
+        if math.isinf(allowed):
+            return True
         for onward, back in moves.tolist():
             # Newton's step to the least error, -(f(1) - f(-1)) / (2 (f(1) + f(-1) - 2 f(0))).
             if abs(onward - back) > allowed * 2 * max(onward + back, 0):
@@ -356,12 +389,13 @@ def _strip(region: Region, window: tuple[slice, slice], device: torch.device) ->
     return (along >= region.strip[0]) & (along < region.strip[1])
 
 
-def _moves(inside: Tensor, p: Tensor) -> Tensor:
+def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
     """What moving a mask by a pixel would change.
 
     Args:
         inside: the mask, [h, w] bool.
         p: probability of its class, [h, w].
+        counted: pixels between which there may be an outline, [h, w] bool.
 
     Returns:
         [2, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
@@ -371,11 +405,12 @@ def _moves(inside: Tensor, p: Tensor) -> Tensor:
     for dim in (1, 0):
         length = inside.shape[dim] - 1
         before, after = inside.narrow(dim, 0, length), inside.narrow(dim, 1, length)
-        first, second = p.narrow(dim, 0, length), p.narrow(dim, 1, length)
-        begins, ends = after & ~before, before & ~after
         # A pixel that joins adds (1 - p)^2 - p^2 = 1 - 2 p, one that leaves takes that away.
-        onward = (1 - 2 * second)[ends].sum() - (1 - 2 * second)[begins].sum()
-        back = (1 - 2 * first)[begins].sum() - (1 - 2 * first)[ends].sum()
+        first, second = 1 - 2 * p.narrow(dim, 0, length), 1 - 2 * p.narrow(dim, 1, length)
+        pairs = counted.narrow(dim, 0, length) & counted.narrow(dim, 1, length)
+        begins, ends = after & ~before & pairs, before & ~after & pairs
+        onward = second[ends].sum() - second[begins].sum()
+        back = first[begins].sum() - first[ends].sum()
         changes.append(torch.stack([onward, back]))
     return torch.stack(changes).double().cpu()
 

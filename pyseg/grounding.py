@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,10 +20,19 @@ from torch.nn import functional as F
 
 from .errors import SpecError, WeightsError, require
 from .image import require_rgb8
-from .promptable import Promptable, Prompts, load_sam, load_sam2, propose, stability
+from .promptable import (
+    Promptable,
+    Prompts,
+    load_sam,
+    load_sam2,
+    load_sam3,
+    propose,
+    stability,
+)
 
 DEFAULT_DETECTOR = "IDEA-Research/grounding-dino-tiny"
 SEGMENTERS: dict[str, Any] = {"sam": load_sam, "sam2": load_sam2}
+SAM3 = "sam3"
 _KINDS = ("grounding-dino", "mm-grounding-dino")
 _MAX_ASPECT = 16  # longer images are padded: the processor would leave them no height at all
 _NO_CLASS = ("background", "void", "unlabeled", "unlabelled", "other", "ignore")
@@ -405,14 +414,21 @@ class Grounder(nn.Module):
         return {} if made is None else {"configuration": made()}
 
     @torch.no_grad()
-    def masks(self, image: Tensor, phrases: Sequence[str]) -> Iterator[GroundedMasks]:
-        """Masks of what ``phrases`` name in ``image`` [3, H, W] uint8 RGB, ``batch`` at a time."""
+    def masks(
+        self, image: Tensor, phrases: Sequence[str], embed: Callable[[], Any] | None = None
+    ) -> Iterator[GroundedMasks]:
+        """Masks of what ``phrases`` name in ``image`` [3, H, W] uint8 RGB, ``batch`` at a time.
+
+        Args:
+            embed: gives the segmenter's embedding where somebody may have it; called where
+                something was found.
+        """
         if not phrases:
             return
         found = self.detector.detect(image, phrases)
         if not len(found.boxes):
             return
-        embedding = self.generator.embed(image)
+        embedding = self.generator.embed(image) if embed is None else embed()
         chunks = (
             Prompts(
                 torch.zeros(len(boxes), 1, 2),
@@ -451,13 +467,15 @@ class ConceptMasks(nn.Module):
         return {}
 
     @torch.no_grad()
-    def masks(self, image: Tensor, phrases: Sequence[str]) -> Iterator[GroundedMasks]:
+    def masks(
+        self, image: Tensor, phrases: Sequence[str], embed: Callable[[], Any] | None = None
+    ) -> Iterator[GroundedMasks]:
         """As `Grounder.masks`."""
         from torchvision.ops import nms
 
         if not phrases:
             return
-        embedding = self.generator.embed(image)
+        embedding = self.generator.embed(image) if embed is None else embed()
         found = [self.generator.find(embedding, text, threshold=self.threshold) for text in phrases]
         boxes, scores, logits = (
             torch.cat([getattr(one, name) for one in found])
@@ -484,7 +502,7 @@ def load_grounder(
     predicted_iou: float,
     batch: int,
     configuration: Mapping[str, Any] | None,
-) -> tuple[Grounder, str | None]:
+) -> tuple[Grounder | ConceptMasks, str | None]:
     """The detector and the segmenter that ``grounded_sam`` names, and the segmenter's size.
 
     Raises:
@@ -492,8 +510,14 @@ def load_grounder(
         WeightsError: weights are absent, unreachable, or of another network.
         ImportError: a package is not installed.
     """
+    if sam == SAM3:
+        if weights is None or configuration is not None:
+            raise WeightsError(f"sam={sam!r} has no random weights: give its folder as id")
+        given = "hf:facebook/sam3" if id == DEFAULT_DETECTOR else id
+        return ConceptMasks(load_sam3(given), box_threshold, nms, batch), None
     if sam not in SEGMENTERS:
-        raise ValueError(f"sam must be one of {', '.join(SEGMENTERS)}, got {sam!r}")
+        names = ", ".join([*SEGMENTERS, SAM3])
+        raise ValueError(f"sam must be one of {names}, got {sam!r}")
     detector = load_grounding_dino(
         id,
         weights=weights,

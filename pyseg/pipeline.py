@@ -212,16 +212,17 @@ class Pipeline:
         failed = f"stage {stage.text!r}"
         if index > 0 and not hasattr(component, "refine_batch"):
             refine = getattr(component, "refine", component)
+            wanted = {"features": True} if self._is_wanted_after(index) else {}
             results = []
             for image, prediction, name in zip(images, predictions, names, strict=True):
                 with naming_failures(failed, f" on image {name}"):
-                    results.append(refine(image, prediction))
+                    results.append(refine(image, prediction, **wanted))
         else:
             with naming_failures(failed, f" on image{'s'[: len(names) - 1]} {some(names)}"):
                 if index > 0:
                     results = list(component.refine_batch(images, predictions))
                 else:
-                    wanted = {"features": True} if self._features_end() else {}
+                    wanted = {"features": True} if self._is_wanted_after(0) else {}
                     with self._autocast(images[0]):
                         results = list(component.predict(images, **wanted))
         if len(results) != len(images):
@@ -247,11 +248,17 @@ class Pipeline:
         ]
 
     def _features_end(self) -> int:
-        """The last stage that wants what the model has under the name of its features; 0 = none."""
-        key = getattr(self.model, "features_key", None)
+        """The last stage that wants what an earlier one offers as features; 0 = none."""
+        return max((self._is_wanted_after(index) for index in range(len(self.stages))), default=0)
+
+    def _is_wanted_after(self, index: int) -> int:
+        """The last stage that wants the features that a stage offers; 0 = none."""
+        if not any(hasattr(refiner, "wanted_features") for refiner in self.refiners[index:]):
+            return 0  # naming features looks at all weights
+        key = getattr(self.stages[index].component, "features_key", None)
         found = [
-            index
-            for index, refiner in enumerate(self.refiners, 1)
+            later
+            for later, refiner in enumerate(self.refiners[index:], index + 1)
             if key is not None and key in getattr(refiner, "wanted_features", ())
         ]
         return max(found, default=0)

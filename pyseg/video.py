@@ -107,12 +107,16 @@ def track(
     """
     asked = list(prompts)
     labels, names = _classes_of(asked, classes)
-    if segmenter is None:
-        _, segmenter = load_sam2(weights, size)
+    loaded = load_sam2(weights, size)[1] if segmenter is None else segmenter
+    if not isinstance(loaded, Sam2Backend):
+        raise PysegError(
+            f"only a SAM 2 of the package sam2 follows objects, got a {type(loaded).__name__}; give "
+            "weights or size of pyseg.promptable.load_sam2, not those of transformers"
+        )
     if device is not None:
-        segmenter.to(checked_device(device))
-    given = _Frames(_listed(frames), segmenter.model.image_size)
-    tracker = _Tracker(segmenter, given)
+        loaded.to(checked_device(device))
+    given = _Frames(_listed(frames), loaded.model.image_size)
+    tracker = _Tracker(loaded, given)
     tracker.check(asked)
     return _follow(tracker, asked, labels, names, backward)
 

@@ -357,6 +357,25 @@ def test_a_segmenter_that_finds_by_itself():
     assert (result.labels[:20, :40] == 0).all() and int((result.labels != 255).sum()) == 800
 
 
+def test_stages_of_one_segmenter_embed_an_image_once():
+    truth = torch.zeros(48, 64, dtype=torch.long)
+    truth[10:30, 20:44] = 1
+    pooled = F.avg_pool2d(F.one_hot(truth, 3).permute(2, 0, 1)[None].float(), 8)
+
+    class Model:
+        classes = CLASSES
+
+        def predict(self, images):
+            logits = pooled[0].clamp_min(1e-4).log()
+            return [Segmentation((48, 64), CLASSES, logits=logits) for _ in images]
+
+    segmenter, boxes = Insides(), Boxes(((20, 10, 44, 30), 0.6, "car"))
+    stages = [GroundedSam(Grounder(boxes, segmenter)) for _ in range(3)]
+    result = pyseg.build(Model(), *stages)(image(48, 64))
+    assert segmenter.embedded == 1 and result.features is None
+    assert len(boxes.asked) == 3
+
+
 # --- loading ----------------------------------------------------------------------------------
 
 
@@ -430,6 +449,20 @@ def small_parts(monkeypatch, backends):
         return loaded(id, weights=weights, configuration=configuration or small, **options)
 
     monkeypatch.setattr(grounding, "load_grounding_dino", load)
+
+
+def test_sam3_is_a_detector_too(monkeypatch):
+    from pyseg import grounding
+
+    asked = []
+    monkeypatch.setattr(grounding, "load_sam3", lambda id: asked.append(id) or Concepts(car=[]))
+    model = pyseg.build("grounded_sam(classes='car', sam='sam3', box_threshold=0.5)").model
+    assert isinstance(model.grounder, ConceptMasks) and model.grounder.threshold == 0.5
+    assert (model.predict([image(9, 9)])[0].labels == 255).all()
+    pyseg.build("grounded_sam(classes='car', sam='sam3', id='folder')")
+    assert asked == ["hf:facebook/sam3", "folder"]
+    with pytest.raises(WeightsError, match="no random weights"):
+        pyseg.build("grounded_sam(classes='car', sam='sam3')", weights=None)
 
 
 LOW = {"box_threshold": 0.0, "text_threshold": 0.0, "nms": 0.3, "predicted_iou": -1.0}

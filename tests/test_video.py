@@ -262,5 +262,7 @@ def test_what_is_refused(segmenter, tmp_path):
     refused("'cat' of object 1 is no class", wrong, error=LabelError, classes=("car",))
     two = [VideoPrompt(k, 1, label=k, **point) for k in (0, 1)]
     refused("has two classes", *two, error=LabelError, classes=("car", "sign"))
+    with pytest.raises(PysegError, match="only a SAM 2 of the package sam2"):
+        track(frames, [VideoPrompt(0, 1, **point)], segmenter=object())
     odd = [*frames, torch.zeros(3, 9, 9, dtype=torch.uint8)]
     refused("frame 3 is .* must be of one size", VideoPrompt(0, 1, **point), frames=odd)

@@ -169,7 +169,8 @@ def grounded_sam(
             traffic pole"}``. Without ``classes`` they name them.
         id: the detector: a Grounding DINO or MM-Grounding-DINO on the Hugging Face hub, ``@`` and a
             commit where one is to be pinned, or a folder of ``save_pretrained``.
-        sam: the segmenter: ``"sam"`` or ``"sam2"``.
+        sam: the segmenter: ``"sam"`` or ``"sam2"``; or ``"sam3"``, which finds by itself: ``id`` is
+            then its name or folder, and ``box_threshold`` its least score.
         size: of the segmenter; None = its smallest.
         weights: ``"default"``; None = random ones in both networks, without any file.
         sam_weights: of the segmenter: ``"default"``, a name, a path or a URL.

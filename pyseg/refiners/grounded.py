@@ -8,6 +8,7 @@ as road and sky, a detector knows little.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..fusion import Fusion, Rules
 from ..grounding import DEFAULT_DETECTOR, ConceptMasks, Grounder, load_grounder, read_prompts
 from ..image import require_rgb8
-from ..promptable import Promptable
+from ..promptable import Fingerprint, Promptable
 from ..types import Segmentation
 from .sam import is_stuff
 
@@ -33,7 +34,8 @@ class GroundedSam(nn.Module):
             stuff (see `pyseg.refiners.sam.STUFF`).
         id: the detector: a Grounding DINO or MM-Grounding-DINO on the Hugging Face hub, ``@`` and a
             commit where one is to be pinned, or a folder of ``save_pretrained``.
-        sam: the segmenter: ``"sam"`` or ``"sam2"``.
+        sam: the segmenter: ``"sam"`` or ``"sam2"``; or ``"sam3"``, which finds by itself: ``id`` is
+            then its name or folder, and ``box_threshold`` its least score.
         size: of the segmenter; None = its smallest.
         weights: ``"default"``; None = random ones in both networks, without any file.
         sam_weights: of the segmenter: ``"default"``, a name, a path or a URL.
@@ -70,7 +72,7 @@ class GroundedSam(nn.Module):
         nms: float = 0.8,
         predicted_iou: float = 0.7,
         agreement: float = 0.9,
-        outline: float = 0.25,
+        outline: float = 0.3,
         displacement: float = 1.0,
         strength: float = 8.0,
         boundary: int = 8,
@@ -103,6 +105,7 @@ class GroundedSam(nn.Module):
                 configuration=configuration,
             )
         self.grounder, self.size = grounder, size
+        self._fingerprint = Fingerprint()
         self.eval()
 
     @property
@@ -114,13 +117,26 @@ class GroundedSam(nn.Module):
         """What a saved pipeline holds beside the spec and the weights."""
         return {**self.grounder.config(), "size": self.size}
 
+    @property
+    def features_key(self) -> str:
+        """What the embedding is called in `Segmentation.features`: segmenter and weights."""
+        return self._fingerprint(self.generator)
+
+    @property
+    def wanted_features(self) -> tuple[str, ...]:
+        """What it takes of them: see `pyseg.types`."""
+        return (self.features_key,)
+
     @torch.no_grad()
-    def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
+    def refine(
+        self, image: Tensor, prediction: Segmentation, *, features: bool = False
+    ) -> Segmentation:
         """Refines one prediction.
 
         Args:
             image: [3, H, W] uint8 RGB.
             prediction: of this image, with logits.
+            features: keep the embedding in the result's ``features``, for a later stage.
 
         Returns:
             A prediction with logits [C, H, W] at full resolution; ``prediction`` itself where no
@@ -142,12 +158,24 @@ class GroundedSam(nn.Module):
                 "one that dropped them"
             )
         phrases, owners = self._phrases(prediction.classes)
+        embedding = prediction.features and prediction.features.get(self.features_key)
+
+        def embed() -> Any:
+            nonlocal embedding
+            if embedding is None:
+                embedding = self.generator.embed(image)
+            return embedding
+
         fusion: Fusion | None = None
-        for found in self.grounder.masks(image, phrases):
+        for found in self.grounder.masks(image, phrases, embed):
             fusion = fusion or Fusion(prediction, self.rules)
             classes = [owners[k] for k in found.index.tolist()]
             fusion.add(found.logits, found.scores * found.quality, classes)
-        return prediction if fusion is None else fusion.result()
+        refined = prediction if fusion is None else fusion.result()
+        if features and embedding is not None:
+            kept = {**(refined.features or {}), self.features_key: embedding}
+            refined = replace(refined, features=kept)
+        return refined
 
     def _phrases(self, classes: tuple[str, ...]) -> tuple[list[str], list[int]]:
         """All phrases, and the class of each."""
