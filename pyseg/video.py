@@ -110,8 +110,8 @@ def track(
     loaded = load_sam2(weights, size)[1] if segmenter is None else segmenter
     if not isinstance(loaded, Sam2Backend):
         raise PysegError(
-            f"only a SAM 2 of the package sam2 follows objects, got a {type(loaded).__name__}; give "
-            "weights or size of pyseg.promptable.load_sam2, not those of transformers"
+            f"only a SAM 2 of the package sam2 follows objects, got a {type(loaded).__name__}; "
+            "give weights or size of pyseg.promptable.load_sam2, not those of transformers"
         )
     if device is not None:
         loaded.to(checked_device(device))
