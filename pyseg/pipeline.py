@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from .files import read_json, remove_abandoned, replacing, some, write_json
 from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
 from .spec import Spec, StageSpec, parse, shown
 from .types import Model, Refiner, Segmentation
+
+if TYPE_CHECKING:
+    from .promptable import Promptable
+    from .session import Kind, Session
 
 DEFAULT = "default"
 MAX_STAGES = 100
@@ -330,6 +334,41 @@ class Pipeline:
     def run_stages(self, image: Any) -> list[Segmentation]:
         """The prediction after each stage."""
         return [result.prediction for result in self.trace(image)]
+
+    def session(
+        self,
+        image: Any,
+        start: Any = None,
+        *,
+        edit: Kind | None = None,
+        promptable: Promptable | None = None,
+    ) -> Session:
+        """Begins to edit an image by hand: clicks and boxes, a brush, undo and redo.
+
+        Args:
+            image: as for calling the pipeline.
+            start: what is edited, as `pyseg.Session` takes it; None = this pipeline's prediction.
+            edit: ``"labels"``, ``"segments"`` or ``"instances"`` of it; None = what is there.
+            promptable: what answers clicks and boxes; None = that of the first stage which has
+                one, as ``sam`` and ``sam2`` do.
+
+        Example:
+            >>> session = pyseg.build("streetnet+sam2").session("street.jpg")
+        """
+        from .session import Session
+
+        found = (getattr(stage.component, "generator", None) for stage in self.stages)
+        tensor = images_module.read_image(image)
+        begun = self(tensor) if start is None else start
+        return Session(
+            tensor,
+            None if isinstance(begun, Segmentation) else self.classes,
+            start=begun,
+            edit=edit,
+            promptable=promptable or next((one for one in found if one is not None), None),
+            palette=getattr(self.model, "palette", None),
+            things=getattr(self.model, "things", None),
+        )
 
     def to(self, target: str | torch.device | torch.dtype) -> Pipeline:
         """Moves every stage to a device, or the model to a dtype, and returns the pipeline.

@@ -16,6 +16,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
 | stage | ``features_key`` | name of what it offers in ``Segmentation.features``, or None |
 | refiner | ``wanted_features`` | names of what it takes of them; else no stage keeps them |
+| stage | ``generator`` | a promptable segmenter: `Pipeline.session` asks it |
 | stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
 | stage | ``training`` | an ``nn.Module``'s: refused where it is true |
 | stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |

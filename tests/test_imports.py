@@ -9,11 +9,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"pyseg", "errors"},
     {"_native", "classes", "devices", "files", "regions", "spec", "tiles"},
-    {"image", "registry", "weights"},
+    {"efficientnet", "image", "registry", "weights"},
     {"formats", "page", "rasters", "visual"},
     {"ops"},
     {"compat", "types"},
     {"fusion", "processes", "promptable"},
+    {"grounding", "session", "video"},
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
