@@ -360,17 +360,15 @@ def test_the_ceiling_on_camvid(every):
             assert abs(iou["coarse"][c] - before) < 3 and abs(iou["vote"][c] - after) < 3
         assert mean["vote"] - mean["coarse"] > 92.3 - 84.6 - 0.5
     assert mean["vote"] - mean["coarse"] > 6
-    # What the gate costs perfect masks.
-    assert mean["vote"] - mean["coarse"] > 0.85 * (mean["reference"] - mean["coarse"])
-    assert min(agree) > 0.97
+    assert mean["vote"] > mean["reference"] - 0.3 and min(agree) > 0.98
     for c, before, after in study:
         assert iou["vote"][c] - iou["coarse"][c] > (after - before) / 2
     # Prompts leave stuff and what is below 64 pixels alone, so they reach less, but no class less
     # than before.
-    assert mean["prompt"] > mean["coarse"] + 3
+    assert mean["prompt"] > mean["coarse"] + 3.5
     assert (iou["prompt"] > iou["coarse"] - 0.5).all()
     before = mean["coarse, as garbage"]
-    assert before - mean["garbage ungated"] > 20  # in the study 84.6 - 56.4
+    assert before - mean["garbage ungated"] > 15  # in the study, of other images, 84.6 - 56.4
     assert mean["garbage"] > before - 0.2 and mean["garbage prompt"] > before - 0.2
 
 
