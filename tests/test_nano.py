@@ -197,7 +197,7 @@ def test_attention_is_that_of_torch():
                 (attention.value, value[k // 3]),
             )
         ]
-        one = F.scaled_dot_product_attention(*heads, attn_mask=mask[k])
+        one = F.scaled_dot_product_attention(*heads, attn_mask=mask[k : k + 1])
         expected = attention.out(one.transpose(1, 2).reshape(-1, 16))
         torch.testing.assert_close(found[k], expected, atol=1e-5, rtol=1e-4)
 

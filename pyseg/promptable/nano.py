@@ -343,7 +343,8 @@ class NanoBackend(nn.Module):
 
     def __init__(self, network: NanoNetwork) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = network.requires_grad_(False)
+        self.eval()
 
     @property
     def device(self) -> torch.device:

@@ -152,7 +152,7 @@ def train_promptable(
         [
             region
             for data, count in zip(sets, repeats, strict=True)
-            for region in [_Regions(data)] * count
+            for region in [_Regions(data, round(SIDE * scale[1]))] * count
         ],
         crop_size,
         scale,
@@ -308,18 +308,30 @@ def region_map(sample: Sample, things: Sequence[int] = ()) -> Tensor:
 
 
 class _Regions:
-    """Images and their region maps, each read once; those without a region are left out."""
+    """Images and their region maps, each read once; those without a region are left out.
 
-    def __init__(self, dataset: Dataset) -> None:
+    Args:
+        dataset: labelled samples.
+        largest: pixels of the long side above which an image is kept smaller.
+    """
+
+    def __init__(self, dataset: Dataset, largest: int) -> None:
+        from torchvision.transforms import v2
+
         things = getattr(dataset, "things", ())
         labels = [k for k, name in enumerate(dataset.classes) if name in things]
         self.items: list[tuple[Tensor, Tensor]] = []
         for index in range(len(dataset)):
             sample = dataset[index]
             map = region_map(sample, labels)
-            if map.any():
-                small = int(map.max()) < 2**15
-                self.items.append((sample.image, map.to(torch.int16) if small else map))
+            if not map.any():
+                continue
+            image, factor = sample.image, largest / max(map.shape)
+            if factor < 1:
+                size = [max(1, round(side * factor)) for side in map.shape]
+                image = v2.functional.resize(image, size, antialias=True)
+                map = F.interpolate(map[None, None].float(), size, mode="nearest-exact")[0, 0]
+            self.items.append((image, map.to(torch.int16 if map.max() < 2**15 else torch.int32)))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -549,11 +561,17 @@ class _Rounds:
         """What a network with a coarse map would have of masks [k, h, w]: logits."""
         share = self.share[which]
         height, width = share.shape[1:]
-        stride = (2, 4, 8)[int(self._rand(1) * 3)]
+        stride = (1, 2, 4)[int(self._rand(1) * 3)]
         small = F.avg_pool2d(share[:, None], stride, ceil_mode=True)
         noise = torch.randn(small.shape, generator=self.generator).to(share.device)
-        small = small + 0.15 * noise
-        back = F.interpolate(small, (height, width), mode="bilinear", align_corners=False)[:, 0]
+        back = F.interpolate(
+            small + 0.15 * small.amax((2, 3), keepdim=True) * noise,
+            (height, width),
+            mode="bilinear",
+            align_corners=False,
+        )[:, 0]
+        # Half of the largest, not of one: a small object would vanish.
+        back = back / back.amax((1, 2), keepdim=True)
         return ((back - 0.5) * 4 * _SURE).clamp(-_SURE, _SURE)
 
 

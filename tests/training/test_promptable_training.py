@@ -109,7 +109,7 @@ def test_training_lowers_the_loss_and_leaves_weights_for_the_segmenter(tmp_path)
         validate_every=3,
         limit=4,
     )
-    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert log[-1]["loss"] < 0.92 * log[0]["loss"]
     assert {"box", "1 click", "3 clicks", "5 clicks"} <= set(log[-1])
     assert not network.training and all(p.requires_grad for p in network.parameters())
     segmenter = load_nano(tmp_path / "model.safetensors")
@@ -183,7 +183,7 @@ def test_corrections_lie_where_the_answer_is_wrong():
     # The coarse version is near the mask, though not it.
     found = iou_of(masks[coarse] > 0, inside[coarse])
     large = truths[coarse].flatten(1).sum(1) > 100
-    assert found[large].mean() > 0.4 and not torch.equal(masks[coarse] > 0, inside[coarse])
+    assert 0.5 < found[large].mean() < 0.95 and bool((masks[coarse] > 0).flatten(1).any(1).all())
     assert rounds(answer, iou)[0].shape == (101, 7, 2)
     assert rounds(answer, iou) is None
 
@@ -219,7 +219,7 @@ def test_losses_by_hand():
 def test_views_show_what_the_masks_cover():
     """A crop's masks follow its image: colours tell the regions of these images apart."""
     data = Shapes(4, size=(60, 90))
-    views = module._Views([module._Regions(data)], 64, (0.1, 0.3), 3, 0.0, seed=3)
+    views = module._Views([module._Regions(data, 512)], 64, (0.1, 0.3), 3, 0.0, seed=3)
     seen = 0
     for index in range(24):
         views.begin(index)
@@ -257,6 +257,13 @@ def test_regions_of_labels_segments_and_instances():
     found = region_map(Sample("c", image, None, instances=instances))
     assert found[0, 0] == 2 and found[1, 0] == 1 and found[2, 0] == 0
     assert not region_map(Sample("d", image)).any()
+
+
+def test_large_images_are_kept_smaller():
+    data = Shapes(1, size=(90, 120))
+    (image, map), (whole, full) = (module._Regions(data, n).items[0] for n in (60, 200))
+    assert image.shape == (3, 45, 60) and map.shape == (45, 60) and whole.shape == (3, 90, 120)
+    assert map.dtype == torch.int16 and set(map.unique().tolist()) <= set(full.unique().tolist())
 
 
 class Oracle:
