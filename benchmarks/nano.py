@@ -37,7 +37,7 @@ JSON = BUNDLED.with_suffix(".json")
 COLUMNS = ("box", "1 click", "3 clicks", "5 clicks")
 METHODS = ("nano", "GrabCut", "random walker")
 SETS = ("CamVid val", "LabelMeFacade train", "BSDS500 val")
-MASKS = 60  # of each data set, of as many images
+MASKS = 40  # of each data set, of as many images
 RESAMPLES = 2000
 
 DISC = 3  # pixels around a click that are sure
@@ -181,31 +181,30 @@ def interval(one, other):
 
 
 def score(given):
-    jobs = [(name, method) for name in SETS for method in METHODS]
+    methods = given.methods.split(",") if given.methods else METHODS
+    jobs = [(name, method) for method in reversed(METHODS) for name in SETS if method in methods]
+    stored = read_json(given.json) if given.json.exists() else {}
+    rows = {(row["data"], row["method"]): row for row in stored.get("rows", ())}
     with ProcessPoolExecutor(given.processes) as pool:
-        # The slow ones first, so that the processes end together.
-        waiting = {
-            job: pool.submit(scores, *job, given.data, given.weights)
-            for job in sorted(jobs, key=lambda job: -METHODS.index(job[1]))
-        }
-        found = {job: waiting[job].result() for job in jobs}
-    rows = []
-    for name in SETS:
-        ours = found[name, "nano"][0]
-        for method in METHODS:
-            values, seconds = found[name, method]
+        waiting = {job: pool.submit(scores, *job, given.data, given.weights) for job in jobs}
+        for (name, method), job in waiting.items():
+            values, seconds = job.result()
             row = {"data": name, "method": method, "masks": len(values["box"])}
             row |= {key: round(float(np.mean(values[key])), 4) for key in COLUMNS}
-            if method != "nano":
-                row["nano's gain"] = {key: interval(ours[key], values[key]) for key in COLUMNS}
-            rows.append({**row, "seconds per answer": seconds})
-            print(rows[-1], flush=True)
-    stored = read_json(given.json) if given.json.exists() else {}
-    digest = hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
-    if given.weights == "bundled":
-        stored["sha256"] = digest
-    stored |= {"command": "python benchmarks/nano.py score DATA", "rows": rows}
-    write_json(given.json, stored)
+            row["seconds per answer"] = seconds
+            row["iou"] = {key: [round(value, 4) for value in values[key]] for key in COLUMNS}
+            rows[name, method] = row
+            print({key: value for key, value in row.items() if key != "iou"}, flush=True)
+    for (name, method), row in rows.items():
+        if method != "nano" and (name, "nano") in rows:
+            ours, theirs = rows[name, "nano"]["iou"], row["iou"]
+            row["nano's gain"] = {key: interval(ours[key], theirs[key]) for key in COLUMNS}
+            print(name, method, row["nano's gain"])
+    if given.weights == "bundled" and "nano" in methods:
+        stored["sha256"] = hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
+    order = sorted(rows, key=lambda key: (SETS.index(key[0]), METHODS.index(key[1])))
+    stored |= {"command": "python benchmarks/nano.py score DATA"}
+    write_json(given.json, {**stored, "rows": [rows[key] for key in order]})
 
 
 def timing(given):
@@ -279,6 +278,7 @@ def main():
     scoring.set_defaults(run=score)
     scoring.add_argument("data", type=Path)
     scoring.add_argument("--processes", type=int, default=2)
+    scoring.add_argument("--methods", help=f"only these of {','.join(METHODS)}; others stay")
     measuring = commands.add_parser("time")
     measuring.set_defaults(run=timing)
     measuring.add_argument("--threads", type=int, default=2)

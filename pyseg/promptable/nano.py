@@ -29,7 +29,6 @@ STRIDE = 4
 """Of its masks."""
 
 BUNDLED = Path(__file__).parent.parent / "assets" / "nano.safetensors"
-LICENCE = "trained on CamVid, LabelMeFacade, BSDS500 and others: research and demonstration only"
 
 MASKS = 3  # per prompt: whole, part, part of the part
 _COARSE = 16  # stride at which prompts meet the image

@@ -688,11 +688,16 @@ def per_mask(
     """`score_promptable` before the mean: the IoU of each mask."""
     names = {count: f"{count} click{'s' if count > 1 else ''}" for count in clicks}
     found: dict[str, list[float]] = {"box": [], **{name: [] for name in names.values()}}
-    begin = segmenter if callable(segmenter) and not isinstance(segmenter, nn.Module) else None
+
+    def begin(image: Tensor) -> Answer:
+        if hasattr(segmenter, "embed"):
+            return answers_of(segmenter, image)
+        return segmenter(image)
+
     last: tuple[Tensor, Answer] | None = None
     for _, image, truth in masks:
         if last is None or last[0] is not image:
-            last = image, begin(image) if begin else answers_of(segmenter, image)  # type: ignore[arg-type]
+            last = image, begin(image)
         answer = last[1]
         none = torch.zeros(1, 0, dtype=torch.int64)
         box = _boxes(truth[None])
