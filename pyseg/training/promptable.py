@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -691,8 +691,8 @@ def per_mask(
 
     def begin(image: Tensor) -> Answer:
         if hasattr(segmenter, "embed"):
-            return answers_of(segmenter, image)
-        return segmenter(image)
+            return answers_of(cast(Promptable, segmenter), image)
+        return cast(Callable[[Tensor], Answer], segmenter)(image)
 
     last: tuple[Tensor, Answer] | None = None
     for _, image, truth in masks:
