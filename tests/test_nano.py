@@ -184,7 +184,7 @@ def test_it_learns_nothing_and_predicts_in_evaluation_mode():
 def test_attention_is_that_of_torch():
     torch.manual_seed(torch.seed() % 2**31)
     attention = _Attention(32, 16)
-    query, key, value = torch.randn(6, 5, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
+    query, key, value = torch.randn(6, 5, 32), torch.randn(6, 7, 32), torch.randn(6, 7, 32)
     mask = torch.rand(6, 7) < 0.7
     mask[:, 0] = True
     found = attention(query, key, value, mask)
@@ -193,8 +193,8 @@ def test_attention_is_that_of_torch():
             layer(x).reshape(1, -1, 4, 4).transpose(1, 2)
             for layer, x in (
                 (attention.query, query[k]),
-                (attention.key, key[k // 3]),
-                (attention.value, value[k // 3]),
+                (attention.key, key[k]),
+                (attention.value, value[k]),
             )
         ]
         one = F.scaled_dot_product_attention(*heads, attn_mask=mask[k : k + 1])

@@ -2,7 +2,8 @@
 
 Prompt encoder and mask decoder are of Segment Anything's design (Kirillov et al., 2023,
 arXiv:2304.02643) at half its width, with finer features for the masks as in SAM 2 (Ravi et al.,
-2024, arXiv:2408.00714); the image encoder is EfficientNet-Lite0 (Tan & Le, 2019, arXiv:1905.11946;
+2024, arXiv:2408.00714); prompts are drawn as maps besides. The
+image encoder is EfficientNet-Lite0 (Tan & Le, 2019, arXiv:1905.11946;
 Liu, 2020) under a feature pyramid (Lin et al., 2017, arXiv:1612.03144).
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ _WIDTH = 128
 _MIDDLE, _FINE = 32, 16  # channels of a prompt's features at strides 8 and 4
 _SHARED = 32  # channels at stride 4 that all prompts of an image share
 _HEADS = 4
+_DRAWN = 6  # maps of `_draw`
+_NEAR, _WIDE = 8.0, 64.0  # pixels
+_SURE = 4.0  # logits of masks beyond which a network is sure
 _LABELS = 5  # off, on the object; top left, bottom right corner of a box; no point
 _CORNERS = (2, 3)
 _NO_POINT = 4
@@ -48,6 +52,7 @@ class Features:
 
     coarse: Tensor  # [N, H/16 * W/16, C]
     position: Tensor  # [N or 1, H/16 * W/16, C]: where these are
+    origin: Tensor  # [N or 1, 2] x, y of the first pixel
     middle: Tensor  # [N, c, H/8, W/8]
     fine: Tensor  # [N, c, H/4, W/4]
     shared: Tensor  # [N, c, H/4, W/4]
@@ -68,8 +73,7 @@ class NanoNetwork(nn.Module):
         self.neck = _Neck(self.trunk.channels[1:])
         self.place = _Place(_WIDTH)
         self.points = nn.Parameter(torch.randn(_LABELS, _WIDTH))
-        self.no_mask = nn.Parameter(torch.zeros(_WIDTH))
-        self.mask = _MaskEncoder(_WIDTH)
+        self.maps = _Maps(_WIDTH)
         self.decoder = _Decoder(_WIDTH)
         # Part of the network, not of its weights.
         self.register_buffer("mean", torch.tensor(MEAN)[:, None, None], False)
@@ -89,9 +93,10 @@ class NanoNetwork(nn.Module):
         y = (torch.arange(height, device=pixels.device) + 0.5) * _COARSE
         x = (torch.arange(width, device=pixels.device) + 0.5) * _COARSE
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(1, -1, 2)
-        if origin is not None:
-            grid = grid + origin[:, None]
-        return Features(coarse.flatten(2).mT, self.place(grid), middle, fine, shared)
+        if origin is None:
+            origin = grid.new_zeros(1, 2)
+        position = self.place(grid + origin[:, None])
+        return Features(coarse.flatten(2).mT, position, origin, middle, fine, shared)
 
     def decode(
         self, features: Features, points: Tensor, labels: Tensor, masks: Tensor | None
@@ -112,8 +117,9 @@ class NanoNetwork(nn.Module):
         # Gathered by a product: the gradient of an index is a sum in any order.
         kind = F.one_hot(labels, _LABELS).to(self.points.dtype) @ self.points
         sparse = kind + self.place(points).masked_fill(none[..., None], 0.0)
-        dense = self.no_mask.expand(1, 1, -1) if masks is None else self.mask(masks)
-        logits, iou = self.decoder(features, sparse, ~none, dense)
+        local = points - _repeat(features.origin, len(points))[:, None]
+        drawn = _draw(local, labels, masks, features.fine.shape[2:])
+        logits, iou = self.decoder(features, sparse, ~none, self.maps(drawn))
         return logits, iou
 
     def forward(
@@ -184,24 +190,58 @@ class _Place(nn.Module):
             return torch.cat([phase.sin(), phase.cos()], -1)
 
 
-class _MaskEncoder(nn.Module):
-    """Logits of a mask at stride 4 to features at stride 16."""
+def _draw(points: Tensor, labels: Tensor, masks: Tensor | None, size: Sequence[int]) -> Tensor:
+    """Prompts as maps at stride 4, [K, 6, h, w] from -1 to 1, 0 for what there is not.
+
+    An earlier mask, how far inside a box, how near to the next click on and off the object, at two
+    scales: as in interactive segmentation (Sofiiuk et al., 2022, arXiv:2102.06583). What SAM has
+    to learn to find by attention a small network sees at once.
+    """
+    height, width = size
+    y = (torch.arange(height, device=points.device) + 0.5) * STRIDE
+    x = (torch.arange(width, device=points.device) + 0.5) * STRIDE
+    far = points.new_full((len(points), 1, height, width), math.inf)
+    down, across = points[..., 1, None] - y, points[..., 0, None] - x
+    square = down.square()[..., None] + across.square()[..., None, :]  # [K, P, h, w]
+    near = []
+    for label in (1, 0):
+        those = square.masked_fill((labels != label)[..., None, None], math.inf)
+        least = torch.cat([far, those], 1).amin(1)
+        near += [
+            (-(least / (2 * _NEAR**2)).clamp(max=30)).exp(),  # no denormal numbers: they are slow
+            (-(least.sqrt() / _WIDE).clamp(max=30)).exp(),
+        ]
+    low, high = (((labels == kind)[..., None] * points).sum(1)[..., None] for kind in _CORNERS)
+    inside = torch.minimum(
+        torch.minimum(y - low[:, 1], high[:, 1] - y)[..., None],
+        torch.minimum(x - low[:, 0], high[:, 0] - x)[..., None, :],
+    )
+    inside = torch.tanh(inside / _NEAR) * (labels == _CORNERS[0]).any(1)[:, None, None]
+    earlier = torch.zeros_like(inside) if masks is None else torch.tanh(masks.float() / _SURE)
+    return torch.stack([earlier, inside, *near], 1)
+
+
+class _Maps(nn.Module):
+    """Drawn prompts at stride 4 to features at strides 16, 8 and 4."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.first = nn.Conv2d(1, 8, 2, 2)
-        self.second = nn.Conv2d(8, 32, 2, 2)
+        self.fine = nn.Conv2d(_DRAWN, _FINE, 1)
+        self.first = nn.Conv2d(_DRAWN, 16, 2, 2)
+        self.middle = nn.Conv2d(16, _MIDDLE, 1)
+        self.second = nn.Conv2d(16, 32, 2, 2)
         self.last = nn.Conv2d(32, width, 1)
 
-    def forward(self, masks: Tensor) -> Tensor:
-        """[K, h, w] to [K, h/4 * w/4, C]."""
-        x = torch.tanh(masks.float() / 4)[:, None]  # beyond 4 a network is sure
-        x = self.last(F.relu(self.second(F.relu(self.first(x)))))
-        return x.flatten(2).mT
+    def forward(self, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[K, 6, h, w] to [K, h/4 * w/4, C], [K, c, h/2, w/2] and [K, c, h, w]."""
+        drawn = drawn.contiguous(memory_format=torch.channels_last)
+        x = F.relu(self.first(drawn))
+        coarse = self.last(F.relu(self.second(x)))
+        return coarse.flatten(2).mT, self.middle(x), self.fine(drawn)
 
 
 class _Attention(nn.Module):
-    """Attention at a width of its own; the values of every N-th query are those of one image."""
+    """Attention of several heads at a width of its own."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -211,10 +251,8 @@ class _Attention(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """[K, T, C] over [N, S, C], K a multiple of N; ``mask`` [K, S]: what is attended to."""
-        q, k, v = self.query(query), self.key(key), self.value(value)
-        count = max(len(q), len(k))
-        q, k, v = (_heads(_repeat(x, count)) for x in (q, k, v))
+        """[K, T, C] over [K, S, C]; ``mask`` [K, S]: what is attended to."""
+        q, k, v = _heads(self.query(query)), _heads(self.key(key)), _heads(self.value(value))
         # By hand: few keys or few queries are what torch's fused kernels are slow at on CPUs.
         weights = (q * q.shape[-1] ** -0.5) @ k.mT
         if mask is not None:
@@ -263,7 +301,7 @@ class _Layer(nn.Module):
         tokens = self.norms[1](tokens)
         tokens = self.norms[2](tokens + self.alone(tokens))
         change = self.to_tokens(located, tokens + start, tokens, known)
-        return tokens, self.norms[3](_repeat(image, len(change)) + change)
+        return tokens, self.norms[3](image + change)
 
 
 class _Decoder(nn.Module):
@@ -282,30 +320,26 @@ class _Decoder(nn.Module):
         self.iou = _mlp(width, MASKS)
 
     def forward(
-        self, features: Features, sparse: Tensor, known: Tensor, dense: Tensor
+        self, features: Features, sparse: Tensor, known: Tensor, drawn: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        """``sparse`` [K, P, C] of which ``known`` [K, P] count, ``dense`` [K or 1, h * w, C]."""
+        """``sparse`` [K, P, C] of which ``known`` [K, P] count, ``drawn`` of `_Maps`."""
+        dense, middle, fine = drawn
         count, images = len(sparse), len(features.coarse)
         start = torch.cat([self.asked.expand(count, -1, -1), sparse], 1)
         asked = known.new_ones(count, len(self.asked))
         known = torch.cat([asked, known], 1)
-        image = features.coarse
-        position = features.position
-        if len(dense) > 1:  # before, what the prompts of an image share is computed once
-            image = _repeat(image, count)
-            position = _repeat(position, count)
-        image = image + dense
+        image = _repeat(features.coarse, count) + dense
+        position = _repeat(features.position, count)
         tokens = start
         for layer in self.layers:
             tokens, image = layer(tokens, start, known, image, position)
-            position = _repeat(features.position, count)
         tokens = self.norm(tokens + self.last(tokens + start, image + position, image))
         height, width = (side // 2 for side in features.middle.shape[2:])
         x = image.mT.unflatten(2, (height, width))
         per = count // images
-        x = self.to_middle(x).unflatten(0, (images, per)) + features.middle[:, None]
-        x = self.to_fine(F.relu(self.middle_norm(x.flatten(0, 1)))).unflatten(0, (images, per))
-        x = F.relu(x + features.fine[:, None]).flatten(0, 1)
+        x = self.to_middle(x) + middle + _repeat(features.middle, count)
+        x = self.to_fine(F.relu(self.middle_norm(x)))
+        x = F.relu(x + fine + _repeat(features.fine, count))
         weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(self.weigh)], 1)
         own, shared, bias = weights.split([_FINE, _SHARED, 1], -1)
         logits = own @ x.flatten(2)
@@ -347,7 +381,7 @@ class NanoBackend(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.network.no_mask.device
+        return self.network.points.device
 
     @torch.no_grad()
     def embed(self, image: Tensor) -> _Embedding:
