@@ -39,7 +39,7 @@ JSON = BUNDLED.with_suffix(".json")
 COLUMNS = ("box", "1 click", "3 clicks", "5 clicks")
 METHODS = ("nano", "GrabCut", "random walker")
 SETS = ("CamVid val", "LabelMeFacade train", "BSDS500 val")
-MASKS = 40  # of each data set, of as many images
+MASKS = 24  # of each data set, of as many images
 RESAMPLES = 2000
 
 DISC = 3  # pixels around a click that are sure
