@@ -4,13 +4,16 @@ import hashlib
 import math
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+import pyseg
 from pyseg.errors import WeightsError
 from pyseg.files import read_json
+from pyseg.image import read_image
 from pyseg.promptable import Prompts, propose
 from pyseg.promptable.nano import (
     BUNDLED,
@@ -329,3 +332,15 @@ def test_the_network_is_small():
     assert isinstance(NanoBackend(network).network, NanoNetwork)
     size = 2 * sum(value.numel() for value in network.state_dict().values())
     assert size < 8_000_000 and math.isclose(SIDE, 512)
+
+
+def test_it_refines_by_its_name():
+    """`sam(size="nano")` behind a network, from weights that are all in the package."""
+    image = read_image(Path(pyseg.__file__).parent / "assets/street.jpg")
+    pipeline = pyseg.build('streetnet+sam(size="nano")')
+    refined = pipeline(image)
+    assert pipeline.refiners[0].size == "nano"
+    assert refined.labels.shape == image.shape[1:]
+    assert refined.labels.max() < len(pipeline.classes)
+    with pytest.raises(ValueError, match="nano has neither image_size nor precision"):
+        pyseg.build('streetnet+sam(size="nano", precision="bf16")')
