@@ -14,7 +14,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist
 
-.PHONY: demo test test-slow sanitize fuzz bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
+.PHONY: demo test test-slow sanitize fuzz weights bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
@@ -33,6 +33,19 @@ sanitize: $(TESTED)  ## the CPU kernels under ASan, UBSan and TSan, at every SIM
 CASES ?= 1000000
 fuzz: $(TESTED)  ## random calls of every op against its reference; SEED=… and CASES=… choose them
 	$(BIN)/python -m tests.fuzz --cases $(CASES) $(if $(SEED),--seed $(SEED))
+
+# Two processes with a thread each: faster than one with two. Stopped, it goes on where it was.
+TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m pyseg train --root $(DATA)
+weights: $(TESTED)  ## train streetnet's weights anew: hours; DATA=… holds camvid and labelmefacade
+	$(TRAIN) --config streetnet --batch-size 6 -o build/weights/first \
+	  $(if $(wildcard build/weights/first/checkpoint.pt),--resume)
+	$(TRAIN) --config streetnet_final --batch-size 4 -o build/weights/final \
+	  --weights build/weights/first/model.safetensors \
+	  $(if $(wildcard build/weights/final/checkpoint.pt),--resume)
+	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name "first half" \
+	  --weights build/weights/first/model.safetensors
+	$(BIN)/python benchmarks/streetnet.py bundle build/weights/final/model.safetensors
+	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name bundled
 
 bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark

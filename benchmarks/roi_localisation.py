@@ -25,7 +25,7 @@ from pyseg.ops import roi_align, roi_pool, roi_warp
 
 BINS = 7
 SAMPLES = 2  # along each side of a bin
-STAGES = {4: 0, 8: 1, 16: 2, 32: 3}  # of streetnet's encoder, by stride
+STAGES = {4: 1, 8: 2, 16: 4, 32: 5}  # of streetnet's trunk, by stride
 SHIFTS = 16  # of a box on the linear field
 STEP = 0.5  # pixels, between the positions that are tried on real features
 
@@ -78,7 +78,7 @@ def stage_features(images, stride):
     """[N, C, H / stride, W / stride] of streetnet's encoder for N uint8 images [3, H, W]."""
     model = streetnet().eval()
     kept = []
-    handle = model.network.stages[STAGES[stride]].register_forward_hook(
+    handle = model.network.trunk.stages[STAGES[stride]].register_forward_hook(
         lambda module, inputs, output: kept.append(output)
     )
     model(torch.stack(images))

@@ -1,6 +1,10 @@
 """What `segfix` gains on images that it was not trained on: ``pyseg/assets/segfix_camvid.json``.
 
-    python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade
+    python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
+      --streetnet build/weights/first/model.safetensors --segfix HEAD/pipeline/1_segfix.safetensors
+
+The bundled weights of streetnet have seen all folds but the last. So streetnet here is the first
+half of `make weights`, and segfix has a head that was trained behind it.
 
 Models are streetnet as it is and a weak one, streetnet at half resolution; behind each come no
 refiner and segfix, with the model's features and with its own network, with logits and on labels
@@ -34,7 +38,7 @@ OUTPUT = Path(pyseg.__file__).parent / "assets" / "segfix_camvid.json"
 DUSK = ("0001TP_007410", "0001TP_007740")
 DAY = ("0006R0_f03360", "0006R0_f03930")
 FOLDS = ("dusk", "day", "validation", "other cities")
-THIN = ("Pole", "SignSymbol", "Pedestrian", "Bicyclist", "Fence")
+THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 RESAMPLES = 2000
 PHOTOGRAPHS = 60  # of LabelMeFacade, spread evenly over its training and test images
 CITIES = {  # its classes by CamVid's name
@@ -93,9 +97,10 @@ def folds(root):
     return {**found, "validation": [val[k] for k in range(len(val))]}
 
 
-def refined(options):
+def refined(weights, options):
     """Models and refiners, as functions."""
-    segfix, own, crf = SegFix(**options), SegFix(shared=False, **options), CRF()
+    segfix = SegFix(weights=weights, **options)
+    own, crf = SegFix(weights=weights, shared=False, **options), CRF()
     refiners = {
         "none": lambda image, given: given,
         "segfix": segfix.refine,
@@ -160,25 +165,62 @@ def compare(classes, states, plain, counts):
     }
 
 
+def table(rows):
+    """The card's two tables."""
+
+    def cell(difference):
+        value, low, high = (f"{number:+.2f}" for number in difference)
+        return f"{value} [{low}, {high}]"
+
+    def show(*cells):
+        print(f"| {' | '.join(cells)} |")
+
+    plain = {(row["fold"], row["model"]): row for row in rows if row["refiner"] == "none"}
+    refined = [row for row in rows if row["refiner"] != "none"]
+    show("fold", "model", "refiner", "mIoU", "Δ mIoU", "boundary IoU", "Δ boundary IoU")
+    print("|---" * 7 + "|")
+    for row in refined:
+        place = row["fold"], row["model"]
+        changes = [
+            f"{plain[place][key]:.4f} | {cell(row[f'delta_{key}'])}"
+            for key in ("miou", "boundary_iou")
+        ]
+        show(*place, row["refiner"], *changes)
+    print()
+    show("fold", "model", "refiner", *THIN)
+    print("|---" * (3 + len(THIN)) + "|")
+    for row in refined:
+        if row["fold"] != "other cities":
+            changes = [f"{row['delta_per_class'][name][0]:+.2f}" for name in THIN]
+            show(row["fold"], row["model"], row["refiner"], *changes)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("root", type=Path, help="folder of CamVid")
-    parser.add_argument("cities", type=Path, help="folder of LabelMeFacade")
+    parser.add_argument("root", type=Path, nargs="?", help="folder of CamVid")
+    parser.add_argument("cities", type=Path, nargs="?", help="folder of LabelMeFacade")
+    parser.add_argument("--streetnet", default="bundled", help="its weights")
+    parser.add_argument("--segfix", default="default", help="its weights")
     parser.add_argument("--folds", help=f"only these of {','.join(FOLDS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--options", type=json.loads, default={}, help="of segfix, as JSON")
+    parser.add_argument("--table", action="store_true", help="print the stored tables")
     given = parser.parse_args()
+    if given.table:
+        return table(read_json(given.output)["rows"])
     chosen = given.folds.split(",") if given.folds else FOLDS
     rows = []
     if given.folds:  # the others are as they were
         rows = [row for row in read_json(given.output)["rows"] if row["fold"] not in chosen]
-    model = pyseg.models.create("streetnet")
+    model = pyseg.models.create("streetnet", weights=given.streetnet)
+    if model.features_key not in SegFix(weights=given.segfix).wanted_features:
+        parser.error("segfix's head is for other weights of streetnet")
     data = {**folds(given.root), "other cities": cities(given.cities)}
     for fold in chosen:
         samples = data[fold]
         counts = draws(len(samples), RESAMPLES, seed=0)
         counts = torch.cat([torch.ones_like(counts[:1]), counts])
-        for name, (predict, refiners) in refined(given.options).items():
+        for name, (predict, refiners) in refined(given.segfix, given.options).items():
             scored = {"scored": common} if fold == "other cities" else {}
             found = states_of(model, predict, refiners, samples, **scored)
             for refiner, states in found.items():
@@ -194,7 +236,7 @@ def main():
                     flush=True,
                 )
     rows.sort(key=lambda row: FOLDS.index(row["fold"]))
-    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE"
+    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet FIRST --segfix HEAD"
     write_json(given.output, {"command": command, "options": given.options, "rows": rows})
 
 

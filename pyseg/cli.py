@@ -764,6 +764,12 @@ def train(
             "may be repeated."
         ),
     ] = None,
+    repeats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Of several data sets: how often each comes in a pass over them."
+        ),
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(help="Weights to start from; none for random ones. [default: none]"),
@@ -887,6 +893,8 @@ def train(
     sets = [_dataset(text, root, split) for text in texts]
     validation = _dataset(texts[0], root, validation_split) if validation_split else None
     data = sets[0] if len(sets) == 1 else sets
+    if isinstance(given.get("repeats"), str):
+        given["repeats"] = _counts(given["repeats"], "--repeats")
     if "aliases" in given:
         given["aliases"] = training.label_spaces.read_aliases(given["aliases"])
     classes = training.union(sets, given.get("aliases") if len(sets) > 1 else None)
@@ -947,6 +955,7 @@ _RECIPE: dict[str, tuple[type, ...]] = {
         "loss class_weights optimizer schedule precision": (str,),
         "crop_size scale dataset background": (str, list),
         "rates aliases": (str, dict),
+        "repeats": (str, list),
         "cache tensorboard resume staged": (bool,),
     }.items()
     for name in names.split()
@@ -1524,6 +1533,13 @@ def _range(text: str | Sequence[float] | None, option: str) -> tuple[float, floa
     if found is None:
         raise PysegError(f"{option} must be smallest-largest, such as 0.6-1.6, got {text!r}")
     return float(found[1]), float(found[2])
+
+
+def _counts(text: str, option: str) -> list[int]:
+    """Integers joined by commas."""
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise PysegError(f"{option} must be integers such as 6,1, got {text!r}")
+    return [int(part) for part in text.split(",")]
 
 
 def _stop(message: str) -> typer.Exit:

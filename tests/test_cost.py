@@ -66,25 +66,24 @@ def test_counts_by_hand():
     assert pipeline.refiners[0].calls == 3 + 3
 
 
-def test_a_real_network_against_its_layers():
+def test_a_real_network_against_its_layers(monkeypatch):
     """streetnet's convolutions one by one, from the sizes that they see."""
     pipeline = pyseg.build("streetnet", weights=None, num_classes=7)
     model = pipeline.model
     assert isinstance(model, SemanticModel)
     want = []
+    conv2d = nn.functional.conv2d
 
-    def count(layer, inputs, output):
-        per_output = (
-            2 * layer.in_channels // layer.groups * layer.kernel_size[0] * layer.kernel_size[1]
-        )
-        want.append(output.numel() * per_output)
+    def counted(x, weight, *args):
+        output = conv2d(x, weight, *args)
+        want.append(2 * output.numel() * weight[0].numel())
+        return output
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d)]
-    pipeline(torch.zeros(3, 64, 96, dtype=torch.uint8))
-    for hook in hooks:
-        hook.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "conv2d", counted)
+        pipeline(torch.zeros(3, 64, 96, dtype=torch.uint8))
     got = cost(pipeline, torch.zeros(3, 64, 96, dtype=torch.uint8), rounds=1).stages[0]
-    assert len(want) > 10 and got.flops == sum(want)
+    assert len(want) > 50 and got.flops == sum(want)
     assert got.parameters == sum(p.numel() for p in model.parameters())
 
 

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"pyseg", "errors"},
     {"_native", "classes", "devices", "files", "regions", "spec", "tiles"},
-    {"image", "registry", "weights"},
+    {"efficientnet", "image", "registry", "weights"},
     {"formats", "page", "rasters", "visual"},
     {"ops"},
     {"compat", "types"},

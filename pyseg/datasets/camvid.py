@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..classes import CAMVID_CLASSES, CAMVID_PALETTE, class_table
@@ -41,10 +43,13 @@ class CamVid(PairedFiles):
         root: folder of the data set.
         split: "train", "val", "test", or any other that the folder holds.
         classes: 11 or 32; 32 need colour-coded labels.
+        only: patterns of the frames that are taken, such as ``"0001TP_*"`` for the drive at dusk,
+            as a sequence or joined by commas; none = all.
+        without: patterns of frames that are left out.
 
     Raises:
         LayoutError: a folder or file is absent; the message shows what is expected and found.
-        ValueError: ``classes`` is neither 11 nor 32.
+        ValueError: ``classes`` is neither 11 nor 32, or no frame is left.
 
     Example:
         >>> dataset = CamVid("camvid", "val")
@@ -66,10 +71,18 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
         counts={"train": 367, "val": 101, "test": 233},
     )
 
-    def __init__(self, root: str | Path, split: str = "train", *, classes: int = 11) -> None:
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "train",
+        *,
+        classes: int = 11,
+        only: str | Sequence[str] = (),
+        without: str | Sequence[str] = (),
+    ) -> None:
         if classes not in (11, 32):
             raise ValueError(f"classes must be 11 or 32, got {classes}")
-        found = Root(root, self.published)
+        found = Root(root, self.published, ("camvid", "CamVid"))
         original = found.find("701_StillsRaw_full")
         listing = found.find(f"{split}.txt")
         if original is not None:
@@ -84,6 +97,14 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
             frames = list(dict.fromkeys((*images, *labels)))
         if listing is not None:
             frames = found.listed(listing)
+        if wanted := _patterns(only):
+            frames = [name for name in frames if any(fnmatchcase(name, p) for p in wanted)]
+        unwanted = _patterns(without)
+        frames = [name for name in frames if not any(fnmatchcase(name, p) for p in unwanted)]
+        if not frames and (wanted or unwanted):
+            raise ValueError(
+                f"no frame of {split!r} is left by only={only!r} and without={without!r}"
+            )
         eleven = classes == 11
         names = CAMVID_CLASSES if eleven else ALL_CLASSES
         colours = dict(zip(ALL_PALETTE, _GROUPS if eleven else range(31), strict=True))
@@ -100,6 +121,11 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
                 by_colour=original is not None,
             ),
         )
+
+
+def _patterns(given: str | Sequence[str]) -> list[str]:
+    parts = given.split(",") if isinstance(given, str) else given
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _split(stem: str) -> str:

@@ -513,6 +513,7 @@ def semantic_model(
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     trunk: str | None = None,
     may_lack: Sequence[str] = (),
+    former: Mapping[str, str] | None = None,
     **options: Any,
 ) -> SemanticModel:
     """A `SemanticModel` with its weights: what every factory of a semantic network ends in.
@@ -538,6 +539,7 @@ def semantic_model(
         trunk: the module that a checkpoint may have alone, such as the backbone of a classifier of
             images: all others then stay random.
         may_lack: modules that a checkpoint may be without, such as auxiliary heads.
+        former: what to say of checkpoints of a former network of this name, by a key of theirs.
         options: of `SemanticModel`, such as ``mean`` and ``std``.
 
     Returns:
@@ -563,6 +565,9 @@ def semantic_model(
         state = {key.removeprefix("network."): value for key, value in state.items()}
     elif convert is not None:
         state = convert(state)
+    for key, message in (former or {}).items():
+        if key in state:
+            raise WeightsError(f"weights: {path} {message}")
     own = model.network.state_dict()
     alone = bool(state) and trunk is not None and all(_under(key, [trunk]) for key in state)
     for key, value in own.items():

@@ -20,13 +20,13 @@ from __future__ import annotations
 import bisect
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Dataset, Sample
+from ..types import VOID, Dataset, Sample
 
 Aliases = Mapping[str, str | Sequence[str]]
 
@@ -147,25 +147,80 @@ def union(datasets: Sequence[Dataset], aliases: Aliases | None = None) -> dict[s
     return {"classes": tuple(colours), "palette": tuple(colours.values())}
 
 
-class Together:
-    """Several data sets, one after the other: ``samples[k]`` has the classes of its own."""
+class Merged:
+    """A data set whose classes that stand for the same are one, named after the first of them.
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self.datasets = tuple(datasets)
+    "window" and "door" are parts of the "building" of a data set that does not tell them apart.
+    """
+
+    def __init__(self, dataset: Dataset, aliases: Aliases | None) -> None:
+        names = read_aliases(aliases)
+        wanted = [names.get(name, (name,)) for name in dataset.classes]
+        kept = list(dict.fromkeys(wanted))
+        firsts = [wanted.index(one) for one in kept]
+        self.classes = tuple(dataset.classes[first] for first in firsts)
+        self.palette = tuple(dataset.palette[first] for first in firsts)
+        self._dataset = dataset
+        self._numbers = torch.arange(VOID + 1, dtype=torch.uint8)
+        self._numbers[: len(wanted)] = torch.tensor([kept.index(one) for one in wanted])
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._dataset[index]
+        if sample.labels is None:
+            return sample
+        return replace(sample, labels=self._numbers[sample.labels.long()], segments=None)
+
+
+def merged(dataset: Dataset, aliases: Aliases | None) -> Dataset:
+    """``dataset``, as `Merged` where classes of it stand for the same by ``aliases``."""
+    one = Merged(dataset, aliases)
+    return dataset if len(one.classes) == len(dataset.classes) else one
+
+
+class Together:
+    """Several data sets, one after the other: ``samples[k]`` has the classes of its own.
+
+    Args:
+        datasets: the data sets.
+        spaces: number of the label space of each; None = each has its own.
+        repeats: how often each of them comes; None = once.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        spaces: Sequence[int] | None = None,
+        repeats: Sequence[int] | None = None,
+    ) -> None:
+        count = range(len(datasets))
+        places = [k for k in count for _ in range(repeats[k] if repeats else 1)]
+        self.datasets = tuple(datasets[k] for k in places)
+        self.spaces = [spaces[k] if spaces else k for k in places]
         self.begins = [0]
-        for dataset in datasets:
+        for dataset in self.datasets:
             self.begins.append(self.begins[-1] + len(dataset))
 
     def __len__(self) -> int:
         return self.begins[-1]
 
     def space(self, index: int) -> int:
-        """Which of the data sets a sample is of."""
+        """Number of a sample's label space."""
+        return self.spaces[self._place(index)]
+
+    def fellows(self, index: int) -> range:
+        """The samples of the same pass over the same data set."""
+        place = self._place(index)
+        return range(self.begins[place], self.begins[place + 1])
+
+    def _place(self, index: int) -> int:
         return bisect.bisect_right(self.begins, index) - 1
 
     def __getitem__(self, index: int) -> Sample:
-        space = self.space(index)
-        return self.datasets[space][index - self.begins[space]]
+        place = self._place(index)
+        return self.datasets[place][index - self.begins[place]]
 
 
 def loss_by_space(

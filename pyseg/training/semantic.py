@@ -19,7 +19,7 @@ from ..errors import LabelError
 from ..types import VOID, Dataset, Sample, Segmentation
 from . import losses
 from .augment import class_mix, generator_of, random_crop, random_light
-from .label_spaces import Aliases, LabelSpace, Together, loss_by_space, union
+from .label_spaces import Aliases, LabelSpace, Together, loss_by_space, merged, union
 from .loop import (
     Precision,
     Schedule,
@@ -48,6 +48,7 @@ def train(
     validation: Dataset | None = None,
     aliases: Aliases | None = None,
     background: str | Sequence[str] = (),
+    repeats: Sequence[int] | None = None,
     batch_size: int = 12,
     accumulate: int = 1,
     crop_size: tuple[int, int] = (240, 320),
@@ -108,6 +109,8 @@ def train(
             ``{"pavement": "sidewalk", "vehicle": ["car", "truck"]}``.
         background: with several data sets: names of the classes, at most one in each set, in which
             alone classes that the set does not know may hide.
+        repeats: with several data sets: how often each comes in a pass, such as ``[6, 1]`` for a
+            small set beside a large one; None = once each.
         batch_size: images per batch and process.
         accumulate: batches whose gradients are added up for one step of the optimizer.
         crop_size: (height, width) of the training crops, in pixels.
@@ -196,6 +199,12 @@ def train(
     class_weights = _kind_of_weights(class_weights)
     hiding = (background,) if isinstance(background, str) else tuple(background)
     sets, spaces = _label_spaces(model, dataset, aliases, hiding)
+    if repeats is not None and (
+        len(repeats) != len(sets) or not all(type(n) is int and n > 0 for n in repeats)
+    ):
+        raise ValueError(
+            f"repeats must be a positive integer for each of {len(sets)} data sets, got {repeats}"
+        )
     low, high = scale
     if not 0 < low <= high:
         raise ValueError(
@@ -211,17 +220,23 @@ def train(
     torch.manual_seed(seed)
     sources = [CachedDataset(each) if cache else each for each in sets]
     shown = progress and accelerator.is_main_process
-    weights, largest = [], (0, 0)
-    for source in sources:
+    # Data sets of the same classes, such as two splits of one, are in one label space.
+    kinds = list(dict.fromkeys(tuple(each.classes) for each in sets))
+    of = [kinds.index(tuple(each.classes)) for each in sets]
+    spaces = [spaces[of.index(kind)] for kind in range(len(kinds))]
+    found, largest = [(torch.zeros(0), torch.zeros(0))] * len(kinds), (0, 0)
+    for kind, source in zip(of, sources, strict=True):
         counts, among, size = _class_pixels_and_largest_size(source, len(source.classes), shown)
-        weights.append(losses.class_weights(counts, among, class_weights).to(device))
+        before = found[kind] if len(found[kind][0]) else (0, 0)
+        found[kind] = counts + before[0], among + before[1]
         largest = max(largest[0], size[0]), max(largest[1], size[1])
+    weights = [losses.class_weights(*each, class_weights).to(device) for each in found]
     own_space = None
     if len(sets) > 1 and validation is not None:
         own_space = LabelSpace.of(validation.classes, model.classes, aliases, hiding)
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    together = Together(sources)
+    together = Together(sources, of, repeats)
     crops = _Crops(
         together,
         crop_size,
@@ -289,6 +304,7 @@ def train(
             output_dir=output_dir,
             validate=None if validation is None else validate,
             settings={
+                "repeats": None if repeats is None else list(repeats),
                 "batch_size": batch_size,
                 "crop_size": crop_size,
                 "scale": scale,
@@ -333,6 +349,7 @@ def _older(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What older versions' checkpoints say in other words, or not at all."""
     factor = settings.get("jaccard", 1.0)
     return {
+        "repeats": None,
         "category_limit": 1.0,
         "flip": 0.5,
         "class_mix": 0.0,
@@ -371,6 +388,7 @@ def _label_spaces(
         return sets, [LabelSpace.of(model.classes, model.classes)]
     if not sets or any(len(each) == 0 for each in sets):
         raise ValueError("dataset is empty, or one of several is")
+    sets = tuple(merged(each, aliases) for each in sets)
     found = union(sets, aliases)
     if not set(found["classes"]) <= set(model.classes):
         if len(found["classes"]) != len(model.classes):
@@ -467,8 +485,8 @@ class _Crops(TorchDataset[tuple[Tensor, Tensor, int, str]]):
         sample, space = self.dataset[place], self.dataset.space(place)
         image, labels = self._view(sample, full_size, generator)
         if self.class_mix and torch.rand((), generator=generator) < self.class_mix:
-            begin, end = self.dataset.begins[space : space + 2]
-            other = int(torch.randint(begin, end, (), generator=generator))
+            fellows = self.dataset.fellows(place)
+            other = int(torch.randint(fellows.start, fellows.stop, (), generator=generator))
             view = self._view(self.dataset[other], full_size, generator)
             image, labels = class_mix(image, labels, view, generator)
         return image, labels, space, sample.name

@@ -53,6 +53,21 @@ def test_the_list_decides_frames_and_order(tmp_path):
         CamVid(tmp_path, "train")
 
 
+def test_frames_by_pattern(tmp_path):
+    stems = ["0001TP_006690", "0001TP_006720", "0006R0_f00930", "0016E5_00390"]
+    write(tmp_path / "camvid", "train/images", "train/labels", stems)
+    for only, without, expected in (
+        ("0001TP_*", (), stems[:2]),
+        (["0006R0_*", "0016E5_*"], (), stems[2:]),
+        ((), "0001TP_00672?, 0016E5_*", [stems[0], stems[2]]),
+        ("0001TP_*", "*6690", [stems[1]]),
+    ):
+        found = CamVid(tmp_path, "train", only=only, without=without)  # the folder above, too
+        assert found.names == tuple(expected)
+    with pytest.raises(ValueError, match=r"no frame of 'train' is left by only='x\*'"):
+        CamVid(tmp_path, "train", only="x*")
+
+
 def test_missing_folders_and_files(tmp_path):
     with pytest.raises(LayoutError, match=r"no folder .*nowhere"):
         CamVid(tmp_path / "nowhere")

@@ -10,8 +10,17 @@ from toys import SHORT, Shapes, same
 
 from pyseg.datasets.synthetic import StreetScenes
 from pyseg.models.semantic import SemanticModel
-from pyseg.training import LabelSpace, Loss, class_mix, copy_paste, random_crop, train, union
-from pyseg.training.label_spaces import Together, loss_by_space, read_aliases
+from pyseg.training import (
+    LabelSpace,
+    Loss,
+    class_mix,
+    copy_paste,
+    random_crop,
+    semantic,
+    train,
+    union,
+)
+from pyseg.training.label_spaces import Together, loss_by_space, merged, read_aliases
 from pyseg.types import Instances, Sample
 
 VOID = 255
@@ -280,6 +289,60 @@ def test_classes_of_several_sets():
     for wrong in ("a", "a=b=c", {"a": 3}, {"a": []}, [1]):
         with pytest.raises(ValueError, match="aliases must give"):
             read_aliases(wrong)
+
+
+def test_classes_that_stand_for_the_same_are_one():
+    source = Coloured(("car", "road", "truck", "sky"), 3, seed=5)
+    aliases = {"car": "vehicle", "truck": "vehicle"}
+    ours = merged(source, aliases)
+    assert ours.classes == ("car", "road", "sky")
+    assert ours.palette == (
+        (0, 0, 0),
+        (1, 1, 1),
+        (3, 3, 3),
+    )
+    for k in range(3):
+        before, after = source[k].labels, ours[k].labels
+        expected = torch.tensor([0, 1, 0, 2, *range(4, 256)], dtype=torch.uint8)[before.long()]
+        assert torch.equal(after, expected) and torch.equal(ours[k].image, source[k].image)
+    assert LabelSpace.of(ours.classes, ("road", "vehicle", "sky"), aliases).members == (
+        (1,),
+        (0,),
+        (2,),
+    )
+    assert merged(source, None) is source
+    plain = Coloured(("a", "b"), 1)
+    assert merged(plain, aliases) is plain
+
+
+def test_repeats_of_sets():
+    sets = [Coloured(("a", "b"), 2), Coloured(("a", "b", "c"), 5), Coloured(("a", "b"), 3)]
+    together = Together(sets, [0, 1, 0], [3, 1, 2])
+    assert len(together) == 3 * 2 + 5 + 2 * 3
+    assert [together.space(k) for k in range(17)] == [0] * 6 + [1] * 5 + [0] * 6
+    assert together[5] is sets[0].samples[1] and together[12] is sets[2].samples[1]
+    assert list(together.fellows(3)) == [2, 3] and list(together.fellows(8)) == [6, 7, 8, 9, 10]
+
+
+def test_repeats_draw_a_small_set_more_often(tmp_path, monkeypatch):
+    """And two splits of the same classes are one label space, whose loss is one mean."""
+    seen = []
+    original = semantic._loss
+
+    def spy(outputs, labels, of, terms, spaces, weights, auxiliary):
+        seen.extend(of.tolist())
+        assert len(spaces) == len(weights) == 2
+        return original(outputs, labels, of, terms, spaces, weights, auxiliary)
+
+    monkeypatch.setattr(semantic, "_loss", spy)
+    sets = [Coloured(("road", "car"), 2), Coloured(("road", "car", "sky"), 4, seed=1)]
+    sets.append(Coloured(("road", "car"), 3, seed=2))
+    options = {**PLAIN, "epochs": 1, "batch_size": 1, "output_dir": tmp_path / "a"}
+    train(network(3), sets, repeats=[4, 1, 2], **options)
+    assert len(seen) == 8 + 4 + 6 and seen.count(0) == 14
+    for wrong in ([1, 2], [1, 1, 0], [1, 1, 1.5]):
+        with pytest.raises(ValueError, match="repeats must be a positive integer for each of 3"):
+            train(network(3), sets, repeats=wrong, **{**options, "output_dir": tmp_path / "b"})
 
 
 def test_two_sets_train_a_model_of_all_their_classes(tmp_path):

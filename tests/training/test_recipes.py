@@ -3,15 +3,23 @@
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
+import pyseg
 from pyseg import cli, models, training
+from pyseg.classes import CAMVID_CLASSES
+from pyseg.datasets.labelmefacade import PALETTE
 from pyseg.errors import PysegError
 from pyseg.training import recipes
 
 KINDS = cli._RECIPE
+
+
+LABELMEFACADE = (*PALETTE, (0, 0, 0))
 
 
 def run(*arguments):
@@ -30,12 +38,17 @@ def test_a_recipe_has_the_options_of_the_command_line():
 
 
 def test_what_comes_with_pyseg_is_what_train_takes():
-    assert recipes.names() == ("fcn_resnet50_cityscapes", "fcn_resnet50_cityscapes_full")
+    assert recipes.names() == (
+        "fcn_resnet50_cityscapes",
+        "fcn_resnet50_cityscapes_full",
+        "streetnet",
+        "streetnet_final",
+    )
     accepted = set(inspect.signature(training.train).parameters)
     for name in recipes.names():
         found = recipes.read_recipe(name, KINDS)
         rest = set(found) - accepted - {"model", "weights", "split", "validation_split"}
-        assert not rest and found["model"] == "fcn_resnet50"
+        assert not rest and found["model"] in ("streetnet", "fcn_resnet50")
         training.Loss.parse(found["loss"])
     report = recipes.read_recipe("fcn_resnet50_cityscapes", KINDS)
     assert report["batch_size"] == 2 and report["epochs"] == 2 and report["optimizer"] == "adam"
@@ -51,6 +64,56 @@ def test_what_comes_with_pyseg_is_what_train_takes():
     full = recipes.read_recipe("fcn_resnet50_cityscapes_full", KINDS)
     factors = training.optimizer.rates_of(model, full["rates"])
     assert set(factors.values()) == {0.1, 1.0}
+
+
+def test_the_recipe_of_streetnet_trains(tmp_path):
+    """On three frames of each of its data sets, in the folders that one root holds."""
+    root, generator = tmp_path / "data", np.random.default_rng(0)
+    camvid, facades = root / "camvid", root / "labelmefacade"
+    for folder, stems, names in (
+        (camvid / "train", "abc", range(12)),
+        (camvid / "val", "de", range(12)),
+        (facades, "fghi", LABELMEFACADE),
+    ):
+        for kind in ("images", "labels"):
+            (folder / kind).mkdir(parents=True)
+        for stem in stems:
+            picture = generator.integers(0, 256, (48, 64, 3), np.uint8)
+            Image.fromarray(picture).save(folder / "images" / f"{stem}.jpg")
+            ids = generator.integers(0, len(names), (48, 64))
+            Image.fromarray(np.array(names, np.uint8)[ids]).save(folder / "labels" / f"{stem}.png")
+    (facades / "train.txt").write_text("f\n")
+    (facades / "test.txt").write_text("g\nh\ni\n")
+    short = ("--epochs", 1, "--steps", 2, "--batch-size", 3, "--crop-size", "32x48")
+    output = tmp_path / "run"
+    result = run(
+        *("--config", "streetnet", "--root", root, "--output", output, "--weights", "none"), *short
+    )
+    assert result.exit_code == 0, result.output
+    model = pyseg.load(output / "pipeline").model
+    assert model.classes == CAMVID_CLASSES
+    kept = json.loads(torch.load(output / "checkpoint.pt")["settings"])
+    assert kept["repeats"] == [6, 1, 1]
+    half = ("--weights", output / "model.safetensors")
+    again = run(
+        *("--config", "streetnet_final", "--root", root, "--output", tmp_path / "b", *half, *short)
+    )
+    assert again.exit_code == 0, again.output
+    other = run(
+        *("--config", "streetnet", "--root", root, "--output", tmp_path / "c", "--weights", "none"),
+        *("--dataset", "camvid(without='a,b*')", "--dataset", "labelmefacade(split='train')"),
+        *("--repeats", "8,1", *short),
+    )
+    assert other.exit_code == 0, other.output
+    for repeats, message in (
+        ("6", "repeats must be a positive integer for each of 3 data sets"),
+        ("6;1", "--repeats must be integers such as 6,1"),
+    ):
+        wrong = run(
+            *("--config", "streetnet", "--root", root, "-o", tmp_path / "d", "--weights", "none"),
+            *("--repeats", repeats),
+        )
+        assert wrong.exit_code == 2 and message in wrong.output
 
 
 def test_values_of_a_recipe(tmp_path):
