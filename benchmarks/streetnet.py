@@ -1,11 +1,11 @@
 """streetnet's bundled weights: their scores, and the file itself from a training run.
 
 ``python benchmarks/streetnet.py score DATA --name NAME``: DATA holds ``camvid`` as SegNet's
-tutorial has it. Scored are two blocks of frames that the first half of the training has not seen,
-and the validation clip: single scale unless ``--tta`` says otherwise, 480 × 360, one confusion
-matrix per set. The second half, whose weights the package has, has seen all of them: what it scores
-here is on data that it was trained on. NAME is the entry of the card's JSON that is written; its
-table is printed by ``python benchmarks/streetnet.py table --name NAME``.
+tutorial has it. Scored are two blocks of frames and the validation clip: single scale unless
+``--tta`` says otherwise, 480 × 360, one confusion matrix per set. `make weights` trains weights
+that have not seen them, and then the bundled ones, which have: what those score here is on data
+that they were trained on. NAME is the entry of the card's JSON that is written; its table is
+printed by ``python benchmarks/streetnet.py table --name NAME``.
 
 ``python benchmarks/streetnet.py bundle RUN/model.safetensors`` stores weights in half precision
 where the package has them.

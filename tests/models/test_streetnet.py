@@ -204,7 +204,7 @@ def test_the_card_has_the_numbers_that_were_measured():
     assert hashlib.sha256(BUNDLED.read_bytes()).hexdigest() in card
     measured = json.loads(BUNDLED.with_suffix(".json").read_text(encoding="utf-8"))
     assert measured["bundled"]["weights"] == "bundled"
-    for name in ("first half", "bundled"):
+    for name in ("hold-outs kept out", "bundled"):
         columns = [entry for entry in measured[name].values() if isinstance(entry, dict)]
         assert len(columns) >= 3
         for kind in columns[0]["iou"]:

@@ -42,7 +42,8 @@ def test_what_comes_with_pyseg_is_what_train_takes():
         "fcn_resnet50_cityscapes",
         "fcn_resnet50_cityscapes_full",
         "streetnet",
-        "streetnet_final",
+        "streetnet_all",
+        "streetnet_finish",
     )
     accepted = set(inspect.signature(training.train).parameters)
     for name in recipes.names():
@@ -94,11 +95,11 @@ def test_the_recipe_of_streetnet_trains(tmp_path):
     assert model.classes == CAMVID_CLASSES
     kept = json.loads(torch.load(output / "checkpoint.pt")["settings"])
     assert kept["repeats"] == [6, 1, 1]
-    half = ("--weights", output / "model.safetensors")
-    again = run(
-        *("--config", "streetnet_final", "--root", root, "--output", tmp_path / "b", *half, *short)
-    )
-    assert again.exit_code == 0, again.output
+    for part in ("streetnet_all", "streetnet_finish"):
+        weights = ("--weights", output / "model.safetensors")
+        output = tmp_path / part
+        again = run("--config", part, "--root", root, "--output", output, *weights, *short)
+        assert again.exit_code == 0, again.output
     other = run(
         *("--config", "streetnet", "--root", root, "--output", tmp_path / "c", "--weights", "none"),
         *("--dataset", "camvid(without='a,b*')", "--dataset", "labelmefacade(split='train')"),
