@@ -64,7 +64,7 @@ class CRF(nn.Module):
         *,
         iterations: int = 5,
         gaussian: Sequence[tuple[float, float]] = ((2.0, 1.0),),
-        bilateral: Sequence[tuple[float, float, float]] = ((40.0, 10.0, 2.0),),
+        bilateral: Sequence[tuple[float, float, float]] = ((10.0, 10.0, 2.0),),
         protect: float = 0.7,
         margin: float = 1.0,
         trainable: bool = False,
