@@ -1,14 +1,14 @@
 """What `segfix` gains on images that it was not trained on: ``pyseg/assets/segfix_camvid.json``.
 
     python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
-      --streetnet build/weights/first/model.safetensors --segfix HEAD/pipeline/1_segfix.safetensors
+      --streetnet build/weights/holdout/model.safetensors --segfix HEAD/pipeline/1_segfix.safetensors
 
-The bundled weights of streetnet have seen all folds but the last. So streetnet here is the first
-half of `make weights`, and segfix has a head that was trained behind it.
+The bundled weights of streetnet have seen all folds. So streetnet here is that which `make weights`
+trains without the hold-outs and validation, and segfix has a head that was trained behind it.
 
 Models are streetnet as it is and a weak one, streetnet at half resolution; behind each come no
 refiner and segfix, with the model's features and with its own network, with logits and on labels
-alone, and crf. Folds are the hold-outs of `pyseg/assets/streetnet_camvid.md`, CamVid's validation
+alone. Folds are the hold-outs of `pyseg/assets/streetnet_camvid.md`, CamVid's validation
 clip, and photographs of other cities, of LabelMeFacade, in the six classes that are also CamVid's
 (doors and windows are buildings; what a model calls otherwise is void). Intervals of differences
 are of a bootstrap over images, 2000 resamples; neighbouring frames of a video resemble each other,
@@ -30,7 +30,7 @@ from pyseg.datasets.labelmefacade import LabelMeFacade
 from pyseg.files import read_json, write_json
 from pyseg.metrics import Boundary, Semantic
 from pyseg.metrics.bootstrap import draws, total_of
-from pyseg.refiners import CRF, SegFix
+from pyseg.refiners import SegFix
 from pyseg.types import VOID, Segmentation
 
 OUTPUT = Path(pyseg.__file__).parent / "assets" / "segfix_camvid.json"
@@ -100,16 +100,14 @@ def folds(root):
 def refined(weights, options):
     """Models and refiners, as functions."""
     segfix = SegFix(weights=weights, **options)
-    own, crf = SegFix(weights=weights, shared=False, **options), CRF()
+    own = SegFix(weights=weights, shared=False, **options)
     refiners = {
         "none": lambda image, given: given,
         "segfix": segfix.refine,
         "segfix(shared=False)": own.refine,
         "segfix on labels": lambda image, given: own.refine(image, given.with_labels(given.labels)),
-        "crf": crf.refine,
-        "segfix+crf": lambda image, given: crf.refine(image, segfix.refine(image, given)),
     }
-    weak = {name: refiners[name] for name in ("none", "segfix", "segfix on labels", "crf")}
+    weak = {name: refiners[name] for name in ("none", "segfix", "segfix on labels")}
     return {"streetnet": (whole, refiners), "streetnet at half resolution": (half, weak)}
 
 
@@ -236,7 +234,7 @@ def main():
                     flush=True,
                 )
     rows.sort(key=lambda row: FOLDS.index(row["fold"]))
-    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet FIRST --segfix HEAD"
+    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet WEIGHTS --segfix WEIGHTS"
     write_json(given.output, {"command": command, "options": given.options, "rows": rows})
 
 

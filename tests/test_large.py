@@ -264,7 +264,8 @@ def seams(folder, pipeline, scene, overlap, halo):
                 what[~border].sum(),
                 (~border).sum(),
             ]
-    return counts[:, 0] / counts[:, 1] / (counts[:, 2] / counts[:, 3])
+    with np.errstate(invalid="ignore"):  # overlaps of half a tile are everywhere
+        return counts[:, 0] / counts[:, 1] / (counts[:, 2] / counts[:, 3])
 
 
 def test_no_seam_is_seen(tmp_path, one_thread):
@@ -277,8 +278,8 @@ def test_no_seam_is_seen(tmp_path, one_thread):
         [np.concatenate([picture, mirrored, picture], 1), np.concatenate([mirrored] * 3, 1)]
     )
     pipeline = pyseg.build("streetnet")
-    near, overlap, changes = seams(tmp_path, pipeline, scene, 64, 0)
-    assert near <= 1.05 and overlap <= 1.05 and changes <= 1.25, (near, overlap, changes)
+    near, _, changes = seams(tmp_path, pipeline, scene, 128, 0)
+    assert near <= 1.1 and changes <= 1.1, (near, changes)
     near, _, changes = seams(tmp_path, pipeline, scene, 64, 32)
     assert near > 1.25 and changes > 1.3, (near, changes)
 

@@ -410,6 +410,59 @@ def rle(draw: Draw) -> None:
         raise Wrong(f"{list(decoded.shape)} is not {size}")
 
 
+@op(0.5)
+def run_edges(draw: Draw) -> None:
+    """Edges of many masks' runs and what pairs of them share, against pixels; and damaged texts."""
+    sides = draw.shape(draw.side(), draw.side(), budget=3000)
+    count, pixels = draw.integer(0, 6), sides[0] * sides[1]
+    masks = draw.labels([count, *sides], 2).astype(bool)
+    flat = masks.transpose(0, 2, 1).reshape(count, pixels)
+    texts = [encode_rle(mask)["counts"].encode() for mask in masks]
+    damaged = [draw.chance(0.2) for _ in texts]
+    for k, _ in enumerate(texts):
+        if damaged[k]:
+            text = bytearray(texts[k])
+            text[draw.integer(0, len(text) - 1)] = draw.choice((0, 47, 48, 63, 79, 111, 112, 255))
+            text += draw.choice((b"", b"0", b"o" * draw.integer(1, 14)))
+            texts[k] = bytes(text)
+    given = {
+        "texts": draw.tensor(np.frombuffer(bytearray(b"".join(texts)), np.uint8), broadcast=False),
+        "ends": draw.tensor(np.cumsum([0, *map(len, texts)])[1:], broadcast=False),
+        "pixels": draw.tensor(np.full(count, pixels), broadcast=False),
+    }
+    given = {name: value.contiguous() for name, value in given.items()}
+    edges, counts = draw.call(torch.ops.pyseg._rle_edges, **given)
+    begin = 0
+    for k, number in enumerate(counts.tolist()):
+        expected = flat[k]
+        if damaged[k]:
+            try:
+                rle = {"size": sides, "counts": texts[k]}
+                expected = decode_rle(rle).numpy().ravel(order="F")
+            except ImageError:
+                expected = None
+        if (number < 0) != (expected is None):
+            raise Wrong(f"{texts[k]!r} has {number} edges")
+        if expected is not None:
+            places = np.flatnonzero(np.diff(expected.astype(np.int8), prepend=0, append=0))
+            if edges[begin : begin + number].tolist() != places.tolist():
+                raise Wrong(f"{texts[k]!r} has other edges")
+            flat[k] = expected
+            begin += number
+    whole = (counts >= 0).nonzero()[:, 0]
+    if begin != len(edges):
+        raise Wrong("edges of a damaged text")
+    pairs = draw.integer(0, 200) if len(whole) else 0
+    side = (edges, counts[whole].cumsum(0))
+    chosen = [draw.rng.integers(0, max(1, len(whole)), pairs) for _ in range(2)]
+    drawn = [draw.tensor(which, broadcast=False).contiguous() for which in chosen]
+    shared = draw.call(torch.ops.pyseg._run_overlaps, *side, *side, *drawn)
+    kept = flat[whole.numpy()].astype(np.int64)
+    expected = (kept[chosen[0]] * kept[chosen[1]]).sum(1)
+    if shared.tolist() != expected.tolist():
+        raise Wrong("pairs of masks share other numbers of pixels")
+
+
 def damage(draw: Draw, rle: dict, plain: dict) -> dict:
     """One of the two, with something wrong."""
     kind = draw.integer(0, 5)

@@ -527,7 +527,8 @@ def test_features_are_computed_once_and_dropped(size):
     plain = pyseg.build(model)(image)
     assert plain.features is None
     # What the head sees is what the network gives when asked alone.
-    alone = model(image[None], features=True)
+    with torch.no_grad():
+        alone = model(image[None], features=True)
     for ours, theirs in zip(seen[0][model.features_key], alone["features"], strict=True):
         assert torch.equal(ours, theirs[0])
     assert torch.equal(plain.logits, alone["out"][0])
@@ -549,12 +550,12 @@ def test_features_of_other_weights_are_not_taken():
     assert used == ["head"]
     key = model.features_key
     with torch.no_grad():
-        model.network.stages[3][0].second[0].weight.view(-1)[0] += 1
+        model.network.trunk.stages[3][0].layers[0][0].weight.view(-1)[0] += 1
     assert model.features_key != key
     pipeline(image)
     assert used == ["head", "network"]
     with torch.no_grad():
-        model.network.stages[3][0].second[0].weight.view(-1)[0] -= 1
+        model.network.trunk.stages[3][0].layers[0][0].weight.view(-1)[0] -= 1
     pipeline(image)
     assert used[2:] in (["head"], ["network"])  # rounding may have changed the weight
     # Variants and windows have no features of the one image.
