@@ -1,12 +1,12 @@
 """Calibration of streetnet with a temperature: ``pyseg/assets/streetnet_temperature.json``.
 
-    python benchmarks/temperature.py ../shared/data/camvid --weights FIRST --store BUNDLED
+    python benchmarks/temperature.py ../shared/data/camvid --weights HOLDOUT --store BUNDLED
 
 The temperature is fitted on one fold and scored on the others: the hold-outs of
-`pyseg/assets/streetnet_camvid.md`, both together, and CamVid's validation clip. FIRST is
-``build/weights/first/model.safetensors``, the weights after the half of the training that has seen
-none of these frames. BUNDLED, ``pyseg/assets/streetnet_camvid.safetensors``, gets the temperature
-of both hold-outs together: the frames that could tell its own have been trained on.
+`pyseg/assets/streetnet_camvid.md`, both together, and every fourth frame of CamVid's validation
+clip. HOLDOUT, ``build/weights/holdout/model.safetensors``, are the weights of `make weights` that
+have seen none of these frames. BUNDLED, ``pyseg/assets/streetnet_camvid.safetensors``, gets the
+temperature of both hold-outs together: the frames that could tell its own have been trained on.
 """
 
 import argparse
@@ -45,6 +45,7 @@ def main():
     pipeline = pyseg.build("streetnet", weights=given.weights)
     generator = torch.Generator().manual_seed(0)
     data = folds(given.root)
+    data["validation"] = data["validation"][::4]
     data["hold-outs"] = [*data["dusk"], *data["day"]]
     seen = {fold: [(s, pipeline(s.image)) for s in samples] for fold, samples in data.items()}
 
@@ -71,7 +72,7 @@ def main():
                 f"NLL {before[fold]['nll']:.4f} -> {rows[-1]['after']['nll']:.4f}",
                 flush=True,
             )
-    command = "python benchmarks/temperature.py CAMVID --weights FIRST --store BUNDLED"
+    command = "python benchmarks/temperature.py CAMVID --weights HOLDOUT --store BUNDLED"
     stored = next(row["temperature"] for row in rows if row["fitted"] == "hold-outs")
     write_json(given.output, {"command": command, "stored": stored, "rows": rows})
     if given.store:
