@@ -1,7 +1,7 @@
 """What `segfix` gains on images that it was not trained on: ``pyseg/assets/segfix_camvid.json``.
 
     python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
-      --streetnet build/weights/holdout/model.safetensors --segfix HEAD/pipeline/1_segfix.safetensors
+      --streetnet build/weights/holdout/model.safetensors --segfix RUN/1_segfix.safetensors
 
 The bundled weights of streetnet have seen all folds. So streetnet here is that which `make weights`
 trains without the hold-outs and validation, and segfix has a head that was trained behind it.
@@ -234,7 +234,7 @@ def main():
                     flush=True,
                 )
     rows.sort(key=lambda row: FOLDS.index(row["fold"]))
-    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet WEIGHTS --segfix WEIGHTS"
+    command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet FILE --segfix FILE"
     write_json(given.output, {"command": command, "options": given.options, "rows": rows})
 
 

@@ -18,8 +18,10 @@ _LAZY = {
     "load": ".pipeline",
     "compare": ".comparison",
     "evaluate": ".evaluation",
+    "label": ".prediction",
     "predict": ".prediction",
     "predict_large": ".large",
+    "Session": ".session",
     "train": ".training",
     "train_instances": ".training",
     "tune_crf": ".tuning",
@@ -43,6 +45,7 @@ _SUBMODULES = {
     "ops",
     "refiners",
     "types",
+    "video",
     "visual",
 }
 
@@ -55,6 +58,7 @@ __all__ = [
     "Segment",
     "Segmentation",
     "Segments",
+    "Session",
     "__version__",
     "build",
     "check_data",
@@ -66,6 +70,7 @@ __all__ = [
     "errors",
     "evaluate",
     "image",
+    "label",
     "load",
     "metrics",
     "models",
@@ -77,6 +82,7 @@ __all__ = [
     "train_instances",
     "tune_crf",
     "types",
+    "video",
     "visual",
 ]
 
@@ -89,6 +95,7 @@ if TYPE_CHECKING:
     from . import ops as ops
     from . import refiners as refiners
     from . import types as types
+    from . import video as video
     from . import visual as visual
     from .comparison import compare as compare
     from .cost import cost as cost
@@ -101,7 +108,9 @@ if TYPE_CHECKING:
     from .pipeline import build as build
     from .pipeline import compose as compose
     from .pipeline import load as load
+    from .prediction import label as label
     from .prediction import predict as predict
+    from .session import Session as Session
     from .training import train as train
     from .training import train_instances as train_instances
     from .tuning import tune_crf as tune_crf

@@ -408,7 +408,6 @@ def predict(
     Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
     """
     from . import prediction
-    from .files import some
 
     on_ray = _on_ray(
         engine, gpus_per_worker=gpus_per_worker, shard_size=shard_size, address=address
@@ -458,6 +457,12 @@ def predict(
         raise _stop(
             f"{progress[0]} of {progress[1]} {what} are done; {how} goes on with the others"
         ) from None
+    _print_predictions(summary, output, as_json)
+
+
+def _print_predictions(summary: Any, output: str, as_json: bool) -> None:
+    from .files import some
+
     if as_json:
         _print_json(summary.to_dict())
     else:
@@ -472,6 +477,73 @@ def predict(
         )
     if summary.failed:
         raise typer.Exit(FAILED)
+
+
+@app.command(cls=_documented_by("prediction.py:label"))
+def label(
+    paths: Annotated[
+        list[str],
+        typer.Argument(help="Image files, folders, glob patterns, @list.txt (a path a line)."),
+    ],
+    spec: SpecOption,
+    output: Annotated[
+        str, typer.Option("--output", "--out", "-o", help="Folder for the label maps.")
+    ],
+    min_confidence: Annotated[
+        float | None, typer.Option(help="Pixels below become void (255).")
+    ] = None,
+    confidence: Annotated[
+        bool | None,
+        typer.Option("--confidence", help="Also write the confidence, as 8-bit grey PNGs."),
+    ] = None,
+    overwrite: Annotated[
+        bool | None, typer.Option("--overwrite", help="Compute results again that exist.")
+    ] = None,
+    keep_suffix: Annotated[
+        bool | None, typer.Option("--keep-suffix", help="a.jpg becomes a.jpg.png, not a.png.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Images that are segmented at a time.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per call of the model.")] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    device: DeviceOption = None,
+    precision: PrecisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Label images for a training: one indexed PNG each, void where the pipeline is unsure.
+
+    Finished results are skipped. Bad files are reported, the others go on, and the exit code is 1.
+    """
+    from . import prediction
+
+    progress = [0, 0]
+
+    def track(items: Sequence[Any]) -> Iterator[Any]:
+        progress[1] = len(items)
+        for progress[0], item in enumerate(_track("labelling")(items)):
+            yield item
+
+    given = _given(
+        min_confidence=min_confidence,
+        confidence=confidence,
+        overwrite=overwrite,
+        keep_suffix=keep_suffix,
+        workers=workers,
+        batch_size=batch_size,
+    )
+    try:
+        pipeline = _pipeline(spec, weights, num_classes, device, precision)
+        summary = prediction.label(pipeline, paths, output, track=track, **given)
+    except KeyboardInterrupt:
+        if not progress[1]:
+            raise _stop("before the first image") from None
+        how = "without --overwrite, the same command" if overwrite else "the same command"
+        raise _stop(
+            f"{progress[0]} of {progress[1]} images are done; {how} goes on with the others"
+        ) from None
+    _print_predictions(summary, output, as_json)
 
 
 def _predict_tiled(
@@ -1222,7 +1294,7 @@ def convert_command(
     typer.echo(f"wrote {result.output}")
 
 
-TunedArgument = Annotated[str, typer.Argument(help="Refiner: crf or temperature.")]
+TunedArgument = Annotated[str, typer.Argument(help="Refiner: crf, temperature or sam.")]
 TrainedArgument = Annotated[str, typer.Argument(help="Refiner: crf or segfix.")]
 RefinedOption = Annotated[
     str,
@@ -1267,13 +1339,23 @@ def tune(
     from . import tuning
     from . import weights as weight_files
 
-    _check_refiner(refiner, ("crf", "temperature"), {"trials": trials, "output": output})
+    own = {"trials": trials, "output": output}
+    if refiner == "sam":
+        own["seed"] = seed
+    _check_refiner(refiner, ("crf", "temperature", "sam"), own)
     if store is not None and refiner != "temperature":
         raise PysegError(f"--store is of temperature, and {refiner} does not take it")
     if store is not None:
         weight_files.require_safetensors(store)  # before the work
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
+    if refiner == "sam":
+        tuned = tuning.tune_sam(pipeline, data, track=_track("tuning"), **_given(limit=limit))
+        if as_json:
+            return _print_json(tuned.to_dict())
+        _print_table(*tuned.table(), numbers=True)
+        typer.echo(f'mIoU {tuned.gain:+.4f} on images not fitted; use --spec "{tuned.spec}"')
+        return
     if refiner == "temperature":
         found = tuning.tune_temperature(
             pipeline, data, track=_track("tuning"), **_given(limit=limit, seed=seed)

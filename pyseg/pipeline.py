@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from .files import read_json, remove_abandoned, replacing, some, write_json
 from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
 from .spec import Spec, StageSpec, parse, shown
 from .types import Model, Refiner, Segmentation
+
+if TYPE_CHECKING:
+    from .promptable import Promptable
+    from .session import Kind, Session
 
 DEFAULT = "default"
 MAX_STAGES = 100
@@ -208,16 +212,17 @@ class Pipeline:
         failed = f"stage {stage.text!r}"
         if index > 0 and not hasattr(component, "refine_batch"):
             refine = getattr(component, "refine", component)
+            wanted = {"features": True} if self._is_wanted_after(index) else {}
             results = []
             for image, prediction, name in zip(images, predictions, names, strict=True):
                 with naming_failures(failed, f" on image {name}"):
-                    results.append(refine(image, prediction))
+                    results.append(refine(image, prediction, **wanted))
         else:
             with naming_failures(failed, f" on image{'s'[: len(names) - 1]} {some(names)}"):
                 if index > 0:
                     results = list(component.refine_batch(images, predictions))
                 else:
-                    wanted = {"features": True} if self._features_end() else {}
+                    wanted = {"features": True} if self._is_wanted_after(0) else {}
                     with self._autocast(images[0]):
                         results = list(component.predict(images, **wanted))
         if len(results) != len(images):
@@ -243,11 +248,17 @@ class Pipeline:
         ]
 
     def _features_end(self) -> int:
-        """The last stage that wants what the model has under the name of its features; 0 = none."""
-        key = getattr(self.model, "features_key", None)
+        """The last stage that wants what an earlier one offers as features; 0 = none."""
+        return max((self._is_wanted_after(index) for index in range(len(self.stages))), default=0)
+
+    def _is_wanted_after(self, index: int) -> int:
+        """The last stage that wants the features that a stage offers; 0 = none."""
+        if not any(hasattr(refiner, "wanted_features") for refiner in self.refiners[index:]):
+            return 0  # naming features looks at all weights
+        key = getattr(self.stages[index].component, "features_key", None)
         found = [
-            index
-            for index, refiner in enumerate(self.refiners, 1)
+            later
+            for later, refiner in enumerate(self.refiners[index:], index + 1)
             if key is not None and key in getattr(refiner, "wanted_features", ())
         ]
         return max(found, default=0)
@@ -323,6 +334,41 @@ class Pipeline:
     def run_stages(self, image: Any) -> list[Segmentation]:
         """The prediction after each stage."""
         return [result.prediction for result in self.trace(image)]
+
+    def session(
+        self,
+        image: Any,
+        start: Any = None,
+        *,
+        edit: Kind | None = None,
+        promptable: Promptable | None = None,
+    ) -> Session:
+        """Begins to edit an image by hand: clicks and boxes, a brush, undo and redo.
+
+        Args:
+            image: as for calling the pipeline.
+            start: what is edited, as `pyseg.Session` takes it; None = this pipeline's prediction.
+            edit: ``"labels"``, ``"segments"`` or ``"instances"`` of it; None = what is there.
+            promptable: what answers clicks and boxes; None = that of the first stage which has
+                one, as ``sam`` and ``sam2`` do.
+
+        Example:
+            >>> session = pyseg.build("streetnet+sam2").session("street.jpg")
+        """
+        from .session import Session
+
+        found = (getattr(stage.component, "generator", None) for stage in self.stages)
+        tensor = images_module.read_image(image)
+        begun = self(tensor) if start is None else start
+        return Session(
+            tensor,
+            None if isinstance(begun, Segmentation) else self.classes,
+            start=begun,
+            edit=edit,
+            promptable=promptable or next((one for one in found if one is not None), None),
+            palette=getattr(self.model, "palette", None),
+            things=getattr(self.model, "things", None),
+        )
 
     def to(self, target: str | torch.device | torch.dtype) -> Pipeline:
         """Moves every stage to a device, or the model to a dtype, and returns the pipeline.

@@ -31,15 +31,17 @@ from .files import (
     take_lock,
     write_json,
 )
-from .formats import write_instances, write_segments, write_uncertainty
-from .image import read_image, write_image, write_labels
-from .pipeline import Pipeline
+from .formats import write_confidence, write_instances, write_segments, write_uncertainty
+from .image import default_palette, read_image, write_image, write_labels
+from .pipeline import Pipeline, compose
+from .regions import CERTAIN, void_label
 from .types import VOID, Segmentation
 
 Source = str | Path  # of an image: a path, or the URL of one
 
 MANIFEST = "pyseg.json"
 OVERLAYS, SEGMENTS, INSTANCES, UNCERTAINTY = "overlays", "segments", "instances", "uncertainty"
+CONFIDENCE = "confidence"
 
 _WORKERS = 4  # at most, by default: each may have an image in the memory
 _BATCH = 8  # images, by default and on accelerators; on a CPU batches gain nothing (measured)
@@ -126,14 +128,157 @@ def predict(
         >>> summary.failed
         {}
     """
+    return _predict(
+        pipeline,
+        paths,
+        Path(output_dir),
+        describe(pipeline),
+        overlay=overlay,
+        overwrite=overwrite,
+        keep_suffix=keep_suffix,
+        workers=workers,
+        batch_size=batch_size,
+        track=track,
+    )
+
+
+def label(
+    pipeline: Pipeline,
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output_dir: str | os.PathLike[str],
+    *,
+    min_confidence: float = 0.9,
+    confidence: bool = False,
+    overwrite: bool = False,
+    keep_suffix: bool = False,
+    workers: int | None = None,
+    batch_size: int | None = None,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = iter,
+) -> Predictions:
+    """Labels images for a training: one indexed PNG each, void where the pipeline is unsure.
+
+    As `predict`, and continued by the same call in the same way. ``classes.json`` beside the labels
+    has the classes: the data set ``folder`` takes both, as ``labels`` and ``classes``.
+
+    Confidence is the probability of the most probable class; without logits 1 minus the model's
+    uncertainty, as of ``grounded_sam``, or the score of the segment or instance that has the pixel.
+
+    Args:
+        pipeline: from `pyseg.build` or `pyseg.load`.
+        paths: as `predict` takes them.
+        output_dir: made if absent; results lie as `predict` has them.
+        min_confidence: pixels below become void.
+        confidence: also write ``confidence/b/c.png``, 8-bit grey, 255 being 1.
+        overwrite: compute results again that exist.
+        keep_suffix: ``c.jpg`` becomes ``c.jpg.png``.
+        workers: as of `predict`.
+        batch_size: as of `predict`.
+        track: as of `predict`.
+
+    Raises:
+        PysegError: as of `predict`; or the pipeline gives labels without any confidence.
+        ValueError: ``min_confidence`` outside 0..1, ``workers`` or ``batch_size`` below 1.
+
+    Example:
+        >>> pipeline = pyseg.build("grounded_sam(classes=('car', 'person', 'tree'))")
+        >>> label(pipeline, "photos", "labels", min_confidence=0.35)
+        >>> data = pyseg.datasets.create(
+        ...     "folder", images="photos", labels="labels", classes="labels/classes.json"
+        ... )
+    """
+    if not 0 <= min_confidence <= 1:
+        raise ValueError(f"min_confidence must be 0 to 1, got {min_confidence}")
+    summary = _predict(
+        compose(pipeline, _Certain(min_confidence)),
+        paths,
+        Path(output_dir),
+        {**describe(pipeline), "min_confidence": min_confidence},
+        confidence=confidence,
+        overwrite=overwrite,
+        keep_suffix=keep_suffix,
+        workers=workers,
+        batch_size=batch_size,
+        track=track,
+    )
+    if summary.written or summary.skipped:
+        palette = getattr(pipeline.model, "palette", None) or default_palette(len(pipeline.classes))
+        entries = [
+            {"id": k, "name": name, "color": list(colour)}
+            for k, (name, colour) in enumerate(zip(pipeline.classes, palette, strict=True))
+        ]
+        void = VOID if len(entries) <= VOID else 65535  # as `Segmentation.save` writes it
+        classes = {"classes": entries, "ignore_index": void}
+        write_json(summary.output_dir / "classes.json", classes)
+    return summary
+
+
+class _Certain:
+    """The last stage of `label`: unsure pixels become void, and only labels are left."""
+
+    def __init__(self, least: float) -> None:
+        self.least = least
+
+    def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
+        sure = _confidence_of(prediction)
+        void, dtype = void_label(len(prediction.classes))
+        # Not "below": what is no number is unsure.
+        labels = prediction.labels.to(dtype).masked_fill(~(sure >= self.least), void)
+        return Segmentation(
+            prediction.size,
+            prediction.classes,
+            image=prediction.image,
+            palette=prediction.palette,
+            uncertainty=1 - sure.nan_to_num(0).clamp(0, 1),
+            _labels=labels,
+        )
+
+
+def _confidence_of(prediction: Segmentation) -> Tensor:
+    """How sure a prediction is of the label of every pixel, [H, W] float in 0..1."""
+    if prediction.logits is not None:
+        return prediction.confidence()
+    if prediction.uncertainty is not None:
+        return 1 - prediction.full_uncertainty()
+    found = prediction.segments
+    if found is not None:
+        ids = torch.tensor([0] + [item.id for item in found.items])
+        scores = torch.tensor([0.0] + [item.score for item in found.items])
+        order = ids.argsort()
+        place = torch.searchsorted(ids[order].to(found.map.device), found.map.long())
+        return scores[order].to(found.map.device)[place]
+    instances = prediction.instances
+    if instances is not None and prediction._labels is None:
+        sure = torch.zeros(prediction.size, device=instances.masks.device)
+        for k in instances.scores.argsort(stable=True).tolist():  # as `Instances.label_map`
+            if instances.scores[k] >= CERTAIN:
+                sure[instances.masks[k]] = instances.scores[k].float()
+        return sure
+    raise PysegError(
+        "the pipeline gives labels without any confidence: end it with a stage that keeps logits"
+    )
+
+
+def _predict(
+    pipeline: Pipeline,
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: Path,
+    description: dict[str, Any],
+    *,
+    overlay: bool = False,
+    confidence: bool | None = None,
+    overwrite: bool,
+    keep_suffix: bool,
+    workers: int | None,
+    batch_size: int | None,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]],
+) -> Predictions:
+    """`predict` and `label`; ``confidence`` as `Run` takes it."""
     for name, value in (("workers", workers), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    output = Path(output_dir)
     summary = Predictions(output)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     jobs = find_jobs(given, summary, keep_suffix)
-    description = describe(pipeline)
     make_folder(output, "output_dir")
     with only_run(output):
         _refuse_strangers(output, description, (target for _, target in jobs), overwrite)
@@ -142,7 +287,15 @@ def predict(
             if folder.is_dir():
                 remove_abandoned(folder)
         with Run(
-            pipeline, jobs, output, description, overlay, overwrite, workers, batch_size
+            pipeline,
+            jobs,
+            output,
+            description,
+            overlay,
+            overwrite,
+            workers,
+            batch_size,
+            confidence=confidence,
         ) as run:
             for index, (source, target) in enumerate(track(jobs)):
                 outcome = run.wait(index)
@@ -182,6 +335,7 @@ class Run:
 
     Args:
         read: gives the image of a source; raises `ImageError` where there is none.
+        confidence: whether to write 1 minus the uncertainty, in 8 bits; None = the uncertainty.
     """
 
     def __init__(
@@ -195,10 +349,11 @@ class Run:
         workers: int | None,
         batch_size: int | None,
         read: Callable[[Source], Tensor] = read_image,
+        confidence: bool | None = None,
     ) -> None:
         self.pipeline, self.jobs, self.output = pipeline, jobs, output
         self.description, self.overlay, self.overwrite = description, overlay, overwrite
-        self.read = read
+        self.read, self.confidence = read, confidence
         device = pipeline.device.type
         self.batch_size = batch_size or (1 if device == "cpu" else _BATCH)
         self.all_threads = torch.get_num_threads()
@@ -262,8 +417,9 @@ class Run:
         return taken
 
     def _is_done(self, target: Path) -> bool:
-        painted = self.output / OVERLAYS / target.relative_to(self.output)
-        return not self.overwrite and target.exists() and (painted.exists() or not self.overlay)
+        _, painted, *_, sure = _results(self.output, target)
+        wanted = [target, *[painted] * self.overlay, *[sure] * bool(self.confidence)]
+        return not self.overwrite and all(path.exists() for path in wanted)
 
     def report(self, index: int, outcome: str) -> None:
         with self.lock:
@@ -341,7 +497,9 @@ class Run:
             )
 
     def _write(self, index: int, result: Segmentation) -> None:
-        labels, painted, segments, _, instances, doubt = _results(self.output, self.jobs[index][1])
+        labels, painted, segments, _, instances, doubt, sure = _results(
+            self.output, self.jobs[index][1]
+        )
         with self.lock:
             if not self.claimed:
                 write_json(self.output / MANIFEST, self.description)
@@ -353,8 +511,10 @@ class Run:
             write_segments(_ready(segments), result.segments)
         if result.instances is not None:
             write_instances(_ready(instances), result.instances)
-        if result.uncertainty is not None:
+        if result.uncertainty is not None and self.confidence is None:
             write_uncertainty(_ready(doubt), result.full_uncertainty())
+        if result.uncertainty is not None and self.confidence:
+            write_confidence(_ready(sure), 1 - result.full_uncertainty())
         write_labels(_ready(labels), result.labels, result.palette)
         self.report(index, WRITTEN)
 
@@ -433,8 +593,9 @@ def _pixels(image: Tensor) -> int:
     return image.shape[1] * image.shape[2]
 
 
-def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path, Path]:
-    """All files of an image: labels, overlay, panoptic map and list, instances, uncertainty."""
+def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path, Path, Path]:
+    """All files of an image: labels, overlay, panoptic map and list, instances, uncertainty,
+    confidence."""
     relative = target.relative_to(output)
     segments = output / SEGMENTS / relative
     return (
@@ -444,6 +605,7 @@ def _results(output: Path, target: Path) -> tuple[Path, Path, Path, Path, Path, 
         segments.with_suffix(".json"),
         (output / INSTANCES / relative).with_suffix(".json"),
         output / UNCERTAINTY / relative,
+        output / CONFIDENCE / relative,
     )
 
 
@@ -658,4 +820,4 @@ def _refuse_strangers(
         )
 
 
-__all__ = ["Predictions", "predict"]
+__all__ = ["Predictions", "label", "predict"]

@@ -1,5 +1,5 @@
 """`tune_crf` searches parameters of the refiner `crf` for a pipeline, `tune_temperature` the one of
-`temperature`, on a validation split."""
+`temperature`, `tune_sam` the classes that `sam` is to refine, on a validation split."""
 
 from __future__ import annotations
 
@@ -432,3 +432,130 @@ def fit_temperature(logits: Tensor, target: Tensor) -> float:
         else:
             high = middle
     return float(f"{math.exp(-(low + high) / 2):.3g}")
+
+
+LEAST = (0.0, 0.7, 0.8, 0.85, 0.9, 0.95)
+"""Least scores of masks that `tune_sam` tries for every class, beside leaving the class out."""
+
+
+@dataclass(frozen=True)
+class TunedClasses:
+    """The result of `tune_sam`."""
+
+    spec: str  # with the classes worth refining; without the refiner where it gains nothing
+    classes: dict[str, float]  # name -> the least score of its masks; classes left out are off
+    fitted: int  # images
+    checked: int
+    scores: dict[str, dict[str, dict[str, Any]]]  # part -> "off", "default", … -> of `semantic`
+
+    @property
+    def gain(self) -> float:
+        """mIoU over that of no refiner, on images that were not fitted."""
+        return self.scores["check"]["fitted"]["miou"] - self.scores["check"]["off"]["miou"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; nan becomes None."""
+        return {
+            "spec": self.spec,
+            "classes": self.classes,
+            "fitted": self.fitted,
+            "checked": self.checked,
+            "gain": self.gain,
+            **{part: finite(scores) for part, scores in self.scores.items()},
+        }
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Head and rows of the table that is printed, as text: IoU per class on the others."""
+        names = list(self.scores["check"]["off"]["per_class"])
+        rows = []
+        for kind, check in self.scores["check"].items():
+            fit = self.scores["fit"].get(kind)  # of no class together, when it was fitted
+            per_class = (f"{check['per_class'][name]['iou']:.3f}" for name in names)
+            first = "-" if fit is None else f"{fit['miou']:.4f}"
+            rows.append([kind, first, f"{check['miou']:.4f}", *per_class])
+        head = ["sam", f"mIoU, {self.fitted} fitted", f"mIoU, {self.checked} others", *names]
+        return head, rows
+
+
+def tune_sam(
+    pipeline: Pipeline,
+    dataset: Dataset,
+    *,
+    limit: int | None = None,
+    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+) -> TunedClasses:
+    """Fits which classes `sam` or `sam2` refines, and from which score of their masks on.
+
+    The segmenter runs once per image. For each class alone, every least score of `LEAST` and "off"
+    are tried on the first half of the images; the second half tells what the choice is worth.
+
+    Args:
+        pipeline: its last stage is the refiner, with the options that it is to have.
+        dataset: at least two samples, with labels.
+        limit: use so many images, spread evenly over the dataset; None = all.
+        track: wraps the sequence of images, for a progress bar.
+
+    Raises:
+        PysegError: the last stage is no such refiner, too few images, classes that differ, or a
+            sample without labels.
+
+    Example:
+        >>> tune_sam(pyseg.build("streetnet+sam(size='nano')"), CamVid("camvid", "val")).spec
+    """
+    check_classes(pipeline.classes, dataset.classes)
+    refiner = pipeline.stages[-1].component
+    if not hasattr(refiner, "collect"):
+        raise PysegError(
+            f"tune sam fits the last stage of a pipeline, such as 'streetnet+sam', got {pipeline}"
+        )
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count < 2:
+        raise PysegError(
+            f"tuning needs at least 2 images, one to fit and one to check, got {count}"
+            "; raise limit or choose another split"
+        )
+    fitted = (count + 1) // 2
+    before = Pipeline(pipeline.stages[:-1], precision=pipeline.precision)
+    fit: dict[Any, Semantic] = {"off": Semantic(dataset.classes)}
+    check = {name: Semantic(dataset.classes) for name in ("off", "default", "fitted")}
+    tried = [(c, least) for c in range(len(dataset.classes)) for least in LEAST]
+    fit |= {one: Semantic(dataset.classes) for one in ("default", *tried)}
+    chosen: dict[int, float] = {}
+    for k in track(range(count)):
+        sample = dataset[k * len(dataset) // count]
+        if sample.labels is None:
+            raise PysegError(f"{sample.name} has no labels: nothing to fit")
+        image = sample.image.to(pipeline.device)
+        prediction = before(image)
+        fusion = refiner.collect(image, prediction)
+        part = fit if k < fitted else check
+        part["off"].update(prediction, sample)
+        part["default"].update(fusion.result(), sample)
+        if k >= fitted:
+            part["fitted"].update(fusion.result(chosen), sample)
+            continue
+        found = fusion.classes
+        for c, least in tried:  # most classes have no mask in an image
+            fit[c, least].update(fusion.result({c: least}) if c in found else prediction, sample)
+        if k == fitted - 1:
+            base = _miou(fit["off"])
+            for c in range(len(dataset.classes)):
+                best, least = max((_miou(fit[c, least]), -least) for least in LEAST)
+                if best > base:
+                    chosen[c] = -least
+    scores = {
+        "fit": {name: fit[name].compute() for name in ("off", "default")},
+        "check": {name: metric.compute() for name, metric in check.items()},
+    }
+    names = {dataset.classes[c]: least for c, least in chosen.items()}
+    stage = pipeline.stages[-1].spec
+    tuned = replace(stage, options={**stage.options, "classes": names})
+    gained = scores["check"]["fitted"]["miou"] > scores["check"]["off"]["miou"]
+    return TunedClasses(
+        f"{before}+{tuned}" if gained else str(before), names, fitted, count - fitted, scores
+    )
+
+
+def _miou(metric: Semantic) -> float:
+    value = metric.compute()["miou"]
+    return -1.0 if math.isnan(value) else value

@@ -15,8 +15,9 @@ Beyond the protocols the house reads these attributes where an object has them:
 | model | ``predict_with(*, …)`` | its options belong to a spec where a factory says ``-> Class`` |
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
 | model | ``temperature`` | what its predictions get as theirs; saved with the pipeline |
-| model | ``features_key`` | name of what the model offers in ``Segmentation.features``, or None |
-| refiner | ``wanted_features`` | names of what it takes of them; only then the model keeps them |
+| stage | ``features_key`` | name of what it offers in ``Segmentation.features``, or None |
+| refiner | ``wanted_features`` | names of what it takes of them; else no stage keeps them |
+| stage | ``generator`` | a promptable segmenter: `Pipeline.session` asks it |
 | stage | ``to(device)`` | moves it: `Pipeline.to` calls it |
 | stage | ``training`` | an ``nn.Module``'s: refused where it is true |
 | stage | ``state_dict()``, ``load_state_dict()`` | weights that a saved pipeline holds |
@@ -79,9 +80,10 @@ class Segmentation:
     palette: tuple[tuple[int, int, int], ...] | None = None  # one RGB colour per class
     uncertainty: Tensor | None = None  # [h, w] float, 0 = certain: of the model, refiners keep it
     temperature: float = 1.0  # above 0: probabilities are the softmax of the logits over it
-    # What a stage computed of the image for later ones that want it: feature maps [c, h, w], the
-    # finest first, by the name of the network and its weights. A pipeline drops it after the last.
-    features: Mapping[str, tuple[Tensor, ...]] | None = field(default=None, repr=False)
+    # What a stage computed of the image for later ones that want it, by the name of the network and
+    # its weights: feature maps [c, h, w], the finest first, or the embedding of a promptable
+    # segmenter. A pipeline drops it after the last.
+    features: Mapping[str, Any] | None = field(default=None, repr=False)
     _labels: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from pyseg.errors import WeightsError
-from pyseg.promptable import Prompts, load_sam, load_sam2, propose, stability
+from pyseg.promptable import (
+    Fingerprint,
+    Prompts,
+    SamBackend,
+    load_sam,
+    load_sam2,
+    propose,
+    stability,
+)
 from pyseg.promptable import sam as promptable
 from pyseg.refiners.sam_prompts import prompt_components, stack_prompts
 
@@ -106,10 +114,11 @@ def test_backends_agree_with_the_packages_predictors(backends, name, size):
 
 
 def test_published_weights_are_pinned():
-    for known, count in ((promptable.SAM_WEIGHTS, 3), (promptable.SAM2_WEIGHTS, 4)):
+    for known, count in ((promptable.SAM_WEIGHTS, 3), (promptable.SAM2_WEIGHTS, 8)):
         assert len(known) == count
         assert len({remote.url for remote in known.values()}) == count
-        assert all(len(bytes.fromhex(remote.sha256)) == 32 for remote in known.values())
+        digests = [remote.sha256 for name, remote in known.items() if not name.startswith("2.0")]
+        assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
@@ -133,7 +142,7 @@ def test_sizes_are_recognised_by_their_state():
         for size in promptable.SAM_WEIGHTS:
             assert promptable._sam_size(promptable._build_sam(size).state_dict()) == size
     assert promptable._sam_size({}) is None and promptable._sam2_size({}) is None
-    for size in ("tiny", "small"):
+    for size in ("tiny", "small", "2.0-tiny"):
         assert promptable._sam2_size(promptable._build_sam2(size).state_dict()) == size
 
 
@@ -223,6 +232,93 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, absent, load, r
     monkeypatch.setitem(sys.modules, absent, None)  # as if it were not installed
     with pytest.raises(ImportError, match=f"{absent}.*{remedy}"):
         load(None)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_another_size_of_input(small_models, name, monkeypatch, tmp_path):
+    """The model of 192 pixels made of one of 128: masks of its size, saved and loaded again."""
+    monkeypatch.setattr(promptable, f"_build_{name}", lambda size: small_models[name]())
+    load = {"sam": load_sam, "sam2": load_sam2}[name]
+    wide = load(None, image_size=192)[1]
+    same = load(None, image_size=128)[1]
+    plain = load(None)[1]
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    prompts = Prompts(torch.tensor([[[20.0, 30.0]]]), torch.ones(1, 1, dtype=torch.int32))
+    low = wide.predict(wide.embed(image), prompts)[0]
+    assert low.shape == (1, 48, 48) and torch.isfinite(low).all()
+    for one, other in zip(
+        same.predict(same.embed(image), prompts),
+        plain.predict(plain.embed(image), prompts),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for wrong in (100, 16):
+        with pytest.raises(ValueError, match=f"image_size must be a multiple of .*got {wrong}"):
+            load(None, image_size=wrong)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_bfloat16_is_of_the_embedding(backends, small_models, name):
+    narrow = type(backends[name])(small_models[name](), "bf16")
+    image = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+    ours, theirs = narrow.embed(image), backends[name].embed(image)
+    for one, other in zip(ours.features, theirs.features, strict=True):
+        assert one.dtype == torch.float32 and not torch.equal(one, other)
+        assert (one - other).abs().mean() < 0.05 * other.abs().mean()
+    prompts = Prompts(torch.tensor([[[20.0, 30.0]]]), torch.ones(1, 1, dtype=torch.int32))
+    assert narrow.predict(ours, prompts)[0].dtype == torch.float32
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'fp8'"):
+        type(backends[name])(small_models[name](), "fp8")
+
+
+def test_a_fingerprint_is_of_weights(backends, small_models):
+    name = Fingerprint()
+    one = name(backends["sam"])
+    assert one == Fingerprint()(SamBackend(small_models["sam"]()))
+    assert one != name(backends["sam2"])
+    other = SamBackend(small_models["sam"]())
+    with torch.no_grad():
+        next(other.parameters()).add_(1)
+    assert Fingerprint()(other) != one
+    assert Fingerprint()(SamBackend(small_models["sam"](), "bf16")) != one
+    first, second = Counting(), Counting()
+    assert name(first) == name(first) != name(second)
+
+
+class Scarce:
+    """Has memory for ``most`` prompts at a time."""
+
+    def __init__(self, most, error):
+        self.most, self.error, self.chunks = most, error, []
+
+    def predict(self, embedding, prompts):
+        count = len(prompts.points)
+        if count > self.most:
+            raise self.error
+        self.chunks.append(count)
+        return prompts.points[:, :, 0][:, :, None], torch.ones(count)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: x")],
+)
+def test_out_of_memory_halves_the_chunks_and_says_so(error):
+    points = torch.arange(23.0)[:, None, None].expand(-1, 1, 2)
+    chunks = [
+        Prompts(part, torch.ones(len(part), 1, dtype=torch.int32), part.reshape(-1, 2).repeat(1, 2))
+        for part in points.split(9)
+    ]
+    segmenter = Scarce(3, error)
+    with pytest.warns(UserWarning, match="memory does not suffice for 9 prompts at a time: 4"):
+        found = list(propose(segmenter, None, chunks, predicted_iou=0.5))
+    assert torch.cat([part.index for part in found]).tolist() == list(range(23))
+    assert torch.cat([part.logits.flatten() for part in found]).tolist() == list(range(23))
+    assert max(segmenter.chunks) <= 3
+    with pytest.raises(RuntimeError), pytest.warns(UserWarning):
+        list(propose(Scarce(0, error), None, chunks, predicted_iou=0.5))
+    with pytest.raises(RuntimeError, match="size of tensor"):  # no such matter
+        list(propose(Scarce(3, RuntimeError("size of tensor")), None, chunks, predicted_iou=0.5))
 
 
 class Counting:

@@ -19,7 +19,7 @@ from .panoptic import (
     write_segments,
 )
 from .rle import compressed_rle, decode_rle, edges_of, encode_rle
-from .uncertainty import read_uncertainty, write_uncertainty
+from .uncertainty import read_uncertainty, write_confidence, write_uncertainty
 
 __all__ = [
     "CITYSCAPES_IDS",
@@ -41,6 +41,7 @@ __all__ = [
     "to_napari_labels",
     "to_supervision",
     "write_cityscapes_ids",
+    "write_confidence",
     "write_instances",
     "write_panoptic",
     "write_segments",

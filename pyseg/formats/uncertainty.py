@@ -1,4 +1,4 @@
-"""Maps of a model's uncertainty as PNGs of 16-bit grey."""
+"""Maps of a model's uncertainty as PNGs of 16-bit grey, and of its confidence in 8 bits."""
 
 from __future__ import annotations
 
@@ -25,16 +25,33 @@ def write_uncertainty(path: str | os.PathLike[str], values: Tensor) -> Path:
         ImageError: the path is no ``.png``.
         ValueError: values of another shape or outside 0..1.
     """
-    path = Path(path)
+    return _write(Path(path), values, "uncertainty", np.uint16)
+
+
+def write_confidence(path: str | os.PathLike[str], values: Tensor) -> Path:
+    """Writes how sure a prediction is of its labels as a PNG of 8-bit grey, 255 being 1.
+
+    Args:
+        path: target, ``.png``; its directory must exist.
+        values: [H, W] in 0..1.
+
+    Raises:
+        ImageError: the path is no ``.png``.
+        ValueError: values of another shape or outside 0..1.
+    """
+    return _write(Path(path), values, "confidence", np.uint8)
+
+
+def _write(path: Path, values: Tensor, what: str, dtype: type[np.integer]) -> Path:
     if path.suffix.lower() != ".png":
-        raise ImageError(f"uncertainty is written as PNG, got {str(path)!r}")
+        raise ImageError(f"{what} is written as PNG, got {str(path)!r}")
     plane = values.detach().cpu().double()
     if plane.ndim != 2 or plane.numel() == 0 or not bool(((plane >= 0) & (plane <= 1)).all()):
         raise ValueError(
-            f"uncertainty must be [H, W] in 0..1 to be written, got {list(plane.shape)}"
+            f"{what} must be [H, W] in 0..1 to be written, got {list(plane.shape)}"
             + (f" from {float(plane.min())} to {float(plane.max())}" if plane.numel() else "")
         )
-    grey = (plane * 65535).round().numpy().astype(np.uint16)
+    grey = (plane * np.iinfo(dtype).max).round().numpy().astype(dtype)
     return save_image(path, Image.fromarray(grey), format="PNG")
 
 

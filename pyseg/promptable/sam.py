@@ -18,8 +18,10 @@ from .base import PROMPT_LOGIT, Prompts
 
 _SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/sam_{}.pth"
 _SAM2_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/092824/sam2.1_hiera_{}.pt"
+_SAM2_FIRST_URL = "https://dl.fbaipublicfiles.com/segment_anything_2/072824/sam2_hiera_{}.pt"
 
-# The publisher gives no sha256 (the suffixes of SAM's file names are of MD5).
+# The publisher gives no sha256 (the suffixes of SAM's file names are of MD5). Of SAM 2.0 none is
+# known, so its files are only checked to be whole.
 SAM_WEIGHTS = {
     "vit_b": Remote(
         _SAM_URL.format("vit_b_01ec64"),
@@ -51,33 +53,47 @@ SAM2_WEIGHTS = {
         _SAM2_URL.format("large"),
         "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
     ),
+    **{
+        f"2.0-{size}": Remote(_SAM2_FIRST_URL.format(size))
+        for size in ("tiny", "small", "base_plus", "large")
+    },
 }
 
 # Without isolation, or its build would fetch a second torch.
 _SAM2_REMEDY = "SAM2_BUILD_CUDA=0 pip install --no-build-isolation sam2"
 
 
+PRECISIONS = ("fp32", "bf16")
+
+
 @dataclass(frozen=True)
-class _Embedding:
+class Embedding:
     features: tuple[Tensor, ...]  # image embedding, for SAM 2 then the finer levels
     size: tuple[int, int]  # of the image
     scaled: tuple[int, int]  # of the image in the model's input
 
 
-class _Backend(nn.Module):
-    """What SAM and SAM 2 share: scaling of prompts and the choice among three masks."""
+class Backend(nn.Module):
+    """What SAM and SAM 2 share: precision, scaling of prompts, the choice among three masks."""
 
     model: Any  # the packages type little
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
         super().__init__()
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         self.model = model.eval().requires_grad_(False)
+        self.precision = precision
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _scale(self, prompts: Prompts, embedding: _Embedding) -> tuple[Tensor, Tensor | None]:
+    def _narrow(self) -> torch.autocast:
+        """In which images are embedded; prompts are always answered in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def _scale(self, prompts: Prompts, embedding: Embedding) -> tuple[Tensor, Tensor | None]:
         """Points [K, P, 2] and box corners [K, 2, 2] in pixels of the model's input."""
         (height, width), (new_height, new_width) = embedding.size, embedding.scaled
         factor = torch.tensor([new_width / width, new_height / height], device=self.device)
@@ -93,11 +109,11 @@ class _Backend(nn.Module):
         return masks[torch.arange(len(best), device=best.device), best].float(), quality
 
 
-class SamBackend(_Backend):
+class SamBackend(Backend):
     """``segment_anything.Sam``: the image keeps its aspect ratio and is padded to a square."""
 
     @torch.no_grad()
-    def embed(self, image: Tensor) -> _Embedding:
+    def embed(self, image: Tensor) -> Embedding:
         height, width = image.shape[1:]
         side = self.model.image_encoder.img_size
         factor = side / max(height, width)
@@ -106,11 +122,12 @@ class SamBackend(_Backend):
         pixels = F.interpolate(
             pixels, scaled, mode="bilinear", align_corners=False, antialias=True
         ).round()  # the model was trained on 8-bit images, resized as such
-        features = self.model.image_encoder(self.model.preprocess(pixels))
-        return _Embedding((features,), (height, width), scaled)
+        with self._narrow():
+            features = self.model.image_encoder(self.model.preprocess(pixels))
+        return Embedding((features.float(),), (height, width), scaled)
 
     @torch.no_grad()
-    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def predict(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
         points, corners = self._scale(prompts, embedding)
         encoder = self.model.prompt_encoder
         masks = None
@@ -122,7 +139,7 @@ class SamBackend(_Backend):
                 (0, square - width, 0, square - height),
                 value=-PROMPT_LOGIT,
             )
-            masks = _resize(padded, encoder.mask_input_size)
+            masks = resize(padded, encoder.mask_input_size)
         sparse, dense = encoder(
             points=(points, prompts.point_labels.to(self.device)),
             boxes=None if corners is None else corners.flatten(1),
@@ -139,35 +156,37 @@ class SamBackend(_Backend):
         )
 
     @torch.no_grad()
-    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
+    def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
         return self.model.postprocess_masks(logits[:, None], embedding.scaled, embedding.size)[:, 0]
 
 
-class Sam2Backend(_Backend):
+class Sam2Backend(Backend):
     """``sam2.modeling.sam2_base.SAM2Base`` on single images, which it squashes to a square."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, precision: str = "fp32") -> None:
+        super().__init__(model, precision)
         # Part of the published normalisation, which sam2 keeps in its predictor.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], False)
 
     @torch.no_grad()
-    def embed(self, image: Tensor) -> _Embedding:
+    def embed(self, image: Tensor) -> Embedding:
         side = (self.model.image_size, self.model.image_size)
-        pixels = _resize(image.to(self.device).float() / 255, side)[:, 0]
-        levels = self.model.forward_image(((pixels - self.mean) / self.std)[None])["backbone_fpn"]
-        *fine, coarse = levels[-self.model.num_feature_levels :]
+        pixels = resize(image.to(self.device).float() / 255, side)[:, 0]
+        with self._narrow():
+            output = self.model.forward_image(((pixels - self.mean) / self.std)[None])
+        levels = output["backbone_fpn"][-self.model.num_feature_levels :]
+        *fine, coarse = (level.float() for level in levels)
         if self.model.directly_add_no_mem_embed:
             coarse = coarse + self.model.no_mem_embed.reshape(1, -1, 1, 1)
         height, width = image.shape[1:]
-        return _Embedding((coarse, *fine), (height, width), side)
+        return Embedding((coarse, *fine), (height, width), side)
 
     @torch.no_grad()
-    def predict(self, embedding: _Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    def predict(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
         points, corners = self._scale(prompts, embedding)
         labels = prompts.point_labels.to(self.device)
         if corners is not None:  # SAM 2 takes a box as two points with labels of their own
@@ -176,7 +195,7 @@ class Sam2Backend(_Backend):
         encoder = self.model.sam_prompt_encoder
         masks = None
         if prompts.masks is not None:
-            masks = _resize(prompts.masks.to(self.device), encoder.mask_input_size)
+            masks = resize(prompts.masks.to(self.device), encoder.mask_input_size)
         sparse, dense = encoder(points=(points, labels), boxes=None, masks=masks)
         masks, quality, *_ = self.model.sam_mask_decoder(
             image_embeddings=embedding.features[0],
@@ -190,19 +209,23 @@ class Sam2Backend(_Backend):
         return self._best(masks, quality)
 
     @torch.no_grad()
-    def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
-        return _resize(logits, embedding.size)[:, 0]
+    def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:
+        return resize(logits, embedding.size)[:, 0]
 
 
-def _resize(planes: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(planes: Tensor, size: tuple[int, int]) -> Tensor:
     """[K, h, w] to [K, 1, *size], bilinear; shrinking averages, so that thin masks survive."""
     return F.interpolate(
         planes[:, None], size, mode="bilinear", align_corners=False, antialias=True
     )
 
 
-def load_sam(
-    weights: str | Path | None = "default", size: str | None = None
+def load_segment_anything(
+    weights: str | Path | None = "default",
+    size: str | None = None,
+    *,
+    image_size: int | None = None,
+    precision: str = "fp32",
 ) -> tuple[str, SamBackend]:
     """SAM behind the protocol.
 
@@ -210,6 +233,9 @@ def load_sam(
         weights: ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``, which are downloaded once; a local file
             or URL; ``"default"``, the published weights of ``size``; None, random weights.
         size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``.
+        image_size: side of the square that images are scaled to, a multiple of 16; None = 1024, of
+            which the weights are.
+        precision: ``"bf16"`` embeds images in bfloat16.
 
     Returns:
         The size and the segmenter.
@@ -219,19 +245,28 @@ def load_sam(
         ImportError: ``segment-anything`` is not installed.
     """
     size, model = _load(weights, size, SAM_WEIGHTS, _sam_size, _build_sam)
-    return size, SamBackend(model)
+    if image_size is not None:
+        _resize_sam(model, image_size)
+    return size, SamBackend(model, precision)
 
 
-def load_sam2(
-    weights: str | Path | None = "default", size: str | None = None
+def load_segment_anything_2(
+    weights: str | Path | None = "default",
+    size: str | None = None,
+    *,
+    image_size: int | None = None,
+    precision: str = "fp32",
 ) -> tuple[str, Sam2Backend]:
-    """SAM 2.1, its image part, behind the protocol.
+    """SAM 2.1 or 2.0, its image part, behind the protocol.
 
     Args:
-        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"``, which are downloaded
-            once; a local file or URL; ``"default"``, the published weights of ``size``; None,
-            random weights.
-        size: one of these four names; by default what ``weights`` are of, else ``"tiny"``.
+        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"`` of SAM 2.1, ``"2.0-tiny"``
+            and so on of SAM 2.0, which are downloaded once; a local file or URL; ``"default"``, the
+            published weights of ``size``; None, random weights.
+        size: one of these names; by default what ``weights`` are of, else ``"tiny"``.
+        image_size: side of the square that images are scaled to, a multiple of 32; None = 1024, of
+            which the weights are.
+        precision: ``"bf16"`` embeds images in bfloat16.
 
     Returns:
         The size and the segmenter.
@@ -241,7 +276,9 @@ def load_sam2(
         ImportError: ``sam2`` is not installed.
     """
     size, model = _load(weights, size, SAM2_WEIGHTS, _sam2_size, _build_sam2)
-    return size, Sam2Backend(model)
+    if image_size is not None:
+        _resize_sam2(model, image_size)
+    return size, Sam2Backend(model, precision)
 
 
 def _load(
@@ -273,12 +310,47 @@ def _sam_size(state: Mapping[str, Tensor]) -> str | None:
 
 def _sam2_size(state: Mapping[str, Tensor]) -> str | None:
     blocks = {key.split(".")[3] for key in state if key.startswith("image_encoder.trunk.blocks.")}
-    return {12: "tiny", 16: "small", 24: "base_plus", 48: "large"}.get(len(blocks))
+    name = {12: "tiny", 16: "small", 24: "base_plus", 48: "large"}.get(len(blocks))
+    # What SAM 2.1 added, for video.
+    return name if name is None or "no_obj_embed_spatial" in state else f"2.0-{name}"
 
 
 def _build_sam(size: str) -> nn.Module:
     package = require("segment_anything", remedy="pip install segment-anything")
     return package.sam_model_registry[size](checkpoint=None)
+
+
+def _resize_sam(model: Any, side: int) -> None:
+    """Makes a SAM of another input size: its position embedding is resampled."""
+    encoder, prompts = model.image_encoder, model.prompt_encoder
+    patch = encoder.patch_embed.proj.kernel_size[0]
+    cells = cells_of(side, patch)
+    places = encoder.pos_embed.data.permute(0, 3, 1, 2)
+    places = F.interpolate(places, (cells, cells), mode="bicubic", align_corners=False)
+    encoder.pos_embed = nn.Parameter(places.permute(0, 2, 3, 1).contiguous())
+    encoder.img_size = side
+    _resize_prompts(prompts, side, cells)
+
+
+def _resize_sam2(model: Any, side: int) -> None:
+    """Makes a SAM 2 of another input size: its trunk resamples its own position embedding."""
+    cells = cells_of(side, 2 * model.backbone_stride) * 2
+    model.image_size, model.sam_image_embedding_size = side, cells
+    _resize_prompts(model.sam_prompt_encoder, side, cells)
+
+
+def _resize_prompts(encoder: Any, side: int, cells: int) -> None:
+    encoder.input_image_size = (side, side)
+    encoder.image_embedding_size = (cells, cells)
+    encoder.mask_input_size = (4 * cells, 4 * cells)
+
+
+def cells_of(side: int, patch: int) -> int:
+    if side < 4 * patch or side % patch:
+        raise ValueError(
+            f"image_size must be a multiple of {patch}, at least {4 * patch}, got {side}"
+        )
+    return side // patch
 
 
 def _build_sam2(size: str) -> nn.Module:
@@ -295,9 +367,11 @@ def _build_sam2(size: str) -> nn.Module:
     package = require("sam2", remedy=_SAM2_REMEDY)
     if not found:
         hydra.clear()
-    letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[size]
+    version, _, name = size.rpartition("-")
+    letter = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}[name]
+    family = "sam2" if version else "sam2.1"
     config = OmegaConf.load(
-        Path(package.__path__[0]) / f"configs/sam2.1/sam2.1_hiera_{letter}.yaml"
+        Path(package.__path__[0]) / f"configs/{family}/{family}_hiera_{letter}.yaml"
     )
     OmegaConf.resolve(config)
     return instantiate(config.model)

@@ -3,13 +3,14 @@
 Segment Anything (Kirillov et al., 2023, arXiv:2304.02643) and SAM 2 (Ravi et al., 2024,
 arXiv:2408.00714) draw good outlines but know no classes, and on a coarse map they can do harm. So
 the network stays in charge of *what* is there: masks only move its outlines, only where it is
-unsure, and only after passing a gate; all other pixels keep the network's logits bit for bit.
+unsure, and only after passing a gate; all other pixels keep the network's logits bit for bit:
+`pyseg.fusion`.
 
-Two modes. ``prompt``: every connected component of a thing or thin class becomes a box, points and
-a mask prompt, and the mask that comes back is added to the logits of its class. Where a model has
-found instances, the mode prompts with these instead, and the mask that comes back replaces the
-instance's. ``vote``: masks of the whole image pool the probabilities inside them (compare
-Semantic-Segment-Anything, Chen et al., 2023).
+Three modes. ``prompt``: every connected component of a thing or thin class becomes a box, points
+and a mask prompt. Where a model has found instances, the mode prompts with these instead, and the
+mask that comes back replaces the instance's. ``vote``: masks of the whole image get the class that
+the network finds most probable in them (compare Semantic-Segment-Anything, Chen et al., 2023).
+``auto``: both, in one map.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +26,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..fusion import VOTE, Fusion, Region, Rules
 from ..ops import panoptic_merge
 from ..promptable import (
     SAM2_WEIGHTS,
     SAM_WEIGHTS,
+    Fingerprint,
     Promptable,
     Prompts,
     Sam2Backend,
@@ -73,7 +76,7 @@ _STUFF_NAMES = """
 STUFF = frozenset(_STUFF_NAMES.split())
 """Classes that prompt mode leaves alone by default: one has no "component" to prompt with."""
 
-_CONFIDENT = 0.8  # top-1 minus top-2 probability of a pixel that may contradict a mask
+_PIXELS = 1 << 26  # of masks at the size of the image, held at once
 _DUPLICATE = 0.7  # IoU of boxes, as in SAM's own automatic mask generator
 
 
@@ -86,25 +89,33 @@ class SamRefiner(nn.Module):
         generator: the segmenter, by position.
         weights: of the segmenter that `Sam` and `Sam2` load; not with ``generator``.
         size: of that segmenter; with ``generator`` only kept as an attribute.
-        mode: ``"prompt"`` refines components of thing and thin classes, ``"vote"`` everything.
-        classes: prompt mode: names of the classes to refine (case does not matter); by default
-            all but those of `STUFF`.
-        min_area: prompt mode: pixels below which a component or instance keeps its outline.
+        image_size: pixels of the square that the segmenter sees; None = what it was trained with.
+        precision: ``"bf16"`` embeds images in bfloat16, ``"fp32"`` does not.
+        mode: ``"prompt"`` refines components of thing and thin classes, ``"vote"`` everything,
+            ``"auto"`` does both.
+        classes: names of the classes to refine (case does not matter), or a mapping of such names
+            to the least score, predicted IoU times stability, of their masks; None = in prompts all
+            but those of `STUFF`, in votes all.
+        min_area: prompts: pixels below which a component or instance keeps its outline.
         predicted_iou: gate: the least IoU that the segmenter predicts for its own mask.
-        component_iou: gate, prompt mode: the least IoU of mask and component.
-        area_ratio: gate, prompt mode: mask and component differ in area by at most this factor.
-        agreement: gate, vote mode: of the pixels in a mask that the network is sure about, the
-            least share that must have the class that the mask gets.
-        rim_agreement: gate: the same for the rim of a mask, the pixels in it that are up to
-            ``boundary`` from its outline, on the left, the right, above and below each. It stops
-            masks that are shifted or too large, which agree on the whole. 0 switches it off.
-        strength: prompt mode: the factor λ on masks in the sum of logits; 0 switches it off.
+        component_iou: gate, prompts: the least IoU of mask and component.
+        area_ratio: gate, prompts: mask and component differ in area by at most this factor.
+        agreement: gate, votes: of the pixels in a mask that the network is sure about, the least
+            share that must have the class that the mask gets.
+        outline: gate: the largest mean squared difference between a mask and the probability of its
+            class, over the pixels near its outline. 0.25 is what a probability of one half scores,
+            which says nothing, and 0 a network that is sure of the mask. All masks of an image
+            together may reach 4/3 of it; beyond, none is taken.
+        displacement: gate: pixels along x or y by which the masks of an image, taken together, may
+            lie beside where the network's probabilities have them; of few masks less is asked, of
+            a single one six times as much. It stops masks that are shifted; inf switches it off.
+        strength: the factor λ on masks in the sum of logits; 0 switches the refiner off.
         boundary: pixels that the network's outlines may be off: only pixels this close to a label
             boundary change,
         margin: and those whose two best probabilities differ by less than this.
-        points: vote mode: the point grid is ``points`` x ``points``, four times as dense in cells
+        points: votes: the point grid is ``points`` x ``points``, four times as dense in cells
             where the network's entropy is above the image's mean.
-        batch: prompts decoded at a time.
+        batch: prompts decoded at a time; fewer where memory does not suffice, with a warning.
 
     Thread-safe; copies and pickles like any module.
     """
@@ -117,14 +128,17 @@ class SamRefiner(nn.Module):
         *,
         weights: str | Path | None = "default",
         size: str | None = None,
-        mode: Literal["prompt", "vote"] = "prompt",
-        classes: Sequence[str] | str | None = None,
+        image_size: int | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        mode: Literal["prompt", "vote", "auto"] = "prompt",
+        classes: Mapping[str, float] | Sequence[str] | str | None = None,
         min_area: int = 64,
         predicted_iou: float = 0.7,
         component_iou: float = 0.5,
         area_ratio: float = 2.0,
         agreement: float = 0.9,
-        rim_agreement: float = 0.1,
+        outline: float = 0.3,
+        displacement: float = 1.0,
         strength: float = 8.0,
         boundary: int = 8,
         margin: float = 0.5,
@@ -132,55 +146,81 @@ class SamRefiner(nn.Module):
         batch: int = 16,
     ) -> None:
         super().__init__()
-        if mode not in ("prompt", "vote"):
-            raise ValueError(f"mode must be 'prompt' or 'vote', got {mode!r}")
+        if mode not in ("prompt", "vote", "auto"):
+            raise ValueError(f"mode must be 'prompt', 'vote' or 'auto', got {mode!r}")
         for name, value in (("min_area", min_area), ("points", points), ("batch", batch)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if area_ratio < 1:
-            raise ValueError(f"area_ratio must be at least 1, got {area_ratio}")
-        if boundary < 0 or strength < 0:
-            raise ValueError(
-                f"boundary and strength must not be negative, got {boundary} and {strength}"
-            )
+        self.rules = Rules(
+            component_iou,
+            area_ratio,
+            agreement,
+            outline,
+            displacement,
+            strength,
+            boundary,
+            margin,
+        )
         if generator is None:
-            size, generator = self._load(weights, size)
-        elif weights not in ("default", None):
+            size, generator = self._load(weights, size, image_size=image_size, precision=precision)
+        elif weights not in ("default", None) or image_size is not None or precision != "fp32":
             raise ValueError(
-                f"weights are of a segmenter to load, got {weights!r} and a generator; give one"
+                "weights, image_size and precision are of a segmenter to load, got "
+                f"weights={weights!r}, image_size={image_size}, precision={precision!r} and a "
+                "generator, which has its own; give one"
             )
         self.generator = generator
         self.eval()
         self.size = size
+        self.image_size = image_size
+        self.precision = precision
         self.mode = mode
-        self.classes = (classes,) if isinstance(classes, str) else classes and tuple(classes)
+        if isinstance(classes, str):
+            classes = (classes,)
+        self.classes = dict(classes) if isinstance(classes, Mapping) else classes and tuple(classes)
         self.min_area = min_area
         self.predicted_iou = predicted_iou
-        self.component_iou = component_iou
-        self.area_ratio = area_ratio
-        self.agreement = agreement
-        self.rim_agreement = rim_agreement
-        self.strength = strength
-        self.boundary = boundary
-        self.margin = margin
         self.points = points
         self.batch = batch
+        self._fingerprint = Fingerprint()
 
-    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
+    def _load(
+        self, weights: str | Path | None, size: str | None, **options: Any
+    ) -> tuple[str, Promptable]:
         raise TypeError(f"{type(self).__name__} needs a generator; Sam and Sam2 load one")
 
     def config(self) -> dict[str, Any]:
         """The options that make this refiner again, all but the weights."""
         names = inspect.signature(SamRefiner).parameters
-        return {n: getattr(self, n) for n in names if n not in ("generator", "weights")}
+        return {
+            name: getattr(self.rules if hasattr(self.rules, name) else self, name)
+            for name in names
+            if name not in ("generator", "weights")
+        }
+
+    @property
+    def features_key(self) -> str:
+        """What the embedding is called in `Segmentation.features`: segmenter and weights.
+
+        A later stage with the same segmenter takes it from there.
+        """
+        return self._fingerprint(self.generator)
+
+    @property
+    def wanted_features(self) -> tuple[str, ...]:
+        """What it takes of them: see `pyseg.types`."""
+        return (self.features_key,)
 
     @torch.no_grad()
-    def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
+    def refine(
+        self, image: Tensor, prediction: Segmentation, *, features: bool = False
+    ) -> Segmentation:
         """Refines one prediction.
 
         Args:
             image: [3, H, W] uint8 RGB.
             prediction: of this image, with logits, or in prompt mode with instances.
+            features: keep the embedding in the result's ``features``, for a later stage.
 
         Returns:
             A prediction with logits [C, H, W] at full resolution; or, where there are instances,
@@ -200,57 +240,62 @@ class SamRefiner(nn.Module):
                 f"image is {list(image.shape[1:])} but the prediction is of an image "
                 f"of {list(prediction.size)}"
             )
+        seen = _Image(self, image, prediction)
         if prediction.instances is not None and self.mode == "prompt":
-            return self._refine_instances(image, prediction, prediction.instances)
-        if prediction.logits is None:
+            refined = self._refine_instances(seen, prediction, prediction.instances)
+        elif prediction.logits is None:
             raise ValueError(
                 "sam and sam2 need logits and this prediction has labels only; put "
                 "the stage before the one that dropped them"
             )
-        if self.mode == "vote":
-            return self._vote(image, prediction)
-        return self._refine_components(image, prediction)
+        elif self.rules.strength == 0:
+            refined = prediction
+        else:
+            least = None if self.classes is None else self._least_scores(prediction.classes)
+            refined = self._collect(seen, prediction).result(least)
+        if features and seen.embedding is not None:
+            kept = {**(refined.features or {}), self.features_key: seen.embedding}
+            refined = replace(refined, features=kept)
+        return refined
 
-    def _refine_components(self, image: Tensor, prediction: Segmentation) -> Segmentation:
-        """Adds the masks of components to the logits of their classes."""
-        class_ids = self._class_ids(prediction.classes)
-        prompts, owner_map = prompt_components(
-            prediction.labels.cpu().numpy(), class_ids, self.min_area
+    @torch.no_grad()
+    def collect(self, image: Tensor, prediction: Segmentation) -> Fusion:
+        """The masks that `refine` would fuse, before ``classes`` drops any of them."""
+        return self._collect(_Image(self, image, prediction), prediction)
+
+    def _collect(self, seen: _Image, prediction: Segmentation) -> Fusion:
+        fusion = Fusion(prediction, self.rules)
+        if self.mode != "vote":
+            self._add_components(fusion, seen)
+        if self.mode != "prompt":
+            self._add_votes(fusion, seen)
+        return fusion
+
+    def _add_components(self, fusion: Fusion, seen: _Image) -> None:
+        """Masks that answer for the components of thing and thin classes."""
+        prediction = fusion.prediction
+        prompts, _ = prompt_components(
+            prediction.labels.cpu().numpy(), self._class_ids(prediction.classes), self.min_area
         )
-        if not prompts or self.strength == 0:
-            return prediction
-        assert prediction.logits is not None
-        device = prediction.logits.device
-        owner = torch.from_numpy(owner_map).to(device)  # [H, W], index into prompts or -1
-        logits = classes = sure = zone = None
-        changed = False
-        for index, masks, score in self._predict_masks(image, prompts, device):
-            component = owner == index[:, None, None]
-            strips = [prompts[k].strip_mask(prediction.size, device) for k in index.tolist()]
-            inside = (masks > 0) & torch.stack(strips)
-            iou, accepted = self._gate(inside, component)
-            if not accepted.any():
-                continue
-            if logits is None or classes is None or sure is None or zone is None:
-                logits = prediction.full_logits().clone()
-                zone = self._zone(logits, prediction.labels)
-                classes, sure = _confident(logits.softmax(0))
-            wanted = torch.tensor([prompts[k].class_id for k in index.tolist()], device=device)
-            accepted &= self._rims_agree(inside, wanted, classes, sure)
-            weight = self.strength * score * iou
-            for k in accepted.nonzero()[:, 0].tolist():
-                changed = True
-                # A mask speaks against its class only on its own component and near itself:
-                # further off another object of the class may stand.
-                near = component[k] & _grow(inside[k], self.boundary)
-                active = (inside[k] | near) & zone
-                plane = logits[prompts[int(index[k])].class_id]
-                vote = weight[k] * torch.tanh(masks[k] / 2)  # tanh(m / 2) = 2 sigmoid(m) - 1
-                plane.copy_(torch.where(active, plane + vote, plane))
-        return prediction if logits is None or not changed else prediction.with_logits(logits)
+        for index, masks, score in self._predict_masks(seen, prompts, fusion.device):
+            chosen = [prompts[k] for k in index.tolist()]
+            regions = [
+                Region(p.corner, torch.from_numpy(p.mask > 0), p.axis, p.strip) for p in chosen
+            ]
+            fusion.add(masks, score, [prompt.class_id for prompt in chosen], regions)
+
+    def _add_votes(self, fusion: Fusion, seen: _Image) -> None:
+        """Masks of the whole image, which get the class that is most probable in them."""
+        low, scores = self._distinct_masks(seen, fusion.prediction)
+        if not len(low):
+            return
+        step = _at_once(self.batch, fusion.prediction.size)
+        for part, score in zip(low.split(step), scores.split(step), strict=True):
+            masks = self.generator.upsample(seen.embed(), part)
+            fusion.add(masks, score, [VOTE] * len(masks))
 
     def _refine_instances(
-        self, image: Tensor, prediction: Segmentation, found: Instances
+        self, seen: _Image, prediction: Segmentation, found: Instances
     ) -> Segmentation:
         """Replaces the mask of every instance for which the segmenter has a better one."""
         class_ids = set(self._class_ids(prediction.classes))
@@ -268,7 +313,7 @@ class SamRefiner(nn.Module):
         number = torch.tensor(chosen, device=found.masks.device)
         masks = found.masks.clone()
         changed = False
-        for index, better, _ in self._predict_masks(image, prompts, masks.device):
+        for index, better, _ in self._predict_masks(seen, prompts, masks.device):
             instance = number[index]
             _, accepted = self._gate(better > 0, found.masks[instance])
             masks[instance[accepted]] = better[accepted] > 0
@@ -281,7 +326,7 @@ class SamRefiner(nn.Module):
         return replace(prediction, instances=replace(found, masks=masks), segments=segments)
 
     def _predict_masks(
-        self, image: Tensor, prompts: Sequence[RegionPrompt], device: torch.device
+        self, seen: _Image, prompts: Sequence[RegionPrompt], device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The masks of sufficient predicted IoU that answer the prompts, ``batch`` at a time.
 
@@ -289,12 +334,16 @@ class SamRefiner(nn.Module):
             Index of the prompt [K] int64, mask logits [K, H, W], and predicted IoU times
             stability [K], all on ``device``.
         """
-        size = (image.shape[1], image.shape[2])
-        starts = range(0, len(prompts), self.batch)
-        chunks = (stack_prompts(prompts[i : i + self.batch], size) for i in starts)
-        embedding = self.generator.embed(image)
-        for found in propose(self.generator, embedding, chunks, predicted_iou=self.predicted_iou):
-            masks = self.generator.upsample(embedding, found.logits).to(device)
+        if not prompts:
+            return  # nothing to embed for
+        size = (seen.image.shape[1], seen.image.shape[2])
+        step = _at_once(self.batch, size)
+        starts = range(0, len(prompts), step)
+        chunks = (stack_prompts(prompts[i : i + step], size) for i in starts)
+        for found in propose(
+            self.generator, seen.embed(), chunks, predicted_iou=self.predicted_iou
+        ):
+            masks = self.generator.upsample(seen.embed(), found.logits).to(device)
             score = (found.predicted_iou.clamp(0, 1) * found.stability).to(device)
             yield found.index.to(device), masks, score
 
@@ -309,100 +358,39 @@ class SamRefiner(nn.Module):
         )
         iou = overlap / (area + region_area - overlap)
         ratio = area / region_area
-        accepted = iou >= self.component_iou
-        accepted &= (ratio <= self.area_ratio) & (ratio >= 1 / self.area_ratio)
+        accepted = iou >= self.rules.component_iou
+        accepted &= (ratio <= self.rules.area_ratio) & (ratio >= 1 / self.rules.area_ratio)
         return iou, accepted
 
-    def _rims_agree(self, masks: Tensor, wanted: Tensor, classes: Tensor, sure: Tensor) -> Tensor:
-        """The gate on the rims of masks.
-
-        Args:
-            masks: [K, H, W] bool.
-            wanted: [K] the class that each mask gets.
-            classes: [H, W] the network's class of every pixel,
-            sure: and whether it is sure of it, [H, W] bool.
-
-        Returns:
-            [K] bool.
-        """
-        known = masks & sure
-        right = known & (classes == wanted[:, None, None])
-        agree = torch.ones_like(wanted, dtype=torch.bool)
-        # What an error moves is one side of a mask or all; of a whole rim one side is too little.
-        for dim, forward in ((2, True), (2, False), (1, True), (1, False)):
-            rim = _spread(~masks, dim, self.boundary, forward)
-            agreeing, all_known = (
-                torch.count_nonzero((rim & m).flatten(1), 1) for m in (right, known)
-            )
-            agree &= agreeing >= self.rim_agreement * all_known
-        return agree
-
     def _class_ids(self, classes: tuple[str, ...]) -> list[int]:
+        """Of the classes to prompt for."""
         if self.classes is None:
             return [i for i, name in enumerate(classes) if not is_stuff(name)]
+        return list(self._least_scores(classes))
+
+    def _least_scores(self, classes: tuple[str, ...]) -> dict[int, float]:
+        """Ids of the classes that the option names, and the least score of their masks."""
+        assert self.classes is not None
         known = {name.lower(): i for i, name in enumerate(classes)}
         if absent := [name for name in self.classes if name.lower() not in known]:
             raise ValueError(f"classes names {absent}, but the model's classes are {list(classes)}")
-        return [known[name.lower()] for name in self.classes]
+        least = self.classes if isinstance(self.classes, dict) else {}
+        return {known[name.lower()]: least.get(name, 0.0) for name in self.classes}
 
-    def _zone(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Pixels that may change, [H, W] bool: near a label boundary or with a small margin."""
-        edge = torch.zeros_like(labels, dtype=torch.bool)
-        across = labels[:, 1:] != labels[:, :-1]
-        down = labels[1:] != labels[:-1]
-        edge[:, 1:] |= across
-        edge[:, :-1] |= across
-        edge[1:] |= down
-        edge[:-1] |= down
-        return _grow(edge, self.boundary) | (_margin(logits.softmax(0)) < self.margin)
-
-    def _vote(self, image: Tensor, prediction: Segmentation) -> Segmentation:
-        """Gives the pixels of every mask the mean of their probabilities."""
-        logits = prediction.full_logits().clone()
-        probabilities = logits.softmax(0)
-        embedding = self.generator.embed(image)
-        low = self._distinct_masks(embedding, probabilities)
-        if not len(low):
-            return prediction
-        flat = probabilities.flatten(1)  # [C, H W]
-        classes, sure = _confident(probabilities)
-        votes = torch.zeros_like(flat).scatter_(
-            0, classes.flatten()[None], sure.to(flat).flatten()[None]
-        )
-        owner = torch.full((flat.shape[1],), -1, device=flat.device)  # index into means
-        means: list[Tensor] = []
-        # Large first, so that small ones paint over them.
-        for chunk in low.split(self.batch):
-            inside = self.generator.upsample(embedding, chunk).to(flat.device).flatten(1) > 0
-            share = inside.to(flat)
-            area = share.sum(1)
-            mean = share @ flat.T / area.clamp(min=1)[:, None]  # [k, C]
-            sure_votes = share @ votes.T
-            wanted = mean.argmax(1)
-            agreeing = sure_votes.gather(1, wanted[:, None])[:, 0]
-            accepted = (area > 0) & (agreeing >= self.agreement * sure_votes.sum(1))
-            masks = inside.reshape(-1, *prediction.size)
-            accepted &= self._rims_agree(masks, wanted, classes, sure)
-            for index in accepted.nonzero()[:, 0].tolist():
-                owner[inside[index]] = len(means)
-                means.append(mean[index])
-        if not means:
-            return prediction
-        owner = owner.reshape(prediction.size)
-        changed = (owner >= 0) & self._zone(logits, prediction.labels)
-        table = torch.stack(means, 1).clamp_min(1e-8).log()  # [C, masks]
-        logits[:, changed] = table[:, owner[changed]]
-        return prediction.with_logits(logits)
-
-    def _distinct_masks(self, embedding: Any, probabilities: Tensor) -> Tensor:
-        """Distinct masks over the whole image, logits [M, h, w], large ones first."""
+    def _distinct_masks(self, seen: _Image, prediction: Segmentation) -> tuple[Tensor, Tensor]:
+        """Distinct masks over the whole image, logits [M, h, w], and their scores [M]."""
         from torchvision.ops import masks_to_boxes, nms
 
-        points = point_grid(probabilities, self.points)
+        assert prediction.logits is not None
+        points = point_grid(
+            prediction.logits.float().softmax(0), self.points, (seen.image.shape[1:])
+        )
         one = torch.ones(self.batch, 1, dtype=torch.int32, device=points.device)
         chunks = (Prompts(xy[:, None], one[: len(xy)]) for xy in points.split(self.batch))
         kept, scores = torch.zeros(0), torch.zeros(0)
-        for found in propose(self.generator, embedding, chunks, predicted_iou=self.predicted_iou):
+        for found in propose(
+            self.generator, seen.embed(), chunks, predicted_iou=self.predicted_iou
+        ):
             some = (found.logits > 0).flatten(1).any(1)
             if not some.any():
                 continue
@@ -412,10 +400,24 @@ class SamRefiner(nn.Module):
                 low, score = torch.cat([kept, low]), torch.cat([scores, score])
             distinct = nms(masks_to_boxes(low > 0), score.float(), _DUPLICATE)
             kept, scores = low[distinct], score[distinct]
-        if len(kept):
-            order = (kept > 0).flatten(1).float().sum(1).argsort(descending=True, stable=True)
-            kept = kept[order]
-        return kept
+        return kept, scores
+
+
+class _Image:
+    """An image and its embedding, which is made when first asked for."""
+
+    def __init__(self, refiner: SamRefiner, image: Tensor, prediction: Segmentation) -> None:
+        self.image = image
+        self.generator = refiner.generator
+        # Naming it looks at all weights, so only where there is something to be found.
+        self.embedding: Any = None
+        if prediction.features:
+            self.embedding = prediction.features.get(refiner.features_key)
+
+    def embed(self) -> Any:
+        if self.embedding is None:
+            self.embedding = self.generator.embed(self.image)
+        return self.embedding
 
 
 class Sam(SamRefiner):
@@ -423,8 +425,11 @@ class Sam(SamRefiner):
 
     Args:
         weights: ``"vit_b"``, ``"vit_l"`` or ``"vit_h"``, which are downloaded once; a local file
-            or URL; ``"default"``, the published weights of ``size``; None, random weights.
-        size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``.
+            or URL; ``"default"``, the published weights of ``size``; None, random weights. Or
+            ``"hf:REPOSITORY"``, such as ``"hf:syscv-community/sam-hq-vit-base"``, or a folder: SAM,
+            SAM-HQ, SAM 2, SAM 3 or EdgeTAM of transformers.
+        size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``; or
+            ``"nano"``, a small network of pyseg's own, whose weights are included.
         mode: this and the other options are those of `SamRefiner`.
 
     Raises:
@@ -435,18 +440,21 @@ class Sam(SamRefiner):
         >>> pyseg.build("fcn_resnet50+sam(mode='vote', weights='vit_l')")
     """
 
-    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
-        return load_sam(weights, size)
+    def _load(
+        self, weights: str | Path | None, size: str | None, **options: Any
+    ) -> tuple[str, Promptable]:
+        return load_sam(weights, size, **options)
 
 
 class Sam2(SamRefiner):
-    """SAM 2.1 (Ravi et al., 2024), its image part, as a refiner.
+    """SAM 2.1 or 2.0 (Ravi et al., 2024), its image part, as a refiner.
 
     Args:
-        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"``, which are downloaded
-            once; a local file or URL; ``"default"``, the published weights of ``size``; None,
-            random weights.
-        size: one of these four names; by default what ``weights`` are of, else ``"tiny"``.
+        weights: ``"tiny"``, ``"small"``, ``"base_plus"`` or ``"large"`` of SAM 2.1, ``"2.0-tiny"``
+            and so on of SAM 2.0, which are downloaded once; a local file or URL; ``"default"``, the
+            published weights of ``size``; None, random weights. Or ``"hf:REPOSITORY"``, such as
+            ``"hf:facebook/sam2.1-hiera-tiny"``, or a folder, of transformers.
+        size: one of these names; by default what ``weights`` are of, else ``"tiny"``.
         mode: this and the other options are those of `SamRefiner`.
 
     Raises:
@@ -457,8 +465,10 @@ class Sam2(SamRefiner):
         >>> pyseg.build("fcn_resnet50+crf+sam2(classes=('car', 'person'))")
     """
 
-    def _load(self, weights: str | Path | None, size: str | None) -> tuple[str, Promptable]:
-        return load_sam2(weights, size)
+    def _load(
+        self, weights: str | Path | None, size: str | None, **options: Any
+    ) -> tuple[str, Promptable]:
+        return load_sam2(weights, size, **options)
 
 
 sam, sam2 = Sam, Sam2  # what specs call them
@@ -470,40 +480,9 @@ def is_stuff(name: str) -> bool:
     return re.sub("[ _]+", "-", head) in STUFF or head.split("-")[0] in STUFF
 
 
-def _margin(probabilities: Tensor) -> Tensor:
-    """Best minus second best probability of every pixel, [H, W]."""
-    if probabilities.shape[0] == 1:
-        return torch.ones_like(probabilities[0])
-    best = probabilities.topk(2, 0).values
-    return best[0] - best[1]
-
-
-def _confident(probabilities: Tensor) -> tuple[Tensor, Tensor]:
-    """The best class of every pixel and whether it may contradict a mask, both [H, W]."""
-    return probabilities.argmax(0), _margin(probabilities) >= _CONFIDENT
-
-
-def _grow(mask: Tensor, reach: int) -> Tensor:
-    """A mask [H, W] and all that lies within ``reach`` pixels of it, along rows and columns."""
-    for dim in (0, 1):
-        mask = _spread(mask, dim, reach, True) | _spread(mask, dim, reach, False)
-    return mask
-
-
-def _spread(mask: Tensor, dim: int, reach: int, forward: bool) -> Tensor:
-    """Where a bool ``mask`` holds, and the next ``reach`` pixels from there on along ``dim``, or
-    back. Each step doubles what is covered: some 20 times as fast as pooling on a CPU."""
-    length = mask.shape[dim]
-    reach = min(reach, length - 1)
-    covered = 0
-    while covered < reach:
-        step = min(covered + 1, reach - covered)
-        low, high = (mask.narrow(dim, start, length - step) for start in (0, step))
-        both = low | high
-        rest = mask.narrow(dim, 0 if forward else length - step, step)
-        mask = torch.cat([rest, both] if forward else [both, rest], dim)
-        covered += step
-    return mask
+def _at_once(batch: int, size: Sequence[int]) -> int:
+    """How many masks at the size of the image are worked on at a time."""
+    return max(1, min(batch, _PIXELS // max(1, size[0] * size[1])))
 
 
 def _remerge_segments(

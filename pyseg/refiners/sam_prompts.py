@@ -109,26 +109,27 @@ def stack_prompts(prompts: Sequence[RegionPrompt], size: tuple[int, int]) -> Pro
     )
 
 
-def point_grid(probabilities: Tensor, n: int) -> Tensor:
+def point_grid(probabilities: Tensor, n: int, size: Sequence[int] | None = None) -> Tensor:
     """Points all over an image, denser where a network is unsure.
 
     Args:
-        probabilities: [C, H, W].
+        probabilities: [C, h, w], at any resolution.
         n: cells along each side.
+        size: (H, W) of the image; None = that of the probabilities.
 
     Returns:
         [K, 2] (x, y): centres of n x n cells; of their quarters where the entropy is above the
         image's mean.
     """
-    height, width = probabilities.shape[1:]
+    height, width = probabilities.shape[1:] if size is None else size
     entropy = -torch.special.xlogy(probabilities, probabilities).sum(0)
     cells = F.adaptive_avg_pool2d(entropy[None], (min(n, height), min(n, width)))[0]
     rows, columns = cells.shape
-    size = torch.tensor([width / columns, height / rows], device=cells.device)
+    pitch = torch.tensor([width / columns, height / rows], device=cells.device)
 
     def centres(which: Tensor, offset: Sequence[float]) -> Tensor:
         corner = which.nonzero().flip(1)  # x, y
-        return (corner + torch.tensor(offset, device=cells.device)) * size - 0.5
+        return (corner + torch.tensor(offset, device=cells.device)) * pitch - 0.5
 
     dense = cells > cells.mean()
     quarters = [centres(dense, (x, y)) for y in (0.25, 0.75) for x in (0.25, 0.75)]

@@ -11,6 +11,7 @@ PANOPTIC = {"num_stuff": 5, "stuff_area": 20, **INSTANCES, "num_classes": 8}
 OPTIONS = {
     "bayesian_segnet": {"samples": 2},
     "deeplab_v2_resnet101": {"scales": (1.0, 0.5)},
+    "grounded_sam": {"classes": ("car", "pole")},
     "maskrcnn": INSTANCES,
     "maskrcnn_fcn": PANOPTIC,
     "maskrcnn_fcn_resnet50": PANOPTIC,
@@ -39,13 +40,15 @@ SLOW = {
     "segformer_b1",
     "unet_resnet50",
 }
-# These only differ in depth or width from a quick or slow one, built by the same function.
+# These only differ in depth or width from a quick or slow one, built by the same function; or a
+# small one is checked elsewhere (test_grounded.py).
 LONG = {
     "deeplabv3_resnet101",
     "deeplabv3plus_resnet101",
     "fcn16s",
     "fcn32s",
     "fcn_resnet101",
+    "grounded_sam",
     "hrnet_w18",
     "hrnet_w32",
     "hrnet_w48",

@@ -21,9 +21,11 @@ from torch.nn import functional as F
 
 from pyseg import spec
 from pyseg.errors import SpecError, WeightsError
+from pyseg.fusion import _spread
 from pyseg.ops import panoptic_merge
+from pyseg.pipeline import Pipeline
 from pyseg.refiners import sam as family
-from pyseg.refiners.sam import SamRefiner, _spread
+from pyseg.refiners.sam import SamRefiner
 from pyseg.registry import accepted_options, check_options
 from pyseg.types import Instances, Segment, Segmentation, Segments
 
@@ -134,6 +136,9 @@ def box(mask):
     return mask.any(1)[:, None] & mask.any(0)  # the mask is connected
 
 
+OPEN = {"agreement": 0.0, "outline": 9.0, "displacement": float("inf")}  # no gate at outlines
+
+
 DISTORTIONS = {
     "none": lambda index, k: index == k,
     "shifted by 8": lambda index, k: shifted(index == k, 8),
@@ -242,14 +247,14 @@ def test_garbage_that_claims_to_be_perfect_fails_the_component_gate(street, seed
 
 @pytest.mark.parametrize("mode", ["prompt", "vote"])
 @pytest.mark.parametrize("distortion", ["shifted by 8", "shifted by 16", "grown by 6"])
-def test_a_mask_that_is_a_little_wrong_fails_at_its_rim(mode, distortion):
+def test_a_mask_that_is_a_little_wrong_fails_at_its_outline(mode, distortion):
     """It agrees with the network on the whole, but on one side not at all."""
     truth = torch.zeros(320, 320, dtype=torch.long)
     truth[80:240, 64:256] = 1
     prediction = Segmentation((320, 320), ("sky", "car"), logits=coarse(truth, 2))
     wrong = Distorted(truth, distortion)
-    for rim_agreement, accepted in ((0.1, False), (0.0, True)):
-        refiner = SamRefiner(wrong, mode=mode, agreement=0.8, rim_agreement=rim_agreement)
+    for gate, accepted in (({}, False), (OPEN, True)):
+        refiner = SamRefiner(wrong, mode=mode, **gate)
         refined = refiner.refine(blank(prediction.size), prediction)
         assert (refined is not prediction) == accepted
     before = (prediction.labels != truth).sum()
@@ -260,24 +265,24 @@ def test_a_mask_that_is_a_little_wrong_fails_at_its_rim(mode, distortion):
 
 @pytest.mark.parametrize("mode", ["prompt", "vote"])
 def test_systematic_errors_cost_little(street, mode):
-    """What the gate on rims is worth, in points of mIoU."""
+    """What the gate on outlines is worth, in points of mIoU."""
     truth, _ = street
     prediction = street_prediction(street)
     index = components(truth, 8)[0]
 
-    def gain(distortion, rim_agreement):
-        refiner = SamRefiner(Distorted(index, distortion), mode=mode, rim_agreement=rim_agreement)
+    def gain(distortion, **gate):
+        refiner = SamRefiner(Distorted(index, distortion), mode=mode, **gate)
         refined = refiner.refine(blank(prediction.size), prediction)
         after, before = (scores(confusion(p.labels, truth, 8))[:7] for p in (refined, prediction))
         return float(after.mean() - before.mean())
 
-    table = {name: (gain(name, 0.0), gain(name, 0.1)) for name in DISTORTIONS}
+    table = {name: (gain(name, **OPEN), gain(name)) for name in DISTORTIONS}
     print(table)
-    assert table["none"][1] == table["none"][0] > 3
-    assert all(gated >= open_gate for open_gate, gated in table.values())
+    assert table["none"][1] > 3
+    for name in DISTORTIONS:
+        assert table[name][1] > (-0.2 if name.startswith("shifted") else -3)
     for name in ("grown by 6", "shifted by 8"):
-        open_gate, gated = table[name]
-        assert open_gate < -3 and gated > 0.4 * open_gate
+        assert table[name][0] < -3
 
 
 @pytest.mark.parametrize("mode", ["prompt", "vote"])
@@ -333,9 +338,7 @@ def test_the_ceiling_on_camvid(every):
             "prompt": SamRefiner(perfect),
         }
         if number % (4 if every == 1 else 12) == 0:  # these take longest
-            cases["garbage ungated"] = SamRefiner(
-                garbage, mode="vote", agreement=0, rim_agreement=0, margin=2
-            )
+            cases["garbage ungated"] = SamRefiner(garbage, mode="vote", margin=2, **OPEN)
             cases["garbage"] = SamRefiner(garbage, mode="vote")
             cases["garbage prompt"] = SamRefiner(garbage)
         labels = {k: r.refine(blank(size), prediction).labels for k, r in cases.items()}
@@ -366,8 +369,7 @@ def test_the_ceiling_on_camvid(every):
     assert (iou["prompt"] > iou["coarse"] - 0.5).all()
     before = mean["coarse, as garbage"]
     assert before - mean["garbage ungated"] > 20  # in the study 84.6 - 56.4
-    assert before - mean["garbage"] < 0.5 * (before - mean["garbage ungated"])
-    assert mean["garbage prompt"] == before  # the component gate lets none of it pass
+    assert mean["garbage"] > before - 0.2 and mean["garbage prompt"] > before - 0.2
 
 
 def test_spreading_is_pooling():
@@ -425,9 +427,7 @@ def test_gate(mask, quality, options, accepted):
     prediction, _ = one_square()
     assert int((prediction.labels == 1).sum()) == 32 * 32
     generator = Fixed(rectangle(prediction.size, *mask), quality)
-    refined = SamRefiner(generator, rim_agreement=0, **options).refine(
-        blank(prediction.size), prediction
-    )
+    refined = SamRefiner(generator, **OPEN, **options).refine(blank(prediction.size), prediction)
     assert (refined is not prediction) == accepted
     if accepted:
         assert not torch.equal(refined.logits, prediction.logits)
@@ -439,7 +439,7 @@ def test_the_sum_of_logits():
     prediction, _ = one_square()
     mask = rectangle(prediction.size, 34, 66, 32, 64)
     mask[33, 32:64] = mask[66, 32:64] = 0.5  # inside at logit -1 and 0, outside at +1
-    refined = SamRefiner(Fixed(mask, 0.8), strength=8.0, margin=0.0).refine(
+    refined = SamRefiner(Fixed(mask, 0.8), strength=8.0, margin=0.0, **OPEN).refine(
         blank(prediction.size), prediction
     )
     inside = mask > 0
@@ -494,20 +494,19 @@ def test_small_masks_win_over_large_ones():
             if not e["asked"] and not e.update(asked=True)
             else (masks[:0], torch.ones(0))
         )
-        refined = SamRefiner(generator, mode="vote", agreement=0, rim_agreement=0).refine(
+        refined = SamRefiner(generator, mode="vote", **OPEN).refine(
             blank(prediction.size), prediction
         )
         assert torch.equal(refined.labels.long(), truth)
 
 
-def test_agreement():
-    """A mask across a sure boundary is refused, one along it is taken."""
+def test_a_mask_across_a_sure_boundary_is_refused():
     prediction, truth = one_square(soft=True)
     across = torch.zeros_like(truth)
     across[40:56, 16:80] = 1
     refiner = SamRefiner(Masks(across), mode="vote")
     assert refiner.refine(blank(prediction.size), prediction) is prediction
-    lenient = SamRefiner(Masks(across), mode="vote", agreement=0.4, rim_agreement=0)
+    lenient = SamRefiner(Masks(across), mode="vote", **OPEN)
     assert lenient.refine(blank(prediction.size), prediction) is not prediction
     good = SamRefiner(Masks(truth), mode="vote")
     assert good.refine(blank(prediction.size), prediction) is not prediction
@@ -591,8 +590,7 @@ WIDE_OPEN = {
     "predicted_iou": -9.0,
     "component_iou": 0.0,
     "area_ratio": 1e9,
-    "agreement": 0.0,
-    "rim_agreement": 0.0,
+    **OPEN,
 }
 
 
@@ -671,6 +669,8 @@ def test_bad_input(street):
         refiner.refine(blank((10, 12)), prediction)
     for bad in (
         {"mode": "votes"},
+        {"precision": "bf16"},
+        {"image_size": 512},
         {"min_area": 0},
         {"batch": 0},
         {"points": 0},
@@ -780,10 +780,98 @@ def test_config_makes_the_refiner_again():
 
 
 def test_a_generator_and_weights_exclude_each_other():
-    with pytest.raises(ValueError, match=r"weights are of a segmenter to load, got 'vit_b'"):
+    with pytest.raises(ValueError, match=r"of a segmenter to load, got weights='vit_b'"):
         SamRefiner(Masks(grid((8, 8))), weights="vit_b")
     with pytest.raises(TypeError, match="SamRefiner needs a generator"):
         SamRefiner()
+
+
+class Embeds(Masks):
+    """Counts how often it embeds."""
+
+    def embed(self, image):
+        self.embedded = getattr(self, "embedded", 0) + 1
+        return {"asked": False}
+
+
+def test_one_embedding_serves_all_stages_with_a_segmenter(street):
+    truth, names = street
+    prediction = street_prediction(street)
+    image = blank(prediction.size)
+
+    class Model:
+        classes = names
+
+        def predict(self, images):
+            return [prediction for _ in images]
+
+    generator, other = (Embeds(components(truth, 8)[0]) for _ in range(2))
+    stages = [SamRefiner(generator), SamRefiner(generator, mode="vote"), SamRefiner(other)]
+    last = SamRefiner(generator, mode="vote")
+    pipeline = Pipeline([Model(), *stages, lambda image, p: p, last])
+    seen = pipeline.run_stages(image)
+    assert (generator.embedded, other.embedded) == (1, 1)
+    key = stages[0].features_key
+    assert [list(result.features or ()) for result in seen[:5]] == [[], [key], [key], [key], [key]]
+    assert seen[-1].features is None  # dropped after the last stage that wants it
+    pipeline(image)
+    assert generator.embedded == 2  # of another call
+    both = SamRefiner(Embeds(components(truth, 8)[0]), mode="auto")
+    both.refine(image, prediction)
+    assert both.generator.embedded == 1
+    prompting = SamRefiner(Embeds(components(truth, 8)[0]))
+    kept = prompting.refine(image, prediction, features=True)
+    assert list(kept.features) == [prompting.features_key]
+    known = replace(prediction, features=kept.features)
+    assert torch.equal(prompting.refine(image, known).logits, kept.logits)
+    assert prompting.generator.embedded == 1
+
+
+def test_auto_is_both(street):
+    """It mends what prompts leave alone, and is nowhere worse than the votes."""
+    truth, _ = street
+    prediction = street_prediction(street)
+    mean = {}
+    for mode in ("prompt", "vote", "auto"):
+        refiner = SamRefiner(Masks(components(truth, 8)[0]), mode=mode)
+        refined = refiner.refine(blank(prediction.size), prediction)
+        mean[mode] = float(scores(confusion(refined.labels, truth, 8))[:7].mean())
+    print(mean)
+    assert mean["auto"] > mean["prompt"] and mean["auto"] > mean["vote"] - 0.5
+
+
+def test_classes_may_have_least_scores(street):
+    prediction = street_prediction(street)
+    index = components(street[0], 8)[0]
+
+    def changed(mode, classes):
+        refiner = SamRefiner(Masks(index, quality=0.8), mode=mode, classes=classes)
+        refined = refiner.refine(blank(prediction.size), prediction)
+        planes = (refined.logits != prediction.logits).flatten(1).any(1)
+        return {prediction.classes[c] for c in planes.nonzero()[:, 0].tolist()}
+
+    for mode in ("prompt", "vote", "auto"):
+        assert changed(mode, {"Car": 0.7, "person": 0.9}) == {"car"}
+        assert changed(mode, ("car", "person")) == {"car", "person"}
+        assert changed(mode, {"car": 0.9}) == set()
+    assert "sky" in changed("vote", None) and "sky" not in changed("prompt", None)
+
+
+def test_many_components():
+    """5,000 components, each of which gets its prompt."""
+    size = (500, 1000)
+    y, x = torch.arange(size[0])[:, None], torch.arange(size[1])
+    truth = ((y % 10 < 8) & (x % 10 < 8)).long()
+    logits = torch.stack([1.0 - truth, truth.float()]) * 4
+    generator = Fixed(torch.full((1, 1), -9.0), quality=0.1)
+    generator.seen = 0
+    generator.predict = lambda e, prompts: (
+        setattr(generator, "seen", generator.seen + len(prompts.points)),
+        (torch.zeros(len(prompts.points), 1, 1), torch.zeros(len(prompts.points))),
+    )[1]
+    prediction = Segmentation(size, ("sky", "car"), logits=logits)
+    refined = SamRefiner(generator, min_area=9).refine(blank(size), prediction)
+    assert refined is prediction and generator.seen == 5000
 
 
 def with_instances(street, **changes):
