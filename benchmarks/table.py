@@ -155,7 +155,7 @@ def table(results):
 
 if __name__ == "__main__":
     folder = Path(__file__).parent / "results"
-    found = [Path(name) for name in sys.argv[1:]] or sorted(folder.glob("*.json"))
+    found = [Path(name) for name in sys.argv[1:]] or sorted(folder.glob("*-torch*.json"))
     for file in found:
         stored = json.loads(file.read_text())
         print(f"{stored['cpu']}, torch {stored['torch']}, {stored['date']}:\n")

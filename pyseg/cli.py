@@ -1320,6 +1320,13 @@ def tune(
         Path | None,
         typer.Option("--output", "-o", help="JSON file of all trials; a search goes on from it."),
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="temperature: file of the model's weights (safetensors) to store it in, where it "
+            "gains; the model then predicts with it."
+        ),
+    ] = None,
     weights: WeightsOption = None,
     num_classes: ClassesOption = None,
     device: DeviceOption = None,
@@ -1330,11 +1337,16 @@ def tune(
     Half of the images is fitted, the other half checks; the result is a --spec to paste.
     """
     from . import tuning
+    from . import weights as weight_files
 
     own = {"trials": trials, "output": output}
     if refiner == "sam":
         own["seed"] = seed
     _check_refiner(refiner, ("crf", "temperature", "sam"), own)
+    if store is not None and refiner != "temperature":
+        raise PysegError(f"--store is of temperature, and {refiner} does not take it")
+    if store is not None:
+        weight_files.require_safetensors(store)  # before the work
     data = _dataset(dataset, root, split)
     pipeline = _pipeline(spec, weights, num_classes, device)
     if refiner == "sam":
@@ -1348,14 +1360,19 @@ def tune(
         found = tuning.tune_temperature(
             pipeline, data, track=_track("tuning"), **_given(limit=limit, seed=seed)
         )
+        gained = found.spec != str(pipeline)
+        if store is not None and gained:
+            weight_files.store_temperature(store, found.temperature)
         if as_json:
             return _print_json(found.to_dict())
         _print_table(*found.table(), numbers=True)
-        gains = "lowers" if found.spec != str(pipeline) else "does not lower"
+        gains = "lowers" if gained else "does not lower"
         typer.echo(
             f"a temperature of {found.temperature:g} {gains} the NLL of images not fitted; use "
             f'--spec "{found.spec}"'
         )
+        if store is not None:
+            typer.echo(f"{store} has it now" if gained else f"{store} stays as it is")
         return
     result = tuning.tune_crf(
         pipeline,

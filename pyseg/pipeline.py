@@ -408,7 +408,7 @@ class Pipeline:
             PysegError: ``folder`` is a file, or a stage was given as an object that no registered
                 name makes.
         """
-        from .weights import save_state
+        from .weights import save_state, temperature_metadata
 
         folder = Path(folder)
         for ancestor in (folder, *folder.parents):
@@ -436,7 +436,9 @@ class Pipeline:
                 if state:
                     file = re.sub(r"[^\w.-]", "_", f"{index}_{stage.name}.safetensors")
                     entry["weights"] = file
-                    save_state(draft / file, state)
+                    temperature = getattr(stage.component, "temperature", 1.0)
+                    metadata = None if temperature == 1 else temperature_metadata(temperature)
+                    save_state(draft / file, state, metadata=metadata)
                 entries.append(entry)
             description = {
                 "format": FORMAT,
@@ -619,6 +621,8 @@ def load(
                 )
             path = folder / entry["weights"]
             weights.load_into(made, weights.load_state(path), path)
+            if hasattr(made, "temperature"):
+                made.temperature = weights.load_temperature(path)
         if index == 0:
             made.classes = description["classes"]
             if description["palette"] is not None:

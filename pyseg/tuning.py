@@ -32,9 +32,11 @@ USUAL: dict[str, Any] = {  # of pydensecrf's example, which most code in the fie
     "gaussian": ((3.0, 3.0),),
     "bilateral": ((80.0, 13.0, 10.0),),
     "protect": 0.0,
+    "margin": 1.0,
 }
 ITERATIONS = (1, 2, 3, 5, 10)
-PROTECT = (0.0, 1.0, 1.5, 2.0, 3.0)
+PROTECT = (0.0, 0.5, 0.7, 0.8, 0.9)
+MARGIN = (0.2, 0.3, 0.5, 0.8, 1.0)
 # Ranges of the numbers of (gaussian, bilateral), drawn on a logarithmic scale. Small standard
 # deviations of the bilateral kernel make large lattices, which are slow.
 RANGES = ((1, 5), (0.5, 8), (15, 100), (5, 25), (0.5, 12))
@@ -174,7 +176,8 @@ def tune_crf(
             if sample.labels is None:
                 raise PysegError(f"{sample.name} has no labels: nothing to fit")
             # An overlay's image would be kept twice.
-            prediction = replace(prediction.with_logits(prediction.logits.half()), image=None)
+            logits = prediction.logits.half()
+            prediction = replace(prediction, logits=logits, segments=None, image=None, _labels=None)
             images.append((sample, prediction))
             names.append(sample.name)
             continue
@@ -225,34 +228,37 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _assembled(iterations: int, numbers: Sequence[float], protect: float) -> dict[str, Any]:
+def _assembled(
+    iterations: int, numbers: Sequence[float], protect: float, margin: float
+) -> dict[str, Any]:
     a, b, c, d, e = (_rounded(number) for number in numbers)
     return {
         "iterations": iterations,
         "gaussian": ((a, b),),
         "bilateral": ((c, d, e),),
         "protect": protect,
+        "margin": margin,
     }
 
 
 def _draw(rng: random.Random) -> dict[str, Any]:
     numbers = [math.exp(rng.uniform(math.log(a), math.log(b))) for a, b in RANGES]
-    return _assembled(rng.choice(ITERATIONS), numbers, rng.choice(PROTECT))
+    return _assembled(rng.choice(ITERATIONS), numbers, rng.choice(PROTECT), rng.choice(MARGIN))
 
 
 def _vary(parameters: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """One or two of the numbers changed by up to a factor of two."""
     numbers = [*parameters["gaussian"][0], *parameters["bilateral"][0]]
-    iterations, protect = parameters["iterations"], parameters["protect"]
-    for which in rng.sample(range(len(numbers) + 2), rng.choice((1, 2))):
-        if which == len(numbers):
-            iterations = rng.choice(ITERATIONS)
-        elif which == len(numbers) + 1:
-            protect = rng.choice(PROTECT)
+    chosen = {"iterations": ITERATIONS, "protect": PROTECT, "margin": MARGIN}
+    others = {name: parameters[name] for name in chosen}
+    for which in rng.sample(range(len(numbers) + len(chosen)), rng.choice((1, 2))):
+        if which >= len(numbers):
+            name = list(chosen)[which - len(numbers)]
+            others[name] = rng.choice(chosen[name])
         else:
             low, high = RANGES[which]
             numbers[which] = min(max(numbers[which] * 2 ** rng.uniform(-1, 1), low), high)
-    return _assembled(iterations, numbers, protect)
+    return _assembled(numbers=numbers, **others)
 
 
 def _entry(trial: Trial) -> dict[str, Any]:

@@ -14,6 +14,7 @@ Beyond the protocols the house reads these attributes where an object has them:
 | model | ``parameters()`` | an ``nn.Module``'s: where they are, is the pipeline's device |
 | model | ``predict_with(*, …)`` | its options belong to a spec where a factory says ``-> Class`` |
 | refiner | ``refine_batch(images, predictions)`` | used in place of ``refine``, for speed |
+| model | ``temperature`` | what its predictions get as theirs; saved with the pipeline |
 | stage | ``features_key`` | name of what it offers in ``Segmentation.features``, or None |
 | refiner | ``wanted_features`` | names of what it takes of them; else no stage keeps them |
 | stage | ``generator`` | a promptable segmenter: `Pipeline.session` asks it |
@@ -40,6 +41,7 @@ And these options of a factory get a value where it takes them and the text give
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,6 +79,7 @@ class Segmentation:
     image: Tensor | None = None  # [3, H, W] uint8 RGB: what overlay() paints on
     palette: tuple[tuple[int, int, int], ...] | None = None  # one RGB colour per class
     uncertainty: Tensor | None = None  # [h, w] float, 0 = certain: of the model, refiners keep it
+    temperature: float = 1.0  # above 0: probabilities are the softmax of the logits over it
     # What a stage computed of the image for later ones that want it, by the name of the network and
     # its weights: feature maps [c, h, w], the finest first, or the embedding of a promptable
     # segmenter. A pipeline drops it after the last.
@@ -98,6 +101,8 @@ class Segmentation:
             raise ValueError(
                 f"segments.map must be {list(self.size)}, got {list(segments.map.shape)}"
             )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
         if self.uncertainty is not None and self.uncertainty.ndim != 2:
             raise ValueError(
                 f"uncertainty must be [h, w], one value per place, got "
@@ -153,12 +158,18 @@ class Segmentation:
         )[0]
 
     def probabilities(self) -> Tensor:
-        """Class probabilities at full resolution, [C, H, W] float32: softmax of `full_logits`.
+        """Class probabilities at full resolution, [C, H, W] float32.
+
+        The softmax of `full_logits` over ``temperature``, which the model's weights may tell.
 
         Raises:
             ValueError: there are no logits, as after a stage that outputs labels only.
         """
-        return self.full_logits().softmax(0)
+        return self._scaled_logits().softmax(0)
+
+    def _scaled_logits(self) -> Tensor:
+        logits = self.full_logits()
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def confidence(self) -> Tensor:
         """Probability of every pixel's most probable class, [H, W] float32, at full resolution.
@@ -169,7 +180,7 @@ class Segmentation:
         Raises:
             ValueError: there are no logits, as after a stage that outputs labels only.
         """
-        logits = self.full_logits()
+        logits = self._scaled_logits()
         # The largest of a softmax, without the others.
         return (logits.amax(0) - logits.logsumexp(0)).exp()
 
@@ -201,8 +212,11 @@ class Segmentation:
         return visual.heat_map(self.full_uncertainty(), limit)
 
     def with_logits(self, logits: Tensor) -> Segmentation:
-        """A copy with new ``logits`` [C, h, w]; labels and segments, which follow, are dropped."""
-        return replace(self, logits=logits, segments=None, _labels=None)
+        """A copy with new ``logits`` [C, h, w]; labels and segments, which follow, are dropped.
+
+        So is the temperature, which was that of the former logits.
+        """
+        return replace(self, logits=logits, segments=None, temperature=1.0, _labels=None)
 
     def with_labels(self, labels: Tensor | np.ndarray) -> Segmentation:
         """A copy with new ``labels`` [H, W]; logits and segments, now untrue, are dropped.

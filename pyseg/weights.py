@@ -14,6 +14,7 @@ import difflib
 import errno
 import hashlib
 import http.client
+import math
 import os
 import pickle
 import re
@@ -39,6 +40,7 @@ _SLOWEST = 1 << 10  # bytes a second, on average, after the first minute
 _PATIENCE = 60  # seconds before that is asked
 _UNPACKED = 4  # times its own size that a file may hold; torch.save packs nothing
 _PROGRESS_AFTER = 2  # seconds before a progress bar appears
+_TEMPERATURE = "temperature"  # its name among a file's metadata
 
 
 @dataclass(frozen=True)
@@ -180,12 +182,15 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     return dict(loaded)
 
 
-def save_state(path: str | Path, state: Mapping[str, Tensor]) -> Path:
+def save_state(
+    path: str | Path, state: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> Path:
     """Writes a state dict as safetensors, whole or not at all.
 
     Args:
         path: target; its directory must exist.
         state: tensors on any device, which may share memory.
+        metadata: what stands in the file beside the tensors; None = nothing.
 
     Raises:
         OSError: the file cannot be written, such as on a full disk; it names the file.
@@ -200,13 +205,83 @@ def save_state(path: str | Path, state: Mapping[str, Tensor]) -> Path:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors gives 0600
         try:
-            save_file(tensors, temporary)
+            save_file(tensors, temporary, dict(metadata) if metadata else None)
         except SafetensorError as error:
             if "No space left" in str(error):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise OSError(errno.EIO, f"cannot be written ({error})", str(path)) from error
         temporary.chmod(mode)
     return path
+
+
+def load_temperature(path: str | Path) -> float:
+    """The temperature of the network's logits that a file of weights tells; 1 where it tells none.
+
+    Raises:
+        WeightsError: the file is absent or damaged, or tells what is no temperature.
+    """
+    text = _metadata(Path(path)).get(_TEMPERATURE, "1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise WeightsError(
+            f"weights: {path} tells a temperature of {text[:40]!r}, which must be a number above "
+            "0; store another with `pyseg tune temperature --store`"
+        )
+    return value
+
+
+def store_temperature(path: str | Path, value: float) -> Path:
+    """Writes a temperature into a file of weights, whose tensors and other metadata stay.
+
+    Raises:
+        ValueError: ``value`` is not above 0 and finite.
+        WeightsError: the file is absent, damaged or no safetensors.
+        OSError: it cannot be written.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"value must be above 0 and finite, got {value}")
+    path = Path(path)
+    require_safetensors(path)
+    metadata = {**_metadata(path), **temperature_metadata(value)}
+    return save_state(path, load_state(path), metadata=metadata)
+
+
+def temperature_metadata(value: float) -> dict[str, str]:
+    """What `save_state` takes as ``metadata`` for `load_temperature` to read."""
+    return {_TEMPERATURE: repr(float(value))}
+
+
+def require_safetensors(path: str | Path) -> None:
+    """Raises WeightsError for a file that cannot hold a temperature."""
+    if not _is_safetensors(Path(path)):
+        raise WeightsError(
+            f"weights: {path} is no safetensors file, and only these hold a temperature; save the "
+            "state dict with pyseg.weights.save_state"
+        )
+
+
+def _is_safetensors(path: Path) -> bool:
+    if not path.is_file():
+        raise WeightsError(f"weights: there is no file {path}")
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    if not _is_safetensors(path):
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise WeightsError(
+            f"weights: {path} is truncated or damaged ({error}); {_again(path)}"
+        ) from error
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:

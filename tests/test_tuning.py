@@ -13,6 +13,7 @@ from pyseg.refiners.crf import CRF
 from pyseg.training import train_crf
 from pyseg.tuning import (
     ITERATIONS,
+    MARGIN,
     PROTECT,
     RANGES,
     fit_temperature,
@@ -20,6 +21,7 @@ from pyseg.tuning import (
     tune_temperature,
 )
 from pyseg.types import Sample, Segmentation
+from pyseg.weights import load_temperature, save_state
 
 CLASSES = ("left", "right", "disc")
 
@@ -130,6 +132,7 @@ def test_is_deterministic_and_within_its_ranges(tmp_path):
     for trial in [*logs[0][3:], *logs[2][3:]]:
         parameters = trial["parameters"]
         assert parameters["iterations"] in ITERATIONS and parameters["protect"] in PROTECT
+        assert parameters["margin"] in MARGIN
         numbers = *parameters["gaussian"][0], *parameters["bilateral"][0]
         for number, (low, high) in zip(numbers, RANGES, strict=True):
             assert low <= number <= high
@@ -360,6 +363,16 @@ def test_command_tunes_temperature(tmp_path):
     for word in ("ECE", "NLL", "Brier", "3 fitted", "2 others", f"{result['temperature']:.3f}"):
         assert word in shown.output
     assert result["check"]["after"]["nll"] <= result["check"]["before"]["nll"]
+    file = tmp_path / "net.safetensors"
+    save_state(file, {"w": torch.ones(2)})
+    stored = run(*arguments, "--store", file)
+    assert "has it now" in stored.output.replace("\n", " ")
+    assert load_temperature(file) == result["temperature"]
+    torch.save({"w": torch.ones(2)}, tmp_path / "net.pth")
+    refused = run(*arguments, "--store", tmp_path / "net.pth")
+    assert refused.exit_code == 2 and "is no safetensors file" in refused.stderr
+    refused = run("crf", *arguments[1:], "--store", file)
+    assert refused.exit_code == 2 and "--store is of temperature" in refused.stderr
     refused = run(*arguments, "--trials", 3)
     assert refused.exit_code == 2
     assert "--trials is of crf, and temperature does not take it" in refused.stderr

@@ -74,14 +74,15 @@ class Calibration:
         self._invalid = torch.zeros(3, dtype=torch.int64)
 
     def update(self, prediction: Segmentation, sample: Sample) -> None:
-        """Adds one image: its ``logits`` against the sample's ``labels`` [H, W].
+        """Adds one image: its ``logits``, over its temperature, against the sample's ``labels``.
 
         Raises:
             LabelError: the sample has no labels, sizes differ, or labels are no class ids.
             ScoreError: there are no logits, or they hold NaN. On CUDA NaN and wrong ids come from
                 `compute`, so that nothing waits for the device.
         """
-        self._add(*class_targets(prediction, sample, len(self.classes), self.ignore_index))
+        found = class_targets(prediction, sample, len(self.classes), self.ignore_index)
+        self._add(*found, temperature=prediction.temperature)
 
     def update_logits(self, logits: Tensor | np.ndarray, target: Tensor | np.ndarray) -> None:
         """Adds images given by their logits, without anything around them.
@@ -119,7 +120,9 @@ class Calibration:
         check_probabilities(values, planes=True)
         self.update_logits(values.log(), truth)
 
-    def _add(self, target: Tensor, logits: Tensor, invalid: Tensor) -> None:
+    def _add(
+        self, target: Tensor, logits: Tensor, invalid: Tensor, *, temperature: float = 1.0
+    ) -> None:
         """Adds an image, as `checked_logits` gives it."""
         said = upsample_argmax(logits[None], target.shape)[0]
         device, height = target.device, target.shape[0]
@@ -127,7 +130,7 @@ class Calibration:
         rows = max(1, STRIP // target.shape[1]) if device.type == "cpu" else height
         for top in range(0, height, rows):
             part = slice(top, top + rows)
-            self._add_pixels(logits[:, part], target[part], said[part])
+            self._add_pixels(logits[:, part] / temperature, target[part], said[part])
         self._invalid = self._invalid.to(device) + invalid
 
     def _add_pixels(self, logits: Tensor, target: Tensor, said: Tensor) -> None:

@@ -50,6 +50,11 @@ class SemanticModel(nn.Module):
         std: what each channel is then divided by.
         max_batch_pixels: `predict` puts no more pixels than this in one batch (at least one image).
 
+    ``temperature`` is what its predictions' probabilities divide the logits by; labels do not
+    depend on it. It comes with the weights (`pyseg tune temperature --store`), and training, which
+    makes it untrue, sets it to 1. Predictions of several variants (``tta``) have 1, too: their mean
+    is less sure than each.
+
     Raises:
         ValueError: no class, or a palette of another length than ``classes``.
 
@@ -89,12 +94,19 @@ class SemanticModel(nn.Module):
         self.palette = tuple((int(r), int(g), int(b)) for r, g, b in colours)
         self.network = network
         self.max_batch_pixels = max_batch_pixels
+        self.temperature = 1.0
         self._method = _Method()
         self._key: tuple[tuple[tuple[int, int], ...], str] | None = None
         # Constants of the architecture, not learnt: kept out of state_dict.
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.eval()
+
+    def train(self, mode: bool = True) -> SemanticModel:
+        """As `torch.nn.Module.train`; training mode sets ``temperature`` to 1."""
+        if mode:
+            self.temperature = 1.0
+        return super().train(mode)
 
     @property
     def features_key(self) -> str | None:
@@ -241,6 +253,7 @@ class SemanticModel(nn.Module):
                         image=images[i],
                         palette=self.palette,
                         uncertainty=doubt,
+                        temperature=self.temperature if method.single else 1.0,
                         features=None if key is None or seen is None else {key: seen},
                     )
         return [results[i] for i in range(len(images))]
@@ -295,6 +308,11 @@ class _Method:
         order = sorted(dict.fromkeys(scales), key=lambda scale: abs(math.log(scale)))
         return cls(flips, tuple(order) or (1.0,), crop, step)
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one variant only, the image itself."""
+        return self.scales == (1.0,) and self.flips == (False,)
+
     def pixels(self, height: int, width: int) -> int:
         """What the network gets at a time, at most, of one image."""
         high, wide = (math.ceil(side * max(self.scales)) for side in (height, width))
@@ -304,9 +322,9 @@ class _Method:
 
     def outputs(self, model: SemanticModel, images: Tensor) -> dict[str, Tensor]:
         """``"out"`` and, where the network gives it, ``"uncertainty"`` of [N, 3, H, W] uint8."""
-        variants = list(itertools.product(self.scales, self.flips))
-        if variants == [(1.0, False)]:
+        if self.single:
             return self._windows(model, images)
+        variants = list(itertools.product(self.scales, self.flips))
         total: dict[str, Tensor] = {}
         for scale, flip in variants:
             found = self._windows(model, _variant(images, scale, flip))
@@ -578,6 +596,8 @@ def semantic_model(
         )
         state.update((key, own[key]) for key in other)
     weight_files.load_into(model.network, state, path)
+    if not other and not alone:
+        model.temperature = weight_files.load_temperature(path)
     return model
 
 

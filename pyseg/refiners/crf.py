@@ -28,20 +28,11 @@ class CRF(nn.Module):
     The logits are upsampled to the image's size, their negative log-probabilities are the unary
     energies, and the result's logits are the logarithm of the marginals.
 
-    A CRF wipes out what is thin, such as poles and signs. So the pixels of classes that are mostly
-    thin in the prediction keep what the model said; others may still become such a class. And the
-    default weights are lower than those of pydensecrf's example (gaussian 3, 3; bilateral 80, 13,
-    10; 10 iterations), which lose classes on street scenes. They were chosen on the first half of
-    CamVid's validation clip and on frames of its training drives; on the second half, 17 frames,
-    streetnet has
-
-    =================  =====  =====  =====  ==========  =====
-    IoU                 mean   pole   sign  pedestrian  fence
-    =================  =====  =====  =====  ==========  =====
-    without            0.642  0.140  0.401       0.457  0.676
-    default            0.649  0.140  0.392       0.500  0.680
-    as in the example  0.630  0.007  0.122       0.636  0.684
-    =================  =====  =====  =====  ==========  =====
+    A CRF wipes out what is thin or small, such as poles and signs, and people at dusk, whose
+    colours are those of what is behind them. So a class that would be left with less than the share
+    ``protect`` of its pixels keeps them all. And the default weights are lower than those of
+    pydensecrf's example, which `crf_pydensecrf` has. What both gain behind strong and weak
+    networks, by day and at dusk, is in ``docs/refiners.md``.
 
     ``pyseg tune crf`` fits them to another model and data set.
 
@@ -50,8 +41,10 @@ class CRF(nn.Module):
         gaussian: kernels over position, each (sigma_xy in pixels, weight).
         bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
             levels, weight).
-        protect: a class is thin in an image if squares of radius ``protect`` times the stride of
-            the logits, inside of the class, cover less than half of it. 0 protects nothing.
+        protect: a class keeps its pixels in an image where less than this share of them would be
+            left; from 0, which protects nothing, to 1.
+        margin: only pixels change whose class is ahead of the next by at most this in the
+            prediction's probability; 1 = all.
         trainable: makes the weights of the kernels and the compatibility of labels parameters, as
             in Zheng et al., "Conditional random fields as recurrent neural networks" (2015):
             ``log_weights`` [K], gaussian kernels first, so that weights stay positive, and
@@ -71,8 +64,9 @@ class CRF(nn.Module):
         *,
         iterations: int = 5,
         gaussian: Sequence[tuple[float, float]] = ((2.0, 1.0),),
-        bilateral: Sequence[tuple[float, float, float]] = ((40.0, 10.0, 2.0),),
-        protect: float = 2.0,
+        bilateral: Sequence[tuple[float, float, float]] = ((10.0, 10.0, 2.0),),
+        protect: float = 0.7,
+        margin: float = 1.0,
         trainable: bool = False,
         num_classes: int | None = None,
         weights: str | Path | None = None,
@@ -84,8 +78,9 @@ class CRF(nn.Module):
             raise ValueError(
                 f"iterations must be a whole number from 0 to {MAX_ITERATIONS}, got {iterations}"
             )
-        if not 0 <= protect < float("inf"):
-            raise ValueError(f"protect must be 0 or more, got {protect}")
+        for name, value in (("protect", protect), ("margin", margin)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, got {value}")
         self.iterations = iterations
         self.gaussian = _kernels("gaussian", gaussian, "(sigma_xy, weight)")
         self.bilateral = _kernels("bilateral", bilateral, "(sigma_xy, sigma_rgb, weight)")
@@ -96,7 +91,7 @@ class CRF(nn.Module):
                 f"gaussian and bilateral hold {len(self.gaussian)} and {len(self.bilateral)} "
                 f"kernels, more than can be applied at once: a few of each are enough"
             )
-        self.protect = protect
+        self.protect, self.margin = protect, margin
         self.log_weights: Tensor | None = None
         self.compatibility: Tensor | None = None
         if not trainable:
@@ -126,7 +121,7 @@ class CRF(nn.Module):
         trained = "" if self.compatibility is None else ", trainable=True"
         return (
             f"CRF(iterations={self.iterations}, gaussian={self.gaussian}, "
-            f"bilateral={self.bilateral}, protect={self.protect}{trained})"
+            f"bilateral={self.bilateral}, protect={self.protect}, margin={self.margin}{trained})"
         )
 
     def config(self) -> dict[str, Any]:
@@ -136,6 +131,7 @@ class CRF(nn.Module):
             "gaussian": self.gaussian,
             "bilateral": self.bilateral,
             "protect": self.protect,
+            "margin": self.margin,
         }
         if self.compatibility is not None:
             options |= {"trainable": True, "num_classes": len(self.compatibility)}
@@ -144,7 +140,7 @@ class CRF(nn.Module):
     def forward(self, images: Tensor, logits: Tensor) -> Tensor:
         """Refined log-probabilities, differentiable in ``logits`` and in the parameters.
 
-        What `refine` returns, but no class is protected: that has no gradient.
+        What `refine` returns, but ``protect`` and ``margin`` do nothing: they have no gradient.
 
         Args:
             images: [N, 3, H, W] RGB, 0 to 255, uint8 or floating point.
@@ -217,11 +213,72 @@ class CRF(nn.Module):
             logits = self._marginals(batch, unary).clamp_min_(TINY).log_()
             for position, i in enumerate(members):
                 result = logits[position]
-                if self.protect:
-                    kept = thin(predictions[i], self.protect)
-                    result = torch.where(kept.to(result.device), -unary[position], result)
+                self._keep(result, unary[position], predictions[i].labels)
                 refined[i] = predictions[i].with_logits(result)
         return refined
+
+    def _keep(self, refined: Tensor, unary: Tensor, labels: Tensor) -> None:
+        """Puts the prediction back into ``refined`` [C, H, W] where it has to stay."""
+        from ..ops import upsample_argmax
+
+        if not self.protect and self.margin == 1:
+            return
+        after, count = upsample_argmax(refined[None], labels.shape)[0].flatten(), len(refined)
+        before = labels.flatten()
+        flat, own = refined.flatten(1), unary.flatten(1)
+        changed = (before != after).nonzero().flatten()
+        if self.margin < 1:
+            best = (-own[:, changed]).exp_().topk(min(2, count), 0).values
+            sure = best[0] - best[-1] > self.margin
+            flat[:, changed[sure]] = -own[:, changed[sure]]
+            changed = changed[~sure]
+        lost = torch.bincount(before[changed].long(), minlength=count)
+        had = torch.bincount(before.long(), minlength=count)
+        protected = had - lost < self.protect * had
+        kept = changed[protected[before[changed].long()]]
+        flat[:, kept] = -own[:, kept]
+
+
+def crf_pydensecrf(
+    *,
+    iterations: int = 10,
+    gaussian: Sequence[tuple[float, float]] = ((3.0, 3.0),),
+    bilateral: Sequence[tuple[float, float, float]] = ((80.0, 13.0, 10.0),),
+    protect: float = 0.0,
+    margin: float = 1.0,
+    trainable: bool = False,
+    num_classes: int | None = None,
+    weights: str | Path | None = None,
+) -> CRF:
+    """The `CRF` of pydensecrf's example, whose numbers most code in the field has copied.
+
+    On street scenes it takes poles, signs and people away: see ``docs/refiners.md``. Nothing is
+    protected.
+
+    Args:
+        iterations: mean-field steps; 0 leaves the prediction as it is.
+        gaussian: kernels over position, each (sigma_xy in pixels, weight).
+        bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
+            levels, weight).
+        protect: as of `CRF`; 0 protects nothing.
+        margin: as of `CRF`; 1 = all pixels may change.
+        trainable: as of `CRF`.
+        num_classes: C; `pyseg.build` takes it from the model.
+        weights: state dict of a trained CRF: a path or URL. None = the start.
+
+    Example:
+        >>> pyseg.build("streetnet+crf_pydensecrf")
+    """
+    return CRF(
+        iterations=iterations,
+        gaussian=gaussian,
+        bilateral=bilateral,
+        protect=protect,
+        margin=margin,
+        trainable=trainable,
+        num_classes=num_classes,
+        weights=weights,
+    )
 
 
 def crf_deeplab_v1(
@@ -230,6 +287,7 @@ def crf_deeplab_v1(
     gaussian: Sequence[tuple[float, float]] = ((3.0, 3.0),),
     bilateral: Sequence[tuple[float, float, float]] = ((121.0, 5.0, 4.0),),
     protect: float = 0.0,
+    margin: float = 1.0,
     trainable: bool = False,
     num_classes: int | None = None,
     weights: str | Path | None = None,
@@ -238,7 +296,7 @@ def crf_deeplab_v1(
 
     The paper fixes ten iterations and the kernel over position, a standard deviation of 3 pixels
     and a weight of 3, and searches the other three on PASCAL VOC's validation set: those here are
-    the ones that public re-implementations take for LargeFOV. Thin classes are not protected.
+    the ones that public re-implementations take for LargeFOV. Nothing is protected.
 
     Args:
         iterations: mean-field steps; 0 leaves the prediction as it is.
@@ -246,6 +304,7 @@ def crf_deeplab_v1(
         bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
             levels, weight).
         protect: as of `CRF`; 0 protects nothing.
+        margin: as of `CRF`; 1 = all pixels may change.
         trainable: as of `CRF`.
         num_classes: C; `pyseg.build` takes it from the model.
         weights: state dict of a trained CRF: a path or URL. None = the start.
@@ -258,6 +317,7 @@ def crf_deeplab_v1(
         gaussian=gaussian,
         bilateral=bilateral,
         protect=protect,
+        margin=margin,
         trainable=trainable,
         num_classes=num_classes,
         weights=weights,
@@ -270,6 +330,7 @@ def crf_deeplab_v2(
     gaussian: Sequence[tuple[float, float]] = ((1.0, 3.0),),
     bilateral: Sequence[tuple[float, float, float]] = ((67.0, 3.0, 4.0),),
     protect: float = 0.0,
+    margin: float = 1.0,
     trainable: bool = False,
     num_classes: int | None = None,
     weights: str | Path | None = None,
@@ -277,7 +338,7 @@ def crf_deeplab_v2(
     """The `CRF` that DeepLab v2 (Chen et al., 2018) ends in, with the weights of ResNet-101's.
 
     They are those of public re-implementations, which take ``gaussian=((2, 2),),
-    bilateral=((65, 3, 4),)`` with VGG-16. Thin classes are not protected.
+    bilateral=((65, 3, 4),)`` with VGG-16. Nothing is protected.
 
     Args:
         iterations: mean-field steps; 0 leaves the prediction as it is.
@@ -285,6 +346,7 @@ def crf_deeplab_v2(
         bilateral: kernels over position and colour, each (sigma_xy in pixels, sigma_rgb in grey
             levels, weight).
         protect: as of `CRF`; 0 protects nothing.
+        margin: as of `CRF`; 1 = all pixels may change.
         trainable: as of `CRF`.
         num_classes: C; `pyseg.build` takes it from the model.
         weights: state dict of a trained CRF: a path or URL. None = the start.
@@ -294,44 +356,11 @@ def crf_deeplab_v2(
         gaussian=gaussian,
         bilateral=bilateral,
         protect=protect,
+        margin=margin,
         trainable=trainable,
         num_classes=num_classes,
         weights=weights,
     )
-
-
-def thin(prediction: Segmentation, protect: float) -> Tensor:
-    """Pixels of the classes that are mostly thin in a prediction; see `CRF` for ``protect``.
-
-    Args:
-        prediction: has logits.
-        protect: radius in strides of the logits.
-
-    Returns:
-        [H, W] bool.
-    """
-    assert prediction.logits is not None
-    labels = prediction.labels
-    height, width = prediction.size
-    h, w = prediction.logits.shape[1:]
-    # a square as wide as the image sees all of it
-    radius = round(min(protect * max(height / h, width / w), max(height, width)))
-    plane = labels.float()[None, None]
-    # A pixel is in a square of its own class where some pixel around it sees one label only.
-    alone = _maximum(plane, radius) == -_maximum(-plane, radius)
-    covered = _maximum(alone.float(), radius)[0, 0]
-    index = labels.flatten().long()
-    count = len(prediction.classes)
-    pixels = torch.bincount(index, minlength=count)
-    inside = torch.bincount(index, covered.flatten(), minlength=count)
-    return (2 * inside < pixels)[labels.long()]
-
-
-def _maximum(plane: Tensor, radius: int) -> Tensor:
-    """Of the square around each pixel; [1, 1, H, W]."""
-    size = 2 * radius + 1
-    rows = torch.nn.functional.max_pool2d(plane, (size, 1), 1, (radius, 0))
-    return torch.nn.functional.max_pool2d(rows, (1, size), 1, (0, radius))
 
 
 def _kernels(name: str, kernels: Sequence[Sequence[float]], form: str) -> tuple:

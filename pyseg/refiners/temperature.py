@@ -16,11 +16,15 @@ class Temperature:
     """Divides logits by one number (Guo et al., "On calibration of modern neural networks", 2017).
 
     Networks are surer than they are right, as a rule: a ``value`` above 1 makes them less sure. No
-    label changes. `pyseg tune temperature` fits it on images that were not trained on. Stages after
-    it get the changed probabilities, so a refiner that was fitted without belongs before it.
+    label changes, and the logits stay: `Segmentation.temperature` is set, by which probabilities,
+    confidences and the metric ``calibration`` divide. `pyseg tune temperature` fits it on images
+    that were not trained on. Stages after it get the changed probabilities.
+
+    Weights may tell a temperature of their own, with which predictions come. This one takes its
+    place.
 
     Args:
-        value: what the logits are divided by, above 0; 1 changes nothing.
+        value: what the logits are divided by, above 0; 1 takes them as they are.
 
     Example:
         >>> pyseg.build("streetnet+temperature(value=1.4)")("street.jpg").confidence()
@@ -39,7 +43,7 @@ class Temperature:
         return {"value": self.value}
 
     def refine(self, image: Tensor, prediction: Segmentation) -> Segmentation:
-        """A prediction with logits over ``value``, in float32, and everything else as it was.
+        """The prediction with ``value`` as its temperature, and everything else as it was.
 
         Raises:
             SpecError: the prediction holds no logits.
@@ -49,8 +53,6 @@ class Temperature:
                 "temperature needs logits, but the stage before it gave labels only; put "
                 "temperature earlier"
             )
-        if self.value == 1:
+        if self.value == prediction.temperature:
             return prediction
-        # The labels of before: rounding could turn a tie.
-        labels = prediction.labels if min(prediction.size) else None
-        return replace(prediction, logits=prediction.logits.float() / self.value, _labels=labels)
+        return replace(prediction, temperature=self.value)

@@ -54,6 +54,32 @@ class Training:
         return head, rows
 
 
+def chosen_images(
+    pipeline: Pipeline, dataset: Dataset, check: Dataset, limit: int | None
+) -> list[tuple[str, Dataset, list[int]]]:
+    """Which images a refiner is trained on and scored on: ``limit`` of each, spread evenly.
+
+    Returns:
+        For both data sets the name of the argument, the data set and the indices of its images.
+
+    Raises:
+        PysegError: classes that are not the pipeline's, or no images.
+    """
+    chosen = []
+    for name, data in (("dataset", dataset), ("check", check)):
+        try:
+            check_classes(pipeline.classes, data.classes)
+        except PysegError as error:
+            raise PysegError(f"{name}: {error}") from None
+        count = len(data) if limit is None else min(limit, len(data))
+        if count < 1:
+            raise PysegError(
+                f"{name} has no images to use; its length is {len(data)}, limit {limit}"
+            )
+        chosen.append((name, data, [k * len(data) // count for k in range(count)]))
+    return chosen
+
+
 def train_crf(
     pipeline: Pipeline,
     dataset: Dataset,
@@ -96,17 +122,8 @@ def train_crf(
             f"epochs and learning_rate must be positive, got {epochs} and {learning_rate}"
         )
     groups: list[list[tuple[Sample, Segmentation]]] = []
-    for name, data in (("dataset", dataset), ("check", check)):
-        try:
-            check_classes(pipeline.classes, data.classes)
-        except PysegError as error:
-            raise PysegError(f"{name}: {error}") from None
-        count = len(data) if limit is None else min(limit, len(data))
-        if count < 1:
-            raise PysegError(
-                f"{name} has no images to use; its length is {len(data)}, limit {limit}"
-            )
-        samples = [data[k * len(data) // count] for k in range(count)]
+    for name, data, indices in chosen_images(pipeline, dataset, check, limit):
+        samples = [data[index] for index in indices]
         predictions = [pipeline.run_stages(sample.image)[-1] for sample in samples]
         for sample, prediction in zip(samples, predictions, strict=True):
             if prediction.logits is None:
@@ -136,7 +153,8 @@ def train_crf(
         assert prediction.logits is not None and sample.labels is not None
         images = sample.image[None].to(pipeline.device)
         labels = sample.labels[None].long().to(pipeline.device)
-        loss = nll_loss(crf(images, prediction.logits[None]), labels, ignore_index=VOID)
+        logits = prediction.logits[None] / prediction.temperature
+        loss = nll_loss(crf(images, logits), labels, ignore_index=VOID)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from .. import processes
-from ..classes import check_classes
-from ..errors import LabelError, PysegError
+from ..errors import LabelError
 from ..metrics.semantic import Semantic
 from ..pipeline import Pipeline, Stage
 from ..refiners.segfix import (
@@ -25,7 +24,7 @@ from ..refiners.segfix import (
 )
 from ..spec import StageSpec
 from ..types import VOID, Dataset
-from .crf import Training
+from .crf import Training, chosen_images
 from .label_spaces import Together
 from .loop import Precision, check_output, check_positive, check_share, fit
 from .optimizer import make_optimizer
@@ -109,18 +108,8 @@ def train_segfix(
     check_positive(epochs=epochs, learning_rate=learning_rate, batch_size=batch_size, width=width)
     check_share(photometric=min(photometric, 1.0), warmup=warmup)
     check_output(output_dir, resume)
-    sets = []
-    for name, data in (("dataset", dataset), ("check", check)):
-        try:
-            check_classes(pipeline.classes, data.classes)
-        except PysegError as error:
-            raise PysegError(f"{name}: {error}") from None
-        count = len(data) if limit is None else min(limit, len(data))
-        if count < 1:
-            raise PysegError(
-                f"{name} has no images to use; its length is {len(data)}, limit {limit}"
-            )
-        sets.append(_Some(data, [k * len(data) // count for k in range(count)]))
+    chosen = chosen_images(pipeline, dataset, check, limit)
+    sets = [_Some(data, indices) for _, data, indices in chosen]
     torch.manual_seed(seed)
     refiner = SegFix(**options).to(pipeline.device)
     model = pipeline.model
