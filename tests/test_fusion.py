@@ -76,8 +76,17 @@ def adversaries(rng, truth, other):
     yield "grid", segments(numbered(cells(size, 32, corner)))
     yield "noise", list(noise)
     yield "whole", [torch.ones(size, dtype=torch.bool)]
-    yield "checkerboard", [cells(size, 8).div(10_000, rounding_mode="floor").add(
-        torch.arange(size[1]) // 8).remainder(2) == k for k in (0, 1)]  # fmt: skip
+    yield (
+        "checkerboard",
+        [
+            cells(size, 8)
+            .div(10_000, rounding_mode="floor")
+            .add(torch.arange(size[1]) // 8)
+            .remainder(2)
+            == k
+            for k in (0, 1)
+        ],
+    )
     yield "another image", components(other, int(other.max()) + 1)
     yield "inverted", [~mask for mask in exact]
     for pixels in (4, 8, 16):

@@ -29,7 +29,7 @@ def names(requirements):
 
 PLAIN = names(PROJECT["dependencies"])
 EXTRAS = {key: names(values) for key, values in PROJECT["optional-dependencies"].items()}
-FOR_USERS = {"train", "zoo", "imagenet", "nyud", "large", "geo", "zarr", "ray", "tensorboard"}
+FOR_USERS = {"train", "zoo", "imagenet", "hf", "nyud", "large", "geo", "zarr", "ray", "tensorboard"}
 
 
 def imports(tree, within=False):

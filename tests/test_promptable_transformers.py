@@ -215,8 +215,9 @@ def test_masks_are_those_of_the_packages_processor_and_model(models, kind, size)
         input_boxes=[prompts.boxes.tolist()],
         return_tensors="pt",
     )
-    sizes = {key: inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes")
-             if key in inputs}  # fmt: skip
+    sizes = {
+        key: inputs.pop(key) for key in ("original_sizes", "reshaped_input_sizes") if key in inputs
+    }
     with torch.no_grad():
         output = model(**inputs, multimask_output=True)
     theirs = processor.post_process_masks(output.pred_masks, *sizes.values(), binarize=False)[0]

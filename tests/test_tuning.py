@@ -249,9 +249,9 @@ def test_command_says_that_no_crf_is_best(tmp_path):
 
 
 def test_command_knows_its_refiners(tmp_path):
-    result = run("sam", "--dataset", "scenes", "--root", tmp_path)
+    result = run("segfix", "--dataset", "scenes", "--root", tmp_path)
     assert result.exit_code == 2
-    assert "only the refiners crf and temperature can be fitted, got 'sam'" in result.stderr
+    assert "only the refiners crf and temperature and sam can be fitted" in result.stderr
 
 
 def test_training_lowers_the_loss_and_raises_miou():

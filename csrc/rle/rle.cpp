@@ -1,5 +1,7 @@
 // COCO's run-length texts to the edges of their runs, and what two masks of such edges share. Both
 // go through short lists from front to back, one number after the other: there are no vectors here.
+#include "rle.h"
+
 #include <tuple>
 #include <vector>
 
@@ -7,8 +9,6 @@
 
 namespace pyseg::rle {
 namespace {
-
-constexpr int kDigits = 12;  // of a number at most, of 5 bits each
 
 const int64_t* checked(const char* name, const Tensor& tensor) {
   PYSEG_CHECK(

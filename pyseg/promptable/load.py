@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from .base import Promptable
 from .huggingface import is_transformers, load_transformers
+from .nano import load_nano
 from .sam import load_segment_anything, load_segment_anything_2
 
 NANO = "nano"
@@ -45,7 +45,7 @@ def load_sam(
     if size == NANO:
         if image_size is not None or precision != "fp32":
             raise ValueError("nano has neither image_size nor precision")
-        return NANO, importlib.import_module("pyseg.promptable.nano").load_nano(weights)
+        return NANO, load_nano(weights)
     if is_transformers(weights) and weights is not None:
         return _of_transformers(weights, size, image_size, precision)
     return load_segment_anything(weights, size, image_size=image_size, precision=precision)

@@ -60,7 +60,7 @@ KEYS = {
     "segformer_b5": (1068, "543160409eebaafc"),
     "segnet": (177, "5983feb472ac7cb1"),
     "segnet_basic": (58, "db37926daa20d44f"),
-    "streetnet": (208, "f9cf26cdbdef30b8"),
+    "streetnet": (346, "c53f1f1ff06ecf8b"),
     "unet": (46, "54a3f0e41eef5ac8"),
     "unet_resnet": (278, "d014ba2c6b330155"),
     "unet_resnet50": (380, "d6e8e3afd359562e"),
