@@ -337,7 +337,9 @@ def test_it_refines_by_its_name():
     image = read_image(Path(pyseg.__file__).parent / "assets/street.jpg")
     pipeline = pyseg.build('streetnet+sam(size="nano")')
     refined = pipeline(image)
-    assert pipeline.refiners[0].size == "nano"
+    assert pipeline.refiners[0].size == "nano" and pipeline.refiners[0].predicted_iou == 0.9
+    own = pyseg.build('streetnet+sam(size="nano", predicted_iou=0.7)')
+    assert own.refiners[0].predicted_iou == 0.7
     assert refined.labels.shape == image.shape[1:]
     assert refined.labels.max() < len(pipeline.classes)
     with pytest.raises(ValueError, match="nano has neither image_size nor precision"):

@@ -20,11 +20,13 @@ from .semantic import SemanticModel, semantic_model
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
 
-@facts(licence="trained on CamVid, CC BY-NC 4.0: research and demonstration only")
+@facts(
+    licence="trained on CamVid, CC BY-NC 4.0, and LabelMeFacade: research and demonstration only"
+)
 def streetnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
-    """A 2.6 M-parameter encoder-decoder for street scenes that runs well on a CPU.
+    """A 2.8 M-parameter encoder-decoder for street scenes that runs well on a CPU.
 
     Args:
         num_classes: None = CamVid's 11. Another number keeps the trunk of the bundled weights and

@@ -36,7 +36,10 @@ class Prompts:
 
 
 class Promptable(Protocol):
-    """A segmenter that answers prompts with masks; it keeps no state between calls."""
+    """A segmenter that answers prompts with masks; it keeps no state between calls.
+
+    It may have ``least_iou``, the predicted IoU below which refiners take no mask of it by default.
+    """
 
     def embed(self, image: Tensor) -> Any:
         """Whatever ``predict`` and ``upsample`` need of ``image`` [3, H, W] uint8 RGB."""

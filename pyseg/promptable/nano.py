@@ -374,6 +374,8 @@ class NanoBackend(nn.Module):
     image of 4:3 costs three quarters of a square one.
     """
 
+    least_iou = 0.9  # of a mask that a refiner takes: at SAM's 0.7 it did harm, see docs/sam.md
+
     def __init__(self, network: NanoNetwork) -> None:
         super().__init__()
         self.network = network.requires_grad_(False)

@@ -77,6 +77,7 @@ STUFF = frozenset(_STUFF_NAMES.split())
 """Classes that prompt mode leaves alone by default: one has no "component" to prompt with."""
 
 _PIXELS = 1 << 26  # of masks at the size of the image, held at once
+_LEAST_IOU = 0.7
 _DUPLICATE = 0.7  # IoU of boxes, as in SAM's own automatic mask generator
 
 
@@ -97,7 +98,8 @@ class SamRefiner(nn.Module):
             to the least score, predicted IoU times stability, of their masks; None = in prompts all
             but those of `STUFF`, in votes all.
         min_area: prompts: pixels below which a component or instance keeps its outline.
-        predicted_iou: gate: the least IoU that the segmenter predicts for its own mask.
+        predicted_iou: gate: the least IoU that the segmenter predicts for its own mask; None = what
+            the segmenter says in ``least_iou``, else 0.7.
         component_iou: gate, prompts: the least IoU of mask and component.
         area_ratio: gate, prompts: mask and component differ in area by at most this factor.
         agreement: gate, votes: of the pixels in a mask that the network is sure about, the least
@@ -133,7 +135,7 @@ class SamRefiner(nn.Module):
         mode: Literal["prompt", "vote", "auto"] = "prompt",
         classes: Mapping[str, float] | Sequence[str] | str | None = None,
         min_area: int = 64,
-        predicted_iou: float = 0.7,
+        predicted_iou: float | None = None,
         component_iou: float = 0.5,
         area_ratio: float = 2.0,
         agreement: float = 0.9,
@@ -179,6 +181,8 @@ class SamRefiner(nn.Module):
             classes = (classes,)
         self.classes = dict(classes) if isinstance(classes, Mapping) else classes and tuple(classes)
         self.min_area = min_area
+        if predicted_iou is None:
+            predicted_iou = getattr(generator, "least_iou", _LEAST_IOU)
         self.predicted_iou = predicted_iou
         self.points = points
         self.batch = batch
