@@ -96,8 +96,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collect_file(file_path, parent):
-    # A file named on the command line is collected by pytest itself, whatever its name.
-    if _is_benchmark(file_path) and not parent.session.isinitpath(file_path):
+    # A file named on the command line is collected by pytest itself, whatever its name. The others
+    # of benchmarks/ are commands, which import one another as Python runs them.
+    named = parent.session.isinitpath(file_path)
+    if _is_benchmark(file_path) and not named and "\ndef test_" in file_path.read_text("utf-8"):
         return pytest.Module.from_parent(parent, path=file_path)
     return None
 

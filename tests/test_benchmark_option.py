@@ -91,6 +91,15 @@ def test_benchmarks_are_no_tests(project):
     assert result.returncode != 0 and "needs --benchmark" in result.stderr
 
 
+def test_every_benchmark_is_found():
+    """Also beside commands, which import one another and are not imported here."""
+    command = [sys.executable, "-m", "pytest", "--benchmark", "--collect-only", "-q"]
+    result = subprocess.run(command, cwd=CONFTEST.parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    for op in ("dense_crf", "roi_align", "pipeline"):
+        assert f"benchmarks/{op}.py::test_" in result.stdout
+
+
 def test_parts_make_the_whole(project):
     root, run = project
     names = [f"test_{letter}" for letter in "abcdefg"]
