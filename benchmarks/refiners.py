@@ -51,7 +51,6 @@ THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 DRIVES = ("drive 0001TP", "drive 0006R0")
 RESAMPLES = 2000
 BATCH = 6  # of the networks that `train` makes
-DAY_FRAMES = "0006R0_f033[6-9]*,0006R0_f03[4-8]*,0006R0_f039[0-3]*"  # the hold-out by day
 MARKS = {  # of the tables in the page
     "rows": ("<!-- by benchmarks/refiners.py score -->", "<!-- until here -->"),
     "thin": ("<!-- by benchmarks/refiners.py thin -->", "<!-- thin until here -->"),
@@ -111,8 +110,7 @@ MODELS = (
         "weak streetnet",
         "weak.safetensors",
         HELD_OUT,
-        without="0001TP_007[4-6]*,0001TP_0077[0-4]*,0006R0_f033[6-9]*,0006R0_f03[4-8]*,"
-        "0006R0_f039[0-3]*",
+        without="hold-outs",
         steps=120,
         what="120 steps from random weights",
     ),
@@ -207,7 +205,7 @@ def make(given):
     if not path.exists():
         entry = MODELS[0]
         pipeline = pyseg.compose(entry.build(given.weights))
-        day = CamVid(given.root, "train", only=DAY_FRAMES)
+        day = CamVid(given.root, "train", only="day-block")
         found = train_crf(pipeline, day, day, limit=8, epochs=3)
         save_state(path, found.pipeline.refiners[-1].state_dict())
 

@@ -34,9 +34,6 @@ from pyseg.refiners import SegFix
 from pyseg.types import VOID, Segmentation
 
 OUTPUT = Path(pyseg.__file__).parent / "assets" / "segfix_camvid.json"
-# First and last frame, in order of time.
-DUSK = ("0001TP_007410", "0001TP_007740")
-DAY = ("0006R0_f03360", "0006R0_f03930")
 FOLDS = ("dusk", "day", "validation", "other cities")
 THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 RESAMPLES = 2000
@@ -87,14 +84,12 @@ def common(prediction):
 
 
 def folds(root):
-    train, val = CamVid(root, "train"), CamVid(root, "val")
-    names = [train[k].name for k in range(len(train))]
-    blocks = {"dusk": DUSK, "day": DAY}
-    found = {
-        fold: [train[k] for k, name in enumerate(names) if first <= name <= last]
-        for fold, (first, last) in blocks.items()
+    sets = {
+        "dusk": CamVid(root, "train", only="dusk-block"),
+        "day": CamVid(root, "train", only="day-block"),
+        "validation": CamVid(root, "val"),
     }
-    return {**found, "validation": [val[k] for k in range(len(val))]}
+    return {fold: [each[k] for k in range(len(each))] for fold, each in sets.items()}
 
 
 def refined(weights, options):

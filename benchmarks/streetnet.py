@@ -25,18 +25,13 @@ from pyseg.datasets import CamVid
 from pyseg.evaluation import evaluate
 from pyseg.models.streetnet import BUNDLED, streetnet
 
-BLOCKS = {
-    "dusk": "0001TP_007[4-6]*,0001TP_0077[0-4]*",
-    "day": "0006R0_f033[6-9]*,0006R0_f03[4-8]*,0006R0_f039[0-3]*",
-}
-
 
 def sets(data):
     """Data sets by name."""
     return {
-        "hold-out dusk": CamVid(data, "train", only=BLOCKS["dusk"]),
-        "hold-out day": CamVid(data, "train", only=BLOCKS["day"]),
-        "both hold-outs": CamVid(data, "train", only=",".join(BLOCKS.values())),
+        "hold-out dusk": CamVid(data, "train", only="dusk-block"),
+        "hold-out day": CamVid(data, "train", only="day-block"),
+        "both hold-outs": CamVid(data, "train", only="hold-outs"),
         "validation": CamVid(data, "val"),
     }
 

@@ -29,6 +29,11 @@ _GROUPS = (
     *(9, 1, 10, 1, 1, 8, 9, 9, 2, 7, 3, 3, 6, 10, 8, 4, 9, 3, 4, 4, 6, 0, 8, 2, 6, 8, 5, 8, 1),
     *(5, 1),
 )
+# Frames of two training drives, 12 at dusk and 20 by day, that our own trainings leave out, to be
+# scored on: `only` and `without` know them by these names.
+_DUSK = "0001TP_007[4-6]*,0001TP_0077[0-4]*"
+_DAY = "0006R0_f033[6-9]*,0006R0_f03[4-8]*,0006R0_f039[0-3]*"
+_BLOCKS = {"dusk-block": _DUSK, "day-block": _DAY, "hold-outs": f"{_DUSK},{_DAY}"}
 
 
 class CamVid(PairedFiles):
@@ -44,7 +49,9 @@ class CamVid(PairedFiles):
         split: "train", "val", "test", or any other that the folder holds.
         classes: 11 or 32; 32 need colour-coded labels.
         only: patterns of the frames that are taken, such as ``"0001TP_*"`` for the drive at dusk,
-            as a sequence or joined by commas; none = all.
+            as a sequence or joined by commas; none = all. "hold-outs" stands for the 12 and 20
+            frames of two drives that the bundled weights' scores are of, "dusk-block" and
+            "day-block" for those of one.
         without: patterns of frames that are left out.
 
     Raises:
@@ -125,7 +132,8 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
 
 def _patterns(given: str | Sequence[str]) -> list[str]:
     parts = given.split(",") if isinstance(given, str) else given
-    return [part.strip() for part in parts if part.strip()]
+    names = [part.strip() for part in parts]
+    return [pattern for name in names if name for pattern in _BLOCKS.get(name, name).split(",")]
 
 
 def _split(stem: str) -> str:

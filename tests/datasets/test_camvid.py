@@ -55,12 +55,15 @@ def test_the_list_decides_frames_and_order(tmp_path):
 
 def test_frames_by_pattern(tmp_path):
     stems = ["0001TP_006690", "0001TP_006720", "0006R0_f00930", "0016E5_00390"]
-    write(tmp_path / "camvid", "train/images", "train/labels", stems)
+    block = ["0001TP_007710", "0006R0_f03930"]
+    write(tmp_path / "camvid", "train/images", "train/labels", [*stems, *block])
     for only, without, expected in (
-        ("0001TP_*", (), stems[:2]),
-        (["0006R0_*", "0016E5_*"], (), stems[2:]),
-        ((), "0001TP_00672?, 0016E5_*", [stems[0], stems[2]]),
-        ("0001TP_*", "*6690", [stems[1]]),
+        ("0001TP_006*", (), stems[:2]),
+        (["0006R0_f00*", "0016E5_*"], (), stems[2:]),
+        ((), "0001TP_00672?, 0016E5_*, hold-outs", [stems[0], stems[2]]),
+        ("0001TP_*", ["*6690", "dusk-block"], [stems[1]]),
+        ("hold-outs", (), block),
+        ("day-block", "dusk-block", block[1:]),
     ):
         found = CamVid(tmp_path, "train", only=only, without=without)  # the folder above, too
         assert found.names == tuple(expected)
