@@ -30,7 +30,6 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 import pyseg
-from pyseg.models.semantic import IMAGENET_MEAN, IMAGENET_STD
 
 DATA = Path(os.environ.get("PYSEG_TEST_DATA", "../shared/data")) / "camvid" / "val" / "images"
 IMAGES = {"streetnet": 24, "fcn_resnet50": 4}
@@ -49,14 +48,12 @@ def make_folder(count, size, folder):
     return sorted(folder.iterdir())
 
 
-def plain_loop(network, files, folder, palette):
-    mean = torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
-    std = torch.tensor(IMAGENET_STD).view(3, 1, 1)
+def plain_loop(model, files, folder, palette):
     for file in files:
         pixels = np.array(Image.open(file).convert("RGB"))
-        image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - mean) / std
+        image = (torch.from_numpy(pixels).permute(2, 0, 1) / 255 - model.mean) / model.std
         with torch.inference_mode():
-            logits = network(image[None])["out"]
+            logits = model.network(image[None])["out"]
             scores = interpolate(logits, pixels.shape[:2], mode="bilinear", align_corners=False)
             labels = scores.argmax(1)[0].to(torch.uint8)
         picture = Image.fromarray(labels.numpy())
@@ -91,7 +88,7 @@ def test_folder(compare, tmp_path, threads, name, size, precision):
 
     compare(
         ours=lambda: pyseg.predict(pipeline, files, ours, overwrite=True),
-        peer=lambda: plain_loop(model.network, files, theirs, palette),
+        peer=lambda: plain_loop(model, files, theirs, palette),
         peer_name="a plain loop in float32",
         threads=threads,
         goal=2,

@@ -1,14 +1,14 @@
-"""The table of README.md, from a stored run: `python benchmarks/table.py [FILE]`.
+"""The table of README.md, from stored runs: `python benchmarks/table.py [FILE …]`.
 
-FILE is one of benchmarks/results/; by default all of them. A cell has the ratios with 1 / 2
-threads, as the median of a run's rounds: how many times as long the peer takes.
+FILE is one of benchmarks/results/; by default all of them, side by side. A cell has the ratios with
+1 / 2 threads, as the median of a run's rounds: how many times as long the peer takes.
 """
 
 import json
 import sys
 from pathlib import Path
 
-LEVELS = {"AVX-512": "", "AVX2": " at v3", "generic": " at generic"}
+LEVELS = {"v4": "AVX-512", "v3": "AVX2", "generic": "generic"}
 
 # What the README calls it, its peer, and the benchmark, with {} for the number of threads.
 ROWS = [
@@ -138,25 +138,44 @@ def ratio(entry):
     return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def table(results):
-    """Markdown lines for the stored ``results``, without rows that none of them belongs to."""
-    yield f"| op, size | peer | {' | '.join(LEVELS)} |"
-    yield "|---|---" + "|---" * len(LEVELS) + "|"
+def by_level(results, name):
+    """The entries of a benchmark at every level; of the best one where it runs at one alone."""
+    found = {}
+    for suffix in ("", *(f" at {level}" for level in LEVELS)):
+        if entry := results.get(name + suffix):
+            found[entry["simd"]] = entry
+    return found
+
+
+def table(runs):
+    """Markdown lines for stored ``runs``, without rows that none of them has."""
+    columns = [
+        (run["results"], level)
+        for run in runs
+        for level in LEVELS
+        if any(entry["simd"] == level for entry in run["results"].values())
+    ]
+    yield f"| op, size | peer | {' | '.join(LEVELS[level] for _, level in columns)} |"
+    yield "|---|---" + "|---" * len(columns) + "|"
     above = ""
     for what, peer, name in ROWS:
         peer = above = peer or above  # none = that of the row above
-        pairs = [
-            [results.get(name.format(n) + suffix) for n in (1, 2)] for suffix in LEVELS.values()
-        ]
-        if any(entry for pair in pairs for entry in pair):
-            cells = [" / ".join(map(ratio, pair)) if any(pair) else "-" for pair in pairs]
+        cells, best = [], None
+        for results, level in columns:
+            pair = [by_level(results, name.format(n)) for n in (1, 2)]
+            if results is not best:  # what has no levels stands in the first column
+                pair = [{level: found.get(None), **found} for found in pair]
+            best = results
+            entries = [found.get(level) for found in pair]
+            cells.append(" / ".join(map(ratio, entries)) if any(entries) else "-")
+        if set(cells) != {"-"}:
             yield f"| {what} | {peer} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
     folder = Path(__file__).parent / "results"
     found = [Path(name) for name in sys.argv[1:]] or sorted(folder.glob("*-torch*.json"))
-    for file in found:
-        stored = json.loads(file.read_text())
-        print(f"{stored['cpu']}, torch {stored['torch']}, {stored['date']}:\n")
-        print("\n".join(table(stored["results"])), end="\n\n")
+    stored = [json.loads(file.read_text()) for file in found]
+    for run in stored:
+        print(f"{run['cpu']}, torch {run['torch']}, {run['date']}")
+    print("", *table(stored), sep="\n")
