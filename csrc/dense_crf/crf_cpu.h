@@ -42,7 +42,10 @@ void for_ranges(int64_t items, int64_t piece, int64_t cost, Work work) {
            [&](int64_t i, int64_t) { work(i * piece, std::min(items, (i + 1) * piece)); });
 }
 
+template <int NumberBits>
 class VertexTable;
+using TileTable = VertexTable<17>;   // of a tile: at most 2^16
+using WholeTable = VertexTable<31>;  // of an image
 
 struct Tile {
   int x, y, width, height;
@@ -100,10 +103,10 @@ class Crf {
   Axis lay(const Kernel& kernel, int axis, int64_t size) const;
   void place_grid(int kernel, int64_t tile);
   VertexNames name_vertices(const Kernel& kernel, const Real* features) const;
-  void locate_tile(const Real* features, int64_t tile, std::vector<VertexTable>& tables);
+  void locate_tile(const Real* features, int64_t tile, std::vector<TileTable>& tables);
   void merge(int kernel);
   void merge_grid(int kernel);
-  void link(int kernel, VertexTable& table);
+  void link(int kernel, WholeTable& table);
   void chain(int kernel, const std::vector<int32_t>& neighbours);
   void normalize();
   template <class Visit>
@@ -165,7 +168,10 @@ void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit v
     visit(l);
     const int axes = kernel.axes, blurs = axes * kernel.blur.passes;
     const int lists = int(chains_[l].size());
-    for (int step = 0; step < blurs; ++step) {
+    // A grid is blurred as often as it has to be along an axis, piece by piece, while a piece is in
+    // the cache.
+    const int times = kernel.grid ? kernel.blur.passes : 1;
+    for (int step = 0; step < blurs; step += times) {
       const int blur = transposed ? blurs - 1 - step : step, axis = kernel.axis_of(blur);
       const int list = kernel.grid            ? axis
                        : blur < axes          ? blur
@@ -174,11 +180,13 @@ void Crf<Real>::filter(const Real* partial, int padded, bool transposed, Visit v
       const Chains& chains = chains_[l][list];
       const Link* const links = chains.links.data();
       const int64_t pieces = int64_t(chains.pieces.size()) - 1;
-      const int64_t cost = 3 * padded * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
+      const int64_t cost =
+          3 * padded * times * int64_t(chains.links.size()) / std::max<int64_t>(pieces, 1);
       for_each(pieces, cost, [&](int64_t i, int64_t) {
         // A piece ends with the end of a chain.
-        functions_.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
-                        transposed, Real(kernel.side(axis)), padded);
+        for (int time = 0; time < times; ++time)
+          functions_.blur(values, links + chains.pieces[i], links + chains.pieces[i + 1] - 1,
+                          transposed, Real(kernel.side(axis)), padded);
       });
     }
   }

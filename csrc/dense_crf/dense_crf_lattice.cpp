@@ -2,6 +2,7 @@
 // and with what weights, which of them are neighbours, and what normalises their sums.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "crf_cpu.h"
@@ -10,72 +11,81 @@ namespace pyseg::crf {
 
 constexpr int64_t kTileEntries = 1 << 16;  // rows of a tile are named by 16 bits
 constexpr int64_t kMaxVertices = int64_t(1) << 30;
-constexpr uint64_t kNoName = ~uint64_t(0);
 
-// Vertex name -> number, by open addressing.
+// Vertex name -> number of so many bits, by open addressing. A slot holds both, so that four times
+// as many slots are in a cache as with a number beside the name; of a name that is too long for
+// that, the highest bits are looked up among the names.
+template <int NumberBits>
 class VertexTable {
  public:
-  explicit VertexTable(int64_t expected) {
+  VertexTable(int64_t expected, int name_bits) : whole_(name_bits <= 64 - NumberBits) {
     int bits = 8;
     while ((int64_t(1) << bits) < 2 * expected) ++bits;
     resize(bits);
   }
   void clear() {
-    std::fill(slots_.begin(), slots_.end(), Slot{kNoName, -1});
+    std::fill(slots_.begin(), slots_.end(), kEmpty);
     names_.clear();
   }
   const std::vector<uint64_t>& names() const { return names_; }
   // Where there is none, the vertex gets the next number, its place in names().
   PYSEG_INLINE int32_t insert(uint64_t name) {
-    const Slot& slot = slots_[place(name)];
-    if (__builtin_expect(slot.name == name, 1)) return slot.number;
+    const uint64_t number = slots_[place(name)] ^ (name << NumberBits);
+    if (__builtin_expect(is(number, name), 1)) return int32_t(number);
     return insert_elsewhere(name);
   }
   // Where the table is large, for a name that is asked for later.
   void prefetch(uint64_t name) const { __builtin_prefetch(&slots_[place(name)]); }
   int32_t find(uint64_t name) const {  // -1: absent
-    for (uint64_t at = place(name);; at = (at + 1) & mask_)
-      if (slots_[at].name == name || slots_[at].name == kNoName) return slots_[at].number;
+    for (uint64_t at = place(name);; at = (at + 1) & mask_) {
+      if (slots_[at] == kEmpty) return -1;
+      const uint64_t number = slots_[at] ^ (name << NumberBits);
+      if (is(number, name)) return int32_t(number);
+    }
   }
+  // Of the names so far: whether one may be among them, by a bit of its hash.
+  void sketch() {
+    bits_.assign((slots_.size() >> 4) + 1, 0);
+    for (const uint64_t name : names_) bits_[bit(name) >> 6] |= uint64_t(1) << (bit(name) & 63);
+  }
+  bool may_hold(uint64_t name) const { return bits_[bit(name) >> 6] >> (bit(name) & 63) & 1; }
 
  private:
-  struct Slot {
-    uint64_t name;
-    int32_t number;
-  };
-  uint64_t place(uint64_t name) const { return (name * 0x9E3779B97F4A7C15u) >> shift_; }
+  static constexpr uint64_t kEmpty = ~uint64_t(0), kNone = kEmpty >> (64 - NumberBits);
+  bool is(uint64_t number, uint64_t name) const {
+    return number < kNone && (whole_ || names_[number] == name);
+  }
+  static uint64_t hash(uint64_t name) { return name * 0x9E3779B97F4A7C15u; }
+  uint64_t bit(uint64_t name) const { return hash(name) >> (shift_ - 2); }
+  uint64_t place(uint64_t name) const { return hash(name) >> shift_; }
   __attribute__((noinline)) int32_t insert_elsewhere(uint64_t name) {
     uint64_t at = place(name);
-    for (; slots_[at].name != kNoName; at = (at + 1) & mask_)
-      if (slots_[at].name == name) return slots_[at].number;
-    if (2 * (names_.size() + 1) > slots_.size()) {
-      grow();
-      for (at = place(name); slots_[at].name != kNoName;) at = (at + 1) & mask_;
+    for (; slots_[at] != kEmpty; at = (at + 1) & mask_) {
+      const uint64_t number = slots_[at] ^ (name << NumberBits);
+      if (is(number, name)) return int32_t(number);
     }
-    slots_[at] = {name, int32_t(names_.size())};
+    if (2 * (names_.size() + 1) > slots_.size()) {
+      resize(65 - shift_);
+      for (size_t number = 0; number < names_.size(); ++number) put(names_[number], number);
+    }
+    put(name, names_.size());
     names_.push_back(name);
-    return slots_[at].number;
+    return int32_t(names_.size() - 1);
+  }
+  void put(uint64_t name, uint64_t number) {
+    uint64_t at = place(name);
+    while (slots_[at] != kEmpty) at = (at + 1) & mask_;
+    slots_[at] = name << NumberBits | number;
   }
   void resize(int bits) {
-    slots_.assign(size_t(1) << bits, Slot{kNoName, -1});
+    slots_.assign(size_t(1) << bits, kEmpty);
     mask_ = (uint64_t(1) << bits) - 1;
     shift_ = 64 - bits;
   }
-  void grow() {
-    std::vector<Slot> old;
-    old.swap(slots_);
-    resize(65 - shift_);
-    for (const Slot& slot : old) {
-      if (slot.name == kNoName) continue;
-      uint64_t at = place(slot.name);
-      while (slots_[at].name != kNoName) at = (at + 1) & mask_;
-      slots_[at] = slot;
-    }
-  }
-  std::vector<Slot> slots_;
+  const bool whole_;
+  std::vector<uint64_t> slots_, names_, bits_;
   uint64_t mask_ = 0;
   int shift_ = 64;
-  std::vector<uint64_t> names_;
 };
 
 std::vector<Tile> cut(int64_t height, int64_t width, int entries) {
@@ -133,7 +143,7 @@ VertexNames Crf<Real>::name_vertices(const Kernel& kernel, const Real* features)
 }
 
 template <class Real>
-void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<VertexTable>& tables) {
+void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<TileTable>& tables) {
   Tile& tile = tiles_[index];
   uint16_t* const rows = pixel_rows_.get() + tile.first_pixel * entries_;
   Real* const weights = slice_.get() + tile.first_pixel * entries_;
@@ -150,7 +160,7 @@ void Crf<Real>::locate_tile(const Real* features, int64_t index, std::vector<Ver
     const int d = kernel.features;
     const auto locate = functions_.locate[d - 1];
     Part& part = parts_[l][index];
-    VertexTable& table = tables[l];
+    TileTable& table = tables[l];
     table.clear();
     int64_t entry = kernel.first_entry;
     for (int y = tile.y; y < tile.y + tile.height; ++y) {
@@ -251,7 +261,7 @@ void Crf<Real>::merge(int l) {
   if (settings_.kernels[l].grid) return merge_grid(l);
   int64_t most = 0;
   for (const Part& part : parts_[l]) most += part.names.size();
-  VertexTable table(settings_.kernels[l].blur.rings ? 2 * most : most);
+  WholeTable table(settings_.kernels[l].blur.rings ? 2 * most : most, names_[l].bits);
   for (size_t t = 0; t < tiles_.size(); ++t) {
     int64_t row = tiles_[t].first_row;
     for (int before = 0; before < l; ++before) row += parts_[before][t].names.size();
@@ -287,7 +297,7 @@ void Crf<Real>::merge_grid(int l) {
 
 // Adds the empty vertices through which mass passes between occupied ones, and finds neighbours.
 template <class Real>
-void Crf<Real>::link(int l, VertexTable& table) {
+void Crf<Real>::link(int l, WholeTable& table) {
   constexpr int kAhead = 4;
   const int axes = settings_.kernels[l].axes;
   const VertexNames& naming = names_[l];
@@ -307,6 +317,7 @@ void Crf<Real>::link(int l, VertexTable& table) {
   }
   const int64_t count = names.size(), known = added.size() / (2 * axes);
   std::vector<int32_t> neighbours(axes * count * 2, -1);
+  table.sketch();
   for_each(axes, 2 * count, [&](int64_t axis, int64_t) {
     int32_t* const along = neighbours.data() + axis * count * 2;
     for (int64_t v = 0; v < known; ++v) {
@@ -315,9 +326,10 @@ void Crf<Real>::link(int l, VertexTable& table) {
       along[2 * beside[0] + 1] = along[2 * beside[1]] = int32_t(v);
     }
     for (int64_t v = known; v < count; ++v) {
-      if (v + kAhead < count) table.prefetch(naming.after(names[v + kAhead], int(axis)));
       if (along[2 * v] >= 0) continue;
-      const int32_t next = table.find(naming.after(names[v], int(axis)));
+      const uint64_t after = naming.after(names[v], int(axis));
+      if (!table.may_hold(after)) continue;
+      const int32_t next = table.find(after);
       if (next < 0) continue;
       along[2 * v] = next;
       along[2 * next + 1] = int32_t(v);
@@ -396,8 +408,9 @@ void Crf<Real>::build(const Real* features) {
     const int x = kernel.channels[1] == -2;  // the axis that is x
     grids_[l] = {lay(kernel, x, width_), lay(kernel, 1 - x, height_)};
   }
-  std::vector<std::vector<VertexTable>> tables(
-      workers(), std::vector<VertexTable>(kernels_, VertexTable(1024)));
+  std::vector<TileTable> empty;
+  for (const VertexNames& names : names_) empty.emplace_back(1024, names.bits);
+  std::vector<std::vector<TileTable>> tables(workers(), empty);
   for_each(tiles_.size(), 32 * tile_pixels() * entries_,
            [&](int64_t tile, int64_t worker) { locate_tile(features, tile, tables[worker]); });
   int64_t rows = 0;
@@ -477,8 +490,9 @@ void Crf<Real>::normalize() {
     for (int64_t i = 0; i < tile.rows; ++i)
       sums[i] = values[int64_t(row_vertex_[tile.first_row + i]) * padded];
     const int64_t begin = tile.first_pixel * entries_;
-    const int64_t end = begin + int64_t(tile.width) * tile.height * entries_;
-    if (splat_.get()) std::copy(slice_.get() + begin, slice_.get() + end, splat_.get() + begin);
+    if (splat_.get())
+      std::copy_n(slice_.get() + begin, int64_t(tile.width) * tile.height * entries_,
+                  splat_.get() + begin);
     Real* const weights = how == Normalization::before ? splat_.get() : slice_.get();
     for (int l = 0; l < kernels_; ++l) {
       const Kernel& kernel = settings_.kernels[l];
@@ -486,24 +500,32 @@ void Crf<Real>::normalize() {
       const Real scale = kernel_scale(kernel);
       const SelfTerm<Real> self_term_of(kernel, scale);
       Real* self = self_term ? nullptr : self_.get() + tile.first_pixel * kernels_ + l;
-      for (int64_t i = begin + kernel.first_entry; i < end; i += entries_) {
-        Real sum = 0;
-        for (int k = 0; k <= kernel.features; ++k) sum += weights[i + k] * sums[pixel_rows_[i + k]];
-        sum = sum * scale + Real(1e-20);
-        bool alone = false;
-        if (!self_term) {
-          const Real own = self_term_of(weights + i);
-          sum -= own;
-          alone = sum < Real(kAlone) * own;
-          *self = alone ? 0 : how == Normalization::none ? own : own / sum;
-          self += kernels_;
+      // Line by line, so that roots and quotients are taken in vectors.
+      Real factors[kTileWidth];
+      Real* weight = weights + begin + kernel.first_entry;
+      const uint16_t* row = pixel_rows_.get() + begin + kernel.first_entry;
+      for (int y = 0; y < tile.height; ++y) {
+        for (int x = 0; x < tile.width; ++x) {
+          Real sum = 0;
+          for (int k = 0; k <= kernel.features; ++k)
+            sum += weight[x * entries_ + k] * sums[row[x * entries_ + k]];
+          factors[x] = sum * scale + Real(1e-20);
         }
-        Real factor = 0;
-        if (!alone)
-          factor = how == Normalization::none        ? Real(1)
-                   : how == Normalization::symmetric ? Real(1) / std::sqrt(sum)
-                                                     : Real(1) / sum;
-        for (int k = 0; k <= kernel.features; ++k) weights[i + k] *= factor;
+        if (!self_term)
+          for (int x = 0; x < tile.width; ++x, self += kernels_) {
+            const Real own = self_term_of(weight + x * entries_), sum = factors[x] - own;
+            const bool alone = sum < Real(kAlone) * own;
+            *self = alone ? 0 : how == Normalization::none ? own : own / sum;
+            factors[x] = alone ? std::numeric_limits<Real>::infinity() : sum;
+          }
+        if (how == Normalization::none)
+          for (int x = 0; x < tile.width; ++x) factors[x] = std::isinf(factors[x]) ? 0 : 1;
+        else if (how == Normalization::symmetric)
+          for (int x = 0; x < tile.width; ++x) factors[x] = Real(1) / std::sqrt(factors[x]);
+        else
+          for (int x = 0; x < tile.width; ++x) factors[x] = Real(1) / factors[x];
+        for (int x = 0; x < tile.width; ++x, weight += entries_, row += entries_)
+          for (int k = 0; k <= kernel.features; ++k) weight[k] *= factors[x];
       }
     }
   });

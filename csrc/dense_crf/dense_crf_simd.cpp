@@ -548,32 +548,39 @@ void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
   pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
 }
 
-// Planes of kRegister pixels, from `pixel` of the image's planes on: messages, unless it is the
-// first pass, become exponentials of the logits less the largest. Returns their sums.
-PYSEG_INLINE Pixels exponentials(const TilePass<Real>& a, int64_t pixel, int count, Real* planes) {
+// Logits of kRegister pixels, from `pixel` of the image's planes on, as one vector per class;
+// `rows` are the pixels' messages, null in the first pass. Returns the largest of each pixel.
+PYSEG_INLINE Pixels logits_of(const TilePass<Real>& a, const Real* rows, int64_t pixel, int count,
+                              Real* planes) {
   const int classes = a.classes;
   const Real* unary = a.unary + pixel;
-  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest());
-  if (a.in) {
-    for (int c = 0; c < classes; ++c, unary += a.plane) {
-      const Pixels logit = load<kRegister>(planes + kRegister * c) - load_some(unary, count);
+  Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest()), bad{};
+  for (int c = 0; c < classes; c += 4) {
+    Pixels v[4]{};
+    if (rows) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        v[i] = load_quarters<kRegister>(rows + i * a.stride + c, a.stride);
+      transpose_quarters<kRegister>(v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i, unary += a.plane) {
+      if (c + i == classes) break;
+      const Pixels energy = load_some(unary, count), logit = v[i] - energy;
       __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
+      if (!rows) bad += energy * Real(0);
       largest = larger<kRegister>(largest, logit);
-      store<kRegister>(planes + kRegister * c, logit);
+      store<kRegister>(planes + kRegister * (c + i), logit);
     }
-  } else {
-    Pixels bad{};
-    for (int c = 0; c < classes; ++c, unary += a.plane) {
-      const Pixels energy = load_some(unary, count);
-      __builtin_prefetch(unary + a.image_width, 0, 2);
-      bad += energy * Real(0);
-      largest = larger<kRegister>(largest, -energy);
-      store<kRegister>(planes + kRegister * c, -energy);
-    }
-    if (a.not_finite)
-      for (int i = 0; i < kRegister; ++i)
-        if (bad[i] != bad[i]) *a.not_finite = true;
   }
+  if (!rows && a.not_finite)
+    for (int i = 0; i < kRegister; ++i)
+      if (bad[i] != bad[i]) *a.not_finite = true;
+  return largest;
+}
+
+// Logits become their exponentials, less the largest. Returns their sums.
+PYSEG_INLINE Pixels exponentials(Pixels largest, int classes, Real* planes) {
   Pixels sum{};
   for (int c = 0; c < classes; ++c) {
     const Pixels e = exponential<kRegister>(load<kRegister>(planes + kRegister * c) - largest);
@@ -600,11 +607,9 @@ void tile(const TilePass<Real>& a) {
     for (int x = 0; x < a.width; x += kRegister) {
       const int64_t pixel = y * a.image_width + x;
       const int count = std::min(kRegister, a.width - x);
-      if (a.in) {
-        to_planes(rows + x * a.stride, a.stride, a.classes, planes);
-        clear_padding(a.classes, planes);
-      }
-      const Pixels scale = Real(1) / exponentials(a, pixel, count, planes);
+      const Real* const messages = a.in ? rows + x * a.stride : nullptr;
+      const Pixels largest = logits_of(a, messages, pixel, count, planes);
+      const Pixels scale = Real(1) / exponentials(largest, a.classes, planes);
       if (a.q) {
         Real* to = a.q + pixel;
         for (int c = 0; c < a.classes; ++c, to += a.plane)
@@ -634,9 +639,10 @@ void tile_backward(const TileBackward<Real>& a) {
     for (int x = 0; x < pass.width; x += kRegister) {
       const int64_t pixel = y * pass.image_width + x;
       const int count = std::min(kRegister, pass.width - x);
-      if (pass.in) to_planes(logits + x * pass.stride, pass.stride, classes, planes);
+      const Real* const messages = pass.in ? logits + x * pass.stride : nullptr;
+      const Pixels largest = logits_of(pass, messages, pixel, count, planes);
       if (a.back) to_planes(slopes + x * pass.stride, pass.stride, classes, gradients);
-      const Pixels scale = Real(1) / exponentials(pass, pixel, count, planes);
+      const Pixels scale = Real(1) / exponentials(largest, classes, planes);
       if (!a.back)
         for (int c = 0; c < classes; ++c)
           store<kRegister>(gradients + kRegister * c,
@@ -809,6 +815,44 @@ PYSEG_INLINE void find_simplices(const Pixels (&feature)[D], Pixels (&weight)[D 
   for (int k = 1; k <= D; ++k) weight[k] = sorted[D - k] - sorted[D + 1 - k];
 }
 
+// Names have 64 bits: half as many fit into a register.
+constexpr int kHalf = kRegister / 2;
+using Names = Vector<uint64_t, kHalf>;
+
+template <int First>
+PYSEG_INLINE Names widened(Integers v) {
+  using Signed = Vector<int64_t, kHalf>;
+  if constexpr (kHalf == 2)
+    return (Names) __builtin_convertvector(__builtin_shufflevector(v, v, First, First + 1), Signed);
+  else if constexpr (kHalf == 4)
+    return (Names) __builtin_convertvector(
+        __builtin_shufflevector(v, v, First, First + 1, First + 2, First + 3), Signed);
+  else
+    return (Names) __builtin_convertvector(
+        __builtin_shufflevector(v, v, First, First + 1, First + 2, First + 3, First + 4, First + 5,
+                                First + 6, First + 7),
+        Signed);
+}
+
+// `name_simplex` of dense_crf.h, of kHalf points from `First` on; one vertex after the other.
+template <int D, int First>
+PYSEG_INLINE void name_half(const Integers (&first)[D], const Integers (&rank)[D + 1],
+                            const VertexNames& names, uint64_t* to) {
+  Names name{};
+#pragma GCC unroll 9
+  for (int i = 0; i < D; ++i)  // a unit is a power of 2
+    name += widened<First>(first[i] - names.low[i]) << __builtin_ctzll(names.unit[i]);
+  store<kHalf>(to + First, name);
+#pragma GCC unroll 9
+  for (int k = 1; k <= D; ++k) {
+    Names step{};
+#pragma GCC unroll 9
+    for (int i = 0; i < D; ++i) step |= widened<First>(rank[i] == D + 1 - k) & names.unit[i];
+    name += 1 - step;
+    store<kHalf>(to + k * kTileWidth + First, name);
+  }
+}
+
 // Up to kTileWidth points; whole vectors of them are read and written.
 template <int D>
 void locate_run(const Real* features, const VertexNames& vertex_names, int points, Real* weights,
@@ -822,20 +866,8 @@ void locate_run(const Real* features, const VertexNames& vertex_names, int point
     find_simplices<D>(feature, weight, first, rank);
 #pragma GCC unroll 9
     for (int k = 0; k <= D; ++k) store<kRegister>(weights + k * kTileWidth + p, weight[k]);
-    for (int lane = 0; lane < kRegister; ++lane) {
-      uint64_t name = 0, steps[16] = {};  // of the coordinate that has each rank
-#pragma GCC unroll 9
-      for (int i = 0; i < D; ++i) {
-        name += uint64_t(int64_t(first[i][lane]) - names.low[i]) * names.unit[i];
-        steps[rank[i][lane] & 15] += names.unit[i];  // always inside
-      }
-      vertices[p + lane] = name;
-#pragma GCC unroll 9
-      for (int k = 1; k <= D; ++k) {
-        name += 1 - steps[D + 1 - k];
-        vertices[k * kTileWidth + p + lane] = name;
-      }
-    }
+    name_half<D, 0>(first, rank, names, vertices + p);
+    name_half<D, kHalf>(first, rank, names, vertices + p);
   }
 }
 
