@@ -247,10 +247,17 @@ def list_command(
             help="Also of models: paper, parameters, GFLOPs, published scores, licence.",
         ),
     ] = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Also what plugins say of themselves: tasks, licences, needs, API version.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
-    from .doctor import registries
+    """Names of all models, refiners, metrics and the like, built-in and from plugins."""
+    from .doctor import plugins, registries
 
     rows: list[dict[str, Any]] = []
     for registry in registries().values():
@@ -264,6 +271,8 @@ def list_command(
             )
     if not rows:
         raise PysegError(f"nothing is called {' or '.join(patterns or [])}; see `pyseg list`")
+    if every:
+        return _print_statements(rows, plugins(), as_json)
     if not verbose:
         if as_json:
             return _print_json(rows)
@@ -300,6 +309,32 @@ def list_command(
                 f"{score['dataset']} ({score['source']})"
             )
         typer.echo(f"  weights: {facts['licence'] or 'none with a name'}")
+
+
+def _print_statements(
+    rows: list[dict[str, Any]], plugins: list[dict[str, Any]], as_json: bool
+) -> None:
+    said = {plugin["distribution"]: plugin for plugin in plugins}
+    if as_json:
+        unsaid = {"statement": None, "problems": []}
+        return _print_json(
+            [
+                row | {key: said.get(row["distribution"], unsaid)[key] for key in unsaid}
+                for row in rows
+            ]
+        )
+    head = ["kind", "name", "distribution", "tasks", "licence", "of weights", "needs", "API"]
+    table = []
+    for row in rows:
+        statement = said.get(row["distribution"], {}).get("statement") or {}
+        words = [", ".join(statement.get(key, ())) for key in ("tasks", "needs")]
+        licences = [statement.get(key) or "" for key in ("licence", "weights_licence")]
+        first = [row["kind"], row["name"], row["distribution"]]
+        table.append([*first, words[0], *licences, words[1], statement.get("api", "")])
+    _print_table(head, table)
+    for plugin in plugins:
+        for problem in plugin["problems"]:
+            _say(f"problem: {problem}", "red")
 
 
 @app.command()

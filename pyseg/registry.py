@@ -1,8 +1,8 @@
 """Names to objects, over entry points and `register` calls.
 
-Built-ins and third parties go the same way: an entry point in the group ``pyseg.models``,
-``pyseg.refiners``, ``pyseg.metrics`` or ``pyseg.datasets`` of an installed distribution, or a
-``register`` call at run time. Listing reads metadata only; `Registry.get` imports the one object
+Built-ins and third parties go the same way: an entry point in a group of
+`pyseg.contract.GROUPS`, such as ``pyseg.models``, of an installed distribution, or a ``register``
+call at run time. Listing reads metadata only; `Registry.get` imports the one object
 asked for, and `Registry.make` is the one place where a name with options becomes an object.
 """
 
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from .contract import GROUPS, check_api
 from .errors import PluginError, PluginFailure, PysegError, SpecError, UnknownName
 from .spec import StageSpec, parse, shown
 
@@ -40,6 +41,7 @@ MEMBERS = {
     "refiner": ("refine",),
     "metric": ("update", "state", "load_state", "compute"),
     "dataset": ("classes", "palette", "__len__", "__getitem__"),
+    "promptable": ("embed", "predict", "upsample"),
 }
 # What of the context of `Registry.make` a factory with ``**options`` is told: what factories of its
 # kind take by convention, and pass on.
@@ -48,6 +50,7 @@ FORWARDED = {
     "refiner": ("weights",),
     "metric": ("classes",),
     "dataset": ("root", "split"),
+    "promptable": ("weights",),
 }
 _ORIGIN = "_pyseg_stage"  # attribute of an object that was made from a name: its StageSpec
 
@@ -184,11 +187,13 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownName: nothing has that name; the message lists the nearest and all others.
-            PluginError: two distributions claim the name, or the plugin fails to import.
+            PluginError: two distributions claim the name, the plugin needs another API version, or
+                it fails to import.
         """
         if name in self._registered:
             return self._registered[name]
         point = self._point(name)
+        check_api(point.dist)
         try:
             factory = point.load()
         except (Exception, SystemExit) as error:  # a plugin may raise anything, or call exit()
@@ -267,7 +272,7 @@ class Registry(Generic[T]):
             except (TypeError, ValueError, OSError) as error:
                 raise SpecError(f"{self.kind} {_brief(stage)}: {error}") from error
         self.check_kind(made, f"{self.kind} {shown(stage.name)}")
-        if self.kind in ("model", "refiner"):
+        if self.kind in ("model", "refiner", "promptable"):
             _evaluating(made)
             with contextlib.suppress(AttributeError, TypeError):  # an object may refuse attributes
                 setattr(made, _ORIGIN, _without_paths(stage))
@@ -371,6 +376,11 @@ class Registry(Generic[T]):
             return factory
 
         return add
+
+
+# Of what has no family package that can be listed without torch.
+promptables: Registry[Any] = Registry("promptable", GROUPS["promptable"])
+ops: Registry[Any] = Registry("op", GROUPS["op"])  # its factories are the ops: never called here
 
 
 def made_from(made: Any) -> StageSpec | None:
@@ -608,4 +618,6 @@ __all__ = [
     "check_options",
     "made_from",
     "naming_failures",
+    "ops",
+    "promptables",
 ]
