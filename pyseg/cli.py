@@ -251,7 +251,7 @@ def list_command(
         bool,
         typer.Option(
             "--all",
-            help="Also what plugins say of themselves: tasks, licences, needs, API version.",
+            help="Also what plugins say of themselves: tasks, licences, needs, API.",
         ),
     ] = False,
     as_json: JsonOption = False,

@@ -52,6 +52,7 @@ FORWARDED = {
     "dataset": ("root", "split"),
     "promptable": ("weights",),
 }
+_visible: frozenset[str] | None = None  # distributions that are found; None = all
 _ORIGIN = "_pyseg_stage"  # attribute of an object that was made from a name: its StageSpec
 
 
@@ -109,10 +110,13 @@ class Registry(Generic[T]):
     def _found(self) -> dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]]:
         """name -> (distribution, target) -> entry point; more than one inner key is a clash."""
         # Metadata of all distributions are read, which takes 50 ms: only where any may be new.
-        state = importlib.metadata.entry_points, [(path, _changed(path)) for path in sys.path]
+        paths = [(path, _changed(path)) for path in sys.path]
+        state = importlib.metadata.entry_points, _visible, paths
         if self._known is None or self._known[0] != state:
             found: dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]] = {}
             for point in importlib.metadata.entry_points(group=self.group):
+                if _visible is not None and _normal(_owner(point)) not in _visible:
+                    continue
                 # A source checkout can show one distribution twice, installed and as egg-info.
                 found.setdefault(point.name, {}).setdefault((_owner(point), point.value), point)
             self._known = state, found
@@ -383,6 +387,21 @@ promptables: Registry[Any] = Registry("promptable", GROUPS["promptable"])
 ops: Registry[Any] = Registry("op", GROUPS["op"])  # its factories are the ops: never called here
 
 
+@contextlib.contextmanager
+def only_from(*distributions: str) -> Iterator[None]:
+    """Within it, in all threads, no other distributions are found, as if they were not installed.
+
+    What was registered at run time stays.
+    """
+    global _visible
+    before = _visible
+    _visible = frozenset(map(_normal, distributions))
+    try:
+        yield
+    finally:
+        _visible = before
+
+
 def made_from(made: Any) -> StageSpec | None:
     """The name and options that an object was made from by a registry; None for others."""
     origin = getattr(made, _ORIGIN, None)
@@ -441,7 +460,11 @@ def _owner(point: importlib.metadata.EntryPoint) -> str:
 
 def _same(one: str, other: str) -> bool:
     """Whether two names of distributions are the same one, as package indexes compare them."""
-    return re.sub("[-_.]+", "-", one).lower() == re.sub("[-_.]+", "-", other).lower()
+    return _normal(one) == _normal(other)
+
+
+def _normal(distribution: str) -> str:
+    return re.sub("[-_.]+", "-", distribution).lower()
 
 
 def _info(name: str, point: importlib.metadata.EntryPoint) -> Info:
@@ -618,6 +641,7 @@ __all__ = [
     "check_options",
     "made_from",
     "naming_failures",
+    "only_from",
     "ops",
     "promptables",
 ]
