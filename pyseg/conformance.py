@@ -24,8 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="check what is registered as NAME, which may have options as in a spec, or all that the "
-        "distribution NAME provides; may be given several times",
+        help="check what is registered as NAME, which may have options as in a spec, or all that "
+        "the distribution NAME provides; may be given several times",
     )
 
 

@@ -49,8 +49,8 @@ def diagnose() -> dict[str, Any]:
         JSON-ready: ``pyseg`` (version, API version, folder), ``python``, ``platform``,
         ``packages`` (name -> version or None), ``cuda`` (version torch was built with, available,
         devices), ``native`` (`pyseg._native.status`, or ``{"error": text}``), ``entry_points``
-        (kind, name, target, distribution, version, problem), ``plugins`` (see `plugins`) and ``problems``, one sentence
-        each.
+        (kind, name, target, distribution, version, problem), ``plugins`` (see `plugins`) and
+        ``problems``, one sentence each.
     """
     import torch
 

@@ -1,8 +1,8 @@
 """Conformance suites: what pyseg expects of a plugin of each kind.
 
 For built-ins and plugins alike, in any test runner: a suite returns nothing, or raises an
-``AssertionError`` that names the part and what is wrong with it. ``pytest --pyseg-conformance NAME``
-runs that of a name, with no other plugin in sight.
+``AssertionError`` that names the part and what is wrong with it.
+``pytest --pyseg-conformance NAME`` runs that of a name, with no other plugin in sight.
 
 Example:
     >>> from pyseg import testing

@@ -33,8 +33,8 @@ def check_op(
 
     Args:
         op: a registered name, or the function.
-        examples: tuples of arguments, tensors on the CPU among them: usual sizes, odd ones, and none
-            (no elements); None = what ``examples()`` of the op's module returns.
+        examples: tuples of arguments, tensors on the CPU among them: usual sizes, odd ones, and
+            none (no elements); None = what ``examples()`` of the op's module returns.
         reference: another way to the same, of the same arguments; None = ``reference`` of the op's
             module. Integers and truth values must be equal, floats close.
 
