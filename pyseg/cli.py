@@ -368,6 +368,21 @@ def describe(
         )
 
 
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="Of the package, such as my-refiner.")],
+    kind: Annotated[str, typer.Option(help="model, refiner, metric, dataset, promptable or op.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where its own folder is made. [default: here]")
+    ] = None,
+) -> None:
+    """Writes a package with a plugin that works, its tests and its types: docs/plugins.md."""
+    from .new_plugin import new_plugin
+
+    written = new_plugin(name, kind=kind, **_given(folder=folder))
+    typer.echo(f"wrote {written}: pip install ./{written} && pytest {written}")
+
+
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """What is installed: torch, CUDA, compiled libraries, ops, plugins; exit code 1 on problems."""

@@ -20,7 +20,7 @@ FLOORS = (
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"cluster", "conformance", "demo"},
+    {"cluster", "conformance", "demo", "new_plugin"},
     {"cli"},
     {"__main__"},
 )
