@@ -380,7 +380,8 @@ def new_plugin_command(
     from .new_plugin import new_plugin
 
     written = new_plugin(name, kind=kind, **_given(folder=folder))
-    typer.echo(f"wrote {written}: pip install ./{written} && pytest {written}")
+    place = written if written.is_absolute() else f"./{written}"
+    typer.echo(f"wrote {written}: pip install {place} && pytest {place}")
 
 
 @app.command()

@@ -41,8 +41,8 @@ def new_plugin(name: str, *, kind: str, folder: str | Path = ".") -> Path:
         That folder.
 
     Raises:
-        ValueError: ``name`` cannot be one, is a module's that is there already or of a plugin of that
-            kind; or another ``kind``.
+        ValueError: ``name`` cannot be one, is a module's that is there already or of a plugin of
+            that kind; or another ``kind``.
         PysegError: the package's folder exists, or ``folder`` does not.
     """
     if kind not in GROUPS:
