@@ -214,7 +214,7 @@ def test_the_cpu_and_the_emulated_cuda_kernel_of_an_op_equal_its_reference(writt
     compile_with("g++", csrc / "demo_op.cpp", tmp_path / "cpu.so", "-Wall", "-Werror")
     folders = (f"-I{EMULATION / 'shim'}", f"-I{EMULATION}")
     flags = ("-DEMULATED", "-Wall", "-Wno-unknown-pragmas", *folders)
-    compile_with("g++", csrc / "demo_op.cu", tmp_path / "cuda.so", *flags)
+    compile_with("g++", csrc / "demo_op_cuda.cu", tmp_path / "cuda.so", *flags)
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, "cpu.so", "cuda.so", str(written["op"] / "src")],
         cwd=tmp_path,
@@ -229,7 +229,7 @@ def test_the_cuda_kernel_of_an_op_compiles(written, tmp_path):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc")
-    source = written["op"] / "csrc" / "demo_op.cu"
+    source = written["op"] / "csrc" / "demo_op_cuda.cu"
     includes = [f"-isystem={path}" for path in cpp_extension.include_paths()]
     command = [nvcc, "-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     command += ["-arch=sm_80", "-Xcompiler", "-fPIC", *includes, "-c", str(source)]

@@ -24,6 +24,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import PysegError
 from ..registry import Registry, accepted_options, made_from
@@ -192,6 +194,20 @@ def _imports_for_nothing(file: Path, package: str) -> bool:
 
 
 _OF_DEVICES = re.compile(r"same device|device type|two devices|different devices", re.IGNORECASE)
+_MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put", "aten::index_put_")
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses operators that get tensors on several devices, as CUDA does; "meta" is not strict."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.ndim]
+        places = sorted({tensor.device.type for tensor in tensors})
+        if len(places) > 1 and func._schema.name not in _MAY_MIX:
+            raise RuntimeError(f"{func} wants all on the same device, got {' and '.join(places)}")
+        return func(*args, **(kwargs or {}))
 
 
 def check_device(
@@ -204,7 +220,8 @@ def check_device(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "meta")
     try:
-        results = run(device)
+        with _OneDevice() if device.type == "meta" else contextlib.nullcontext():
+            results = run(device)
     except Exception as error:
         if device.type == "cuda" or _OF_DEVICES.search(str(error)):
             check.fail(f"{what} on {device.type} raises {text_of(error)}", error)
@@ -253,7 +270,8 @@ def check_spec(
     with check.doing("making it again from its config"):
         again = create(**config)
     check(again.config() == config, f"made from {config}, it has the config {again.config()}")
-    for option, value in (_other_values(config) if vary else {}).items():
+    defaults = {key: parameter.default for key, parameter in accepted.items()}
+    for option, value in (_other_values(config, defaults) if vary else {}).items():
         try:
             changed = create(**{**config, option: value}).config()
         except (PysegError, TypeError, ValueError):
@@ -272,15 +290,17 @@ def _survives(option: str, value: Any) -> bool:
     return bool(stage.options[option] == value)
 
 
-def _other_values(config: Mapping[str, Any]) -> dict[str, Any]:
+def _other_values(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     others: dict[str, Any] = {}
     for option, value in config.items():
         if isinstance(value, bool):
             others[option] = not value
+        elif isinstance(value, float) or (
+            isinstance(value, int) and isinstance(defaults.get(option), float)
+        ):
+            others[option] = value * 0.75 + 0.125
         elif isinstance(value, int):
             others[option] = value + 1
-        elif isinstance(value, float):
-            others[option] = value * 0.75 + 0.125
     return others
 
 

@@ -62,12 +62,18 @@ def check_promptable(promptable: str | Callable[..., Any], /, **options: Any) ->
             made = create()
         images = noise_images(SIZES[:2])
         asked = {"points": _points, "boxes": _boxes, "masks": _masks}
-        embeddings = []
+        embeddings, first = [], []
         for image in images:
             before = image.clone()
             with check.doing("embed"):
                 embeddings.append(made.embed(image))
             check(torch.equal(image, before), "embed changes its image")
+            with check.doing("predict of points"), torch.inference_mode():
+                first.append(made.predict(embeddings[-1], _points(image))[0])
+        for image, embedding, logits in zip(images, embeddings, first, strict=True):
+            with check.doing("predict of points, after other images"), torch.inference_mode():
+                again = made.predict(embedding, _points(image))[0]
+            check(torch.equal(logits, again), "masks depend on what was embedded meanwhile")
         state = state_of(made)
         for what, make in asked.items():
             for image, embedding in zip(images, embeddings, strict=True):
