@@ -187,7 +187,7 @@ def test_an_op_without_examples_is_named():
         testing.check_op(takes_anything)
 
 
-# ---------------------------------------------------------------------- imports, and pytest's option
+# --------------------------------------------------------------------- imports, and pytest's option
 
 REFINER = """
 class Refiner:
