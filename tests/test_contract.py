@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pyseg
-from pyseg import contract, doctor
+from pyseg import doctor
 from pyseg.contract import API_VERSION, GROUPS
 from pyseg.errors import DeprecatedApi, PluginError
 from pyseg.registry import Registry, only_from
@@ -165,11 +165,3 @@ def test_what_was_deprecated_is_gone_in_the_next_version():
                 calls.append((path.name, given["since"]))
     assert calls
     assert [c for c in calls if c[1] != API_VERSION] == []
-
-
-def test_no_own_code_uses_what_is_deprecated():
-    assert contract.deprecated.__doc__
-    for path in (ROOT / "pyseg").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and node.attr == "object":
-                assert "prompt" in ast.unparse(node.value), path

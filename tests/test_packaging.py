@@ -18,8 +18,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# It is only asked for by who has it.
-UNDECLARED = {"supervision"}
+# It is only asked for by who has it; and pytest imports the module that imports it.
+UNDECLARED = {"pytest", "supervision"}
 
 
 def names(requirements):
