@@ -90,7 +90,7 @@ EXAMPLES = {
         [(noise(1, 4, 8, 9), 0.5 * noise(1, 18, 6, 7, seed=1), noise(6, 4, 3, 3, seed=2))],
         None,
     ),
-    "roi_align": ([(noise(2, 3, 9, 12), BOXES, (3, 2))], None),
+    "roi_align": ([(noise(2, 3, 9, 12), BOXES, (3, 2), 1.0, 2)], None),
 }
 
 
@@ -230,6 +230,7 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     """One run, as each imports torch."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
