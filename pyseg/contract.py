@@ -88,7 +88,7 @@ def statement(distribution: importlib.metadata.Distribution) -> Statement | None
     weights = table.get("weights-licence")
     if weights is not None and not isinstance(weights, str):
         raise PluginError(f"{where}: weights-licence must be a text, got {weights!r}")
-    metadata = distribution.metadata
+    metadata: Any = distribution.metadata
     licence = metadata.get("License-Expression") or metadata.get("License")
     return Statement(
         distribution.name,
