@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # Public name -> where it lives. Resolved on first use, so that `import pyseg` loads no model, no
 # plugin and no compiled library.
 _LAZY = {
+    "API_VERSION": ".contract",
     "Pipeline": ".pipeline",
     "build": ".pipeline",
     "compose": ".pipeline",
@@ -51,6 +52,7 @@ _SUBMODULES = {
 
 # Written out, and `import x as x` below: so type checkers know what is exported.
 __all__ = [
+    "API_VERSION",
     "Instances",
     "Pipeline",
     "PysegError",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from . import video as video
     from . import visual as visual
     from .comparison import compare as compare
+    from .contract import API_VERSION as API_VERSION
     from .cost import cost as cost
     from .data_check import check_data as check_data
     from .errors import PysegError as PysegError

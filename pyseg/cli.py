@@ -247,10 +247,17 @@ def list_command(
             help="Also of models: paper, parameters, GFLOPs, published scores, licence.",
         ),
     ] = False,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all",
+            help="Also what plugins say of themselves: tasks, licences, needs, API.",
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Names of all models, refiners, metrics and data sets, built-in and from plugins."""
-    from .doctor import registries
+    """Names of all models, refiners, metrics and the like, built-in and from plugins."""
+    from .doctor import plugins, registries
 
     rows: list[dict[str, Any]] = []
     for registry in registries().values():
@@ -264,6 +271,8 @@ def list_command(
             )
     if not rows:
         raise PysegError(f"nothing is called {' or '.join(patterns or [])}; see `pyseg list`")
+    if every:
+        return _print_statements(rows, plugins(), as_json)
     if not verbose:
         if as_json:
             return _print_json(rows)
@@ -302,6 +311,32 @@ def list_command(
         typer.echo(f"  weights: {facts['licence'] or 'none with a name'}")
 
 
+def _print_statements(
+    rows: list[dict[str, Any]], plugins: list[dict[str, Any]], as_json: bool
+) -> None:
+    said = {plugin["distribution"]: plugin for plugin in plugins}
+    if as_json:
+        unsaid = {"statement": None, "problems": []}
+        return _print_json(
+            [
+                row | {key: said.get(row["distribution"], unsaid)[key] for key in unsaid}
+                for row in rows
+            ]
+        )
+    head = ["kind", "name", "distribution", "tasks", "licence", "of weights", "needs", "API"]
+    table = []
+    for row in rows:
+        statement = said.get(row["distribution"], {}).get("statement") or {}
+        words = [", ".join(statement.get(key, ())) for key in ("tasks", "needs")]
+        licences = [statement.get(key) or "" for key in ("licence", "weights_licence")]
+        first = [row["kind"], row["name"], row["distribution"]]
+        table.append([*first, words[0], *licences, words[1], statement.get("api", "")])
+    _print_table(head, table)
+    for plugin in plugins:
+        for problem in plugin["problems"]:
+            _say(f"problem: {problem}", "red")
+
+
 @app.command()
 def describe(
     name: Annotated[str, typer.Argument(help="Model, refiner, metric or data set.")],
@@ -331,6 +366,22 @@ def describe(
                 for option in description.options
             ],
         )
+
+
+@app.command("new-plugin")
+def new_plugin_command(
+    name: Annotated[str, typer.Argument(help="Of the package, such as my-refiner.")],
+    kind: Annotated[str, typer.Option(help="model, refiner, metric, dataset, promptable or op.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where its own folder is made. [default: here]")
+    ] = None,
+) -> None:
+    """Writes a package with a plugin that works, its tests and its types: docs/plugins.md."""
+    from .new_plugin import new_plugin
+
+    written = new_plugin(name, kind=kind, **_given(folder=folder))
+    place = written if written.is_absolute() else f"./{written}"
+    typer.echo(f"wrote {written}: pip install {place} && pytest {place}")
 
 
 @app.command()

@@ -13,13 +13,15 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from .contract import API_VERSION, GROUPS, statement, tomllib
 from .errors import PluginError, require
-from .registry import Registry
+from .registry import Registry, ops, promptables
 
 DISTRIBUTION = "pyseg-toolkit"
 PACKAGES = (
@@ -44,10 +46,11 @@ def diagnose() -> dict[str, Any]:
     """Examines the installation; imports torch, the compiled libraries and every entry point.
 
     Returns:
-        JSON-ready: ``pyseg`` (version, folder), ``python``, ``platform``, ``packages`` (name ->
-        version or None), ``cuda`` (version torch was built with, available, devices), ``native``
-        (`pyseg._native.status`, or ``{"error": text}``), ``entry_points`` (kind, name, target,
-        distribution, version, problem) and ``problems``, one sentence each.
+        JSON-ready: ``pyseg`` (version, API version, folder), ``python``, ``platform``,
+        ``packages`` (name -> version or None), ``cuda`` (version torch was built with, available,
+        devices), ``native`` (`pyseg._native.status`, or ``{"error": text}``), ``entry_points``
+        (kind, name, target, distribution, version, problem), ``plugins`` (see `plugins`) and
+        ``problems``, one sentence each.
     """
     import torch
 
@@ -64,12 +67,18 @@ def diagnose() -> dict[str, Any]:
     entry_points = [entry for registry in registries().values() for entry in _entries(registry)]
     # once each: what is wrong with a package is wrong with all that need it
     problems += dict.fromkeys(entry["problem"] for entry in entry_points if entry["problem"])
+    stated = plugins()
+    problems += [text for each in stated for text in each["problems"] if text not in problems]
     problems += unknown_groups()
     problems += unmet_requirements()
     problems += stale_installs()
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
-        "pyseg": {"version": __version__, "folder": str(Path(__file__).parent)},
+        "pyseg": {
+            "version": __version__,
+            "api": API_VERSION,
+            "folder": str(Path(__file__).parent),
+        },
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {name: _version(name) for name in PACKAGES},
@@ -80,6 +89,7 @@ def diagnose() -> dict[str, Any]:
         },
         "native": native,
         "entry_points": entry_points,
+        "plugins": stated,
         "problems": problems,
     }
 
@@ -89,7 +99,62 @@ def registries() -> dict[str, Registry]:
     from . import datasets, metrics, models, refiners
 
     packages = {"models": models, "refiners": refiners, "metrics": metrics, "datasets": datasets}
-    return {name: package._registry for name, package in packages.items()}
+    families: dict[str, Registry] = {name: each._registry for name, each in packages.items()}
+    return {**families, "promptables": promptables, "ops": ops}
+
+
+def plugins() -> list[dict[str, Any]]:
+    """What every package but pyseg's own that has entry points says of itself; imports none.
+
+    Returns:
+        JSON-ready: ``distribution``, ``version``, ``names`` (kind -> those of its entry points),
+        ``statement`` (`pyseg.contract.Statement` without these; None where it makes none or a wrong
+        one) and ``problems``: a statement that does not hold, or what it needs and is not here.
+    """
+    found: dict[str, Any] = {}
+    names: dict[str, dict[str, list[str]]] = {}
+    for kind, group in GROUPS.items():
+        for point in importlib.metadata.entry_points(group=group):
+            if point.dist is not None and point.dist.name != DISTRIBUTION:
+                found[point.dist.name] = point.dist
+                listed = names.setdefault(point.dist.name, {}).setdefault(kind, [])
+                if point.name not in listed:
+                    listed.append(point.name)
+    return [_plugin(found[name], names[name]) for name in sorted(found)]
+
+
+def _plugin(distribution: Any, names: dict[str, list[str]]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"distribution": distribution.name, "version": distribution.version}
+    entry |= {"names": names, "statement": None, "problems": []}
+    try:
+        said = statement(distribution)
+    except PluginError as error:
+        return entry | {"problems": [str(error)]}
+    if said is None:
+        return entry
+    problems = [
+        f"{said.distribution} says that it is a {kind}, but has no entry point in {GROUPS[kind]}"
+        for kind in said.kind
+        if kind not in names
+    ]
+    problems += [
+        f"{said.distribution} has entry points in {GROUPS[kind]}, and its [tool.pyseg] does not "
+        f"name the kind {kind}"
+        for kind in names
+        if kind not in said.kind
+    ]
+    if "gpu" in said.needs and not _has_gpu():
+        problems.append(f"{said.distribution} needs a GPU, and torch finds none")
+    if "network" in said.needs and os.environ.get("PYSEG_OFFLINE", "0") not in ("", "0"):
+        problems.append(f"{said.distribution} needs the network, which PYSEG_OFFLINE forbids")
+    table = {k: v for k, v in asdict(said).items() if k not in ("distribution", "version")}
+    return entry | {"statement": table, "problems": problems}
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _entries(registry: Registry) -> Iterator[dict[str, Any]]:
@@ -287,12 +352,8 @@ def stale_installs() -> list[str]:
     problems = []
     for folder in _checkouts():
         try:
-            project = _read_toml(folder / "pyproject.toml").get("project", {})
-        except ImportError:
-            return [
-                f"{folder} cannot be checked for new entry points: Python 3.10 needs the "
-                "package tomli for it"
-            ]
+            text = (folder / "pyproject.toml").read_text(encoding="utf-8")
+            project = tomllib.loads(text).get("project", {})
         except ValueError as error:
             problems.append(f"{folder / 'pyproject.toml'} does not parse: {error}")
             continue
@@ -324,14 +385,6 @@ def _checkouts() -> list[Path]:
         if origin.get("dir_info", {}).get("editable") and origin["url"].startswith("file:"):
             found.add(Path(unquote(urlsplit(origin["url"]).path)))
     return sorted(folder for folder in found if (folder / "pyproject.toml").is_file())
-
-
-def _read_toml(path: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def _version(name: str) -> str | None:

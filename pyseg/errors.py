@@ -50,6 +50,10 @@ class DeviceError(PysegError, RuntimeError):
     """A device that was asked for and is not there."""
 
 
+class DeprecatedApi(FutureWarning):
+    """A name of the interface for plugins that the next minor API version no longer has."""
+
+
 def require(module: str, *, extra: str | None = None, remedy: str | None = None) -> ModuleType:
     """Imports a package that an installation may lack.
 

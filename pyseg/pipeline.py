@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import image as images_module
 from . import models, refiners
+from .contract import deprecated
 from .devices import (
     checked_device,
     computes_in_bfloat16,
@@ -55,7 +56,8 @@ class Stage:
 
     @property
     def object(self) -> Any:
-        """`component`, by its earlier name."""
+        """`component`, by its earlier name: deprecated."""
+        deprecated("Stage.object", since="1.0", instead="Stage.component")
         return self.component
 
     @property

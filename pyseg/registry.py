@@ -1,8 +1,8 @@
 """Names to objects, over entry points and `register` calls.
 
-Built-ins and third parties go the same way: an entry point in the group ``pyseg.models``,
-``pyseg.refiners``, ``pyseg.metrics`` or ``pyseg.datasets`` of an installed distribution, or a
-``register`` call at run time. Listing reads metadata only; `Registry.get` imports the one object
+Built-ins and third parties go the same way: an entry point in a group of
+`pyseg.contract.GROUPS`, such as ``pyseg.models``, of an installed distribution, or a ``register``
+call at run time. Listing reads metadata only; `Registry.get` imports the one object
 asked for, and `Registry.make` is the one place where a name with options becomes an object.
 """
 
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from .contract import GROUPS, check_api
 from .errors import PluginError, PluginFailure, PysegError, SpecError, UnknownName
 from .spec import StageSpec, parse, shown
 
@@ -40,6 +41,7 @@ MEMBERS = {
     "refiner": ("refine",),
     "metric": ("update", "state", "load_state", "compute"),
     "dataset": ("classes", "palette", "__len__", "__getitem__"),
+    "promptable": ("embed", "predict", "upsample"),
 }
 # What of the context of `Registry.make` a factory with ``**options`` is told: what factories of its
 # kind take by convention, and pass on.
@@ -48,7 +50,9 @@ FORWARDED = {
     "refiner": ("weights",),
     "metric": ("classes",),
     "dataset": ("root", "split"),
+    "promptable": ("weights",),
 }
+_visible: frozenset[str] | None = None  # distributions that are found; None = all
 _ORIGIN = "_pyseg_stage"  # attribute of an object that was made from a name: its StageSpec
 
 
@@ -106,10 +110,13 @@ class Registry(Generic[T]):
     def _found(self) -> dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]]:
         """name -> (distribution, target) -> entry point; more than one inner key is a clash."""
         # Metadata of all distributions are read, which takes 50 ms: only where any may be new.
-        state = importlib.metadata.entry_points, [(path, _changed(path)) for path in sys.path]
+        paths = [(path, _changed(path)) for path in sys.path]
+        state = importlib.metadata.entry_points, _visible, paths
         if self._known is None or self._known[0] != state:
             found: dict[str, dict[tuple[str, str], importlib.metadata.EntryPoint]] = {}
             for point in importlib.metadata.entry_points(group=self.group):
+                if _visible is not None and _normal(_owner(point)) not in _visible:
+                    continue
                 # A source checkout can show one distribution twice, installed and as egg-info.
                 found.setdefault(point.name, {}).setdefault((_owner(point), point.value), point)
             self._known = state, found
@@ -184,11 +191,13 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownName: nothing has that name; the message lists the nearest and all others.
-            PluginError: two distributions claim the name, or the plugin fails to import.
+            PluginError: two distributions claim the name, the plugin needs another API version, or
+                it fails to import.
         """
         if name in self._registered:
             return self._registered[name]
         point = self._point(name)
+        check_api(point.dist)
         try:
             factory = point.load()
         except (Exception, SystemExit) as error:  # a plugin may raise anything, or call exit()
@@ -267,7 +276,7 @@ class Registry(Generic[T]):
             except (TypeError, ValueError, OSError) as error:
                 raise SpecError(f"{self.kind} {_brief(stage)}: {error}") from error
         self.check_kind(made, f"{self.kind} {shown(stage.name)}")
-        if self.kind in ("model", "refiner"):
+        if self.kind in ("model", "refiner", "promptable"):
             _evaluating(made)
             with contextlib.suppress(AttributeError, TypeError):  # an object may refuse attributes
                 setattr(made, _ORIGIN, _without_paths(stage))
@@ -373,6 +382,26 @@ class Registry(Generic[T]):
         return add
 
 
+# Of what has no family package that can be listed without torch.
+promptables: Registry[Any] = Registry("promptable", GROUPS["promptable"])
+ops: Registry[Any] = Registry("op", GROUPS["op"])  # its factories are the ops: never called here
+
+
+@contextlib.contextmanager
+def only_from(*distributions: str) -> Iterator[None]:
+    """Within it, in all threads, no other distributions are found, as if they were not installed.
+
+    What was registered at run time stays.
+    """
+    global _visible
+    before = _visible
+    _visible = frozenset(map(_normal, distributions))
+    try:
+        yield
+    finally:
+        _visible = before
+
+
 def made_from(made: Any) -> StageSpec | None:
     """The name and options that an object was made from by a registry; None for others."""
     origin = getattr(made, _ORIGIN, None)
@@ -431,7 +460,11 @@ def _owner(point: importlib.metadata.EntryPoint) -> str:
 
 def _same(one: str, other: str) -> bool:
     """Whether two names of distributions are the same one, as package indexes compare them."""
-    return re.sub("[-_.]+", "-", one).lower() == re.sub("[-_.]+", "-", other).lower()
+    return _normal(one) == _normal(other)
+
+
+def _normal(distribution: str) -> str:
+    return re.sub("[-_.]+", "-", distribution).lower()
 
 
 def _info(name: str, point: importlib.metadata.EntryPoint) -> Info:
@@ -608,4 +641,7 @@ __all__ = [
     "check_options",
     "made_from",
     "naming_failures",
+    "only_from",
+    "ops",
+    "promptables",
 ]

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A module may import those of lower floors, and its own package.
 FLOORS = (
     {"pyseg", "errors"},
-    {"_native", "classes", "devices", "files", "regions", "spec", "tiles"},
+    {"_native", "classes", "contract", "devices", "files", "regions", "spec", "tiles"},
     {"efficientnet", "image", "registry", "weights"},
     {"formats", "page", "rasters", "visual"},
     {"ops"},
@@ -20,7 +20,7 @@ FLOORS = (
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"cluster", "demo"},
+    {"cluster", "conformance", "demo", "new_plugin"},
     {"cli"},
     {"__main__"},
 )

@@ -18,9 +18,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# Python 3.10's stand-in for tomllib; `pyseg doctor` does without it, and says so.
-# supervision is only asked for by who has it.
-UNDECLARED = {"supervision", "tomli"}
+# It is only asked for by who has it; and pytest imports the module that imports it.
+UNDECLARED = {"pytest", "supervision"}
 
 
 def names(requirements):

@@ -179,6 +179,17 @@ class OutsideState(Model):
         return {"out": super().forward(images)["out"] + self.shift}
 
 
+class HostBuffer(Model):
+    """A constant that does not move along."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.scale = torch.full((2, 1, 1), 2.0)
+
+    def forward(self, images):
+        return {"out": super().forward(images)["out"] * self.scale[:1]}
+
+
 class Idle(Model):
     def __init__(self, count):
         super().__init__(count)
@@ -209,6 +220,7 @@ FAULTY = {
     Shared: "4 threads at once get other results than one",
     Unpicklable: "pickling it raises",
     OutsideState: "saved and loaded, it gives another result",
+    HostBuffer: "predict on (meta|cuda) raises RuntimeError",
     Idle: "does not reach 2 parameters: unused.weight, unused.bias",
     Extra: "output 'features' is neither 'out' nor begins with 'aux'",
 }
@@ -308,6 +320,68 @@ class OtherBatch(Refiner):
         return [one.with_logits(-one.logits) for one in predictions]
 
 
+class FillsVoid(Refiner):
+    def refine(self, image, prediction):
+        if prediction.logits is None:
+            return prediction.with_labels(prediction.labels.where(prediction.labels != 255, 0))
+        return super().refine(image, prediction)
+
+
+class OnTheHost(Refiner):
+    """Its result is on the CPU, wherever the prediction is."""
+
+    def refine(self, image, prediction):
+        if prediction.logits is None:
+            raise ValueError("it needs logits")
+        return prediction.with_logits(torch.ones(prediction.logits.shape))
+
+
+class MixesDevices(Refiner):
+    def refine(self, image, prediction):
+        if prediction.logits is None:
+            raise ValueError("it needs logits")
+        return prediction.with_logits(prediction.logits * torch.ones(1, 5, 1)[:, :1])
+
+
+class ChangesBoxes(Refiner):
+    def refine(self, image, prediction):
+        prediction.instances.boxes.add_(1)
+        return super().refine(image, prediction)
+
+
+class Random(Refiner):
+    def refine(self, image, prediction):
+        return prediction.with_logits(prediction.logits + torch.rand(1))
+
+
+class Unwritable(Refiner):
+    """Its default is an object that no spec can name."""
+
+    def __init__(self, *, activation=torch.nn.ReLU()):  # noqa: B008
+        pass
+
+
+class RoundsOption(Refiner):
+    def __init__(self, *, sigma: float = 1.0):
+        self.sigma = round(sigma)
+
+    def config(self):
+        return {"sigma": self.sigma}
+
+
+class ForgetsAnOption(Refiner):
+    def __init__(self, *, radius: int = 2):
+        self.radius = 2
+
+    def config(self):
+        return {"radius": self.radius}
+
+
+class UnpicklableRefiner(Refiner):
+    def __init__(self):
+        self.function = lambda x: x
+
+
 class NeedsLogits(Refiner):
     def refine(self, image, prediction):
         return prediction.with_logits(2 * prediction.logits)
@@ -326,6 +400,15 @@ def test_refiners():
         (Remembers, "another result the second time"),
         (OtherBatch, "refine_batch gives other results"),
         (NeedsLogits, "without logits raises TypeError"),
+        (FillsVoid, "refine gives classes to pixels that were void"),
+        (OnTheHost, "refine ignores the device|refine on cuda"),
+        (MixesDevices, "refine on (meta|cuda) raises RuntimeError"),
+        (ChangesBoxes, "refine changes the boxes"),
+        (Random, "another result the second time"),
+        (Unwritable, "option activation has the default ReLU"),
+        (RoundsOption, r"made with sigma=0\.875, its config gives sigma=1"),
+        (ForgetsAnOption, "made with radius=3, its config gives radius=2"),
+        (UnpicklableRefiner, "pickling it raises"),
     ],
 )
 def test_every_fault_of_a_refiner_is_found(faulty, message):
@@ -337,14 +420,15 @@ def test_every_fault_of_a_refiner_is_found(faulty, message):
 
 
 class Metric:
-    """A good one: the share of pixels whose labels are right."""
+    """A good one: the share of pixels whose labels are right, of those that have one."""
 
     def __init__(self, classes=()):
         self.counts = torch.zeros(2, dtype=torch.int64)
 
     def update(self, prediction, sample):
-        right = prediction.labels == sample.labels
-        self.counts += torch.tensor([int(right.sum()), right.numel()])
+        known = sample.labels != 255
+        right = (prediction.labels == sample.labels) & known
+        self.counts += torch.tensor([int(right.sum()), int(known.sum())])
 
     def state(self):
         return {"counts": self.counts}
@@ -385,6 +469,44 @@ class DividesByNothing(Metric):
         return {"accuracy": int(self.counts[0]) / int(self.counts[1])}
 
 
+class CountsVoid(Metric):
+    """Void pixels are wrong, whatever is predicted."""
+
+    def update(self, prediction, sample):
+        right = prediction.labels == sample.labels
+        self.counts += torch.tensor([int(right.sum()), right.numel()])
+
+
+class SeesVoid(Metric):
+    """Void is as good as class 0."""
+
+    def update(self, prediction, sample):
+        truth = sample.labels.where(sample.labels != 255, 0)
+        right = prediction.labels == truth
+        self.counts += torch.tensor([int(right.sum()), right.numel()])
+
+
+class WritesLabels(Metric):
+    def update(self, prediction, sample):
+        sample.labels[sample.labels == 255] = 0
+
+
+class Twofold(Metric):
+    """Holds what no pickle can."""
+
+    def __init__(self, classes=()):
+        super().__init__()
+        self.function = lambda x: x
+
+
+class ForgetsOption(Metric):
+    def __init__(self, *, classes=(), digits: int = 3):
+        super().__init__()
+
+    def config(self):
+        return {"digits": 3}
+
+
 class Last(Metric):
     def update(self, prediction, sample):
         super().update(prediction, sample)
@@ -412,6 +534,11 @@ def test_a_metric_of_ones_own():
         (Forgets, "other scores"),
         (DividesByNothing, "compute of no image raises ZeroDivisionError"),
         (Last, "scores depend on the order of the images"),
+        (CountsVoid, "an image that is void all over changes scores"),
+        (SeesVoid, "scores depend on what is predicted where the truth is void"),
+        (WritesLabels, "update changes the truth that it is given"),
+        (Twofold, "pickling it raises"),
+        (ForgetsOption, "made with digits=4, its config gives digits=3"),
     ],
 )
 def test_every_fault_of_a_metric_is_found(faulty, message):
@@ -454,10 +581,29 @@ class OneName(Data):
         return Sample("same", sample.image, sample.labels)
 
 
-class Random(Data):
+class RandomData(Data):
     def __getitem__(self, index):
         sample = super().__getitem__(index)
         return Sample(sample.name, torch.randint_like(sample.image, 255), sample.labels)
+
+
+class Draws(Data):
+    """Of torch's own generator: what is read depends on what was read before."""
+
+    def __getitem__(self, index):
+        torch.rand(1)
+        return super().__getitem__(index)
+
+
+class WrongSize(Data):
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return Sample(sample.name, sample.image, sample.labels[:3])
+
+
+class OpenFile(Data):
+    def __init__(self):
+        self.file = open(__file__)  # noqa: SIM115
 
 
 def test_datasets():
@@ -473,9 +619,142 @@ def test_datasets():
         (Endless, "index 3 is accepted; it must raise IndexError"),
         (Strange, r"labels of sample 0 have values \[7\]"),
         (OneName, "several samples have one name"),
-        (Random, "sample 0, read again, is another one"),
+        (RandomData, "sample 0, read again, is another one"),
+        (Draws, "draws from torch's global generator"),
+        (WrongSize, r"labels of sample 0 are \[3, 5\] uint8, not \[4, 5\]"),
+        (OpenFile, "pickling it raises TypeError"),
     ],
 )
 def test_every_fault_of_a_dataset_is_found(faulty, message):
     with pytest.raises(AssertionError, match=message):
         testing.check_dataset(faulty())
+
+
+# ------------------------------------------------------------------------------------ promptables
+
+
+class Threshold(nn.Module):
+    """A good one: what is of the brightness of the prompt's first place, by a learnt factor."""
+
+    def __init__(self, *, factor: float = 8.0, weights: str | None = None):
+        super().__init__()
+        self.factor = factor
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def config(self):
+        return {"factor": self.factor}
+
+    def embed(self, image):
+        return image.float().mean(0)
+
+    def seeds(self, embedding, prompts):
+        if prompts.boxes is not None:
+            return prompts.boxes.unflatten(1, (2, 2)).mean(1)
+        return prompts.points[:, 0]
+
+    def predict(self, embedding, prompts):
+        height, width = embedding.shape
+        x, y = self.seeds(embedding, prompts).long().unbind(1)
+        values = embedding[y.clamp(0, height - 1), x.clamp(0, width - 1)]
+        logits = self.factor - (embedding[None] - values[:, None, None]).abs()
+        logits = logits * self.gain
+        return logits[:, ::2, ::2], torch.ones(len(values), device=embedding.device)
+
+    def upsample(self, embedding, logits):
+        size = tuple(embedding.shape)
+        return nn.functional.interpolate(logits[:, None], size, mode="bilinear")[:, 0]
+
+
+class MutatesPrompts(Threshold):
+    def predict(self, embedding, prompts):
+        prompts.points.add_(0.5)
+        return super().predict(embedding, prompts)
+
+
+class EmbedsInPlace(Threshold):
+    def embed(self, image):
+        return image.clamp_(100).float().mean(0)
+
+
+class KeepsEmbedding(Threshold):
+    """State between calls: the last image answers for all."""
+
+    def embed(self, image):
+        self.last = super().embed(image)
+        return self.last
+
+    def predict(self, embedding, prompts):
+        return super().predict(self.last, prompts)
+
+
+class PromptsTogether(Threshold):
+    def predict(self, embedding, prompts):
+        logits, quality = super().predict(embedding, prompts)
+        return logits - len(logits), quality
+
+
+class NoPromptFails(Threshold):
+    def predict(self, embedding, prompts):
+        if not len(prompts.points):
+            raise IndexError("no prompt")
+        return super().predict(embedding, prompts)
+
+
+class SmallUpsample(Threshold):
+    def upsample(self, embedding, logits):
+        return logits
+
+
+class ChancePrompts(Threshold):
+    def predict(self, embedding, prompts):
+        logits, quality = super().predict(embedding, prompts)
+        return logits + torch.rand(1), quality
+
+
+class WrongQuality(Threshold):
+    def predict(self, embedding, prompts):
+        logits, quality = super().predict(embedding, prompts)
+        return logits, quality[:, None]
+
+
+class HostPrompts(Threshold):
+    def predict(self, embedding, prompts):
+        logits, quality = super().predict(embedding, prompts)
+        return logits * torch.ones(1, 3)[:, :1], quality
+
+
+class UnpicklablePrompts(Threshold):
+    def __init__(self):
+        super().__init__()
+        self.function = lambda x: x
+
+
+class ForgetsFactor(Threshold):
+    def config(self):
+        return {"gain": 1.0}
+
+
+def test_promptables():
+    testing.check_promptable(Threshold)
+    testing.check_promptable("nano")
+
+
+@pytest.mark.parametrize(
+    ("faulty", "message"),
+    [
+        (MutatesPrompts, "predict changes its points"),
+        (EmbedsInPlace, "embed changes its image"),
+        (KeepsEmbedding, "masks depend on what was embedded meanwhile"),
+        (PromptsTogether, "depends on the others beside it"),
+        (NoPromptFails, "predict of points, one by one raises IndexError"),
+        (SmallUpsample, r"upsampled masks of points are \[3, 17, 24\]"),
+        (ChancePrompts, "masks depend on what was embedded meanwhile"),
+        (WrongQuality, r"predicted IoU of points are \[3, 1\]"),
+        (HostPrompts, "predict on (meta|cuda) raises RuntimeError"),
+        (UnpicklablePrompts, "pickling it raises"),
+        (ForgetsFactor, "config gives gain, which is none of its options"),
+    ],
+)
+def test_every_fault_of_a_promptable_is_found(faulty, message):
+    with pytest.raises(AssertionError, match=message):
+        testing.check_promptable(faulty)

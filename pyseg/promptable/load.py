@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..registry import promptables
 from .base import Promptable
 from .huggingface import is_transformers, load_transformers
 from .nano import load_nano
@@ -26,7 +27,8 @@ def load_sam(
             or URL; ``"default"``, the published weights of ``size``; None, random weights. Or what
             `load_transformers` takes: ``"hf:REPOSITORY"``, or a folder with config.json.
         size: one of these three names; by default what ``weights`` are of, else ``"vit_b"``; or
-            ``"nano"``, a small network of pyseg's own, whose weights are included.
+            ``"nano"``, a small network of pyseg's own, whose weights are included; or the name of a
+            plugin's, with options as in a spec: `pyseg list` shows them.
         image_size: side of the square that images are scaled to, a multiple of 16; None = 1024, of
             which the weights are. Not of ``"nano"``.
         precision: ``"bf16"`` embeds images in bfloat16. Not of ``"nano"``.
@@ -46,6 +48,10 @@ def load_sam(
         if image_size is not None or precision != "fp32":
             raise ValueError("nano has neither image_size nor precision")
         return NANO, load_nano(weights)
+    if size is not None and size.partition("(")[0] in promptables.list():
+        if image_size is not None or precision != "fp32":
+            raise ValueError(f"image_size and precision are no options of {size}; give it its own")
+        return size, promptables.make(size, {} if weights == "default" else {"weights": weights})
     if is_transformers(weights) and weights is not None:
         return _of_transformers(weights, size, image_size, precision)
     return load_segment_anything(weights, size, image_size=image_size, precision=precision)

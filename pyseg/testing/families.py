@@ -1,49 +1,48 @@
-"""Conformance suites: what pyseg expects of a model, a refiner, a metric and a data set.
-
-For built-ins and plugins alike, in any test runner: a suite returns nothing, or raises an
-``AssertionError`` that names the part and what is wrong with it.
-
-Example:
-    >>> from pyseg import testing
-    >>> def test_conformance():
-    ...     testing.check_model("my_network", channels=16)
-"""
+"""The suites of models, refiners, metrics and data sets."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
-import itertools
-import math
-import os
 import pickle
-import socket
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
-from unittest import mock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import datasets, metrics, models, pipeline, refiners
-from .errors import PysegError
-from .models.maskrcnn import InstanceModel
-from .models.semantic import SemanticModel
-from .registry import Registry, accepted_options
-from .spec import StageSpec
-from .types import VOID, Instances, Sample, Segment, Segmentation, Segments
-
-SIZES = ((33, 47), (32, 64), (33, 47), (61, 21))  # odd, even, one twice
-THREADS = 4
+from .. import datasets, metrics, models, pipeline, refiners
+from ..errors import PysegError
+from ..models.maskrcnn import InstanceModel
+from ..models.semantic import SemanticModel
+from ..registry import accepted_options
+from ..spec import StageSpec
+from ..types import VOID, Instances, Sample, Segmentation, Segments
+from .checking import (
+    SIZES,
+    Check,
+    called,
+    check_device,
+    check_import,
+    check_spec,
+    check_threads,
+    check_unchanged,
+    equal_scores,
+    kind_of,
+    nearly_same,
+    noise_images,
+    parts_of,
+    random_prediction,
+    registered,
+    same_bits,
+    some,
+    state_of,
+    sum_of_states,
+    text_of,
+)
 
 
 def check_model(model: str | Callable[..., Any], /, **options: Any) -> None:
@@ -70,9 +69,9 @@ def check_model(model: str | Callable[..., Any], /, **options: Any) -> None:
     Example:
         >>> check_model("fcn_resnet50", num_classes=3)
     """
-    with _registered(models._registry, model) as name:
-        check = _Check(f"model {name}" if isinstance(model, str) else f"model {_called(model)}")
-        _check_import(check, models._registry, name)
+    with registered(models._registry, model) as name:
+        check = Check(f"model {name}" if isinstance(model, str) else f"model {called(model)}")
+        check_import(check, models._registry, name)
         accepted = accepted_options(models.get(name))
 
         def create(**changes: Any) -> Any:
@@ -88,9 +87,13 @@ def check_model(model: str | Callable[..., Any], /, **options: Any) -> None:
         _check_classes(check, made)
         _check_predictions(check, made)
         _check_bad_images(check, made)
-        _check_threads(check, lambda image: made.predict([image])[0])
-        _check_pickle(check, made, lambda one: one.predict(_images(SIZES[:1]))[0])
+        check_threads(check, lambda image: made.predict([image])[0])
+        _check_pickle(check, made, lambda one: one.predict(noise_images(SIZES[:1]))[0])
         _check_saving(check, made)
+        check_spec(
+            check, models._registry, name, made, lambda **o: create(**{**none, **o}), vary=False
+        )
+        _check_model_device(check, made)
         if none:
             absent = Path(tempfile.gettempdir()) / "no" / "weights.pth"
             check.raises((PysegError,), f"weights={absent}", lambda: create(weights=str(absent)))
@@ -112,49 +115,47 @@ def check_refiner(refiner: str | Callable[..., Any], /, **options: Any) -> None:
         UnknownName: nothing has that name.
     """
     classes = ("one", "two", "three")
-    with _registered(refiners._registry, refiner) as name:
-        check = _Check(f"refiner {name if isinstance(refiner, str) else _called(refiner)}")
-        _check_import(check, refiners._registry, name)
+    with registered(refiners._registry, refiner) as name:
+        check = Check(f"refiner {name if isinstance(refiner, str) else called(refiner)}")
+        check_import(check, refiners._registry, name)
         context = {"num_classes": len(classes), "weights": None}
         with check.offline("building it with weights=None"):
             made = refiners._registry.make(StageSpec(name, options), context)
-        images = _images(SIZES)
-        given = [_prediction(image, classes, seed) for seed, image in enumerate(images)]
+        images = noise_images(SIZES)
+        given = [random_prediction(image, classes, seed) for seed, image in enumerate(images)]
         before = [image.clone() for image in images]
-        logits = [
-            prediction.logits.clone() for prediction in given if prediction.logits is not None
-        ]
+        parts = [{k: v.clone() for k, v in parts_of(prediction).items()} for prediction in given]
         with check.doing("refine"):
             alone = [made.refine(i, p) for i, p in zip(images, given, strict=True)]
         for image, result in zip(images, alone, strict=True):
             _check_segmentation(check, "refine", image, result, classes)
         check(all(map(torch.equal, images, before)), "refine changes its images")
-        same = all(
-            p.logits is not None and torch.equal(p.logits, x)
-            for p, x in zip(given, logits, strict=True)
-            if x.numel()
-        )
-        check(same, "refine changes the logits of the prediction that it is given")
+        for prediction, before_it in zip(given, parts, strict=True):
+            now = parts_of(prediction)
+            changed = [key for key, value in before_it.items() if not torch.equal(value, now[key])]
+            check(not changed, f"refine changes the {some(changed)} of the prediction it is given")
         with check.doing("refine, again"):
             again = [made.refine(i, p) for i, p in zip(images, given, strict=True)]
-        check(all(map(_same, alone, again)), "refine gives another result the second time")
+        check(all(map(same_bits, alone, again)), "refine gives another result the second time")
         if hasattr(made, "refine_batch"):
             with check.doing("refine_batch"):
                 together = made.refine_batch(images, given)
             check(len(together) == len(images), f"refine_batch returns {len(together)} results")
-            close = all(map(_close, together, alone))
+            close = all(map(nearly_same, together, alone))
             check(close, "refine_batch gives other results than refine, one by one")
         partner = dict(zip(map(id, images), given, strict=True))
-        _check_threads(check, lambda image: made.refine(image, partner[id(image)]), images)
+        check_threads(check, lambda image: made.refine(image, partner[id(image)]), images)
         _check_pickle(check, made, lambda one: one.refine(images[0], given[0]))
-        labels_only = given[0].with_labels(given[0].labels)
-        try:
-            result = made.refine(images[0], labels_only)
-        except (PysegError, ValueError):
-            return  # it needs logits and says so
-        except Exception as error:
-            check.fail(f"a prediction without logits raises {_text(error)}, no ValueError", error)
-        _check_segmentation(check, "refine without logits", images[0], result, classes)
+        check_spec(
+            check,
+            refiners._registry,
+            name,
+            made,
+            lambda **changes: refiners._registry.make(StageSpec(name, changes), context),
+            vary=True,
+        )
+        _check_refiner_device(check, made, images[0], given[0])
+        _check_labels_only(check, made, images[0], given[0])
 
 
 def check_metric(
@@ -177,34 +178,41 @@ def check_metric(
     """
     classes = tuple(classes)
     context = {"classes": classes, "num_classes": len(classes), "things": classes[-1:]}
-    images = _images(SIZES * 2)
+    images = noise_images(SIZES * 2)
     pairs = []
     for seed, image in enumerate(images):
-        truth = _prediction(image, classes, seed + 100)
+        truth = random_prediction(image, classes, seed + 100)
         labels = truth.labels.clone()
-        labels[: seed + 1, :5] = VOID
+        labels[: seed + 4, :9] = VOID
         sample = Sample(f"image {seed}", image, labels, truth.segments, truth.instances)
-        pairs.append((_prediction(image, classes, seed), sample))
-    with _registered(metrics._registry, metric) as name:
-        check = _Check(f"metric {name if isinstance(metric, str) else _called(metric)}")
-        _check_import(check, metrics._registry, name)
+        pairs.append((random_prediction(image, classes, seed), sample))
+    with registered(metrics._registry, metric) as name:
+        check = Check(f"metric {name if isinstance(metric, str) else called(metric)}")
+        check_import(check, metrics._registry, name)
 
         def create() -> Any:
             return metrics._registry.make(StageSpec(name, options), context)
 
-        def scored(chosen: Sequence[int]) -> Any:
+        def scored(chosen: Sequence[int], pairs: Sequence[Any] = pairs) -> Any:
             made = create()
             for k in chosen:
                 made.update(*pairs[k])
             return made
 
         everything = range(len(pairs))
+        kept = [
+            {k: v.clone() for k, v in (parts_of(p) | {"truth": s.labels}).items()} for p, s in pairs
+        ]
         with check.doing("update"):
             whole = scored(everything)
+        for (prediction, sample), before in zip(pairs, kept, strict=True):
+            now = parts_of(prediction) | {"truth": sample.labels}
+            changed = [key for key, value in before.items() if not torch.equal(value, now[key])]
+            check(not changed, f"update changes the {some(changed)} that it is given")
         with check.doing("compute"):
             scores = whole.compute()
         check(isinstance(scores, dict) and bool(scores), f"compute returns {scores!r}, no dict")
-        check(_equal(scores, whole.compute()), "compute gives other scores the second time")
+        check(equal_scores(scores, whole.compute()), "compute gives other scores the second time")
         with check.doing("compute of no image"):
             check(isinstance(create().compute(), dict), "compute of no image returns no dict")
         for key, value in whole.state().items():
@@ -221,22 +229,31 @@ def check_metric(
             )
         with check.doing("update, in another order"):
             permuted = scored([*everything][::-1])
-        check(_equal(scores, permuted.compute()), "scores depend on the order of the images")
+        check(equal_scores(scores, permuted.compute()), "scores depend on the order of the images")
         for parts in (2, 3, len(pairs) + 1):
             with check.doing(f"merging {parts} states"):
                 states = [scored([*everything][k::parts]).state() for k in range(parts)]
                 merged = create()
-                merged.load_state(_sum(states))
-            equal = _equal(scores, merged.compute())
+                merged.load_state(sum_of_states(states))
+            equal = equal_scores(scores, merged.compute())
             check(equal, f"images in {parts} parts, whose states are merged, give other scores")
         state = pickle.loads(pickle.dumps(whole.state()))
         loaded = create()
         with check.doing("load_state"):
             loaded.load_state(state)
-        check(_equal(scores, loaded.compute()), "load_state(state()) gives other scores")
+        check(equal_scores(scores, loaded.compute()), "load_state(state()) gives other scores")
+        _check_void(check, pairs, lambda chosen: scored(range(len(chosen)), chosen))
+        check_spec(
+            check,
+            metrics._registry,
+            name,
+            create(),
+            lambda **changes: metrics._registry.make(StageSpec(name, changes), context),
+            vary=True,
+        )
         with check.doing("pickling it"):
             copied = pickle.loads(pickle.dumps(whole))
-        check(_equal(scores, copied.compute()), "pickled and read, it gives other scores")
+        check(equal_scores(scores, copied.compute()), "pickled and read, it gives other scores")
 
 
 def check_dataset(dataset: Any, /, **options: Any) -> None:
@@ -251,22 +268,23 @@ def check_dataset(dataset: Any, /, **options: Any) -> None:
         UnknownName: nothing has that name.
     """
     if isinstance(dataset, str):
-        check = _Check(f"data set {dataset}")
-        _check_import(check, datasets._registry, dataset)
+        check = Check(f"data set {dataset}")
+        check_import(check, datasets._registry, dataset)
         with check.offline("making it"):
             dataset = datasets.create(dataset, **options)
     elif isinstance(dataset, type) or not hasattr(dataset, "__getitem__"):
-        check = _Check(f"data set {_called(dataset)}")
+        check = Check(f"data set {called(dataset)}")
         with check.offline("making it"):
             dataset = dataset(**options)
     else:
-        check = _Check(f"data set {type(dataset).__name__}")
+        check = Check(f"data set {type(dataset).__name__}")
     _check_classes(check, dataset)
     check(getattr(dataset, "palette", None) is not None, "it has no palette")
     classes, length = dataset.classes, len(dataset)
     check(length > 0, "it is empty")
     with check.doing("pickling it"):
         copied = pickle.loads(pickle.dumps(dataset))
+    before = _state_of_randomness()
     names = set()
     chosen = sorted({round(k * (length - 1) / 7) for k in range(8)})
     for index in chosen:
@@ -277,7 +295,7 @@ def check_dataset(dataset: Any, /, **options: Any) -> None:
         names.add(sample.name)
         image = sample.image
         good = image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3 and image.numel()
-        check(bool(good), f"image {index} is {_kind(image)}, no [3, H, W] uint8")
+        check(bool(good), f"image {index} is {kind_of(image)}, no [3, H, W] uint8")
         size = tuple(image.shape[1:])
         if sample.labels is not None:
             _check_labels(check, f"labels of sample {index}", sample.labels, size, len(classes))
@@ -290,14 +308,104 @@ def check_dataset(dataset: Any, /, **options: Any) -> None:
             if sample.labels is not None:
                 equal = equal and one.labels is not None and torch.equal(one.labels, sample.labels)
             check(equal, f"sample {index}, {what}, is another one")
+    check(before == _state_of_randomness(), "reading samples draws from torch's global generator")
     check(len(names) == len(chosen), f"several samples have one name: {sorted(names)}")
     check.raises((IndexError,), f"index {length}", lambda: dataset[length])
+
+
+def _state_of_randomness() -> bytes:
+    return bytes(torch.get_rng_state().numpy())
+
+
+# -------------------------------------------------------------- what refiners and metrics must do
+
+
+def _check_labels_only(check: Check, made: Any, image: Tensor, prediction: Segmentation) -> None:
+    """Without logits: a result in which void is void, or an error that says so."""
+    labels = prediction.labels.clone()
+    labels[3:9, 4:11] = VOID
+    try:
+        result = made.refine(image, prediction.with_labels(labels))
+    except (PysegError, ValueError):
+        return
+    except Exception as error:
+        check.fail(f"a prediction without logits raises {text_of(error)}, no ValueError", error)
+    _check_segmentation(check, "refine without logits", image, result, prediction.classes)
+    kept = bool((result.labels[3:9, 4:11] == VOID).all())
+    check(kept, "refine gives classes to pixels that were void")
+
+
+def _check_refiner_device(check: Check, made: Any, image: Tensor, prediction: Segmentation) -> None:
+    assert prediction.logits is not None
+    logits = prediction.logits
+
+    def run(device: torch.device) -> list[Tensor | None]:
+        there = _moved(made, device)
+        given = Segmentation(prediction.size, prediction.classes, logits=logits.to(device))
+        result = there.refine(image.to(device), given)
+        return [result.logits if result.logits is not None else result.labels]
+
+    check_device(check, "refine", run)
+
+
+def _check_model_device(check: Check, made: Any) -> None:
+    if hasattr(made, "to"):
+        (image,) = noise_images(SIZES[:1])
+        check_device(
+            check, "predict", lambda device: [_moved(made, device).predict([image])[0].logits]
+        )
+
+
+def _moved(made: Any, device: torch.device) -> Any:
+    """A copy that lives on a device."""
+    copied = pickle.loads(pickle.dumps(made))
+    return copied.to(device) if hasattr(copied, "to") else copied
+
+
+def _check_void(
+    check: Check,
+    pairs: Sequence[tuple[Segmentation, Sample]],
+    scored: Callable[[Sequence[tuple[Segmentation, Sample]]], Any],
+) -> None:
+    """Void pixels of the truth say nothing: neither what is predicted there, nor their number."""
+    prediction, sample = pairs[0]
+    assert sample.labels is not None
+    logits = prediction.full_logits()
+    void = sample.labels == VOID
+    others = [torch.where(void, logits.roll(k, 0), logits) for k in range(len(logits))]
+    maps = [replace(prediction, logits=value, _labels=None) for value in others]
+    with check.doing("update where void is predicted otherwise"):
+        scores = [scored([(one, sample), *pairs[1:]]).compute() for one in maps]
+    same = all(equal_scores(scores[0], other) for other in scores)
+    check(same, "scores depend on what is predicted where the truth is void")
+    size = prediction.size
+    nothing = Segments(torch.zeros(size, dtype=torch.int32), ())
+    none = Instances(
+        torch.zeros(0, 4),
+        torch.zeros(0, *size, dtype=torch.bool),
+        torch.zeros(0),
+        torch.zeros(0, dtype=torch.int64),
+    )
+    unknown = Sample("void", sample.image, torch.full_like(sample.labels, VOID), nothing, none)
+    with check.doing("update with an image that is void"):
+        more = scored([*pairs, (replace(prediction, instances=none), unknown)]).compute()
+    same = equal_scores(_fractions(scored(pairs).compute()), _fractions(more))
+    check(same, "an image that is void all over changes scores")
+
+
+def _fractions(scores: Any) -> Any:
+    """Scores without what counts, such as the number of images."""
+    if isinstance(scores, Mapping):
+        return {key: _fractions(value) for key, value in scores.items()}
+    if isinstance(scores, (list, tuple)):
+        return [_fractions(value) for value in scores]
+    return None if isinstance(scores, int) else scores
 
 
 # ----------------------------------------------------------------------------- what models must do
 
 
-def _check_classes(check: _Check, made: Any) -> None:
+def _check_classes(check: Check, made: Any) -> None:
     classes, palette = made.classes, getattr(made, "palette", None)
     check(
         isinstance(classes, tuple) and bool(classes) and all(isinstance(c, str) for c in classes),
@@ -315,14 +423,14 @@ def _check_classes(check: _Check, made: Any) -> None:
             check(good, f"palette has {colour!r}, no three integers in 0..255")
 
 
-def _check_predictions(check: _Check, made: Any) -> None:
-    images = _images(SIZES)
+def _check_predictions(check: Check, made: Any) -> None:
+    images = noise_images(SIZES)
     before = [image.clone() for image in images]
-    state = _state(made)
+    state = state_of(made)
     with check.doing(f"predict of images of {', '.join(f'{h} x {w}' for h, w in SIZES)}"):
         results = made.predict(images)
     check(all(map(torch.equal, images, before)), "predict changes its images")
-    _check_unchanged(check, made, state)
+    check_unchanged(check, made, state)
     check(
         isinstance(results, list) and len(results) == len(images),
         f"predict returns {len(results) if isinstance(results, list) else type(results).__name__}"
@@ -332,10 +440,10 @@ def _check_predictions(check: _Check, made: Any) -> None:
         _check_segmentation(check, "predict", image, result, made.classes)
     with check.doing("predict, again"):
         again = made.predict(images)
-    check(all(map(_same, results, again)), "predict gives another result the second time")
+    check(all(map(same_bits, results, again)), "predict gives another result the second time")
     with check.doing("predict of one image at a time"):
         alone = [made.predict([image])[0] for image in images]
-    close = all(map(_close, results, alone))
+    close = all(map(nearly_same, results, alone))
     check(close, "predictions depend on which images are in the list")
     with check.doing("predict of no images"):
         check(made.predict([]) == [], "predict of an empty list is not an empty list")
@@ -345,12 +453,14 @@ def _check_predictions(check: _Check, made: Any) -> None:
     except (PysegError, ValueError):
         return  # too small, and it says so
     except Exception as error:
-        check.fail(f"an image of 1 x 1 raises {_text(error)}: neither result nor ValueError", error)
+        check.fail(
+            f"an image of 1 x 1 raises {text_of(error)}: neither result nor ValueError", error
+        )
     _check_segmentation(check, "predict of 1 x 1", one, result, made.classes)
 
 
 def _check_segmentation(
-    check: _Check, what: str, image: Tensor, result: Any, classes: tuple[str, ...]
+    check: Check, what: str, image: Tensor, result: Any, classes: tuple[str, ...]
 ) -> None:
     size = tuple(image.shape[1:])
     check(isinstance(result, Segmentation), f"{what} gives a {type(result).__name__}")
@@ -359,7 +469,7 @@ def _check_segmentation(
     logits = result.logits
     if logits is not None:
         good = logits.ndim == 3 and len(logits) == len(classes) and logits.is_floating_point()
-        check(good, f"{what} gives logits {_kind(logits)}, no [{len(classes)}, h, w] float")
+        check(good, f"{what} gives logits {kind_of(logits)}, no [{len(classes)}, h, w] float")
         check(bool(logits.isfinite().all()), f"{what} gives logits that are not finite")
         check(not logits.requires_grad, f"{what} gives logits with a gradient")
     if (doubt := result.uncertainty) is not None:
@@ -376,17 +486,17 @@ def _check_segmentation(
 
 
 def _check_labels(
-    check: _Check, what: str, labels: Tensor, size: tuple[int, ...], count: int
+    check: Check, what: str, labels: Tensor, size: tuple[int, ...], count: int
 ) -> None:
     void, dtype = (VOID, torch.uint8) if count <= VOID else (-1, torch.int16)
     good = tuple(labels.shape) == size and labels.dtype == dtype
-    check(good, f"{what} are {_kind(labels)}, not {list(size)} {dtype}")
+    check(good, f"{what} are {kind_of(labels)}, not {list(size)} {dtype}")
     strange = sorted({v for v in labels.unique().tolist() if v != void and not 0 <= v < count})
     check(not strange, f"{what} have values {strange[:5]}, which are none of {count} classes")
 
 
 def _check_instances(
-    check: _Check, what: str, found: Instances, size: tuple[int, ...], count: int
+    check: Check, what: str, found: Instances, size: tuple[int, ...], count: int
 ) -> None:
     number = len(found.labels)
     for name, value, shape, kind in (
@@ -396,17 +506,17 @@ def _check_instances(
         ("labels", found.labels, (number,), found.labels.dtype == torch.int64),
     ):
         good = tuple(value.shape) == shape and kind
-        check(good, f"{what} gives {name} of instances {_kind(value)}, see pyseg.types.Instances")
+        check(good, f"{what} gives {name} of instances {kind_of(value)}, see pyseg.types.Instances")
     inside = bool(((found.labels >= 0) & (found.labels < count)).all())
     check(inside, f"{what} gives instances of classes that are none of {count}")
 
 
 def _check_segments(
-    check: _Check, what: str, segments: Segments, size: tuple[int, ...], count: int
+    check: Check, what: str, segments: Segments, size: tuple[int, ...], count: int
 ) -> None:
     table = segments.map
     good = tuple(table.shape) == size and table.dtype == torch.int32
-    check(good, f"{what} gives a map of segments {_kind(table)}, not {list(size)} int32")
+    check(good, f"{what} gives a map of segments {kind_of(table)}, not {list(size)} int32")
     ids, areas = table.unique(return_counts=True)
     there = dict(zip(ids.tolist(), areas.tolist(), strict=True))
     there.pop(0, None)
@@ -416,46 +526,25 @@ def _check_segments(
     check(inside, f"{what} gives segments of classes that are none of {count}")
 
 
-def _check_bad_images(check: _Check, made: Any) -> None:
+def _check_bad_images(check: Check, made: Any) -> None:
     for bad in (
         torch.zeros(3, 8, 9),
         torch.zeros(1, 8, 9, dtype=torch.uint8),
         torch.zeros(8, 9, dtype=torch.uint8),
         torch.zeros(3, 0, 9, dtype=torch.uint8),
     ):
-        what = f"an image {_kind(bad)}"
+        what = f"an image {kind_of(bad)}"
         check.raises((ValueError, TypeError), what, partial(made.predict, [bad]))
 
 
-def _check_threads(
-    check: _Check,
-    run: Callable[[Tensor], Segmentation],
-    images: Sequence[Tensor] | None = None,
-) -> None:
-    images = _images(SIZES[:2]) if images is None else images
-    # Also the reference comes from a thread: torch may share out work otherwise in the main one.
-    with ThreadPoolExecutor(1) as pool:
-        expected = list(pool.map(run, images))
-    start = threading.Barrier(THREADS)
-
-    def work(thread: int) -> bool:
-        start.wait()
-        order = [(thread + k) % len(images) for k in range(len(images))]
-        return all(_same(run(images[k]), expected[k]) for k in order)
-
-    with check.doing(f"{THREADS} threads at once"), ThreadPoolExecutor(THREADS) as pool:
-        equal = all(pool.map(work, range(THREADS)))
-    check(equal, f"{THREADS} threads at once get other results than one")
-
-
-def _check_pickle(check: _Check, made: Any, run: Callable[[Any], Segmentation]) -> None:
+def _check_pickle(check: Check, made: Any, run: Callable[[Any], Segmentation]) -> None:
     with check.doing("pickling it"):
         copied = pickle.loads(pickle.dumps(made))
-    check(_same(run(made), run(copied)), "pickled and read, it gives another result")
+    check(same_bits(run(made), run(copied)), "pickled and read, it gives another result")
 
 
-def _check_saving(check: _Check, made: Any) -> None:
-    (image,) = _images(SIZES[:1])
+def _check_saving(check: Check, made: Any) -> None:
+    (image,) = noise_images(SIZES[:1])
     with tempfile.TemporaryDirectory() as folder:
         with check.doing("Pipeline.save"):
             pipeline.build(made).save(Path(folder) / "saved")
@@ -463,12 +552,12 @@ def _check_saving(check: _Check, made: Any) -> None:
             loaded = pipeline.load(Path(folder) / "saved")
     check(loaded.classes == made.classes, "saved and loaded, it has other classes")
     result = loaded(image)
-    same = _same(result, made.predict([image])[0])
+    same = same_bits(result, made.predict([image])[0])
     check(same, "saved and loaded, it gives another result: its state_dict must hold all of it")
 
 
 def _check_num_classes(
-    check: _Check,
+    check: Check,
     create: Callable[..., Any],
     none: Mapping[str, Any],
     made: Any,
@@ -486,15 +575,15 @@ def _check_num_classes(
         f"with num_classes={count} it has {len(other.classes)} classes",
     )
     _check_classes(check, other)
-    (image,) = _images(SIZES[:1])
+    (image,) = noise_images(SIZES[:1])
     with check.doing(f"predict with num_classes={count}"):
         result = other.predict([image])[0]
     _check_segmentation(check, f"predict with num_classes={count}", image, result, other.classes)
     check.raises((ValueError,), "num_classes=0", lambda: create(**changes, num_classes=0))
 
 
-def _check_training(check: _Check, made: SemanticModel | InstanceModel) -> None:
-    count, images = len(made.classes), _images([(64, 96)] * 2)
+def _check_training(check: Check, made: SemanticModel | InstanceModel) -> None:
+    count, images = len(made.classes), noise_images([(64, 96)] * 2)
     generator = torch.Generator().manual_seed(0)
     made.train()
     if isinstance(made, InstanceModel):
@@ -521,7 +610,7 @@ def _check_training(check: _Check, made: SemanticModel | InstanceModel) -> None:
                 f"its output {key!r} is neither 'out' nor begins with 'aux'",
             )
             good = logits.ndim == 4 and tuple(logits.shape[:2]) == (2, count)
-            check(good, f"its output {key!r} is {_kind(logits)}, no [2, {count}, h, w]")
+            check(good, f"its output {key!r} is {kind_of(logits)}, no [2, {count}, h, w]")
             full = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
             losses[key] = F.cross_entropy(full, labels)
     for key, loss in losses.items():
@@ -530,252 +619,8 @@ def _check_training(check: _Check, made: SemanticModel | InstanceModel) -> None:
         torch.stack([*losses.values()]).sum().backward()
     learnt = [(key, p.grad) for key, p in made.named_parameters() if p.requires_grad]
     idle = [key for key, gradient in learnt if gradient is None]
-    check(not idle, f"a training step does not reach {len(idle)} parameters: {_some(idle)}")
+    check(not idle, f"a training step does not reach {len(idle)} parameters: {some(idle)}")
     broken = [key for key, g in learnt if g is not None and not g.isfinite().all()]
-    check(not broken, f"gradients of {_some(broken)} are not finite")
+    check(not broken, f"gradients of {some(broken)} are not finite")
     made.zero_grad()
     made.eval()
-
-
-# ----------------------------------------------------------------------------------------- helpers
-
-
-class _Check:
-    """``check(condition, message)``, with the name of what is checked."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def __call__(self, condition: bool, message: str) -> None:
-        if not condition:
-            self.fail(message)
-
-    def fail(self, message: str, cause: BaseException | None = None) -> NoReturn:
-        raise AssertionError(f"{self.what}: {message}") from cause
-
-    @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Exceptions within are faults."""
-        try:
-            yield
-        except AssertionError as error:
-            if str(error).startswith(self.what):
-                raise
-            self.fail(f"{what} raises {_text(error)}", error)
-        except Exception as error:
-            self.fail(f"{what} raises {_text(error)}", error)
-
-    @contextlib.contextmanager
-    def offline(self, what: str) -> Iterator[None]:
-        """As `doing`; connections are refused, and even tried they are a fault."""
-        tried: list[str] = []
-
-        def refuse(*arguments: Any, **_: Any) -> NoReturn:
-            tried.append(str(next((a for a in arguments if isinstance(a, (str, tuple))), "")))
-            raise OSError("pyseg.testing refuses connections")
-
-        with contextlib.ExitStack() as stack:
-            for owner, name in ((socket.socket, "connect"), (socket, "getaddrinfo")):
-                stack.enter_context(mock.patch.object(owner, name, refuse))
-            try:
-                with self.doing(what):
-                    yield
-            finally:
-                if tried:
-                    self.fail(f"{what} takes the network: {_some(tried)}")
-
-    def raises(
-        self, errors: tuple[type[Exception], ...], what: str, run: Callable[[], Any]
-    ) -> None:
-        """``run`` must raise one of these."""
-        wanted = " or ".join(error.__name__ for error in errors)
-        try:
-            run()
-        except errors:
-            return
-        except Exception as error:
-            self.fail(f"{what} raises {_text(error)}, no {wanted}", error)
-        self.fail(f"{what} is accepted; it must raise {wanted}")
-
-
-@contextlib.contextmanager
-def _registered(registry: Registry[Any], given: str | Callable[..., Any]) -> Iterator[str]:
-    """The name of a factory in its registry; one that has none gets one meanwhile."""
-    if isinstance(given, str):
-        registry.info(given)  # raises UnknownName
-        yield given
-    elif known := registry.name_of(given):
-        yield known
-    else:
-        name = next(
-            name for k in itertools.count() if (name := f"checked_{k}") not in registry.list()
-        )
-        registry.register(name)(given)
-        try:
-            yield name
-        finally:
-            del registry._registered[name]
-
-
-_IMPORT = """
-import importlib, socket, sys
-def refuse(*arguments, **_):
-    print("network", *arguments)
-    raise OSError("pyseg.testing refuses connections")
-socket.socket.connect = socket.getaddrinfo = refuse
-for module in sys.argv[1:]:
-    importlib.import_module(module)
-"""
-_imported: set[str] = set()  # modules that have been imported without network
-
-
-def _check_import(check: _Check, registry: Registry[Any], name: str) -> None:
-    """The module of an installed name imports without network."""
-    points = importlib.metadata.entry_points(group=registry.group)
-    module = next((point.module for point in points if point.name == name), None)
-    if module is None or module in _imported:
-        return
-    # All of a distribution at once: most of the time is torch's.
-    owner = next(point.dist for point in points if point.name == name)
-    modules = {p.module for p in points if owner and p.dist and p.dist.name == owner.name}
-    for chosen in (modules, {module}):
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, *sorted(chosen)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
-        )
-        if done.returncode == 0 and "network" not in done.stdout:
-            _imported.update(chosen)
-            return
-    if "network" in done.stdout:
-        check.fail(f"importing {module} takes the network: {done.stdout.strip()}")
-    check.fail(f"importing {module} fails: {done.stderr.strip().splitlines()[-1]}")
-
-
-def _images(sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Coarse coloured noise, [3, H, W] uint8; different for equal sizes."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        F.interpolate(torch.rand(1, 3, 5, 7, generator=generator), size, mode="bilinear")[0]
-        .mul(255)
-        .to(torch.uint8)
-        for size in sizes
-    ]
-
-
-def _prediction(image: Tensor, classes: Sequence[str], seed: int) -> Segmentation:
-    """Random logits at a quarter; segments and instances that are the regions of their labels."""
-    size = (image.shape[1], image.shape[2])
-    generator = torch.Generator().manual_seed(seed)
-    low = torch.randn(1, len(classes), 4, 5, generator=generator)
-    shape = [math.ceil(n / 4) for n in size]
-    logits = F.interpolate(low, shape, mode="bilinear")[0] * 3
-    result = Segmentation(size, tuple(classes), logits=logits, image=image)
-    labels = result.labels.long()
-    present = labels.unique().tolist()
-    items = tuple(Segment(label + 1, label, 1.0, int((labels == label).sum())) for label in present)
-    masks = torch.stack([labels == label for label in present])
-    boxes = []
-    for mask in masks:
-        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
-        boxes.append([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
-    scores = torch.rand(len(present), generator=generator)
-    return replace(
-        result,
-        segments=Segments((labels + 1).to(torch.int32), items),
-        instances=Instances(torch.tensor(boxes).float(), masks, scores, torch.tensor(present)),
-    )
-
-
-def _state(made: Any) -> dict[str, Tensor]:
-    if not isinstance(made, nn.Module):
-        return {}
-    return {key: value.clone() for key, value in made.state_dict().items()}
-
-
-def _check_unchanged(check: _Check, made: Any, before: Mapping[str, Tensor]) -> None:
-    changed = [key for key, value in _state(made).items() if not torch.equal(value, before[key])]
-    check(not changed, f"predict changes the state of the model: {_some(changed)}")
-
-
-def _parts(result: Segmentation) -> dict[str, Tensor]:
-    parts = {"labels": result.labels}
-    if result.logits is not None:
-        parts["logits"] = result.logits
-    if result.uncertainty is not None:
-        parts["uncertainty"] = result.uncertainty
-    if result.segments is not None:
-        parts["map"] = result.segments.map
-    if result.instances is not None:
-        for name in ("boxes", "masks", "scores"):
-            parts[name] = getattr(result.instances, name)
-    return parts
-
-
-def _same(one: Segmentation, other: Segmentation) -> bool:
-    """Bit for bit."""
-    first, second = _parts(one), _parts(other)
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-def _close(one: Segmentation, other: Segmentation) -> bool:
-    """But for rounding: logits to a thousandth of the largest, all but one label of a hundred."""
-    if (one.logits is None) != (other.logits is None) or tuple(one.size) != tuple(other.size):
-        return False
-    if one.logits is not None and other.logits is not None:
-        if one.logits.shape != other.logits.shape:
-            return False
-        scale = 1e-3 * float(other.logits.abs().max()) + 1e-6
-        if float((one.logits - other.logits).abs().max()) > scale:
-            return False
-    return float((one.labels != other.labels).float().mean()) <= 0.01
-
-
-def _sum(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """As `pyseg.evaluate` merges the states of processes: tensors add up, lists are joined."""
-    total: dict[str, Any] = {}
-    for state in states:
-        for key, value in state.items():
-            if key in total:
-                total[key] = total[key] + value
-            else:
-                total[key] = value.clone() if isinstance(value, Tensor) else [*value]
-    return total
-
-
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two results of ``compute`` are the same to the last bit; nan is nan."""
-    if isinstance(one, Mapping):
-        return (
-            isinstance(other, Mapping)
-            and one.keys() == other.keys()
-            and all(_equal(one[key], other[key]) for key in one)
-        )
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(_equal, one, other))
-    if isinstance(one, float) and math.isnan(one):
-        return isinstance(other, float) and math.isnan(other)
-    if hasattr(one, "shape"):
-        return torch.as_tensor(one).equal(torch.as_tensor(other)) or bool(
-            torch.allclose(
-                torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=0, equal_nan=True
-            )
-        )
-    return bool(one == other)
-
-
-def _called(given: Any) -> str:
-    return f"{given.__module__}.{getattr(given, '__qualname__', type(given).__name__)}"
-
-
-def _kind(value: Tensor) -> str:
-    return f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _some(items: Sequence[str]) -> str:
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
