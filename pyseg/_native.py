@@ -105,6 +105,14 @@ def require(op: str, *tensors: torch.Tensor) -> None:
         )
 
 
+def autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device; torch raises where there is none, as on "meta"."""
+    import torch
+
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
+
+
 def check_tensors(**named: Any) -> None:
     """Raises where an argument of an op, or an element of one that is a list, is no tensor.
 

@@ -397,9 +397,9 @@ def test_ctrl_c_in_predict_says_how_far_it_came(tmp_path, monkeypatch):
 
 def test_weights_none_means_random(tmp_path):
     built = cli._pipeline("threshold", "none", None, None)
-    assert built.stages[0].object.weights is None
-    assert cli._pipeline("threshold", "a.pt", None, None).stages[0].object.weights == "a.pt"
-    assert cli._pipeline("threshold", None, None, None).stages[0].object.weights == "default"
+    assert built.stages[0].component.weights is None
+    assert cli._pipeline("threshold", "a.pt", None, None).stages[0].component.weights == "a.pt"
+    assert cli._pipeline("threshold", None, None, None).stages[0].component.weights == "default"
 
 
 # --- evaluate ---------------------------------------------------------------------------------

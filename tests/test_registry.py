@@ -18,7 +18,8 @@ from pyseg.spec import StageSpec
 class Point:
     def __init__(self, name, value, owner, load):
         self.name, self.value, self.load = name, value, load
-        self.dist = type("Dist", (), {"name": owner, "version": "1.0"})
+        read = {"name": owner, "version": "1.0", "read_text": staticmethod(lambda name: None)}
+        self.dist = type("Dist", (), read)
 
 
 @pytest.fixture

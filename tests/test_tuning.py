@@ -111,7 +111,7 @@ def test_finds_parameters_that_help_and_their_scores_are_true():
     assert score(refined, (0, 1, 2)) == pytest.approx(best.fit["miou"], abs=2e-3)
     assert score(refined, (3, 4)) == pytest.approx(best.check["miou"], abs=2e-3)
     assert score(pyseg.build("coarse"), (3, 4)) == pytest.approx(off.check["miou"], abs=2e-3)
-    crf = refined.stages[1].object
+    crf = refined.stages[1].component
     assert isinstance(crf, CRF) and crf.iterations == best.parameters["iterations"]
 
 
@@ -205,7 +205,7 @@ def test_class_names_are_forgiven_as_by_evaluate():
     data.classes = ("Left", "RIGHT", "disc")
     assert tune_crf(pyseg.build("coarse"), data, trials=3).classes == data.classes
     pipeline = pyseg.build("coarse")
-    pipeline.stages[0].object.classes = ("class 0", "class 1", "class 2")
+    pipeline.stages[0].component.classes = ("class 0", "class 1", "class 2")
     training = train_crf(pipeline, data, Scenes(), epochs=1, limit=1, iterations=1)
     assert training.table()[0][3:] == list(CLASSES)
 

@@ -88,7 +88,7 @@ def deform_conv2d(
     for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, but input on {device}: move one")
-    if torch.is_autocast_enabled(device.type):
+    if _native.autocast(device.type):
         dtype = torch.get_autocast_dtype(device.type)
         tensors = {
             name: tensor.to(dtype) if tensor.dtype in FLOATS[:3] else tensor

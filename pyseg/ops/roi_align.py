@@ -278,7 +278,7 @@ def _regions(input: Tensor, boxes: Boxes) -> Tensor:
             f"{len(parts)}"
         )
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = _native.autocast(input.device.type)
     for part in parts:
         if part.ndim != 2 or part.shape[1] != columns:
             expected = "[K, 5], or a list of [L, 4]" if columns == 5 else "a list of [L, 4]"

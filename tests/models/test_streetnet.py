@@ -30,7 +30,7 @@ def test_bundled_weights():
 
 
 def test_registered_and_offline():
-    built = pyseg.build("streetnet").stages[0].object
+    built = pyseg.build("streetnet").stages[0].component
     again = streetnet(weights="bundled")
     for key, value in again.state_dict().items():
         assert torch.equal(value, built.state_dict()[key])

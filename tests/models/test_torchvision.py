@@ -38,7 +38,9 @@ def test_equals_torchvision(name, tmp_path):
     options = {} if name.startswith("lraspp") else {"aux_loss": True}
     peer = original(name, num_classes=5, **options).eval()
     torch.save(peer.state_dict(), tmp_path / "peer.pth")
-    ours = pyseg.build(name, num_classes=5, weights=tmp_path / "peer.pth").stages[0].object.eval()
+    ours = (
+        pyseg.build(name, num_classes=5, weights=tmp_path / "peer.pth").stages[0].component.eval()
+    )
     images = torch.rand(1, 3, 65, 97)
     with torch.inference_mode():
         expected = peer((images - ours.mean) / ours.std)["out"]
@@ -51,7 +53,7 @@ def test_equals_torchvision(name, tmp_path):
 
 
 def test_training_gives_the_auxiliary_head():
-    model = pyseg.build("fcn_resnet50", num_classes=3, weights=None).stages[0].object.train()
+    model = pyseg.build("fcn_resnet50", num_classes=3, weights=None).stages[0].component.train()
     outputs = model(torch.rand(2, 3, 33, 33))
     assert set(outputs) == {"out", "aux"} and outputs["aux"].shape[1] == 3
     assert set(model.eval()(torch.rand(1, 3, 33, 33))) == {"out"}
@@ -77,7 +79,7 @@ def test_published_weights_get_a_new_head_for_other_classes(monkeypatch, tmp_pat
     monkeypatch.setattr(weights, "resolve", lambda name, known: tmp_path / "published.pth")
     assert "aeroplane" in pyseg.build(SMALL).classes
     with pytest.warns(UserWarning, match="the last layer for 19 classes is random"):
-        model = pyseg.build(SMALL, num_classes=19).stages[0].object
+        model = pyseg.build(SMALL, num_classes=19).stages[0].component
     state, source = model.state_dict(), published.state_dict()
     same = [k for k in source if torch.equal(state["network.model." + k], source[k])]
     different = set(source) - set(same)

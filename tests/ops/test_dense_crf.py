@@ -102,7 +102,7 @@ def test_accuracy_on_real_crops(generator, capsys, data_folder, kind):
     methods = {name: functools.partial(dense_crf, quality=name) for name in QUALITY}
     if installed:
         methods = {"pydensecrf": lambda u, i: pydensecrf_marginals(u, i[0]), **methods}
-    model = pyseg.build("streetnet").stages[0].object if "streetnet" in kind else None
+    model = pyseg.build("streetnet").stages[0].component if "streetnet" in kind else None
     errors = {name: [] for name in methods}
     for image, label, window in crops(data_folder("camvid/train")):
         if model is None:
