@@ -20,7 +20,7 @@ FLOORS = (
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"cluster", "demo"},
+    {"cluster", "demo", "studio"},
     {"cli"},
     {"__main__"},
 )
