@@ -140,7 +140,7 @@ class Desk:
                 f"output {str(self.output)!r} is open in another studio; stop that one, or give "
                 "another output"
             )
-        self._release = release
+        self._release: Callable[[], None] | None = release
         try:
             self._check_classes(self.pipeline)
             for folder in (self.output, self.output / "labels", self.output / _KEPT):
@@ -512,7 +512,9 @@ class Desk:
     def close(self) -> None:
         """Ends the survey and gives the output free; nothing waits to be written."""
         self.survey(False)
-        self._release()
+        if self._release is not None:
+            self._release()
+        self._release = None  # its descriptor may be another file's soon
 
 
 def doubt(prediction: Segmentation) -> Tensor | None:

@@ -271,7 +271,10 @@ const ofErrors = (map) => painted((k) => {
   const truth = view.truth[k];
   return truth < 0 ? IGNORED : map[k] === truth ? RIGHT : map[k] < 0 ? MISSED : WRONG;
 });
-const ofMask = (mask, colour) => painted((k) => (mask[k] ? colour : null));
+const ofMask = (mask, colour) => { // with a white outline, which shows on a class of any colour
+  const width = view.size[1], at = (k) => mask[k] === 1;
+  return painted((k) => (!mask[k] ? null : at(k - 1) && at(k + 1) && at(k - width) && at(k + width) ? colour : [255, 255, 255]));
+};
 const heats = Array.from({ length: 256 }, (_, value) => {
   const at = value / 255 * (HEAT.length - 1), low = Math.min(Math.floor(at), HEAT.length - 2);
   return HEAT[low].map((channel, c) => Math.round(channel + (at - low) * (HEAT[low + 1][c] - channel)));
@@ -374,7 +377,7 @@ function drawPrompt(pane) {
   const to = (x, y) => [pane.left + look.x + x * look.scale, look.y + y * look.scale];
   const at = [...to(0, 0), width * look.scale, height * look.scale];
   context.imageSmoothingEnabled = false;
-  context.globalAlpha = 0.6;
+  context.globalAlpha = 0.65;
   if (state.mask) context.drawImage(layer("mask"), ...at);
   if (hovered) context.drawImage(hovered, ...at);
   context.globalAlpha = 1;
@@ -745,6 +748,7 @@ $("frame").addEventListener("drop", trying(async (event) => {
 }));
 // Another tab may have worked on the same image.
 document.addEventListener("visibilitychange", () => { if (!document.hidden && view) inTurn(async () => { await reload(); await refresh(); }); });
-new ResizeObserver(() => { fit(); draw(); }).observe(canvas);
+let wide = 0; // a telephone's address bar changes the height alone, which is no reason to zoom out
+new ResizeObserver(() => { if (canvas.clientWidth !== wide) { wide = canvas.clientWidth; fit(); } draw(); }).observe(canvas);
 showButtons();
 begin();
