@@ -282,7 +282,8 @@ def _scores(labels: np.ndarray, truth: np.ndarray | None) -> dict[str, float] | 
         return None
     labels, truth = labels[known], truth[known]
     found = [
-        np.count_nonzero((labels == k) & (truth == k)) / np.count_nonzero((labels == k) | (truth == k))
+        np.count_nonzero((labels == k) & (truth == k))
+        / np.count_nonzero((labels == k) | (truth == k))
         for k in np.union1d(labels[labels >= 0], truth)
     ]
     return {"accuracy": float(np.mean(labels == truth)), "miou": float(np.mean(found))}
@@ -629,6 +630,7 @@ def serve(
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(256)  # before the address is told: who is early waits, and is not refused
         shown = f"[{host}]" if ":" in host else host
         # After the #, it reaches no server's log and no other site.
         address = f"http://{shown}:{listener.getsockname()[1]}/#token={token}"
