@@ -233,9 +233,9 @@ class Target(BaseModel):
 # --- what is answered ---------------------------------------------------------------------------
 
 
-def _state(document: Document, whole: bool = True) -> dict[str, Any]:
-    """What a page shows of a document that can change; without its map where that is known."""
-    session = document.session
+def _state(document: Document) -> dict[str, Any]:
+    """What a page shows of a document that can change."""
+    session, labels = document.session, document.labels()
     pending = session.pending
     asked = session.asked
     return {
@@ -244,7 +244,8 @@ def _state(document: Document, whole: bool = True) -> dict[str, Any]:
         "redo": session.redoable,
         "done": document.item.done,
         "saved": document.item.saved,
-        "map": runs(document.labels()) if whole else None,
+        "map": runs(labels),
+        "scores": _scores(labels, document.truth),
         "mask": None if pending is None else runs(pending.mask.numpy()),
         "score": None if pending is None else pending.score,
         "asked": None if asked is None else asked._asdict(),
@@ -504,7 +505,7 @@ def _add_documents(app: FastAPI, desk: Desk) -> None:
         desk.finish(index, switch.on)
         document = desk.open(index)
         with document.lock:
-            return _state(document, whole=False)
+            return _state(document)
 
     @app.get("/api/items/{index}/export", response_class=Response)
     def export(index: int, to: Literal["indexed", "coco", "labelme"]) -> Response:

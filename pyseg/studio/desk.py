@@ -382,11 +382,13 @@ class Desk:
         session = document.session
         try:
             if asked["selected"] is not None:
-                session.select(*asked["selected"])
+                x, y = asked["selected"]
+                session.select(x, y)
             if asked["box"] is not None:
-                session.box(*asked["box"], label=asked["label"])
-            for point, positive in zip(asked["points"], asked["positive"], strict=True):
-                session.click(*point, positive=positive, label=asked["label"])
+                x0, y0, x1, y1 = asked["box"]
+                session.box(x0, y0, x1, y1, asked["label"])
+            for (x, y), positive in zip(asked["points"], asked["positive"], strict=True):
+                session.click(x, y, positive, asked["label"])
         except (PysegError, TypeError, ValueError):  # of other classes, or written by another
             session.clear()
 

@@ -195,6 +195,7 @@ def test_a_page_gets_what_it_shows(make_client, make_desk, tmp_path):
     )
     metric.update(predicted, sample)
     assert view["stages"][0]["scores"]["miou"] == pytest.approx(metric.compute()["miou"])
+    assert view["scores"] == view["stages"][0]["scores"]
     picture_ = np.array(Image.open(io.BytesIO(client.get("/api/items/0/image").content)))
     assert np.abs(picture_.astype(int) - picture()).mean() < 6
     doubts = client.get("/api/items/0/doubt/0").content

@@ -91,13 +91,13 @@ async function refresh() {
 }
 
 function take(found) {
-  const map = found.map ? decode(found.map) : state.map;
-  state = { ...found, map, mask: decode(found.mask) };
+  state = { ...found, map: decode(found.map), mask: decode(found.mask) };
   for (const key of [...layers.keys()]) if (!key.startsWith("stage") && !key.startsWith("doubt")) layers.delete(key);
   const item = studio.items[index];
   item.done = state.done;
   item.saved = state.saved;
   showQueue();
+  showStages();
   showButtons();
 }
 
@@ -175,13 +175,17 @@ function showStudio() {
     box.onchange = () => { if (box.checked) hidden.delete(k); else hidden.add(k); layers.clear(); draw(); };
     return make("li", {}, box, button);
   }));
+  $("class").replaceChildren(...studio.classes.map((name, k) => make("option", { value: String(k), textContent: name })));
+  $("class").value = String(label);
   showQueue();
 }
 
 function choose(k) {
   label = (k + studio.classes.length) % studio.classes.length;
+  $("class").value = String(label);
   $("legend").querySelectorAll("button").forEach((button, n) => button.setAttribute("aria-pressed", String(n === label)));
-  $("legend").children[label].scrollIntoView({ block: "nearest" });
+  const list = $("legend"), row = list.children[label];
+  list.scrollTop = Math.min(row.offsetTop - list.offsetTop, Math.max(list.scrollTop, row.offsetTop - list.offsetTop + row.offsetHeight - list.clientHeight));
   say(`Class ${studio.classes[label]}.`);
   draw();
 }
@@ -220,14 +224,17 @@ function showDocument() {
     $(id).value = sources.some(([value]) => value === before) ? before : first;
   }
   $("start").replaceChildren(...named.map(([, text], k) => make("option", { value: String(k), textContent: text })), make("option", { value: "", textContent: "nothing: all void" }));
-  $("stages").tBodies[0].replaceChildren(...stages.map((stage) => make("tr", {},
-    make("td", { textContent: stage.name }),
-    make("td", { textContent: stage.milliseconds.toFixed(0) }),
-    make("td", { textContent: stage.peak_bytes === null ? "–" : (stage.peak_bytes / 1e6).toFixed(0) }),
-    make("td", { textContent: stage.scores ? stage.scores.miou.toFixed(3) : "–" }))));
   showQueue();
   showButtons();
   showMode();
+}
+
+function showStages() { // and what the map as edited scores
+  const row = (...cells) => make("tr", {}, ...cells.map((textContent) => make("td", { textContent })));
+  const miou = (scores) => (scores ? scores.miou.toFixed(3) : "–");
+  const rows = view.stages.map((stage) => row(stage.name, stage.milliseconds.toFixed(0),
+    stage.peak_bytes === null ? "–" : (stage.peak_bytes / 1e6).toFixed(0), miou(stage.scores)));
+  $("stages").tBodies[0].replaceChildren(...rows, row("the map", "", "", miou(state.scores)));
 }
 
 function showButtons() {
@@ -698,6 +705,7 @@ $("zoom-out").onclick = () => zoomMiddle(0.8);
 $("zoom-fit").onclick = () => { fit(); draw(); };
 $("size").oninput = () => { $("size-value").textContent = $("size").value; draw(); };
 for (const id of ["opacity", "split", "left", "right"]) $(id).oninput = draw;
+$("class").onchange = () => choose(Number($("class").value));
 $("previous").onclick = () => move(-1);
 $("next").onclick = () => move(1);
 $("done").onclick = trying(async () => {
