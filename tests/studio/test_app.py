@@ -391,7 +391,9 @@ def test_the_command(photos, tmp_path):
         finally:
             process.kill()
             process.wait()
-    result = CliRunner().invoke(command, ["studio", str(tmp_path / "absent"), "-o", str(out)])
+    result = CliRunner().invoke(
+        command, ["studio", str(tmp_path / "absent"), "-o", str(out)], catch_exceptions=False
+    )
     assert result.exit_code == 2 and "does not exist" in result.output
 
 

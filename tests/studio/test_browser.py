@@ -478,4 +478,4 @@ def test_nothing_is_wider_than_the_screen(page, width):
     page.keys(KEY.ESCAPE, "c")
     page.pointer((200, 180))
     assert page.state("asked.points.length") == 1
-    page.shot(f"click-{width}")
+    page.shot(f"prompt-{width}")
