@@ -1673,6 +1673,57 @@ def demo(
         typer.echo(f"wrote {file}")
 
 
+@app.command(cls=_documented_by("studio/app.py:serve"))
+def studio(
+    images: Annotated[
+        Path | None, typer.Argument(help="Image or folder of images. [default: those uploaded]")
+    ] = None,
+    spec: SpecOption = BUNDLED,
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", help="Folder for the corrected maps.")
+    ] = Path("studio"),
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder of label PNGs to correct in place of predictions.")
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Folder of label PNGs to compare with.")
+    ] = None,
+    clicks: Annotated[
+        str | None,
+        typer.Option(help="What answers clicks: nano or flood. [default: a stage's sam, or nano]"),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; with another one give --token.")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="0 = any that is free.")] = None,
+    token: Annotated[
+        str | None, typer.Option(help="That requests must have. [default: a random one]")
+    ] = None,
+    browser: Annotated[
+        bool | None, typer.Option("--browser/--no-browser", help="Open the page.")
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Look at results and correct them, on a page in the browser and over HTTP."""
+    from .errors import require
+
+    require("uvicorn", extra="studio")
+    require("fastapi", extra="studio")
+    from .studio import Desk
+    from .studio.app import serve
+
+    desk = Desk(
+        images,
+        output,
+        spec=_pipeline(spec, None, None, device),
+        labels=labels,
+        truth=truth,
+        clicks=clicks,
+        make=lambda text: _pipeline(text, None, None, device),
+    )
+    serve(desk, announce=typer.echo, **_given(host=host, port=port, token=token, browser=browser))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Run the benchmarks of a source checkout; further arguments go to pytest (-k crf)."""

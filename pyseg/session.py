@@ -44,6 +44,16 @@ class Answer(NamedTuple):
     score: float  # the IoU that the segmenter predicts for it; 1 of a region that was selected
 
 
+class Asked(NamedTuple):
+    """What a session's prompt asks, to be shown or kept."""
+
+    points: tuple[tuple[float, float], ...]  # x, y
+    positive: tuple[bool, ...]  # whether the object has the point
+    box: tuple[float, float, float, float] | None  # xyxy
+    label: str | None  # class that the mask is to get; "void" for none
+    selected: tuple[int, int] | None  # x, y of a pixel of the region that was taken up
+
+
 @dataclass(frozen=True)
 class _Prompt:
     """What is being asked, and the answer; immutable, as the history holds it."""
@@ -399,6 +409,7 @@ class Session:
         self._prompt = _Prompt()
         self._done: list[_Step] = []
         self._undone: list[_Step] = []
+        self.version = 0  # counts changes of the map, so that who keeps it knows when
         self._embedding: Any = None
 
     def _begin(self, start: Any, classes: Sequence[str] | None, edit: Kind | None) -> Segmentation:
@@ -572,7 +583,7 @@ class Session:
             change = self._canvas.erase(area, prompt.target)
         else:
             change = self._canvas.paint(area, given, prompt.target, prompt.selected, whole=True)
-        self._canvas.apply(change, True)
+        self._apply(change, True)
         self._record(_Prompt(label=prompt.label if given == self._void else given), change)
 
     def brush(self, mask: Tensor | np.ndarray, label: str | int | None = None) -> None:
@@ -608,11 +619,57 @@ class Session:
             change = self._canvas.paint(area, given, target, None, whole=False)
         if change.patch is None and not change.entries:
             return
-        self._canvas.apply(change, True)
+        self._apply(change, True)
         prompt = _Prompt(label=self._prompt.label if given == self._void else given)
         if target is not None and (found := self._region(target)) is not None:
             prompt = replace(prompt, selected=found, target=target)
         self._record(prompt, change)
+
+    def fill(self, x: float, y: float, label: str | int | None = None) -> None:
+        """Brushes the connected part of one class, or of void, that holds a pixel.
+
+        Parts are connected by edges, so that a diagonal line bounds them.
+
+        Args:
+            x: from the left,
+            y: from the top.
+            label: class by name or index, or ``"void"``; None = as before.
+
+        Raises:
+            PysegError: the point is outside the image, or no class was ever named.
+            LabelError: an unknown class.
+        """
+        from scipy import ndimage
+
+        column, row = map(int, self._point(x, y))
+        labels = self.result.labels.numpy()
+        parts, _ = ndimage.label(labels == labels[row, column])
+        self.brush(parts == parts[row, column], label)
+
+    def put(self, labels: Any) -> None:
+        """Puts another label map in place of the present one, as one step.
+
+        Args:
+            labels: tensor, array or PNG of the image's size; a bool mask is class 1 on class 0.
+
+        Raises:
+            PysegError: another size, or the session edits segments or instances.
+            LabelError: values that are no class.
+        """
+        if self.edit != "labels":
+            raise PysegError(
+                f"put takes label maps, and this session edits {self.edit}: begin another "
+                "with start="
+            )
+        plain = Segmentation(self.size, self.classes)
+        found = self._read_labels(labels, len(self.classes))
+        _check_size(found.shape, self.size)
+        new = plain.with_labels(found).labels.cpu().numpy().astype(self._canvas.map.dtype)
+        patch = _Patch.between(self._canvas.map, new, 0, 0)
+        if patch is not None:
+            change = _Change(patch)
+            self._apply(change, True)
+            self._record(_Prompt(label=self._prompt.label), change)
 
     def _region(self, target: int) -> Region | None:
         """A segment or instance as it is now."""
@@ -632,6 +689,33 @@ class Session:
         """The mask of the prompt, which `accept` would take; None without a prompt."""
         return None if self._prompt.empty else self._answer(self._prompt)
 
+    @property
+    def asked(self) -> Asked | None:
+        """What the prompt asks; None without one."""
+        prompt = self._prompt
+        if prompt.empty:
+            return None
+        selected = None
+        if prompt.selected is not None:
+            rows, columns = prompt.selected.mask.nonzero()
+            left, top = prompt.selected.left, prompt.selected.top
+            selected = (left + int(columns[0]), top + int(rows[0]))
+        name = None
+        if prompt.label is not None:
+            name = "void" if prompt.label == self._void else self.classes[prompt.label]
+        signs = tuple(sign == 1 for sign in prompt.signs)
+        return Asked(prompt.points, signs, prompt.box, name, selected)
+
+    @property
+    def undoable(self) -> bool:
+        """Whether there is a step to undo."""
+        return bool(self._done)
+
+    @property
+    def redoable(self) -> bool:
+        """Whether there is a step to do again."""
+        return bool(self._undone)
+
     def undo(self) -> bool:
         """Takes back the last step: a click, a box, a selection, an acceptance, a brush.
 
@@ -642,7 +726,7 @@ class Session:
             return False
         step = self._done.pop()
         if step.change is not None:
-            self._canvas.apply(step.change, False)
+            self._apply(step.change, False)
         self._prompt = step.before
         self._undone.append(step)
         return True
@@ -653,10 +737,14 @@ class Session:
             return False
         step = self._undone.pop()
         if step.change is not None:
-            self._canvas.apply(step.change, True)
+            self._apply(step.change, True)
         self._prompt = step.after
         self._done.append(step)
         return True
+
+    def _apply(self, change: _Change, forward: bool) -> None:
+        self._canvas.apply(change, forward)
+        self.version += 1
 
     def _record(self, prompt: _Prompt, change: _Change | None = None) -> None:
         """A step that has changed the canvas, if it changes that, and now the prompt."""
@@ -791,4 +879,4 @@ def _check_size(found: Sequence[int], size: tuple[int, int]) -> None:
         raise PysegError(f"start is {list(found)}, but the image is {list(size)}: they must agree")
 
 
-__all__ = ["Answer", "Kind", "Session"]
+__all__ = ["Answer", "Asked", "Kind", "Session"]

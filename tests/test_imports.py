@@ -20,7 +20,7 @@ FLOORS = (
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
     {"comparison", "instance_training", "report", "testing", "tuning"},
-    {"cluster", "conformance", "demo", "new_plugin"},
+    {"cluster", "conformance", "demo", "new_plugin", "studio"},
     {"cli"},
     {"__main__"},
 )

@@ -495,3 +495,83 @@ def test_what_is_refused():
     with pytest.raises(LabelError, match="region of class 9"):
         ids = torch.ones(37, 53, dtype=torch.int32)
         Session(image(), CLASSES, start=Segments(ids, (Segment(1, 9, 1.0, 37 * 53),)))
+
+
+def test_fill_paints_what_edges_connect():
+    """Against the connected parts by a flood in plain Python."""
+    start = torch.tensor(
+        [[0, 0, 1, 255], [0, 1, 255, 255], [1, 0, 0, 255], [0, 0, 0, 1]], dtype=torch.uint8
+    )
+    session = Session(image(4, 4), CLASSES, start=start)
+    session.fill(0, 0, "car")
+    assert session.result.labels[:2, :2].tolist() == [[1, 1], [1, 1]]
+    assert session.result.labels[2:, :3].tolist() == [[1, 0, 0], [0, 0, 0]]
+    session.fill(3, 0, "sky")
+    assert (session.result.labels == 3).tolist() == (start == VOID).tolist()
+    assert session.undo() and session.undo() and torch.equal(session.result.labels, start)
+    for _ in range(20):
+        labels = torch.randint(0, 3, (13, 17), dtype=torch.uint8)
+        session = Session(image(13, 17), CLASSES, start=labels)
+        x, y = random.randrange(17), random.randrange(13)
+        session.fill(x + 0.7, y + 0.2, 3)
+        reached, waiting = set(), [(x, y)]
+        while waiting:
+            at = waiting.pop()
+            inside = 0 <= at[0] < 17 and 0 <= at[1] < 13
+            if at not in reached and inside and labels[at[1], at[0]] == labels[y, x]:
+                reached.add(at)
+                waiting += [
+                    (at[0] + dx, at[1] + dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1))
+                ]
+        found = {(int(c), int(r)) for r, c in (session.result.labels == 3).nonzero()}
+        assert found == reached
+    with pytest.raises(PysegError, match="outside"):
+        session.fill(17, 0, 1)
+
+
+def test_put_is_one_step_and_checks_what_it_gets(tmp_path):
+    start = torch.randint(0, 4, (9, 11), dtype=torch.uint8)
+    other = torch.randint(0, 4, (9, 11), dtype=torch.uint8)
+    other[0, 0] = VOID
+    session = Session(image(9, 11), CLASSES, start=start)
+    session.put(start)
+    assert not session.undoable and session.version == 0
+    session.put(other.numpy())
+    assert torch.equal(session.result.labels, other) and session.version == 1
+    assert session.undo() and torch.equal(session.result.labels, start) and session.redoable
+    session.redo()
+    path = session.result.save(tmp_path / "map.png")
+    session.put(None)
+    assert (session.result.labels == VOID).all()
+    session.put(path)
+    assert torch.equal(session.result.labels, other)
+    with pytest.raises(PysegError, match="must agree"):
+        session.put(torch.zeros(9, 12, dtype=torch.uint8))
+    with pytest.raises(LabelError, match="hold 9"):
+        session.put(torch.full((9, 11), 9))
+    with pytest.raises(PysegError, match="edits instances"):
+        Session(image(9, 11), CLASSES, edit="instances").put(start)
+
+
+def test_what_is_asked_can_be_asked_again():
+    start = torch.randint(0, 2, (37, 53), dtype=torch.uint8)
+    pixels = image()
+    session = Session(pixels, CLASSES, start=start, promptable=Discs())
+    assert session.asked is None
+    session.select(5, 7)
+    x, y = session.asked.selected
+    again = Session(pixels, CLASSES, start=start, promptable=Discs())
+    again.select(x, y)
+    assert torch.equal(again.pending.mask, session.pending.mask)
+    session.clear()
+    session.box(3, 4, 20, 22, "tree")
+    session.click(12.5, 9, label="void")
+    session.click(30, 30, positive=False)
+    asked = session.asked
+    assert asked.points == ((12.5, 9.0), (30.0, 30.0)) and asked.positive == (True, False)
+    assert (asked.box, asked.label, asked.selected) == ((3, 4, 20, 22), "void", None)
+    version = session.version
+    session.accept("tree")
+    assert session.asked is None and session.version == version + 1
+    session.undo()
+    assert session.asked == asked and session.version == version + 2

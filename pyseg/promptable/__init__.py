@@ -4,6 +4,7 @@
 """
 
 from .base import PROMPT_LOGIT, Fingerprint, Promptable, Prompts, Proposals, propose, stability
+from .flood import Flood
 from .huggingface import (
     ConceptSegmenter,
     Found,
@@ -21,6 +22,7 @@ __all__ = [
     "SAM_WEIGHTS",
     "ConceptSegmenter",
     "Fingerprint",
+    "Flood",
     "Found",
     "Promptable",
     "Prompts",
