@@ -361,6 +361,23 @@ def fuse(
     return fusion.result()
 
 
+def require_image_of(image: Tensor, prediction: Segmentation) -> None:
+    """Refuses an image [3, H, W] that is not uint8 RGB, or that ``prediction`` is not of.
+
+    Raises:
+        ValueError: another dtype, shape or size.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image must be uint8 RGB [3, H, W], got {image.dtype} {list(image.shape)}"
+        )
+    if tuple(image.shape[1:]) != tuple(prediction.size):
+        raise ValueError(
+            f"image is {list(image.shape[1:])} but the prediction is of an image "
+            f"of {list(prediction.size)}"
+        )
+
+
 def _each(masks: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     for mask in masks:
         if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..fusion import VOTE, Fusion, Region, Rules
+from ..fusion import VOTE, Fusion, Region, Rules, require_image_of
 from ..ops import panoptic_merge
 from ..promptable import (
     SAM2_WEIGHTS,
@@ -235,15 +235,7 @@ class SamRefiner(nn.Module):
             ValueError: the image is not uint8 RGB or of another size than the prediction, the
                 prediction has no logits, or ``classes`` names a class that it does not have.
         """
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"image must be uint8 RGB [3, H, W], got {image.dtype} {list(image.shape)}"
-            )
-        if tuple(image.shape[1:]) != tuple(prediction.size):
-            raise ValueError(
-                f"image is {list(image.shape[1:])} but the prediction is of an image "
-                f"of {list(prediction.size)}"
-            )
+        require_image_of(image, prediction)
         seen = _Image(self, image, prediction)
         if prediction.instances is not None and self.mode == "prompt":
             refined = self._refine_instances(seen, prediction, prediction.instances)
