@@ -93,7 +93,7 @@ class Fusion:
 
     def __post_init__(self) -> None:
         self._logits = self.prediction.full_logits()
-        self._moves = torch.zeros(2, 2, dtype=torch.float64)  # of all masks with an outline
+        self._moves = torch.zeros(3, 2, dtype=torch.float64)  # of all masks with an outline
         self._outlines = self._pixels = 0
         self._error = 0.0
 
@@ -144,6 +144,18 @@ class Fusion:
     def classes(self) -> set[int]:
         """Of the masks accepted."""
         return {mask.class_id for mask in self._accepted}
+
+    def second_best(self, class_ids: Sequence[int]) -> dict[int, Tensor]:
+        """Where each class is the second best and the best one leads by less than ``margin``,
+        [H, W] bool."""
+        if not class_ids or self._logits.shape[0] < 2:
+            return {}
+        second = torch.full(self.prediction.size, -1, device=self.device)
+        for rows in self._parts():
+            best, index = self._logits[:, rows].softmax(0).topk(2, 0)
+            unsure = best[0] - best[1] < self.rules.margin
+            second[rows] = torch.where(unsure, index[1], -1)
+        return {k: second == k for k in class_ids}
 
     def result(self, least: Mapping[int, float] | None = None) -> Segmentation:
         """The prediction with what the accepted masks change; itself if that is nothing.
@@ -305,11 +317,16 @@ class Fusion:
         edge[1:] |= down
         edge[:-1] |= down
         zone = _grow(edge, self.rules.boundary)
-        step = max(1, _ROWS // (self._logits.shape[0] * zone.shape[1]))
-        for start in range(0, zone.shape[0], step):
-            part = slice(start, start + step)
-            zone[part] |= _margin(self._logits[:, part].softmax(0)) < self.rules.margin
+        for rows in self._parts():
+            zone[rows] |= _margin(self._logits[:, rows].softmax(0)) < self.rules.margin
         return zone
+
+    def _parts(self) -> Iterator[slice]:
+        """Rows of the image whose probabilities are held at once."""
+        channels, height, width = self._logits.shape
+        step = max(1, _ROWS // max(1, channels * width))
+        for start in range(0, height, step):
+            yield slice(start, start + step)
 
 
 def fuse(
@@ -407,7 +424,7 @@ def _strip(region: Region, window: tuple[slice, slice], device: torch.device) ->
 
 
 def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
-    """What moving a mask by a pixel would change.
+    """What moving a mask, or its outline, by a pixel would change.
 
     Args:
         inside: the mask, [h, w] bool.
@@ -415,8 +432,8 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         counted: pixels between which there may be an outline, [h, w] bool.
 
     Returns:
-        [2, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
-        if it moves back, along x and along y.
+        [3, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
+        if it moves back, along x and along y; and if its outline moves outward and inward.
     """
     changes = []
     for dim in (1, 0):
@@ -429,6 +446,8 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         onward = second[ends].sum() - second[begins].sum()
         back = first[begins].sum() - first[ends].sum()
         changes.append(torch.stack([onward, back]))
+    joins, leaves = _grow(inside, 1) & ~inside & counted, inside & _grow(~inside, 1) & counted
+    changes.append(torch.stack([(1 - 2 * p[joins]).sum(), (2 * p[leaves] - 1).sum()]))
     return torch.stack(changes).double().cpu()
 
 

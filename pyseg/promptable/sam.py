@@ -102,6 +102,16 @@ class Backend(nn.Module):
             return points, None
         return points, prompts.boxes.to(self.device).reshape(-1, 2, 2) * factor
 
+    def features(self, embedding: Embedding) -> Tensor:
+        """[C, h, w] of the whole image, at the model's coarsest stride."""
+        level = min(embedding.features, key=lambda level: level.shape[-1])[0]
+        side = max(embedding.scaled)  # of a padded square, or of both sides
+        height, width = (
+            max(1, round(count * scaled / side))
+            for count, scaled in zip(level.shape[1:], embedding.scaled, strict=True)
+        )
+        return level[:, :height, :width]
+
     def _no_masks(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The answer to no prompts, which the models refuse, each at another place."""
         return torch.zeros(0, *size, device=self.device), torch.zeros(0, device=self.device)
