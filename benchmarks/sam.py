@@ -40,7 +40,7 @@ PAGE = ROOT / "docs" / "sam.md"
 WEIGHTS = "without_two_drives.safetensors"
 DRIVES = {"drive 0001TP": "0001TP_*", "drive 0006R0": "0006R0_*"}
 STEPS = 120
-FRAMES = 6  # of each fold, evenly spread
+FRAMES = 4  # of each fold, evenly spread
 THIN = ("Pole", "SignSymbol")
 SHOWN = (*THIN, "Pedestrian", "Bicyclist", "Car")
 RESAMPLES = 2000
@@ -128,8 +128,8 @@ def make(given):
 
 
 def samples_of(root):
-    sets = {fold: CamVid(root, "train", only=only) for fold, only in DRIVES.items()}
-    sets["validation"] = CamVid(root, "val")
+    sets = {"validation": CamVid(root, "val")}
+    sets |= {fold: CamVid(root, "train", only=only) for fold, only in DRIVES.items()}
     return {
         fold: [whole[k * len(whole) // FRAMES] for k in range(FRAMES)]
         for fold, whole in sets.items()
@@ -199,11 +199,11 @@ def score(given):
     model = pyseg.models.create("streetnet", weights=given.weights / WEIGHTS)
     nano = load_nano()
     chosen = stages(nano)
-    rows, styles = [], {name: [] for name in STYLES}
+    rows, prompts = [], []
     counts = draws(FRAMES, RESAMPLES, seed=0)
     counts = torch.cat([torch.ones_like(counts[:1]), counts])
     for fold, samples in samples_of(given.root).items():
-        states = {name: [] for name in chosen}
+        states, styles = {name: [] for name in chosen}, {name: [] for name in STYLES}
         for sample in samples:
             prediction = model.predict([sample.image])[0]
             oracle = Oracle(sample.labels)
@@ -223,22 +223,19 @@ def score(given):
             ).items():
                 states[name] += state
             for name, pairs in quality(nano, sample, prediction).items():
-                styles[name] += [{"fold": fold, "iou": pair} for pair in pairs]
+                styles[name] += pairs
         for name, state in states.items():
             row = compare(CAMVID_CLASSES, state, states["none"], counts)
             rows.append({"fold": fold, "images": FRAMES, "refiner": name, **row})
             told = " ".join(f"{row['delta_per_class'][n][0]:+.2f}" for n in THIN)
             print(f"{fold:13} {name:45} {row['delta_miou'][0]:+.2f}  {told}", flush=True)
-    prompts = []
-    for name, found in styles.items():
-        for fold in (*DRIVES, "validation"):
-            pairs = [one["iou"] for one in found if one["fold"] == fold]
-            before, after = (statistics.mean(p[k] for p in pairs) for k in (0, 1))
+        for name, pairs in styles.items():
+            before, after = (round(statistics.mean(p[k] for p in pairs), 4) for k in (0, 1))
             row = {"style": name, "fold": fold, "regions": len(pairs)}
-            prompts.append({**row, "before": round(before, 4), "after": round(after, 4)})
+            prompts.append({**row, "before": before, "after": after})
             print(prompts[-1], flush=True)
-    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-    write_json(OUTPUT, {**stored, "rows": rows, "prompts": prompts})
+        stored = read_json(OUTPUT) if OUTPUT.exists() else {}
+        write_json(OUTPUT, {**stored, "rows": rows, "prompts": prompts})
 
 
 class Timed:
