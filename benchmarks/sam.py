@@ -306,6 +306,9 @@ def points(row, key="delta_miou"):
 
 def tables(stored):
     """Tables of docs/sam.md by their marks."""
+    yield "time", time_table(stored)
+    if "rows" not in stored:
+        return
     rows = stored["rows"]
     folds = list(dict.fromkeys(row["fold"] for row in rows))
     by = {(row["refiner"], row["fold"]): row for row in rows}
@@ -330,14 +333,17 @@ def tables(stored):
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     yield "prompts", lines
-    lines = [f"| {PROMPTS} prompts, 360 x 480 | embed | predict | the rest |", "|---|---|---|---|"]
+
+
+def time_table(stored):
+    lines = [f"| {PROMPTS} prompts | embed | predict | the rest |", "|---|---|---|---|"]
     for name, seconds in stored.get("seconds", {}).items():
         network = seconds["embed"] + seconds["predict"]
         lines.append(
             f"| {name} | {seconds['embed']:.2f} s | {seconds['predict']:.2f} s | "
-            f"{seconds['rest']:.2f} s, {100 * seconds['rest'] / network:.1f} % |"
+            f"{seconds['rest']:.2f} s, {100 * seconds['rest'] / network:.0f} % |"
         )
-    yield "time", lines
+    return lines
 
 
 def write_tables(given):
