@@ -93,7 +93,7 @@ class Fusion:
 
     def __post_init__(self) -> None:
         self._logits = self.prediction.full_logits()
-        self._moves = torch.zeros(2, 2, dtype=torch.float64)  # of all masks with an outline
+        self._moves = torch.zeros(3, 2, dtype=torch.float64)  # of all masks with an outline
         self._outlines = self._pixels = 0
         self._error = 0.0
 
@@ -145,6 +145,18 @@ class Fusion:
         """Of the masks accepted."""
         return {mask.class_id for mask in self._accepted}
 
+    def second_best(self, class_ids: Sequence[int]) -> dict[int, Tensor]:
+        """Where each class is the second best and the best one leads by less than ``margin``,
+        [H, W] bool."""
+        if not class_ids or self._logits.shape[0] < 2:
+            return {}
+        second = torch.full(self.prediction.size, -1, device=self.device)
+        for rows in self._parts():
+            best, index = self._logits[:, rows].softmax(0).topk(2, 0)
+            unsure = best[0] - best[1] < self.rules.margin
+            second[rows] = torch.where(unsure, index[1], -1)
+        return {k: second == k for k in class_ids}
+
     def result(self, least: Mapping[int, float] | None = None) -> Segmentation:
         """The prediction with what the accepted masks change; itself if that is nothing.
 
@@ -162,6 +174,7 @@ class Fusion:
         if self._outlines and not (
             self._error <= _TOGETHER * self.rules.outline * self._pixels
             and self._in_place(self._moves, self._outlines)
+            and self._tight()
         ):
             return self.prediction  # who draws outlines anywhere is right by chance
         size = self.prediction.size
@@ -288,11 +301,18 @@ class Fusion:
         allowed = self.rules.displacement * (1 + 5 / math.sqrt(masks))
         if math.isinf(allowed):
             return True
-        for onward, back in moves.tolist():
+        for onward, back in moves[:2].tolist():
             # Newton's step to the least error, -(f(1) - f(-1)) / (2 (f(1) + f(-1) - 2 f(0))).
             if abs(onward - back) > allowed * 2 * max(onward + back, 0):
                 return False
         return True
+
+    def _tight(self) -> bool:
+        """Whether all masks together are no larger than the probabilities have them, by the same
+        step. Too small they may be: to a network that blurs what is thin, exact masks are."""
+        allowed = self.rules.displacement / 2 * (1 + 1 / math.sqrt(self._outlines))
+        outward, inward = self._moves[2].tolist()
+        return math.isinf(allowed) or outward - inward <= allowed * 2 * max(outward + inward, 0)
 
     def _zone(self) -> Tensor:
         """Pixels that may change, [H, W] bool: near a label boundary or with a small margin."""
@@ -305,11 +325,16 @@ class Fusion:
         edge[1:] |= down
         edge[:-1] |= down
         zone = _grow(edge, self.rules.boundary)
-        step = max(1, _ROWS // (self._logits.shape[0] * zone.shape[1]))
-        for start in range(0, zone.shape[0], step):
-            part = slice(start, start + step)
-            zone[part] |= _margin(self._logits[:, part].softmax(0)) < self.rules.margin
+        for rows in self._parts():
+            zone[rows] |= _margin(self._logits[:, rows].softmax(0)) < self.rules.margin
         return zone
+
+    def _parts(self) -> Iterator[slice]:
+        """Rows of the image whose probabilities are held at once."""
+        channels, height, width = self._logits.shape
+        step = max(1, _ROWS // max(1, channels * width))
+        for start in range(0, height, step):
+            yield slice(start, start + step)
 
 
 def fuse(
@@ -361,6 +386,23 @@ def fuse(
     return fusion.result()
 
 
+def require_image_of(image: Tensor, prediction: Segmentation) -> None:
+    """Refuses an image [3, H, W] that is not uint8 RGB, or that ``prediction`` is not of.
+
+    Raises:
+        ValueError: another dtype, shape or size.
+    """
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(
+            f"image must be uint8 RGB [3, H, W], got {image.dtype} {list(image.shape)}"
+        )
+    if tuple(image.shape[1:]) != tuple(prediction.size):
+        raise ValueError(
+            f"image is {list(image.shape[1:])} but the prediction is of an image "
+            f"of {list(prediction.size)}"
+        )
+
+
 def _each(masks: Tensor | Iterable[Tensor]) -> Iterator[Tensor]:
     for mask in masks:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -390,7 +432,7 @@ def _strip(region: Region, window: tuple[slice, slice], device: torch.device) ->
 
 
 def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
-    """What moving a mask by a pixel would change.
+    """What moving a mask, or its outline, by a pixel would change.
 
     Args:
         inside: the mask, [h, w] bool.
@@ -398,8 +440,8 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         counted: pixels between which there may be an outline, [h, w] bool.
 
     Returns:
-        [2, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
-        if it moves back, along x and along y.
+        [3, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
+        if it moves back, along x and along y; and if its outline moves outward and inward.
     """
     changes = []
     for dim in (1, 0):
@@ -412,6 +454,8 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         onward = second[ends].sum() - second[begins].sum()
         back = first[begins].sum() - first[ends].sum()
         changes.append(torch.stack([onward, back]))
+    joins, leaves = _grow(inside, 1) & ~inside & counted, inside & _grow(~inside, 1) & counted
+    changes.append(torch.stack([(1 - 2 * p[joins]).sum(), (2 * p[leaves] - 1).sum()]))
     return torch.stack(changes).double().cpu()
 
 

@@ -297,6 +297,17 @@ def test_a_refiner_embeds_only_where_something_was_found():
     assert segmenter.embedded == 0
 
 
+def test_a_refiner_refuses_what_does_not_fit():
+    refiner = GroundedSam(Grounder(Boxes(), Insides()))
+    given = Segmentation((8, 8), CLASSES, logits=torch.zeros(3, 2, 2))
+    with pytest.raises(ValueError, match=r"uint8 RGB \[3, H, W\], got torch.float32"):
+        refiner.refine(image(8, 8).float(), given)
+    with pytest.raises(ValueError, match=r"image is \[8, 9\] but .*\[8, 8\]"):
+        refiner.refine(image(8, 9), given)
+    with pytest.raises(ValueError, match="grounded_sam needs logits"):
+        refiner.refine(image(8, 8), given.with_labels(given.labels))
+
+
 def test_a_model_paints_small_over_large_and_leaves_void():
     found = Boxes(
         ((0, 0, 40, 20), 0.9, "sky"),

@@ -113,6 +113,22 @@ def test_backends_agree_with_the_packages_predictors(backends, name, size):
     assert (ours[0] - ours[1]).abs().mean() > 0.1 * ours[0].abs().mean()  # prompts do matter
 
 
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_no_prompts_have_no_answers(backends, name, boxes, masks):
+    backend, size = backends[name], (60, 80)
+    embedding = backend.embed(torch.zeros(3, *size, dtype=torch.uint8))
+    given = torch.zeros(0, 4) if boxes else None, torch.zeros(0, *size) if masks else None
+    none = Prompts(torch.zeros(0, 2, 2), torch.zeros(0, 2, dtype=torch.int32), *given)
+    one = Prompts(torch.ones(1, 2, 2), torch.ones(1, 2, dtype=torch.int32))
+    logits, quality = backend.predict(embedding, none)
+    expected = backend.predict(embedding, one)
+    assert logits.shape == (0, *expected[0].shape[1:]) and logits.dtype == expected[0].dtype
+    assert quality.shape == (0,) and quality.dtype == expected[1].dtype
+    assert backend.upsample(embedding, logits).shape == (0, *size)
+
+
 def test_published_weights_are_pinned():
     for known, count in ((promptable.SAM_WEIGHTS, 3), (promptable.SAM2_WEIGHTS, 8)):
         assert len(known) == count
@@ -266,7 +282,10 @@ def test_bfloat16_is_of_the_embedding(backends, small_models, name):
         assert one.dtype == torch.float32 and not torch.equal(one, other)
         assert (one - other).abs().mean() < 0.05 * other.abs().mean()
     prompts = Prompts(torch.tensor([[[20.0, 30.0]]]), torch.ones(1, 1, dtype=torch.int32))
-    assert narrow.predict(ours, prompts)[0].dtype == torch.float32
+    one, other = narrow.predict(ours, prompts)[0], backends[name].predict(theirs, prompts)[0]
+    assert one.dtype == torch.float32
+    masks = one > 0, other > 0
+    assert (masks[0] & masks[1]).sum() >= 0.99 * (masks[0] | masks[1]).sum() > 0
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, got 'fp8'"):
         type(backends[name])(small_models[name](), "fp8")
 

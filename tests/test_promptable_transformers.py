@@ -254,6 +254,19 @@ def test_masks_as_prompts_and_prompts_one_by_one(models, kind):
     assert frame.shape[-1] == 4 * model.prompt_encoder.image_embedding_size[0]
 
 
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("kind", list(MAKERS))
+def test_no_prompts_have_no_answers(models, kind, masks):
+    size = (90, 160)
+    backend = TransformersBackend(models(kind))
+    embedding = backend.embed(some_image(size))
+    some = some_prompts(size, masks)
+    logits, quality = backend.predict(embedding, some.part(slice(0, 0)))
+    expected = backend.predict(embedding, some)
+    assert logits.shape == (0, *expected[0].shape[1:]) and quality.shape == (0,)
+    assert backend.upsample(embedding, logits).shape == (0, *size)
+
+
 @pytest.mark.parametrize("kind", ["sam", "sam_hq", "sam2", "edgetam"])
 def test_another_size_of_input(models, kind, tmp_path):
     models(kind).save_pretrained(tmp_path / kind)

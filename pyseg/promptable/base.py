@@ -38,7 +38,8 @@ class Prompts:
 class Promptable(Protocol):
     """A segmenter that answers prompts with masks; it keeps no state between calls.
 
-    It may have ``least_iou``, the predicted IoU below which refiners take no mask of it by default.
+    It may have ``least_iou``, the predicted IoU below which refiners take no mask of it by default,
+    and ``features(embedding)``, [C, h, w] of the whole image at whatever size, for elastic boxes.
     """
 
     def embed(self, image: Tensor) -> Any:

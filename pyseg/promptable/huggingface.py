@@ -108,6 +108,8 @@ class TransformersBackend(_Normalised):
 
     @torch.no_grad()
     def predict(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        if not len(prompts.points):
+            return self._no_masks(self._mask_size())
         points, corners = self._scale(prompts, embedding)
         labels = prompts.point_labels.to(self.device)
         boxes = None if corners is None else corners.flatten(1)
@@ -140,8 +142,12 @@ class TransformersBackend(_Normalised):
             height, width = embedding.size
             square = max(height, width)
             masks = F.pad(masks, (0, square - width, 0, square - height), value=-PROMPT_LOGIT)
+        return resize(masks, self._mask_size())
+
+    def _mask_size(self) -> tuple[int, int]:
+        """(h, w) of the model's masks."""
         cells = self.model.prompt_encoder.image_embedding_size[0]
-        return resize(masks, (4 * cells, 4 * cells))
+        return 4 * cells, 4 * cells
 
     @torch.no_grad()
     def upsample(self, embedding: Embedding, logits: Tensor) -> Tensor:

@@ -420,6 +420,11 @@ class NanoBackend(nn.Module):
             masks = _resize(given, (shape[0], shape[1]))[:, 0]
         return self.network.decode(embedding.features, points, labels, masks)
 
+    def features(self, embedding: _Embedding) -> Tensor:
+        """[C, h, w] of the whole image, at stride 16."""
+        height, width = (side // _COARSE for side in embedding.scaled)
+        return embedding.features.coarse[0].mT.unflatten(1, (height, width))
+
     @torch.no_grad()
     def upsample(self, embedding: _Embedding, logits: Tensor) -> Tensor:
         return _resize(logits, embedding.size)[:, 0]

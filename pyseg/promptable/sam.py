@@ -102,6 +102,20 @@ class Backend(nn.Module):
             return points, None
         return points, prompts.boxes.to(self.device).reshape(-1, 2, 2) * factor
 
+    def features(self, embedding: Embedding) -> Tensor:
+        """[C, h, w] of the whole image, at the model's coarsest stride."""
+        level = min(embedding.features, key=lambda level: level.shape[-1])[0]
+        side = max(embedding.scaled)  # of a padded square, or of both sides
+        height, width = (
+            max(1, round(count * scaled / side))
+            for count, scaled in zip(level.shape[1:], embedding.scaled, strict=True)
+        )
+        return level[:, :height, :width]
+
+    def _no_masks(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The answer to no prompts, which the models refuse, each at another place."""
+        return torch.zeros(0, *size, device=self.device), torch.zeros(0, device=self.device)
+
     @staticmethod
     def _best(masks: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """Of the three masks [K, 3, h, w] of each prompt the one of the best predicted IoU."""
@@ -128,8 +142,10 @@ class SamBackend(Backend):
 
     @torch.no_grad()
     def predict(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        points, corners = self._scale(prompts, embedding)
         encoder = self.model.prompt_encoder
+        if not len(prompts.points):
+            return self._no_masks(encoder.mask_input_size)
+        points, corners = self._scale(prompts, embedding)
         masks = None
         if prompts.masks is not None:
             height, width = embedding.size
@@ -187,12 +203,14 @@ class Sam2Backend(Backend):
 
     @torch.no_grad()
     def predict(self, embedding: Embedding, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        encoder = self.model.sam_prompt_encoder
+        if not len(prompts.points):
+            return self._no_masks(encoder.mask_input_size)
         points, corners = self._scale(prompts, embedding)
         labels = prompts.point_labels.to(self.device)
         if corners is not None:  # SAM 2 takes a box as two points with labels of their own
             points = torch.cat([corners, points], 1)
             labels = torch.cat([labels.new_tensor([[2, 3]]).expand(len(labels), 2), labels], 1)
-        encoder = self.model.sam_prompt_encoder
         masks = None
         if prompts.masks is not None:
             masks = resize(prompts.masks.to(self.device), encoder.mask_input_size)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..fusion import Fusion, Rules
+from ..fusion import Fusion, Rules, require_image_of
 from ..grounding import DEFAULT_DETECTOR, ConceptMasks, Grounder, load_grounder, read_prompts
-from ..image import require_rgb8
 from ..promptable import Fingerprint, Promptable
 from ..types import Segmentation
 from .sam import is_stuff
@@ -146,12 +145,7 @@ class GroundedSam(nn.Module):
             ValueError: the image is not uint8 RGB or of another size than the prediction, the
                 prediction has no logits, or ``prompts`` name a class that it does not have.
         """
-        require_rgb8(image, "image")
-        if tuple(image.shape[1:]) != tuple(prediction.size):
-            raise ValueError(
-                f"image is {list(image.shape[1:])} but the prediction is of an image "
-                f"of {list(prediction.size)}"
-            )
+        require_image_of(image, prediction)
         if prediction.logits is None:
             raise ValueError(
                 "grounded_sam needs logits and this prediction has none; put the stage before the "

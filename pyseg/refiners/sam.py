@@ -18,15 +18,16 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..fusion import VOTE, Fusion, Region, Rules
+from ..fusion import VOTE, Fusion, Region, Rules, require_image_of
 from ..ops import panoptic_merge
 from ..promptable import (
     SAM2_WEIGHTS,
@@ -43,6 +44,7 @@ from ..promptable import (
 from ..types import CERTAIN, Instances, Segmentation, Segments
 from .sam_prompts import (
     RegionPrompt,
+    Style,
     point_grid,
     prompt_components,
     prompt_instance,
@@ -110,7 +112,8 @@ class SamRefiner(nn.Module):
             together may reach 4/3 of it; beyond, none is taken.
         displacement: gate: pixels along x or y by which the masks of an image, taken together, may
             lie beside where the network's probabilities have them; of few masks less is asked, of
-            a single one six times as much. It stops masks that are shifted; inf switches it off.
+            a single one six times as much. Half as many they may all be too large. It stops masks
+            that are shifted or swollen; inf switches it off.
         strength: the factor λ on masks in the sum of logits; 0 switches the refiner off.
         boundary: pixels that the network's outlines may be off: only pixels this close to a label
             boundary change,
@@ -118,6 +121,14 @@ class SamRefiner(nn.Module):
         points: votes: the point grid is ``points`` x ``points``, four times as dense in cells
             where the network's entropy is above the image's mean.
         batch: prompts decoded at a time; fewer where memory does not suffice, with a warning.
+        box: prompts: ``"grown"`` by a tenth, or ``"elastic"``: each side moves out by a tenth only
+            where the image beyond it looks as in the component. This and the two following options
+            are SAMRefiner's prompts (Lin et al., ICLR 2025).
+        mask_prompt: ``"signed"``, sure but near the outline, or ``"gaussian"``, which fades away
+            from where the component is deepest.
+        merge: prompts: components of a class that fill a common box count as one.
+        seeds: prompts: names of thin classes that are also looked for where they are the second
+            best of the network's classes and the best one leads by less than ``margin``.
 
     Thread-safe; copies and pickles like any module.
     """
@@ -146,6 +157,10 @@ class SamRefiner(nn.Module):
         margin: float = 0.5,
         points: int = 16,
         batch: int = 16,
+        box: Literal["grown", "elastic"] = "grown",
+        mask_prompt: Literal["signed", "gaussian"] = "signed",
+        merge: bool = False,
+        seeds: Sequence[str] | str | None = None,
     ) -> None:
         super().__init__()
         if mode not in ("prompt", "vote", "auto"):
@@ -163,6 +178,7 @@ class SamRefiner(nn.Module):
             boundary,
             margin,
         )
+        self.style = Style(box, mask_prompt, merge)
         if generator is None:
             size, generator = self._load(weights, size, image_size=image_size, precision=precision)
         elif weights not in ("default", None) or image_size is not None or precision != "fp32":
@@ -170,6 +186,11 @@ class SamRefiner(nn.Module):
                 "weights, image_size and precision are of a segmenter to load, got "
                 f"weights={weights!r}, image_size={image_size}, precision={precision!r} and a "
                 "generator, which has its own; give one"
+            )
+        if box == "elastic" and not hasattr(generator, "features"):
+            raise ValueError(
+                "box='elastic' compares features of the image, and a "
+                f"{type(generator).__name__} has no features(embedding); use box='grown'"
             )
         self.generator = generator
         self.eval()
@@ -180,6 +201,7 @@ class SamRefiner(nn.Module):
         if isinstance(classes, str):
             classes = (classes,)
         self.classes = dict(classes) if isinstance(classes, Mapping) else classes and tuple(classes)
+        self.seeds = (seeds,) if isinstance(seeds, str) else seeds and tuple(seeds)
         self.min_area = min_area
         if predicted_iou is None:
             predicted_iou = getattr(generator, "least_iou", _LEAST_IOU)
@@ -196,11 +218,8 @@ class SamRefiner(nn.Module):
     def config(self) -> dict[str, Any]:
         """The options that make this refiner again, all but the weights."""
         names = inspect.signature(SamRefiner).parameters
-        return {
-            name: getattr(self.rules if hasattr(self.rules, name) else self, name)
-            for name in names
-            if name not in ("generator", "weights")
-        }
+        found = {**vars(self), **vars(self.rules), **vars(self.style)}
+        return {name: found[name] for name in names if name not in ("generator", "weights")}
 
     @property
     def features_key(self) -> str:
@@ -235,15 +254,7 @@ class SamRefiner(nn.Module):
             ValueError: the image is not uint8 RGB or of another size than the prediction, the
                 prediction has no logits, or ``classes`` names a class that it does not have.
         """
-        if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(
-                f"image must be uint8 RGB [3, H, W], got {image.dtype} {list(image.shape)}"
-            )
-        if tuple(image.shape[1:]) != tuple(prediction.size):
-            raise ValueError(
-                f"image is {list(image.shape[1:])} but the prediction is of an image "
-                f"of {list(prediction.size)}"
-            )
+        require_image_of(image, prediction)
         seen = _Image(self, image, prediction)
         if prediction.instances is not None and self.mode == "prompt":
             refined = self._refine_instances(seen, prediction, prediction.instances)
@@ -278,8 +289,16 @@ class SamRefiner(nn.Module):
     def _add_components(self, fusion: Fusion, seen: _Image) -> None:
         """Masks that answer for the components of thing and thin classes."""
         prediction = fusion.prediction
+        class_ids = self._class_ids(prediction.classes)
+        seeds = _ids_of(self.seeds or (), prediction.classes, "seeds")
+        evidence = fusion.second_best([k for k in class_ids if k in seeds])
         prompts, _ = prompt_components(
-            prediction.labels.cpu().numpy(), self._class_ids(prediction.classes), self.min_area
+            prediction.labels.cpu().numpy(),
+            class_ids,
+            self.min_area,
+            style=self.style,
+            features=self._features(seen),
+            evidence={k: where.cpu().numpy() for k, where in evidence.items()},
         )
         for index, masks, score in self._predict_masks(seen, prompts, fusion.device):
             chosen = [prompts[k] for k in index.tolist()]
@@ -287,6 +306,13 @@ class SamRefiner(nn.Module):
                 Region(p.corner, torch.from_numpy(p.mask > 0), p.axis, p.strip) for p in chosen
             ]
             fusion.add(masks, score, [prompt.class_id for prompt in chosen], regions)
+
+    def _features(self, seen: _Image) -> np.ndarray | None:
+        """What an elastic box compares, [C, h, w]."""
+        if self.style.box != "elastic":
+            return None
+        found: np.ndarray = self.generator.features(seen.embed()).cpu().numpy()  # type: ignore[attr-defined]
+        return found
 
     def _add_votes(self, fusion: Fusion, seen: _Image) -> None:
         """Masks of the whole image, which get the class that is most probable in them."""
@@ -313,7 +339,9 @@ class SamRefiner(nn.Module):
         ]
         if not chosen:
             return prediction
-        prompts = [prompt_instance(own[k].numpy(), found.boxes[k].tolist()) for k in chosen]
+        prompts = [
+            prompt_instance(own[k].numpy(), found.boxes[k].tolist(), self.style) for k in chosen
+        ]
         number = torch.tensor(chosen, device=found.masks.device)
         masks = found.masks.clone()
         changed = False
@@ -375,11 +403,9 @@ class SamRefiner(nn.Module):
     def _least_scores(self, classes: tuple[str, ...]) -> dict[int, float]:
         """Ids of the classes that the option names, and the least score of their masks."""
         assert self.classes is not None
-        known = {name.lower(): i for i, name in enumerate(classes)}
-        if absent := [name for name in self.classes if name.lower() not in known]:
-            raise ValueError(f"classes names {absent}, but the model's classes are {list(classes)}")
         least = self.classes if isinstance(self.classes, dict) else {}
-        return {known[name.lower()]: least.get(name, 0.0) for name in self.classes}
+        ids = _ids_of(self.classes, classes, "classes")
+        return {k: least.get(name, 0.0) for k, name in zip(ids, self.classes, strict=True)}
 
     def _distinct_masks(self, seen: _Image, prediction: Segmentation) -> tuple[Tensor, Tensor]:
         """Distinct masks over the whole image, logits [M, h, w], and their scores [M]."""
@@ -482,6 +508,14 @@ def is_stuff(name: str) -> bool:
     """Whether `STUFF` holds the class, whatever its case and its addenda ("sky-other-merged")."""
     head = re.split("[,;/]", name.lower())[0].strip(" _")
     return re.sub("[ _]+", "-", head) in STUFF or head.split("-")[0] in STUFF
+
+
+def _ids_of(names: Iterable[str], classes: Sequence[str], option: str) -> list[int]:
+    """Of classes that an option names, whatever their case."""
+    known = {name.lower(): i for i, name in enumerate(classes)}
+    if absent := [name for name in names if name.lower() not in known]:
+        raise ValueError(f"{option} names {absent}, but the model's classes are {list(classes)}")
+    return [known[name.lower()] for name in names]
 
 
 def _at_once(batch: int, size: Sequence[int]) -> int:

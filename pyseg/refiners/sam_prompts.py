@@ -1,14 +1,15 @@
 """Prompts from what a network has predicted: components, instances, and where it is unsure.
 
-A component becomes a box, a point on it, a point off it, and itself as a mask prompt (compare
-SAMRefiner, Lin et al., 2025, arXiv:2502.06756).
+A component becomes a box, a point on it, a point off it, and itself as a mask prompt. `Style` has
+besides ours the prompts of SAMRefiner (Lin et al., ICLR 2025, arXiv:2502.06756), whose points are
+the same.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +22,30 @@ from ..promptable import PROMPT_LOGIT, Prompts
 _BLUR = 4.0  # pixels, at most, over which a mask prompt is unsure about its outline
 _TILE_FROM, _TILE_TO = 8, 4  # length / width of components to tile, and of the tiles
 _EVERYWHERE = (-math.inf, math.inf)
+# As SAMRefiner is published: logits of mask prompts, how fast they fall away from where the mask is
+# deepest, logits where the box was extended; cosine from which a place looks like the mask; share
+# of its box that a region fills, and by how much less it may if it is of two components.
+_GAUSSIAN_LOGIT, _GAUSSIAN_FALL, _EXTENDED_LOGIT = 30.0, 4.0, 1.0
+_ALIKE = 0.5
+_OCCUPIED, _LESS_OCCUPIED = 0.5, 0.1
+_CONTEXT = 0.1  # share of such pixels beside a box that extends it: ours, it is left to callers
+
+
+@dataclass(frozen=True)
+class Style:
+    """How regions become prompts. `SamRefiner` explains the options."""
+
+    box: str = "grown"
+    mask_prompt: str = "signed"
+    merge: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("box", self.box, ("grown", "elastic")),
+            ("mask_prompt", self.mask_prompt, ("signed", "gaussian")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +57,8 @@ class RegionPrompt:
     points: tuple[tuple[float, float], tuple[float, float]]  # on the region, off it
     point_labels: tuple[int, int]
     corner: tuple[int, int]  # y, x of `mask` in the image
-    mask: np.ndarray  # [h, w] float32 logits; -PROMPT_LOGIT outside it
+    mask: np.ndarray  # [h, w] float32 logits
+    outside: float = -PROMPT_LOGIT  # logit all around `mask`
     axis: tuple[float, float] = (1.0, 0.0)  # x, y
     strip: tuple[float, float] = _EVERYWHERE  # of a tile, see `strip_mask`
 
@@ -51,7 +77,13 @@ class RegionPrompt:
 
 
 def prompt_components(
-    labels: np.ndarray, class_ids: Sequence[int], min_area: int
+    labels: np.ndarray,
+    class_ids: Sequence[int],
+    min_area: int,
+    *,
+    style: Style = Style(),
+    features: np.ndarray | None = None,
+    evidence: Mapping[int, np.ndarray] | None = None,
 ) -> tuple[list[RegionPrompt], np.ndarray]:
     """Prompts for the 8-connected components of some classes, long thin ones in tiles.
 
@@ -59,25 +91,25 @@ def prompt_components(
         labels: [H, W] class of every pixel.
         class_ids: the classes.
         min_area: pixels that a component or tile must have.
+        style: how they become prompts.
+        features: [C, h, w] of the whole image, at any resolution; elastic boxes need them.
+        evidence: class id -> [H, W] bool, where else it may be.
 
     Returns:
         The prompts, and the index of its prompt for every pixel, [H, W] int32, -1 = none.
     """
-    from scipy import ndimage
-
     owner = np.full(labels.shape, -1, np.int32)
     prompts: list[RegionPrompt] = []
+    places = None if style.box == "grown" else _Places(features, labels.shape)
     for class_id in class_ids:
-        components, _ = ndimage.label(labels == class_id, structure=np.ones((3, 3), int))
-        areas = np.bincount(components.ravel())
-        for number, window in enumerate(ndimage.find_objects(components), 1):
-            if areas[number] < min_area:
-                continue
-            component = components[window] == number
+        where = labels == class_id
+        if evidence and class_id in evidence:
+            where |= evidence[class_id]
+        for component, window in _regions(where, min_area, style.merge):
             top, left = window[0].start, window[1].start
             for mask, axis, strip in _split_into_tiles(component, min_area):
                 owner[window][mask] = len(prompts)
-                prompt = _prompt_region(mask, component, (top, left), labels.shape)
+                prompt = _prompt_region(mask, component, (top, left), labels.shape, style, places)
                 # The strip in the frame of the image instead of the component's window.
                 shift = axis[0] * left + axis[1] * top
                 strip = (strip[0] + shift, strip[1] + shift)
@@ -85,20 +117,77 @@ def prompt_components(
     return prompts, owner
 
 
-def prompt_instance(mask: np.ndarray, box: Sequence[float]) -> RegionPrompt:
+def _regions(
+    where: np.ndarray, min_area: int, merge: bool
+) -> Iterator[tuple[np.ndarray, tuple[slice, slice]]]:
+    """The 8-connected components of a mask [H, W] that have ``min_area`` pixels, each a mask in a
+    window of the image; with ``merge`` several may be one region."""
+    from scipy import ndimage
+
+    numbers, _ = ndimage.label(where, structure=np.ones((3, 3), int))
+    windows = ndimage.find_objects(numbers)
+    areas = np.bincount(numbers.ravel())[1:]
+    if merge and len(areas) > 1:
+        region = _merged(windows, areas)
+        numbers = np.concatenate([[0], region + 1])[numbers]
+        windows = ndimage.find_objects(numbers)
+        areas = np.bincount(numbers.ravel())[1:]
+    for number, (window, area) in enumerate(zip(windows, areas, strict=True), 1):
+        if window is not None and area >= min_area:
+            yield numbers[window] == number, window
+
+
+def _merged(windows: Sequence[tuple[slice, slice]], areas: np.ndarray) -> np.ndarray:
+    """Which components of a class are one object: SAMRefiner's split-then-merge.
+
+    Two are where their boxes take more than half of the box around both, and fill that box not much
+    worse than each fills its own, or half of it.
+
+    Returns:
+        For each component the first one of its region, [K].
+    """
+    corners = np.array([(y.start, x.start, y.stop, x.stop) for y, x in windows], np.int64)
+    filled = areas.astype(np.int64).copy()
+    region = np.arange(len(areas))
+    alive = np.ones(len(areas), bool)
+    for one in range(len(areas)):
+        begin = one + 1
+        while alive[one] and begin < len(areas):
+            others = begin + np.flatnonzero(alive[begin:])
+            low = np.minimum(corners[one, :2], corners[others, :2])
+            high = np.maximum(corners[one, 2:], corners[others, 2:])
+            around = (high - low).prod(1)
+            boxes = [(c[..., 2:] - c[..., :2]).prod(-1) for c in (corners[one], corners[others])]
+            least = np.minimum(filled[one] / boxes[0], filled[others] / boxes[1]) - _LESS_OCCUPIED
+            full = (filled[one] + filled[others]) / around > np.minimum(_OCCUPIED, least)
+            joined = np.flatnonzero(full & (boxes[0] + boxes[1] > around / 2))
+            if not len(joined):
+                break
+            first = joined[0]
+            other = others[first]
+            corners[one] = [*low[first], *high[first]]
+            filled[one] += filled[other]
+            region[region == other] = one
+            alive[other] = False
+            begin = other + 1
+    return region
+
+
+def prompt_instance(mask: np.ndarray, box: Sequence[float], style: Style = Style()) -> RegionPrompt:
     """The prompt for an instance: its own ``box`` (xyxy, edges), points, its ``mask`` [H, W]."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, left = int(rows[0]), int(columns[0])
     window = mask[top : rows[-1] + 1, left : columns[-1] + 1]
-    prompt = _prompt_region(window, window, (top, left), mask.shape)
+    prompt = _prompt_region(window, window, (top, left), mask.shape, style, None)
     # Boxes of instances name edges, SAM's the first and the last pixel.
     return replace(prompt, box=(box[0], box[1], box[2] - 1, box[3] - 1))
 
 
 def stack_prompts(prompts: Sequence[RegionPrompt], size: tuple[int, int]) -> Prompts:
     """Prompts for regions of one image of ``size`` (H, W) as a promptable segmenter takes them."""
-    masks = torch.full((len(prompts), *size), -PROMPT_LOGIT)
+    masks = torch.empty(len(prompts), *size)
     for mask, prompt in zip(masks, prompts, strict=True):
+        mask.fill_(prompt.outside)
         (top, left), (height, width) = prompt.corner, prompt.mask.shape
         mask[top : top + height, left : left + width] = torch.from_numpy(prompt.mask)
     return Prompts(
@@ -162,8 +251,66 @@ def _split_into_tiles(
     return tiles
 
 
+class _Places:
+    """What an image looks like, by cells.
+
+    Args:
+        features: [C, h, w] of the whole image.
+        size: (H, W) of the image.
+    """
+
+    def __init__(self, features: np.ndarray | None, size: tuple[int, ...]) -> None:
+        assert features is not None
+        self.features = features / np.linalg.norm(features, axis=0).clip(1e-6)
+        self.cells = [
+            np.arange(side) * count // side
+            for side, count in zip(size, features.shape[1:], strict=True)
+        ]
+
+    def alike(self, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Where the image looks as it does at these pixels on the mean, [h, w] bool."""
+        flat = self.features.reshape(len(self.features), -1)
+        columns = self.features.shape[2]
+        count = np.bincount(self.cells[0][y] * columns + self.cells[1][x], minlength=flat.shape[1])
+        mean = flat @ count
+        found = mean @ flat > _ALIKE * np.linalg.norm(mean)
+        return found.reshape(self.features.shape[1:])
+
+    def share(self, alike: np.ndarray, rows: slice, columns: slice) -> float:
+        """Of the pixels in a rectangle those that `alike` names; 0 of none."""
+        found = alike[np.ix_(self.cells[0][rows], self.cells[1][columns])]
+        return float(found.mean()) if found.size else 0.0
+
+
+def _elastic_box(
+    mask: np.ndarray, corner: tuple[int, int], size: tuple[int, ...], places: _Places
+) -> tuple[np.ndarray, np.ndarray]:
+    """SAMRefiner's context-aware box: each side moves out by a tenth, at most 10 pixels, where
+    the image beyond it looks as in the mask; y, x of the first and the last pixel."""
+    y, x = mask.nonzero()
+    y, x = y + corner[0], x + corner[1]
+    low, high = np.array([y.min(), x.min()]), np.array([y.max(), x.max()])
+    first, last = low.copy(), high.copy()
+    alike = places.alike(y, x)
+    step = np.minimum((high - low) // 10, 10)
+    within = [slice(low[k], high[k] + 1) for k in (0, 1)]
+    for k in (0, 1):
+        before = slice(max(low[k] - step[k], 0), low[k])
+        after = slice(high[k] + 1, min(high[k] + step[k] + 1, size[k]))
+        for beside, ends, end in ((before, first, before.start), (after, last, after.stop - 1)):
+            strip = (beside, within[1]) if k == 0 else (within[0], beside)
+            if places.share(alike, *strip) > _CONTEXT:
+                ends[k] = end
+    return first, last
+
+
 def _prompt_region(
-    mask: np.ndarray, component: np.ndarray, corner: tuple[int, int], size: tuple[int, ...]
+    mask: np.ndarray,
+    component: np.ndarray,
+    corner: tuple[int, int],
+    size: tuple[int, ...],
+    style: Style,
+    places: _Places | None,
 ) -> RegionPrompt:
     """The prompt for ``mask``, all or a tile of ``component``; a window of the image at ``corner``.
 
@@ -172,6 +319,8 @@ def _prompt_region(
         component: [h, w] bool; the point off the region is off all of it.
         corner: y, x of the window in the image.
         size: (H, W) of the image.
+        style: of the prompt.
+        places: of the image, for an elastic box.
     """
     from scipy import ndimage
 
@@ -181,7 +330,10 @@ def _prompt_region(
     high = np.array([y.max(), x.max()]) + corner
     grow = np.clip(0.1 * (high - low + 1), 1, 20)  # SAM's training jitters boxes by 10 %, 20 px
     last = np.array(size) - 1
-    box_low, box_high = np.maximum(low - grow, 0), np.minimum(high + grow, last)
+    if places is None:
+        box_low, box_high = np.maximum(low - grow, 0), np.minimum(high + grow, last)
+    else:
+        box_low, box_high = _elastic_box(mask, corner, size, places)
     reach = np.maximum(grow, 3 * _BLUR)
     view_low = np.maximum(np.floor(low - reach), 0).astype(int)
     view_high = np.minimum(np.ceil(high + reach), last).astype(int)
@@ -206,9 +358,16 @@ def _prompt_region(
     away = np.where(in_box, away, 0)
     outer = np.array(np.unravel_index(away.argmax(), away.shape)) + view_low
 
-    blur = float(np.clip(depth.max() / 2, 1, _BLUR))
-    distance = depth - ndimage.distance_transform_edt(~region)  # signed, > 0 inside
-    logits = np.sign(distance) * PROMPT_LOGIT * (1 - np.exp(-(distance**2) / (2 * blur**2)))
+    if style.mask_prompt == "gaussian":
+        extended = places is not None and (np.any(box_low < low) or np.any(box_high > high))
+        height = _EXTENDED_LOGIT if extended else _GAUSSIAN_LOGIT
+        fall = (depth - depth.max()) ** 2 * _GAUSSIAN_FALL / region.sum()
+        logits = np.where(region, height * np.exp(-fall), -height)
+    else:
+        height = PROMPT_LOGIT
+        blur = float(np.clip(depth.max() / 2, 1, _BLUR))
+        distance = depth - ndimage.distance_transform_edt(~region)  # signed, > 0 inside
+        logits = np.sign(distance) * height * (1 - np.exp(-(distance**2) / (2 * blur**2)))
     return RegionPrompt(
         class_id=-1,
         box=(float(box_low[1]), float(box_low[0]), float(box_high[1]), float(box_high[0])),
@@ -216,4 +375,5 @@ def _prompt_region(
         point_labels=(1, 0 if away.max() > 0 else -1),
         corner=(int(view_low[0]), int(view_low[1])),
         mask=logits.astype(np.float32),
+        outside=-height,
     )

@@ -565,6 +565,54 @@ def test_stuff_gets_no_prompt(street):
     assert max(len(prompts.points) for prompts in generator.seen) == 4
 
 
+def test_seeds_bring_back_a_pole_that_is_second_best(street):
+    """A broken pole: in the gap the network prefers the road, but not by much."""
+    truth = torch.zeros(200, 120, dtype=torch.long)
+    truth[10:190, 50:60] = 1
+    logits = torch.stack([1.0 - truth, truth.float()]) * 4
+    logits[:, 70:120, 50:60] = torch.tensor([0.45, 0.1])[:, None, None]
+    prediction = Segmentation((200, 120), ("road", "pole"), logits=logits)
+    image, oracle = blank(prediction.size), Masks(components(truth, 2)[0])
+    plain = SamRefiner(oracle).refine(image, prediction)
+    seeded = SamRefiner(oracle, seeds="Pole").refine(image, prediction)
+    gap = (slice(70, 120), slice(50, 60))
+    assert (plain.labels[gap] == 0).float().mean() > 0.5
+    assert torch.equal(seeded.labels.long(), truth)
+    sure = prediction.with_logits(prediction.logits * 20)  # no doubt, no seed
+    assert torch.equal(
+        SamRefiner(oracle, seeds="pole").refine(image, sure).labels,
+        SamRefiner(oracle).refine(image, sure).labels,
+    )
+    with pytest.raises(ValueError, match=r"seeds names \['lamp'\], but the model's classes"):
+        SamRefiner(oracle, seeds="lamp").refine(image, prediction)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("size", [(37, 53), (9, 120)])
+def test_published_prompts_go_end_to_end(backends, name, size):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+    logits = F.interpolate(torch.randn(1, 2, 5, 7, generator=generator), size, mode="bilinear")[0]
+    prediction = Segmentation(size, ("car", "person"), logits=4 * logits)
+    embedding = backends[name].embed(image)
+    found = backends[name].features(embedding)
+    ratio = found.shape[1] / found.shape[2]
+    assert ratio == (1 if name == "sam2" else pytest.approx(size[0] / size[1], abs=0.15))
+    refiner = SamRefiner(
+        backends[name],
+        box="elastic",
+        mask_prompt="gaussian",
+        merge=True,
+        min_area=8,
+        predicted_iou=-9.0,
+        component_iou=0.0,
+        area_ratio=1e9,
+        **OPEN,
+    )
+    refined = refiner.refine(image, prediction)
+    assert refined.labels.shape == size and torch.isfinite(refined.full_logits()).all()
+
+
 def test_an_unknown_class_is_named(street):
     prediction = street_prediction(street)
     refiner = SamRefiner(Masks(grid(prediction.size)), classes=("car", "tram"))
@@ -690,6 +738,9 @@ def test_bad_input(street):
         {"area_ratio": 0.5},
         {"strength": -1.0},
         {"boundary": -1},
+        {"box": "tight"},
+        {"box": "elastic"},  # of a segmenter without features
+        {"mask_prompt": "soft"},
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             SamRefiner(Masks(grid((8, 8))), **bad)

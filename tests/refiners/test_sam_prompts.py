@@ -5,8 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from pyseg.refiners.sam_prompts import (
+    Style,
+    _merged,
     point_grid,
     prompt_components,
     prompt_instance,
@@ -117,3 +120,105 @@ def test_an_instance_is_prompted_by_its_own_box():
     assert torch.equal(stacked.masks[0] > 0, torch.from_numpy(mask))
     assert prompt.strip == (-math.inf, math.inf)
     assert prompt.strip_mask(mask.shape, torch.device("cpu")).all()
+
+
+def test_gaussian_mask_prompts_fade_from_the_deepest_pixel():
+    labels = torch.zeros(80, 100, dtype=torch.long)
+    labels[20:50, 30:70] = 1
+    found, _ = prompt_components(labels.numpy(), [1], 64, style=Style(mask_prompt="gaussian"))
+    logits = stack_prompts(found, (80, 100)).masks[0]
+    inside = labels == 1
+    depth = torch.from_numpy(ndimage.distance_transform_edt(np.pad(inside.numpy(), 1))[1:-1, 1:-1])
+    expected = 30 * (-((depth - depth.max()) ** 2) * 4 / inside.sum()).exp()
+    torch.testing.assert_close(logits[inside].double(), expected[inside], atol=1e-4, rtol=1e-5)
+    assert (logits[~inside] == -30).all()
+
+
+@pytest.mark.parametrize("like", [("left",), ("top", "right"), ()])
+def test_an_elastic_box_moves_only_to_what_looks_alike(like):
+    """Features of four kinds: the object, what is beside it and alike or not, the ground."""
+    labels = torch.zeros(120, 160, dtype=torch.long)
+    labels[40:80, 60:110] = 1
+    features = np.zeros((3, 60, 80), np.float32)
+    features[0] = 1
+    features[:, 20:40, 30:55] = np.array([0, 1, 0])[:, None, None]
+    beside = {
+        "left": (slice(20, 40), slice(20, 30)),
+        "top": (slice(10, 20), slice(30, 55)),
+        "right": (slice(20, 40), slice(55, 65)),
+    }
+    for side, where in beside.items():
+        features[(slice(None), *where)] = np.array([0, 2, 0.1 if side in like else 5])[
+            :, None, None
+        ]
+    style = Style(box="elastic", mask_prompt="gaussian")
+    (prompt,), _ = prompt_components(labels.numpy(), [1], 64, style=style, features=features)
+    expected = [60, 40, 109, 79]  # tight, a tenth of 50 and 40 wherever it moves
+    expected[0] -= 4 * ("left" in like)
+    expected[1] -= 3 * ("top" in like)
+    expected[2] += 4 * ("right" in like)
+    assert list(prompt.box) == expected
+    # A mask whose box was extended is believed less.
+    assert prompt.mask.max() == (1 if like else 30) and prompt.outside == -prompt.mask.max()
+
+
+def test_components_that_fill_a_common_box_are_merged():
+    labels = torch.zeros(100, 200, dtype=torch.long)
+    labels[10:30, 10:40] = labels[32:52, 10:40] = 1  # a car behind a pole
+    labels[10:30, 120:124] = labels[70:90, 190:194] = 1  # far apart
+    found, owner = prompt_components(labels.numpy(), [1], 16, style=Style(merge=True))
+    assert len(found) == 3
+    together = owner[labels.numpy() == 1]
+    assert sorted(np.bincount(together)) == [80, 80, 1200]
+    assert len(prompt_components(labels.numpy(), [1], 16)[0]) == 4
+
+
+def merged_by_hand(windows, areas):
+    """The same rule, pair by pair."""
+    boxes = [[y.start, x.start, y.stop, x.stop] for y, x in windows]
+    areas, region = list(areas), list(range(len(areas)))
+
+    def size(box):
+        return (box[2] - box[0]) * (box[3] - box[1])
+
+    for i in range(len(boxes)):
+        if region[i] != i:
+            continue
+        for j in range(i + 1, len(boxes)):
+            if region[j] != j:
+                continue
+            union = [*map(min, boxes[i][:2], boxes[j][:2]), *map(max, boxes[i][2:], boxes[j][2:])]
+            least = min(areas[i] / size(boxes[i]), areas[j] / size(boxes[j])) - 0.1
+            if size(boxes[i]) + size(boxes[j]) > size(union) / 2 and (areas[i] + areas[j]) / size(
+                union
+            ) > min(0.5, least):
+                boxes[i], areas[i] = union, areas[i] + areas[j]
+                region = [i if r == j else r for r in region]
+    return region
+
+
+def test_merging_against_pairs_by_hand():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        y, x = rng.integers(0, 40, (2, 12))
+        h, w = rng.integers(1, 20, (2, 12))
+        windows = [(slice(a, a + c), slice(b, b + d)) for a, b, c, d in np.stack([y, x, h, w], 1)]
+        areas = np.maximum(1, (h * w * rng.uniform(0.3, 1, 12)).astype(int))
+        assert _merged(windows, areas).tolist() == merged_by_hand(windows, areas)
+
+
+def test_evidence_joins_pieces():
+    labels = torch.zeros(80, 60, dtype=torch.long)
+    labels[5:25, 20:26] = labels[50:75, 20:26] = 1
+    between = np.zeros(labels.shape, bool)
+    between[25:50, 21:25] = True
+    found, owner = prompt_components(labels.numpy(), [1], 16, evidence={1: between})
+    assert ((owner >= 0) == ((labels == 1).numpy() | between)).all()
+    assert sum(p.strip == (-math.inf, math.inf) for p in found) in (0, 1)
+
+
+def test_bad_styles():
+    with pytest.raises(ValueError, match="box must be 'grown' or 'elastic', got 'tight'"):
+        Style(box="tight")
+    with pytest.raises(ValueError, match="mask_prompt must be 'signed' or 'gaussian', got 'x'"):
+        Style(mask_prompt="x")
