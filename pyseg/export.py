@@ -1,7 +1,7 @@
 """`export_model`: a semantic model as a file of ONNX or torch, held against the original.
 
-What is written is run, by `pyseg.models.exported`, on images of the user's before it gets its name: a
-file that computes something else is refused, with a report of what differs.
+What is written is run, by `pyseg.models.exported`, on images of the user's before it gets its name:
+a file that computes something else is refused, with a report of what differs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from . import models, page
 from .errors import ExportError, PysegError, require
 from .files import finite, make_folder, replacing, some, write_json
 from .image import read_image
-from .models.exported import DESCRIPTION, FILE, FORMAT, RUNNERS, ExportedModel
+from .models.exported import DESCRIPTION, FILE, FORMAT, ExportedModel
 from .models.semantic import _Method
 from .ops import confusion_matrix
 from .pipeline import Pipeline
@@ -73,15 +73,16 @@ def export_model(
 ) -> Export:
     """Writes a semantic model as a file, if the file computes what the model computes.
 
-    The file takes images [N, 3, H, W] uint8 RGB, normalises them and gives logits [N, C, h, w] at the
-    network's own stride (``logits``). Labels are the argmax after bilinear upsampling to the image's
-    size with ``align_corners=False``. Classes, colours, temperature, sizes and licence stand in its
-    metadata, as JSON under ``pyseg``. `pyseg.load` runs it.
+    The file takes images [N, 3, H, W] uint8 RGB, normalises them and gives logits [N, C, h, w] at
+    the network's own stride (``logits``). Labels are the argmax after bilinear upsampling to the
+    image's size with ``align_corners=False``. Classes, colours, temperature, sizes and licence
+    stand in its metadata, as JSON under ``pyseg``. `pyseg.load` runs it.
 
-    Both are run on ``images`` and on three crops of the first one, of odd sizes unless ``size`` is given.
-    The file is refused where logits are not finite; where the label of more pixels than ``max_flips``
-    differs beyond ties, pixels whose two labels the model itself tells apart by less than 1e-4 of its
-    largest logit; and, but for int8, where logits differ by more than 1e-3 of the largest.
+    Both are run on ``images`` and on three crops of the first one, of odd sizes unless ``size`` is
+    given. The file is refused where logits are not finite; where the label of more pixels than
+    ``max_flips`` differs beyond ties, pixels whose two labels the model itself tells apart by less
+    than 1e-4 of its largest logit; and, but for int8, where logits differ by more than 1e-3 of the
+    largest.
 
     Args:
         pipeline: a semantic model alone, without refiners.
@@ -89,18 +90,19 @@ def export_model(
         output_dir: for the file, named after the model, and its report, ``<file>.json``.
         format: ``"onnx"``; ``"torch-export"``, which torch runs without the model's Python;
             ``"aoti"``, compiled by torch's inductor and the C++ compiler for this processor.
-        size: (height, width) for a file of one size, which some networks need and all runtimes like;
-            ``images`` are resized to it. None = any size; the number of images is free, too, where the
-            network allows it.
+        size: (height, width) for a file of one size, which some networks need and all runtimes
+            like; ``images`` are resized to it. None = any size; the number of images is free, too,
+            where the network allows it.
         calibration: images, as above, to quantise by: onnx of int8. At most 32 are used.
         max_flips: share of pixels, from 0 to 1. None = 0, and 0.02 for int8.
-        licence: of the weights, for the metadata; None = what the model's factory says of those that it
-            knows by name.
+        licence: of the weights, for the metadata; None = what the model's factory says of those
+            that it knows by name.
         limit: of the images; they are then spread evenly. None = all.
         track: wraps the sequence of images, for a progress bar.
 
     Raises:
-        ExportError: the pipeline has what cannot leave, the network cannot be traced, or the file was
+        ExportError: the pipeline has what cannot leave, the network cannot be traced, or the file
+        was
             refused: then ``output_dir`` holds the report alone.
         ImportError: a package of the extra ``onnx`` is absent.
         ImageError: an image cannot be read.
@@ -133,9 +135,8 @@ def export_model(
     content = _WRITERS[format](program, description)
     if samples is not None:
         content = quantised(content, _sized(samples, size))
-    exported = ExportedModel(
-        RUNNERS[target.suffix], torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    )
+    runner = "onnx" if format == "onnx" else "pt2"
+    exported = ExportedModel(runner, torch.frombuffer(bytearray(content), dtype=torch.uint8))
     exported.read(str(target))
     parity = Parity(model, exported, max_flips, None if samples else MAX_DELTA)
     for index, file in enumerate(track(files)):
@@ -145,7 +146,7 @@ def export_model(
         parity.add(str(file), image)
         if index == 0 and size is None:
             for rows, columns in _CROPS:
-                high, wide = (max(1, n - k) for n, k in zip(image.shape[1:], (rows, columns)))
+                high, wide = max(1, image.shape[1] - rows), max(1, image.shape[2] - columns)
                 parity.add(f"{file}, {high} x {wide} of it", image[:, :high, :wide], timed=False)
     about = {
         "model": name,
@@ -265,7 +266,8 @@ def traced(
 ) -> tuple[Any, dict[str, Any]]:
     """The model as torch's ExportedProgram, and its description.
 
-    With as free a shape as the network allows: any number of images of any size, else one at a time.
+    With as free a shape as the network allows: any number of images of any size, else one at a
+    time.
 
     Raises:
         ExportError: it cannot be traced.
@@ -366,8 +368,9 @@ def _onnx(program: Any, description: dict[str, Any]) -> bytes:
     proto.producer_name, proto.producer_version = "pyseg", page.__version__
     proto.metadata_props.add(key=DESCRIPTION, value=json.dumps(description))
     graph = proto.graph
-    sides = zip(graph.input[0].type.tensor_type.shape.dim, ("batch", "", "height", "width"))
-    readable = {dim.dim_param: side for dim, side in sides if dim.dim_param}
+    lengths = graph.input[0].type.tensor_type.shape.dim
+    sides = zip(lengths, ("batch", "", "height", "width"), strict=True)
+    readable = {length.dim_param: side for length, side in sides if length.dim_param}
     if readable:
         symbol = re.compile(rf"\b({'|'.join(map(re.escape, readable))})\b")
         for value in (*graph.input, *graph.output, *graph.value_info):
@@ -380,9 +383,7 @@ def _onnx(program: Any, description: dict[str, Any]) -> bytes:
 def _torch_export(program: Any, description: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
     with _quiet():
-        torch.export.save(
-            program, stream, extra_files={Path(FILE).name: json.dumps(description)}
-        )
+        torch.export.save(program, stream, extra_files={Path(FILE).name: json.dumps(description)})
     return stream.getvalue()
 
 
@@ -579,7 +580,8 @@ def rows_of(report: dict[str, Any]) -> list[list[str]]:
         ["mIoU against the original", f"{report['miou']:.6f}"],
         [
             "pixels of another label",
-            f"{flips['beyond_ties']:,} beyond ties (limit {limits['flips']:.2%}), {flips['ties']:,} ties",
+            f"{flips['beyond_ties']:,} beyond ties (limit {limits['flips']:.2%}), "
+            f"{flips['ties']:,} ties",
         ],
         [
             "largest change of a logit",

@@ -1,7 +1,7 @@
 """Models that `pyseg export` wrote, run by onnxruntime or by torch without their Python.
 
-A file holds a network with its normalisation: images [N, 3, H, W] uint8 RGB to logits [N, C, h, w] at
-the network's own stride; and a description of it, JSON under the name ``pyseg``.
+A file holds a network with its normalisation: images [N, 3, H, W] uint8 RGB to logits [N, C, h, w]
+at the network's own stride; and a description of it, JSON under the name ``pyseg``.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def onnx(*, path: str | Path | None = None, length: int | None = None) -> Export
 def pt2(*, path: str | Path | None = None, length: int | None = None) -> ExportedModel:
     """A model that `pyseg export` wrote as torch-export or aoti, run by torch on the CPU.
 
-    As `onnx` otherwise. **An aoti file is a compiled program, which may do anything: load only those of
-    people whom you trust.** It runs on processors that have the instructions of the one it was
-    compiled on, with the torch that compiled it.
+    As `onnx` otherwise. **An aoti file is a compiled program, which may do anything: load only
+    those of people whom you trust.** It runs on processors that have the instructions of the one it
+    was compiled on, with the torch that compiled it.
 
     Args:
         path: the file.
@@ -80,10 +80,6 @@ def pt2(*, path: str | Path | None = None, length: int | None = None) -> Exporte
         >>> pyseg.build("pt2(path='streetnet.pt2')+crf")("street.jpg")
     """
     return _model("pt2", path, length)
-
-
-# Suffix of a file -> the model that runs it.
-RUNNERS = {".onnx": "onnx", ".pt2": "pt2"}
 
 
 def _model(runner: str, path: str | Path | None, length: int | None) -> ExportedModel:
