@@ -102,8 +102,7 @@ def export_model(
 
     Raises:
         ExportError: the pipeline has what cannot leave, the network cannot be traced, or the file
-        was
-            refused: then ``output_dir`` holds the report alone.
+            was refused: then ``output_dir`` holds the report alone.
         ImportError: a package of the extra ``onnx`` is absent.
         ImageError: an image cannot be read.
         PysegError: no images.
@@ -132,7 +131,7 @@ def export_model(
     folder = make_folder(output_dir, "output_dir")
     target = folder / f"{name}{'.int8' if samples else ''}{FORMATS[format]}"
     program, description = traced(name, model, format, size, licence)
-    content = _WRITERS[format](program, description)
+    content = WRITERS[format](program, description)
     if samples is not None:
         content = quantised(content, _sized(samples, size))
     runner = "onnx" if format == "onnx" else "pt2"
@@ -406,7 +405,7 @@ def _aoti(program: Any, description: dict[str, Any]) -> bytes:
         return path.read_bytes()
 
 
-_WRITERS: dict[str, Callable[[Any, dict[str, Any]], bytes]] = {
+WRITERS: dict[str, Callable[[Any, dict[str, Any]], bytes]] = {
     "onnx": _onnx,
     "torch-export": _torch_export,
     "aoti": _aoti,

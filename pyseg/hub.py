@@ -257,7 +257,7 @@ def _numbers(stage: Mapping[str, Any]) -> dict[str, float]:
     return {
         f"{metric} {key}": value
         for metric, values in stage["metrics"].items()
-        for key, value in (values.items() if isinstance(values, dict) else ())
+        for key, value in values.items()
         if isinstance(value, float)
     }
 
@@ -293,12 +293,18 @@ def _scores(found: Mapping[str, Any]) -> str:
         _table(["after", *names, "ms/image"], rows),
     ]
     for metric, values in found["stages"][-1]["metrics"].items():
-        for key, value in values.items() if isinstance(values, dict) else ():
-            by_class = isinstance(value, dict) and value
-            if by_class and all(v is None or isinstance(v, float) for v in value.values()):
-                title = f"{metric} {key} of the last stage"
-                parts.append(_table([title, ""], [[k, _shown(v)] for k, v in value.items()]))
+        if classes := values.get("per_class"):
+            columns = [key for key, v in next(iter(classes.values())).items() if _is_number(v)]
+            rows = [
+                [name, *(_shown(of.get(key)) for key in columns)] for name, of in classes.items()
+            ]
+            parts.append(_table([f"{metric} after the last stage", *columns], rows))
     return "\n".join(parts)
+
+
+def _is_number(value: Any) -> bool:
+    """Of a fraction; what is undefined is null in JSON."""
+    return value is None or isinstance(value, float)
 
 
 def _shown(value: float | None) -> str:
