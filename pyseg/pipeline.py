@@ -786,7 +786,7 @@ def from_pretrained(
     Example:
         >>> pyseg.from_pretrained("owner/street-scenes")("street.jpg").save("street.png")
     """
-    if Path(id_or_dir).exists():
+    if os.path.exists(id_or_dir):
         folder = Path(id_or_dir)
     else:
         folder = hub.download(
