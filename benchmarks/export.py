@@ -17,7 +17,7 @@ import pyseg
 from pyseg import export, files
 from pyseg.errors import PysegError
 from pyseg.image import read_image
-from pyseg.models.exported import ExportedModel
+from pyseg.models.exported import loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "export.md"
@@ -48,10 +48,7 @@ def tried(name, formats):
         start = time.perf_counter()
         try:
             content = export.WRITERS[kind](program, {**description, "kind": kind})
-            runner = "onnx" if kind == "onnx" else "pt2"
-            bytes_ = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-            exported = ExportedModel(runner, bytes_)
-            exported.read(f"{name} as {kind}")
+            exported = loaded("onnx" if kind == "onnx" else "pt2", content, f"{name} as {kind}")
             parity = export.Parity(model, exported, 0.0, export.MAX_DELTA)
             for image in images():
                 parity.add(f"{image.shape[1]} x {image.shape[2]}", image, timed=False)

@@ -29,7 +29,7 @@ from . import models, page
 from .errors import ExportError, PysegError, require
 from .files import finite, make_folder, replacing, some, write_json
 from .image import read_image
-from .models.exported import DESCRIPTION, FILE, FORMAT, ExportedModel
+from .models.exported import DESCRIPTION, FILE, FORMAT, ExportedModel, loaded
 from .models.semantic import _Method
 from .ops import confusion_matrix
 from .pipeline import Pipeline
@@ -134,9 +134,7 @@ def export_model(
     content = WRITERS[format](program, description)
     if samples is not None:
         content = quantised(content, _sized(samples, size))
-    runner = "onnx" if format == "onnx" else "pt2"
-    exported = ExportedModel(runner, torch.frombuffer(bytearray(content), dtype=torch.uint8))
-    exported.read(str(target))
+    exported = loaded("onnx" if format == "onnx" else "pt2", content, str(target))
     parity = Parity(model, exported, max_flips, None if samples else MAX_DELTA)
     for index, file in enumerate(track(files)):
         image = _read(file, size)

@@ -363,7 +363,7 @@ def test_a_file_is_a_stage_like_any_other(tmp_path, photos, format, request):
     image = images(photos)[0]
     for other in (saved, copied):
         assert torch.equal(other(image).logits, pipeline(image).logits)
-    with pytest.raises(SpecError, match="there is no such file"):
+    with pytest.raises(WeightsError, match="there is no such file"):
         pyseg.build(f"{runner}(path='nowhere')")
 
 

@@ -91,8 +91,18 @@ def _model(runner: str, path: str | Path | None, length: int | None) -> Exported
     path = Path(path).expanduser()
     if not path.is_file():
         raise WeightsError(f"path={str(path)!r}: there is no such file; `pyseg export` writes one")
-    model = ExportedModel(runner, torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8))
-    model.read(str(path))
+    return loaded(runner, path.read_bytes(), str(path))
+
+
+def loaded(runner: str, content: bytes, source: str) -> ExportedModel:
+    """The model that a file's bytes hold; ``source`` is what errors call it.
+
+    Raises:
+        WeightsError: it is none of ours, or damaged.
+    """
+    # An empty tensor has no memory to be made of.
+    model = ExportedModel(runner, torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8))
+    model.read(source)
     return model
 
 
