@@ -138,13 +138,11 @@ def export_model(
     parity = Parity(model, exported, max_flips, None if samples else MAX_DELTA)
     for index, file in enumerate(track(files)):
         image = _read(file, size)
-        if index == 0:
-            parity.warm_up(image)
-        parity.add(str(file), image)
         if index == 0 and size is None:
             for rows, columns in _CROPS:
                 high, wide = max(1, image.shape[1] - rows), max(1, image.shape[2] - columns)
                 parity.add(f"{file}, {high} x {wide} of it", image[:, :high, :wide], timed=False)
+        parity.add(str(file), image, timed=index > 0 or len(files) == 1)  # the first warms up
     about = {
         "model": name,
         "format": format,
@@ -284,9 +282,8 @@ def traced(
         except Exception as error:  # torch raises what it likes, from its own and the model's code
             failure = error
     else:
-        reason = re.sub(r"\s+", " ", str(failure)).strip()[:300]
         raise ExportError(
-            f"{name} cannot be traced by torch.export ({type(failure).__name__}: {reason})"
+            f"{name} cannot be traced by torch.export ({type(failure).__name__}: {_brief(failure)})"
             + ("; a file of one size may work: give size=(height, width)" if size is None else "")
         ) from failure
     (batch, _, high, wide) = _ranges(program)
@@ -330,6 +327,10 @@ def _licence(name: str) -> str | None:
     return models.info(name).licence if name in models.list() else None
 
 
+def _brief(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:300]
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the chatter of exporters about their own doings."""
@@ -346,16 +347,41 @@ def _quiet() -> Iterator[None]:
 # --- writing ----------------------------------------------------------------------------------
 
 
+_POOLINGS = (
+    torch.ops.aten.adaptive_avg_pool2d.default,
+    torch.ops.aten._adaptive_avg_pool2d.default,
+)
+
+
+def _pooled_by_products(x: Tensor, output_size: Sequence[int]) -> Tensor:
+    """``adaptive_avg_pool2d`` [N, C, H, W] to [N, C, *output_size], as two matrix products.
+
+    ONNX has no such operator, and what torch makes of it in its place fits only images whose sides
+    are those that it was traced with.
+    """
+    for dim, count in zip((3, 2), reversed(output_size), strict=True):
+        length = x.shape[dim]
+        cells = torch.arange(count, device=x.device)[:, None]
+        first = torch.div(cells * length, count, rounding_mode="floor")
+        end = torch.div((cells + 1) * length + (count - 1), count, rounding_mode="floor")
+        places = torch.arange(length, device=x.device)
+        inside = ((places >= first) & (places < end)).to(x.dtype)
+        mean = inside / (end - first).to(x.dtype)  # [count, length]
+        x = x @ mean.t() if dim == 3 else mean @ x
+    return x
+
+
 def _onnx(program: Any, description: dict[str, Any]) -> bytes:
     names = ["logits", *description["outputs"][1:]]
     try:
         with torch.no_grad(), _quiet():
+            program = program.run_decompositions({op: _pooled_by_products for op in _POOLINGS})
             made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
     except Exception as error:  # of torch.onnx's or onnxscript's many kinds
         cause = error.__cause__ or error
-        reason = re.sub(r"\s+", " ", str(cause)).strip()[:300]
         raise ExportError(
-            f"{description['model']} cannot be written as ONNX ({type(cause).__name__}: {reason}); "
+            f"{description['model']} cannot be written as ONNX ({type(cause).__name__}: "
+            f"{_brief(cause)}); "
             "torch-export may do"
         ) from error
     graph = made.model.graph
@@ -391,11 +417,10 @@ def _aoti(program: Any, description: dict[str, Any]) -> bytes:
             with torch.no_grad(), _quiet():
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         except Exception as error:  # inductor's, or that of the compiler that it runs
-            reason = re.sub(r"\s+", " ", str(error)).strip()[:300]
             raise ExportError(
                 f"{description['model']} cannot be compiled by torch's inductor "
-                f"({type(error).__name__}: {reason}); it needs a C++ compiler (g++ or clang++, or "
-                "that which $CXX names) and Python's headers"
+                f"({type(error).__name__}: {_brief(error)}); it needs a C++ compiler (g++ or "
+                "clang++, or that which $CXX names) and Python's headers"
             ) from error
         with zipfile.ZipFile(path, "a", zipfile.ZIP_STORED) as archive:
             root = archive.namelist()[0].partition("/")[0]
@@ -469,17 +494,17 @@ class Parity:
         count = len(model.classes)
         self.matrix = torch.zeros(count, count, dtype=torch.int64)
         self.images: list[dict[str, Any]] = []
+        self.failures: list[str] = []
         self.milliseconds: dict[str, list[float]] = {"original": [], "exported": []}
-
-    def warm_up(self, image: Tensor) -> None:
-        """Runs both, untimed."""
-        for model in (self.model, self.exported):
-            _timed(model, image)
 
     def add(self, name: str, image: Tensor, *, timed: bool = True) -> None:
         """Counts the differences on an image [3, H, W] uint8."""
         original, before = _timed(self.model, image)
-        exported, after = _timed(self.exported, image)
+        try:
+            exported, after = _timed(self.exported, image)
+        except Exception as error:  # each runtime has errors of its own
+            self.failures.append(f"it fails on {name}: {_brief(error)}")
+            return
         if timed:
             self.milliseconds["original"].append(before)
             self.milliseconds["exported"].append(after)
@@ -497,7 +522,7 @@ class Parity:
             max((image[key] for image in self.images), default=0.0)
             for key in ("max_delta", "relative_delta")
         )
-        reasons = []
+        reasons = self.failures[:1]
         broken = [image["name"] for image in self.images if not image["finite"]]
         if broken:
             reasons.append(f"its logits are not finite on {some(broken)}")
@@ -518,7 +543,10 @@ class Parity:
             "flips": {"all": flips, "ties": ties, "beyond_ties": flips - ties, "share": share},
             "max_delta": delta,
             "relative_delta": relative,
-            "milliseconds": {key: statistics.median(v) for key, v in self.milliseconds.items()},
+            "milliseconds": {
+                key: statistics.median(found) if found else None
+                for key, found in self.milliseconds.items()
+            },
             "limits": {"flips": self.max_flips, "relative_delta": self.max_delta, "tie": TIE},
             "reasons": reasons,
             "each": self.images,
@@ -563,7 +591,7 @@ def _miou(matrix: Tensor) -> float:
     """Mean IoU of the exported labels with the original's as truth, over classes in either."""
     hits = matrix.diagonal().double()
     union = matrix.sum(0) + matrix.sum(1) - hits
-    return float((hits / union)[union > 0].mean())
+    return float((hits / union)[union > 0].mean())  # nan where nothing was compared
 
 
 def rows_of(report: dict[str, Any]) -> list[list[str]]:

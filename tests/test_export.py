@@ -38,7 +38,10 @@ class Small(nn.Module):
     def forward(self, x):
         fine = F.relu(self.norm(self.one(x)))
         coarse = self.two(fine)
-        coarse = coarse + F.adaptive_avg_pool2d(coarse, 1)
+        for cells in (1, 3):
+            coarse = coarse + F.interpolate(
+                F.adaptive_avg_pool2d(coarse, cells), coarse.shape[2:], mode="bilinear"
+            )
         up = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
         return {"out": self.out(fine + up)}
 
@@ -146,7 +149,7 @@ def test_the_report_says_what_was_measured(tmp_path, photos, onnx):
     report = json.loads(written.report_file.read_text())
     assert report == json.loads(json.dumps(written.report))
     assert report["images"] == 6 and report["reasons"] == []  # three, and crops of the first
-    sizes = [(45, 61), (44, 60), (42, 59), (37, 56), (64, 48), (33, 90)]
+    sizes = [(44, 60), (42, 59), (37, 56), (45, 61), (64, 48), (33, 90)]
     assert [tuple(each["size"]) for each in report["each"]] == sizes
     assert report["pixels"] == sum(height * width for height, width in sizes)
     assert report["flips"]["beyond_ties"] == 0 and report["miou"] > 0.999
@@ -335,6 +338,22 @@ def test_no_runtime_is_imported_before_it_is_used():
         "assert not {'onnx', 'onnxruntime', 'onnxscript', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_pooling_by_products_is_pooling():
+    for size, count in (((7, 12), (3, 3)), ((2, 3), (6, 5)), ((1, 1), (2, 1)), ((9, 9), (9, 4))):
+        x = torch.randn(2, 3, *size, dtype=torch.float64)
+        torch.testing.assert_close(
+            export._pooled_by_products(x, count), F.adaptive_avg_pool2d(x, count)
+        )
+
+
+def test_a_file_that_fails_is_refused(tmp_path, photos, monkeypatch):
+    """As one whose operators do not take all sizes."""
+    monkeypatch.setattr(ExportedModel, "forward", lambda *_: (_ for _ in ()).throw(KeyError("no")))
+    with pytest.raises(ExportError, match=r"it fails on .*a\.png, 44 x 60 of it: 'no'"):
+        export.export_model(made(), photos, tmp_path / "out", format="torch-export")
+    assert [path.suffix for path in (tmp_path / "out").iterdir()] == [".json"]
 
 
 # --- as a stage -------------------------------------------------------------------------------
