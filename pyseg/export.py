@@ -123,8 +123,9 @@ def export_model(
     if size is not None and min(size) < 1:
         raise ValueError(f"size must be (height, width) in pixels, got {size}")
     if format == "onnx":
-        for package in ("onnx", "onnxruntime", "onnxscript"):
-            require(package, extra="onnx")
+        require("onnx", extra="onnx")
+        require("onnxruntime", extra="onnx")
+        require("onnxscript", extra="onnx")
     name, model = exportable(pipeline)
     files = image_files(images, limit, "images")
     samples = None if calibration is None else image_files(calibration, CALIBRATION_IMAGES)
