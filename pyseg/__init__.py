@@ -16,9 +16,11 @@ _LAZY = {
     "Pipeline": ".pipeline",
     "build": ".pipeline",
     "compose": ".pipeline",
+    "from_pretrained": ".pipeline",
     "load": ".pipeline",
     "compare": ".comparison",
     "evaluate": ".evaluation",
+    "export_model": ".export",
     "label": ".prediction",
     "predict": ".prediction",
     "predict_large": ".large",
@@ -71,6 +73,8 @@ __all__ = [
     "datasets",
     "errors",
     "evaluate",
+    "export_model",
+    "from_pretrained",
     "image",
     "label",
     "load",
@@ -105,11 +109,13 @@ if TYPE_CHECKING:
     from .data_check import check_data as check_data
     from .errors import PysegError as PysegError
     from .evaluation import evaluate as evaluate
+    from .export import export_model as export_model
     from .label_check import check_labels as check_labels
     from .large import predict_large as predict_large
     from .pipeline import Pipeline as Pipeline
     from .pipeline import build as build
     from .pipeline import compose as compose
+    from .pipeline import from_pretrained as from_pretrained
     from .pipeline import load as load
     from .prediction import label as label
     from .prediction import predict as predict

@@ -1653,6 +1653,94 @@ def _check_refiner(refiner: str, known: Sequence[str], own: dict[str, Any]) -> N
         raise PysegError(f"{_option(given[0])} is of {of}, and {refiner} does not take it")
 
 
+@app.command("export", cls=_documented_by("export.py:export_model"))
+def export_command(
+    spec: Annotated[str, typer.Argument(help="A semantic model, such as streetnet.")],
+    check: Annotated[
+        list[str],
+        typer.Option(help="Image files, folders or patterns that the file must agree on."),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", "--out", "-o", help="Folder for the file and its report.")
+    ],
+    format_: Annotated[
+        str | None, typer.Option("--format", help="onnx, torch-export or aoti.")
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="For a file of one size. [default: any size]"),
+    ] = None,
+    int8: Annotated[
+        list[str] | None,
+        typer.Option(help="Quantise (onnx) by these images, files, folders or patterns."),
+    ] = None,
+    max_flips: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of pixels that may get another label beyond ties. [default: 0; 0.02 of "
+            "--int8]"
+        ),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights. [default: what the model says of its own]")
+    ] = None,
+    limit: LimitOption = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a semantic model as one file for other runtimes, and a report of how it agrees.
+
+    A file that computes something else is refused: only the report stays, and the exit code is 2.
+    """
+    from .export import export_model
+
+    given = _given(
+        format=format_,
+        size=_size(size, "--size"),
+        calibration=int8 or None,
+        max_flips=max_flips,
+        licence=licence,
+        limit=limit,
+    )
+    pipeline = _pipeline(spec, weights, num_classes, None)
+    made = export_model(pipeline, check, output, track=_track("checking"), **given)
+    if as_json:
+        return _print_json(made.report)
+    _print_table(*made.table())
+    typer.echo(f"wrote {made.file} and {made.report_file}")
+
+
+@app.command("card")
+def card_command(
+    spec: Annotated[str, typer.Argument(help="Pipeline, or the folder of a saved one.")],
+    scores: Annotated[
+        list[Path] | None,
+        typer.Option(help="A report.json of `pyseg evaluate --report`; may be repeated."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Heading. [default: the pipeline]")] = None,
+    repo_id: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Repository of the Hugging Face Hub.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights. [default: what the model says of its own]")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file. [default: print it]")
+    ] = None,
+    weights: WeightsOption = None,
+    num_classes: ClassesOption = None,
+) -> None:
+    """A model card of measured numbers: Markdown with the Hugging Face Hub's header."""
+    from .files import write_text
+
+    pipeline = _pipeline(spec, weights, num_classes, None)
+    text = pipeline.card(name=name, repo_id=repo_id, scores=scores or (), licence=licence)
+    if output is None:
+        return typer.echo(text)
+    typer.echo(f"wrote {write_text(output, text)}")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for results.")] = Path(
@@ -1754,7 +1842,7 @@ def _pipeline(
 ) -> Pipeline:
     from . import pipeline
 
-    if (Path(spec) / "pipeline.json").is_file():
+    if (Path(spec) / "pipeline.json").is_file() or pipeline.exported_by(spec):
         if weights is not None or num_classes is not None:
             raise PysegError(
                 f"--weights and --num-classes do not go with a saved pipeline, and {spec} is one"

@@ -46,6 +46,14 @@ class WeightsError(PysegError, RuntimeError):
     """Weights that are absent, unreachable, damaged, unsafe or of another architecture."""
 
 
+class ExportError(PysegError, RuntimeError):
+    """A model that cannot leave as a file, or whose file computes something else."""
+
+
+class HubError(PysegError, RuntimeError):
+    """A repository of the Hugging Face Hub that is absent, out of reach, or refuses."""
+
+
 class DeviceError(PysegError, RuntimeError):
     """A device that was asked for and is not there."""
 

@@ -6,6 +6,7 @@ states of the metrics are added, so that the scores are those of one process to 
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import metrics as metrics_registry
+from . import page
 from .classes import check_classes
 from .errors import PluginError, PysegError
 from .files import finite
@@ -96,6 +98,12 @@ class Evaluation:
             )
             for row in [head, *rows]
         )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: the table."""
+        plural = "" if self.images == 1 else "s"
+        caption = html.escape(f"{self.spec}: {self.images} image{plural}")
+        return page.table(*self.table()).replace("<table>", f"<table><caption>{caption}</caption>")
 
 
 _TITLES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import re
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +18,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from . import hub, models, refiners
 from . import image as images_module
-from . import models, refiners
 from .contract import deprecated
 from .devices import (
     checked_device,
@@ -28,7 +29,7 @@ from .devices import (
     synchronize,
 )
 from .errors import PluginError, PysegError, SpecError, UnknownName
-from .files import read_json, remove_abandoned, replacing, some, write_json
+from .files import read_json, remove_abandoned, replacing, some, write_json, write_text
 from .registry import MAX_CLASSES, Registry, accepted_options, made_from, naming_failures
 from .spec import Spec, StageSpec, parse, shown
 from .types import Model, Refiner, Segmentation
@@ -410,6 +411,10 @@ class Pipeline:
             PysegError: ``folder`` is a file, or a stage was given as an object that no registered
                 name makes.
         """
+        return self._save(folder)
+
+    def _save(self, folder: str | Path, card: str | None = None) -> Path:
+        """`save`, with a model card in the folder where one is given."""
         from .weights import save_state, temperature_metadata
 
         folder = Path(folder)
@@ -450,7 +455,115 @@ class Pipeline:
                 "palette": getattr(self.model, "palette", None),
             }
             write_json(draft / DESCRIPTION, description)
+            if card is not None:
+                write_text(draft / hub.CARD, card)
         return folder
+
+    def card(
+        self,
+        *,
+        name: str | None = None,
+        repo_id: str | None = None,
+        scores: str | Path | Sequence[str | Path] = (),
+        licence: str | None = None,
+    ) -> str:
+        """A model card in Markdown, with what was measured and nothing else.
+
+        Args:
+            name: heading; None = that of the repository, or the pipeline's text.
+            repo_id: of the Hub, ``"owner/name"``, for the lines that load it.
+            scores: the ``report.json`` of `pyseg evaluate --report` of this pipeline, or several.
+            licence: of the weights: an identifier of the Hub's, such as ``"cc-by-nc-4.0"``, or a
+                text; None = what the model's factory says of the weights that it knows by name.
+
+        Raises:
+            PysegError: scores that are no report, or of another pipeline.
+
+        Example:
+            >>> print(pyseg.build("streetnet+crf").card(scores="report/report.json"))
+        """
+        text, first = str(self), self.stages[0].name
+        known = models.info(first).to_dict() if first in models.list() else {}
+        paths = [scores] if isinstance(scores, (str, Path)) else scores
+        return hub.model_card(
+            name=name or (text if repo_id is None else repo_id.rpartition("/")[2]),
+            load=repo_id or "FOLDER",
+            spec=text,
+            stages=[
+                (stage.text, type(stage.component).__name__, count_parameters(stage.component))
+                for stage in self.stages
+            ],
+            classes=self.classes,
+            palette=getattr(self.model, "palette", None),
+            facts=known,
+            licence=licence or known.get("licence"),
+            scores=[hub.read_scores(path, text) for path in paths],
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        scores: str | Path | Sequence[str | Path] = (),
+        licence: str | None = None,
+        **push_options: Any,
+    ) -> Path:
+        """`save` with a model card, which `pyseg.from_pretrained` reads.
+
+        Args:
+            save_directory: the folder.
+            repo_id: of the Hub; None = the folder's name.
+            push_to_hub: send it there, too.
+            scores: see `card`.
+            licence: see `card`.
+            push_options: of `push_to_hub`.
+
+        Raises:
+            PysegError: as `save` and `card` do.
+            HubError: as `push_to_hub` does.
+        """
+        if push_options and not push_to_hub:
+            raise ValueError(f"{', '.join(push_options)}: options of push_to_hub=True")
+        folder = Path(save_directory)
+        card = self.card(
+            name=None if repo_id else folder.name, repo_id=repo_id, scores=scores, licence=licence
+        )
+        self._save(folder, card)
+        if push_to_hub:
+            hub.upload(folder, repo_id or folder.name, **push_options)
+        return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        scores: str | Path | Sequence[str | Path] = (),
+        licence: str | None = None,
+        **options: Any,
+    ) -> str:
+        """Sends the pipeline, with a model card, to a repository of the Hugging Face Hub.
+
+        Args:
+            repo_id: ``"owner/name"``, made if absent.
+            scores: see `card`.
+            licence: see `card`.
+            options: ``commit_message``, ``private``, ``token``, ``branch``, ``create_pr`` and
+                ``api`` of `pyseg.hub.upload`.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            HubError: no access, or no network.
+            ImportError: huggingface_hub is not installed (extra ``hub``).
+            PysegError: as `save` and `card` do.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "pipeline"
+            self.save_pretrained(target, repo_id=repo_id, scores=scores, licence=licence)
+            return hub.upload(target, repo_id, **options)
 
 
 def build(
@@ -591,22 +704,29 @@ def load(
     device: str | torch.device | None = None,
     precision: str = "fp32",
 ) -> Pipeline:
-    """Reads a pipeline that `Pipeline.save` wrote, in evaluation mode.
+    """Reads a pipeline that `Pipeline.save` wrote, or a file of `pyseg export`, in evaluation mode.
 
     Reads files of this folder alone, whatever is written in it, and needs no network.
 
     Args:
-        folder: that `Pipeline.save` wrote.
+        folder: that `Pipeline.save` wrote; or a file of `pyseg export`, ``.onnx`` or ``.pt2``,
+            whose pipeline is that one stage.
         device: where all stages run; None = the CPU.
         precision: see `build`; it is not saved.
 
     Raises:
         PysegError: the folder is no saved pipeline, damaged, or of a newer pyseg.
         WeightsError: a weight file is absent or damaged.
+
+    Example:
+        >>> segmenter = pyseg.load("out/streetnet.onnx")
     """
     from . import weights
 
     folder = Path(folder)
+    if runner := exported_by(folder):
+        stage = StageSpec(runner, {"path": str(folder)})
+        return build(Spec((stage,)), device=device, precision=precision)
     description = _read_description(folder)
     context = {"num_classes": len(description["classes"]), "weights": None}
     stages: list[Stage] = []
@@ -632,6 +752,60 @@ def load(
         stages.append(Stage(stage, made))
     pipeline = Pipeline(stages, num_classes=description["num_classes"], precision=precision)
     return pipeline if device is None else pipeline.to(checked_device(device))
+
+
+def from_pretrained(
+    id_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    force_download: bool = False,
+    local_files_only: bool = False,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+) -> Pipeline:
+    """Reads a pipeline from a folder or from the Hugging Face Hub.
+
+    Of a repository its ``pipeline.json``, safetensors and card are fetched, and no code.
+
+    Args:
+        id_or_dir: a folder that `Pipeline.save` or `Pipeline.save_pretrained` wrote, or a
+            repository that `Pipeline.push_to_hub` filled, ``"owner/name"``.
+        revision: branch, tag or commit of the repository; None = the main branch.
+        token: of the Hub; None = the one that `hf auth login` stored.
+        cache_dir: None = the Hub's own.
+        force_download: fetch again what is in the cache.
+        local_files_only: ask no network; so too where ``PYSEG_OFFLINE`` is set.
+        device: as for `load`.
+        precision: as for `load`.
+
+    Raises:
+        HubError: no such folder or repository, no access, or no network.
+        ImportError: a repository, and huggingface_hub is not installed (extra ``hub``).
+        PysegError: as for `load`.
+
+    Example:
+        >>> pyseg.from_pretrained("owner/street-scenes")("street.jpg").save("street.png")
+    """
+    if os.path.exists(id_or_dir):
+        folder = Path(id_or_dir)
+    else:
+        folder = hub.download(
+            str(id_or_dir),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+        )
+    return load(folder, device=device, precision=precision)
+
+
+def exported_by(path: str | Path) -> str | None:
+    """The model that runs a file of `pyseg export`, by its suffix; None for all else."""
+    path = Path(path)
+    return {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix) if path.is_file() else None
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -800,6 +974,8 @@ def _check_no_folder(spec: Any) -> None:
             if (Path(spec) / DESCRIPTION).is_file()
             else f"folder {spec!r} is no saved pipeline: it has no {DESCRIPTION}"
         )
+    if runner := exported_by(spec):
+        raise SpecError(f"{spec!r} is an exported file: pyseg.load reads it, or {runner}(path=…)")
     if spec.startswith(("./", "../", "/", "~")):
         raise SpecError(
             f"there is no folder {shown(spec)}, and a spec begins with the name of a model"

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"pyseg", "errors"},
     {"_native", "classes", "contract", "devices", "files", "regions", "spec", "tiles"},
-    {"efficientnet", "image", "registry", "weights"},
+    {"efficientnet", "hub", "image", "registry", "weights"},
     {"formats", "page", "rasters", "visual"},
     {"ops"},
     {"compat", "types"},
@@ -19,7 +19,7 @@ FLOORS = (
     {"label_check", "pipeline"},
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
     {"training"},
-    {"comparison", "instance_training", "report", "testing", "tuning"},
+    {"comparison", "export", "instance_training", "report", "testing", "tuning"},
     {"cluster", "conformance", "demo", "new_plugin", "studio"},
     {"cli"},
     {"__main__"},

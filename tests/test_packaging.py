@@ -28,7 +28,10 @@ def names(requirements):
 
 PLAIN = names(PROJECT["dependencies"])
 EXTRAS = {key: names(values) for key, values in PROJECT["optional-dependencies"].items()}
-FOR_USERS = {"train", "zoo", "imagenet", "hf", "nyud", "large", "geo", "zarr", "ray", "tensorboard"}
+FOR_USERS = {
+    *("train", "zoo", "imagenet", "hf", "nyud", "large", "geo", "zarr", "ray", "tensorboard"),
+    *("onnx", "hub"),
+}
 
 
 def imports(tree, within=False):

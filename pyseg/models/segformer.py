@@ -331,7 +331,7 @@ def _joined(linear: nn.ModuleList, features: Sequence[Tensor], *, reverse: bool 
 
 def _to_map(tokens: Tensor, size: tuple[int, int]) -> Tensor:
     """[N, h w, C] to [N, C, h, w]."""
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, *size)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *size)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, **options: Any) -> nn.Sequential:

@@ -75,7 +75,8 @@ SAME = {
     "panoptic_fpn": "panoptic_fpn_resnet50",
     "upsnet": "upsnet_resnet50",
 }
-OF_OTHERS = {"grounded_sam"}  # networks of a package that keeps its own keys
+# Networks of a package that keeps its own keys, and those in files of `pyseg export`.
+OF_OTHERS = {"grounded_sam", "onnx", "pt2"}
 UNPUBLISHED = [
     "bayesian_segnet",
     "deeplab_v1",
