@@ -72,10 +72,10 @@ def choose_k(
     """The number of clusters that fits.
 
     ``"elbow"``: the sum of squares within clusters W(k) falls steeply up to the right k; taken is
-    the k whose point is farthest below the line from (1, W(1)) to (most, W(most)), both axes scaled
-    to 0..1. ``"silhouette"``: the k from 2 on with the largest mean of (b - a) / max(a, b), with an
-    element's mean distance a from its own cluster and b from the nearest other (Rousseeuw, 1987), of
-    2,000 elements drawn.
+    the k whose point is farthest below the line from (1, W(1)) to (most, W(most)), with both axes
+    scaled to 0..1. ``"silhouette"``: the k from 2 on with the largest mean of (b - a) / max(a, b),
+    with an element's mean distance a from its own cluster and b from the nearest other (Rousseeuw,
+    1987), of 2,000 elements drawn.
 
     Args:
         values: features [N, D].

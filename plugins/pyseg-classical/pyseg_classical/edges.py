@@ -107,7 +107,7 @@ def _way(edges: Mask, end: NDArray[np.int64], steps: int = 5) -> NDArray[np.floa
     while len(path) <= steps:
         y, x = path[-1]
         window = edges[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2]
-        places = np.argwhere(window) + (max(y - 1, 0), max(x - 1, 0))
+        places = np.argwhere(window) + np.array([max(y - 1, 0), max(x - 1, 0)])
         onward = [place for place in map(tuple, places) if place not in seen]
         if not onward:
             break
@@ -123,6 +123,8 @@ def find_edges(
     """The detector's edges, one pixel wide; the options are those of `Canny`."""
     if detector == "log":
         return thin(zero_crossings(image, sigma, 0.1 if high is None else high))
+    if detector == "canny":  # scikit-image's takes one channel
+        image = np.repeat(grey(image)[:, :, None], 3, 2)
     gradient = strength(image, "prewitt" if detector == "prewitt" else "sobel", sigma)
     if gradient.max() < 1e-6:
         return np.zeros(gradient.shape, bool)
@@ -130,8 +132,13 @@ def find_edges(
     high = otsu if high is None else high
     low = high / 2 if low is None else min(low, high)
     if detector == "canny":
+        scale = 4 * np.sqrt(2)  # its magnitudes are not divided
         return feature.canny(
-            grey(image) / 255.0, sigma, low_threshold=low, high_threshold=high, mode="nearest"
+            grey(image) / 255.0,
+            sigma,
+            low_threshold=scale * low,
+            high_threshold=scale * high,
+            mode="nearest",
         )
     return thin(filters.apply_hysteresis_threshold(gradient, low, high))
 
@@ -191,7 +198,7 @@ class EdgeRegions(RegionModel):
 class Sobel(EdgeRegions):
     """Regions between edges of Sobel's operator (1968), with hysteresis, linking and closing.
 
-    The gradient (Gx, Gy) = (1 2 1)^T (-1 0 1) / 8 and its transpose has the magnitude
+    The gradient (Gx, Gy) = (1 2 1)^T (-1 0 1) / 4 and its transpose has the magnitude
     sqrt((Gx^2 + Gy^2) / 2), the largest of the channels. Edges are what is above ``high``, and
     above ``low`` connected with it, thinned; gaps are linked, then closed; edge pixels go to the
     nearest region.
@@ -209,7 +216,7 @@ class Sobel(EdgeRegions):
 
 
 class Prewitt(EdgeRegions):
-    """Regions between edges of Prewitt's operator (1970): `Sobel` with (1 1 1)^T (-1 0 1) / 6.
+    """Regions between edges of Prewitt's operator (1970): `Sobel` with (1 1 1)^T (-1 0 1) / 3.
 
     Args:
         sigma: of the Gaussian before, in pixels; 0 = none.
@@ -252,7 +259,7 @@ class LaplacianOfGaussian(EdgeRegions):
 class Canny(EdgeRegions):
     """Regions between edges of Canny's detector (1986), with linking and closing.
 
-    Gaussian, gradient, suppression of what is no maximum across the edge, hysteresis.
+    On the luma: Gaussian, gradient, suppression of what is no maximum across the edge, hysteresis.
 
     Args:
         sigma: of the Gaussian, in pixels.

@@ -22,10 +22,10 @@ _ORIENTATIONS, _SCALES, _SPOTS = 4, (1.0, 2.0), (1.0, 1.5, 2.0, 3.0)
 def filter_bank() -> list[NDArray[np.float32]]:
     """24 filters, half of the bank of Leung and Malik (2001) in small.
 
-    First edges, the derivative of a Gaussian that is three times as long as wide, in 4 directions at
-    standard deviations 1 and 2; then bars, its second derivative, in the same; then Laplacians of
-    Gaussians at 1, 1.5, 2 and 3; then Gaussians at the same. All but the Gaussians have mean 0, and
-    the absolute values of each sum to 1.
+    First edges, the derivative of a Gaussian that is three times as long as wide, in 4 directions
+    at standard deviations 1 and 2; then bars, its second derivative, in the same; then Laplacians
+    of Gaussians at 1, 1.5, 2 and 3; then Gaussians at the same. All but the Gaussians have mean 0,
+    and the absolute values of each sum to 1.
     """
     bank = []
     for order in (1, 2):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 from skimage import morphology, segmentation
 
@@ -16,6 +17,18 @@ from .thresholds import Otsu
 QUICKSHIFT_PIXELS = 4_000_000  # some minutes: every pixel looks at its window of 6 kernel sizes
 
 
+def minima(relief: NDArray[np.float64], h: float) -> NDArray[np.int32]:
+    """The minima deeper than ``h``, numbered from 1; 0 elsewhere; [H, W].
+
+    The others are filled first (Soille, 1999: the regional minima of the reconstruction by
+    erosion of relief + h above the relief). A relief of less height is one minimum.
+    """
+    if np.ptp(relief) <= h:
+        return np.ones(relief.shape, np.int32)
+    filled = morphology.reconstruction(relief + h, relief, method="erosion")
+    return ndimage.label(morphology.local_minima(filled), np.ones((3, 3)))[0]
+
+
 class Watershed(RegionModel):
     """Basins of the gradient, flooded from markers (Beucher and Lantuejoul, 1979; Meyer, 1991).
 
@@ -23,8 +36,8 @@ class Watershed(RegionModel):
     grid; or given seeds; or the middles of dark or bright shapes, to part those that touch.
 
     Args:
-        markers: ``"minima"`` of the gradient of depth ``h``; ``"grid"``, ``count`` points;
-            ``"seeds"``, those given; ``"distance"``: the maxima of height ``h`` pixels in the
+        markers: ``"minima"`` of the gradient deeper than ``h``; ``"grid"``, ``count`` points;
+            ``"seeds"``, those given; ``"distance"``: the maxima higher than ``h`` pixels in the
             distance to the background by Otsu's threshold, and this distance is flooded.
         h: depth of minima, of the gradient in 1/255; of ``"distance"`` in pixels.
         count: markers of ``"grid"``.
@@ -68,13 +81,7 @@ class Watershed(RegionModel):
             return self._shapes(image)
         relief = strength(image, "sobel", self.sigma)
         if self.markers == "minima":
-            # h_minima of floats is inexact where values differ by rounding: 16 bits are enough.
-            steps = np.round(relief * 255 * 256).astype(np.int32)
-            depth = max(1, round(self.h * 256))
-            minima = morphology.h_minima(steps, depth) if np.ptp(steps) > depth else None
-            if minima is None or not minima.any():
-                return np.zeros(relief.shape, np.int64)
-            markers, _ = ndimage.label(minima)
+            markers = minima(np.round(relief * 255, 3), self.h)
         elif self.markers == "grid":
             markers = min(self.count, relief.size)
         else:
@@ -100,8 +107,7 @@ class Watershed(RegionModel):
         if not inside.any():
             return np.full(inside.shape, -1)
         depth = ndimage.distance_transform_edt(np.pad(inside, 1))[1:-1, 1:-1]
-        maxima = morphology.h_maxima(depth, max(self.h, 1e-3))
-        markers, _ = ndimage.label(maxima, np.ones((3, 3)))
+        markers = minima(-depth, self.h) * inside
         parts = segmentation.watershed(-depth, markers, mask=inside, compactness=self.compactness)
         return merge_small(parts.astype(np.int64) - 1, image, self.min_size)
 

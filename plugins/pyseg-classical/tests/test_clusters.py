@@ -114,7 +114,7 @@ def test_more_clusters_than_distinct_elements(made):
 def test_bad_features_are_refused(model):
     values = np.random.default_rng(0).random((20, 2))
     values[7, 1], values[9, 0] = np.nan, np.inf
-    with pytest.raises(ValueError, match="2 of 20 elements hold NaN or infinity.*element 7"):
+    with pytest.raises(ValueError, match=r"2 of 20 elements hold NaN or infinity.*element 7"):
         model.labels(values)
     with pytest.raises(ValueError, match=r"features must be \[N, D\] with N, D > 0, got \[0, 2\]"):
         model.labels(np.zeros((0, 2)))
@@ -123,7 +123,7 @@ def test_bad_features_are_refused(model):
 @pytest.mark.parametrize("made", [DBSCAN, OPTICS, Agglomerative, Spectral, MeanShiftFeatures])
 def test_too_many_elements_are_refused_at_once(made):
     image = np.zeros((400, 400, 3), np.uint8)
-    with pytest.raises(ValueError, match="takes at most .* got 160000.*set superpixels=1000"):
+    with pytest.raises(ValueError, match=r"takes at most .* got 160000.*set superpixels=1000"):
         made(superpixels=0).regions(image)
 
 
@@ -210,11 +210,11 @@ def test_mean_shift_regions_are_flat_zones_of_the_filter(colours):
 
 
 def test_refusals_of_clusters():
-    with pytest.raises(SpecError, match="option features must be|features must be"):
+    with pytest.raises(SpecError, match=r"option features must be|features must be"):
         pyseg.build("kmeans(features=('colour', 'depth'))")
     with pytest.raises(SpecError, match="features must be different kinds"):
         pyseg.build("kmeans(features=('colour', 'colour'))")
-    with pytest.raises(SpecError, match="emphasis must be 1 numbers.*got 2"):
+    with pytest.raises(SpecError, match=r"emphasis must be 1 numbers.*got 2"):
         pyseg.build("kmeans(emphasis=(1.0, 2.0))")
     with pytest.raises(SpecError, match="k must be 1 or more, got 0"):
         pyseg.build("kmeans(k=0)")

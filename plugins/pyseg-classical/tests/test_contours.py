@@ -54,7 +54,7 @@ def test_level_sets_say_which_side_is_meant(made, scene):
 
 def test_chan_vese_lowers_the_energy(scene):
     """Piecewise constant: no pixel far from the contour fits the other side's mean better."""
-    image, mask = scene
+    image, _ = scene
     values = image[:, :, 0].astype(float)
     found = ChanVese(mu=0.05).foreground(image)
     inside, outside = values[found].mean(), values[~found].mean()
@@ -79,7 +79,7 @@ def test_refusals_of_contours(colours):
         Snake().foreground(colours(np.zeros((1, 9))))
     with pytest.raises(SpecError, match="centre must be from 0 to 1, got 40"):
         pyseg.build("snake(centre=(40, 0.5))")
-    with pytest.raises(SpecError, match="max_size must be above min_size=0.3, got 0.2"):
+    with pytest.raises(SpecError, match=r"max_size must be above min_size=0.3, got 0.2"):
         pyseg.build("deformable_template(min_size=0.3, max_size=0.2)")
     with pytest.raises(SpecError, match="balloon must be"):
         pyseg.build("geodesic_contour(balloon=3)")

@@ -13,7 +13,7 @@ from pyseg_classical.edges import (
     zero_crossings,
 )
 from pyseg_classical.hough import HoughCircles, HoughLines
-from pyseg_classical.watershed import SLIC, QuickShift, Watershed
+from pyseg_classical.watershed import SLIC, QuickShift, Watershed, minima
 from scipy import ndimage
 
 import pyseg
@@ -33,10 +33,10 @@ def square():
 def test_gradient_by_its_masks(operator, colours):
     values = np.random.default_rng(0).integers(0, 256, (12, 15))
     across = np.array([1, 2, 1] if operator == "sobel" else [1, 1, 1])
-    kernel = np.outer(across, [-1, 0, 1]) / (2 * across.sum())
+    kernel = np.outer(across, [-1, 0, 1]) / across.sum()
     exact = values / 255
-    x, y = (ndimage.correlate(exact, k, mode="reflect") * 2 for k in (kernel, kernel.T))
-    expected = np.hypot(x, y) / np.sqrt(2) / 2
+    x, y = (ndimage.correlate(exact, k, mode="reflect") for k in (kernel, kernel.T))
+    expected = np.hypot(x, y) / np.sqrt(2)
     found = strength(colours(values), operator)
     np.testing.assert_allclose(found[1:-1, 1:-1], expected[1:-1, 1:-1], atol=1e-9)
 
@@ -84,7 +84,7 @@ def test_one_colour_is_one_region(made, size, colours):
 @pytest.mark.parametrize("detector", ["canny", "sobel", "prewitt", "log"])
 def test_fill_finds_closed_objects_only(detector, square, colours, iou):
     values = 40 + 150 * square
-    values[50:52, 5:75] = 200  # a line that encloses nothing of size
+    values[3:5, 5:75] = 200  # a line that encloses nothing of size
     found = EdgeFill(detector=detector, closing=1, min_size=300).foreground(colours(values))
     assert iou(found, square) > 0.85
 
@@ -149,6 +149,15 @@ def test_watershed_floods_from_deep_minima(colours):
     assert len(np.unique(Watershed(h=0.0, sigma=0).regions(colours(values)))) > 50
 
 
+def test_minima_of_a_depth():
+    relief = np.array([[5.0, 1, 3, 0, 9, 2, 2.5, 2, 9, 8]])
+    assert (minima(relief, 0) > 0).tolist() == [[0, 1, 0, 1, 0, 1, 0, 1, 0, 1]]
+    # Of two that are as deep as each other, with a low pass between, one is made.
+    assert minima(relief, 1).tolist() == [[0, 1, 0, 2, 0, 3, 3, 3, 0, 0]]
+    assert (minima(relief, 2.5) > 0).tolist() == [[0, 0, 0, 1, 0, 1, 1, 1, 0, 0]]
+    assert (minima(relief, 9) == 1).all()
+
+
 def test_watershed_from_seeds(colours, square):
     image = colours(40 + 150 * square)
     found = Watershed(markers="seeds", seeds=((30, 40), (2, 2))).regions(image)
@@ -182,5 +191,5 @@ def test_superpixels_are_about_as_many(colours):
 
 def test_quickshift_says_what_it_can_do(colours):
     image = np.broadcast_to(np.zeros(3, np.uint8), (2001, 2001, 3))
-    with pytest.raises(ValueError, match="at most 4000000 pixels, got 2001 x 2001.*slic"):
+    with pytest.raises(ValueError, match=r"at most 4000000 pixels, got 2001 x 2001.*slic"):
         QuickShift().regions(image)

@@ -150,8 +150,10 @@ def test_snap_conforms():
 
 def test_snap_averages_probabilities():
     image, given = prediction()
-    result = Snap(method="slic(count=12)").refine(image, given)
-    segments = pyseg.models.create("slic(count=12)").predict([image])[0].segments
+    result = Snap(method="watershed(markers='grid', count=12)").refine(image, given)
+    segments = (
+        pyseg.models.create("watershed(markers='grid', count=12)").predict([image])[0].segments
+    )
     before, after = given.probabilities(), result.probabilities()
     assert len(segments.items) > 4
     for item in segments.items:
@@ -164,8 +166,12 @@ def test_snap_takes_the_majority_of_labels_and_keeps_void():
     image, given = prediction()
     labels = given.labels.clone()
     labels[:3] = 255
-    result = Snap(method="slic(count=12)").refine(image, given.with_labels(labels))
-    segments = pyseg.models.create("slic(count=12)").predict([image])[0].segments
+    result = Snap(method="watershed(markers='grid', count=12)").refine(
+        image, given.with_labels(labels)
+    )
+    segments = (
+        pyseg.models.create("watershed(markers='grid', count=12)").predict([image])[0].segments
+    )
     for item in segments.items:
         inside = (segments.map == item.id) & (labels != 255)
         if inside.any():

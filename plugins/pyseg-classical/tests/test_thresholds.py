@@ -12,7 +12,7 @@ from pyseg_classical.thresholds import (
 )
 
 import pyseg
-from pyseg.errors import SpecError
+from pyseg.errors import ImageError, SpecError
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ def test_wide_and_grey_files_are_read_alike(tmp_path):
     model = pyseg.build("otsu")
     first, *others = (model(tmp_path / f"{n}.png").labels for n in ("grey", "colour", "wide"))
     assert all((first == other).all() for other in others)
-    with pytest.raises(ValueError, match="NaN|finite|0\\.\\.1|range"):
+    with pytest.raises(ImageError, match="nan"):
         model(np.full((4, 4, 3), np.nan))
 
 
