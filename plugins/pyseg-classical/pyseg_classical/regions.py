@@ -1,9 +1,9 @@
 """START HERE: the two forms that every method has, and what regions are made of.
 
-A method is a class whose options are keyword arguments of its ``__init__``, which checks them. It is
-either a `RegionModel` and gives the parts that an image falls into, or a `TwoClassModel` and tells
-foreground from background. Arrays that a method gets are [H, W, 3] uint8 RGB; a grey picture has
-three equal channels, and 16-bit ones have been scaled to 8 by `pyseg.image.read_image`.
+A method is a class whose options are keyword arguments of its ``__init__``, which checks them. It
+is either a `RegionModel` and gives the parts that an image falls into, or a `TwoClassModel` and
+tells foreground from background. Arrays that a method gets are [H, W, 3] uint8 RGB; a grey picture
+has three equal channels, and `pyseg.image.read_image` has scaled 16-bit ones to 8.
 """
 
 from __future__ import annotations
