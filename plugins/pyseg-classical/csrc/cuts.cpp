@@ -1,4 +1,4 @@
-// Global minimum cuts (Stoer and Wagner, JACM 1997) and the clusters that they leave whole: highly
+// Global minimum cuts (after Stoer and Wagner, JACM 1997) and the clusters that they leave whole: highly
 // connected subgraphs (Hartuv and Shamir, IPL 2000).
 #include "core.h"
 
@@ -13,27 +13,39 @@ using Graph = std::vector<std::vector<Arc>>;
 
 // Cut of least weight of a connected graph of two nodes or more; side: the nodes on the one part. A
 // cut of at most `floor`, below which none can be, ends the search.
+//
+// In a maximum adjacency order an edge's ends are connected at least as well as its later end was tied
+// when the earlier one came. Where that reaches the best cut so far, no better one parts them, so all
+// such edges are contracted at once (Nagamochi and Ibaraki, 1992), not only the last.
 double minimum_cut(Graph graph, double floor, std::vector<char>& side) {
-  const auto count = static_cast<int32_t>(graph.size());
-  std::vector<std::vector<int32_t>> members(count);
-  std::vector<int32_t> alive(count);
-  for (int32_t n = 0; n < count; ++n) {
-    members[n] = {n};
-    alive[n] = n;
-  }
+  std::vector<std::vector<int32_t>> members(graph.size());
+  for (size_t n = 0; n < graph.size(); ++n) members[n] = {static_cast<int32_t>(n)};
+  side.assign(graph.size(), 0);
   double best = std::numeric_limits<double>::infinity();
   std::vector<int32_t> chosen;
-  std::vector<double> tied(count);
-  std::vector<char> taken(count);
-  std::vector<int32_t> where(count, -1);  // arc to a node in the row that is being merged
-  while (alive.size() > 1) {
-    for (const int32_t n : alive) {
-      tied[n] = 0;
-      taken[n] = 0;
+  const auto consider = [&](double weight, size_t node) {
+    if (weight >= best) return;
+    best = weight;
+    chosen = members[node];
+  };
+  while (graph.size() > 1) {
+    const auto count = static_cast<int32_t>(graph.size());
+    for (int32_t n = 0; n < count; ++n) {
+      double degree = 0;
+      for (const Arc& arc : graph[n]) degree += arc.weight;
+      consider(degree, n);
     }
-    // Maximum adjacency order: each next node is the one most tightly tied to those before.
+    if (best <= floor) break;
+    std::vector<double> tied(count, 0);
+    std::vector<char> taken(count, 0);
+    Sets sets(count);
+    const auto unite = [&](int32_t a, int32_t b) {
+      a = sets.find(a);
+      b = sets.find(b);
+      if (a != b) sets.join(a, b);
+    };
     std::priority_queue<std::pair<double, int32_t>> queue;
-    for (const int32_t n : alive) queue.push({0, -n});
+    for (int32_t n = 0; n < count; ++n) queue.push({0, -n});
     int32_t last = -1, before = -1;
     while (!queue.empty()) {
       const auto [weight, negative] = queue.top();
@@ -47,41 +59,42 @@ double minimum_cut(Graph graph, double floor, std::vector<char>& side) {
         if (taken[arc.to]) continue;
         tied[arc.to] += arc.weight;
         queue.push({tied[arc.to], -arc.to});
+        if (tied[arc.to] >= best) unite(n, arc.to);
       }
     }
-    if (tied[last] < best) {
-      best = tied[last];
-      chosen = members[last];
-      if (best <= floor) break;
+    unite(before, last);
+    // the contracted graph
+    std::vector<int32_t> number(count, -1), where(count, -1);
+    int32_t groups = 0;
+    for (int32_t n = 0; n < count; ++n) {
+      const int32_t root = sets.find(n);
+      if (number[root] < 0) number[root] = groups++;
     }
-    // last becomes part of before
-    members[before].insert(members[before].end(), members[last].begin(), members[last].end());
-    auto& row = graph[before];
-    row.erase(std::remove_if(row.begin(), row.end(), [&](const Arc& a) { return a.to == last; }),
-              row.end());
-    for (size_t i = 0; i < row.size(); ++i) where[row[i].to] = static_cast<int32_t>(i);
-    for (const Arc& arc : graph[last]) {
-      if (arc.to == before) continue;
-      auto& back = graph[arc.to];
-      const auto old = std::find_if(back.begin(), back.end(), [&](const Arc& a) { return a.to == last; });
-      if (where[arc.to] >= 0) {
-        row[where[arc.to]].weight += arc.weight;
-        const auto kept =
-            std::find_if(back.begin(), back.end(), [&](const Arc& a) { return a.to == before; });
-        kept->weight += arc.weight;
-        *old = back.back();
-        back.pop_back();
-      } else {
-        where[arc.to] = static_cast<int32_t>(row.size());
-        row.push_back(arc);
-        old->to = before;
+    std::vector<std::vector<int32_t>> inside(groups), joined(groups);
+    for (int32_t n = 0; n < count; ++n) {
+      const int32_t group = number[sets.find(n)];
+      inside[group].push_back(n);
+      joined[group].insert(joined[group].end(), members[n].begin(), members[n].end());
+    }
+    Graph smaller(groups);
+    for (int32_t group = 0; group < groups; ++group) {
+      auto& row = smaller[group];
+      for (const int32_t n : inside[group]) {
+        for (const Arc& arc : graph[n]) {
+          const int32_t to = number[sets.find(arc.to)];
+          if (to == group) continue;
+          if (where[to] < 0) {
+            where[to] = static_cast<int32_t>(row.size());
+            row.push_back({to, 0});
+          }
+          row[where[to]].weight += arc.weight;
+        }
       }
+      for (const Arc& arc : row) where[arc.to] = -1;
     }
-    for (const Arc& arc : row) where[arc.to] = -1;
-    graph[last].clear();
-    alive.erase(std::find(alive.begin(), alive.end(), last));
+    graph = std::move(smaller);
+    members = std::move(joined);
   }
-  side.assign(count, 0);
   for (const int32_t n : chosen) side[n] = 1;
   return best;
 }

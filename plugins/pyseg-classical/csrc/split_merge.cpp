@@ -1,6 +1,8 @@
 // Quadtree split and region adjacency graph merge (Horowitz and Pavlidis, JACM 1976).
 #include "core.h"
 
+#include <optional>
+
 namespace classical {
 namespace {
 
@@ -226,7 +228,11 @@ py::array_t<int32_t> split_and_merge(const Reals& image, const py::object& split
       return split(image[py::make_tuple(rows, columns)]).cast<bool>();
     };
   }
+  // Only predicates in Python need its lock.
+  std::optional<py::gil_scoped_release> release;
+  if (py::isinstance<py::str>(split)) release.emplace();
   const int32_t blocks = tree.split(smallest, uneven);
+  release.reset();
   if (merging.is_none()) return labels;
   std::vector<Summary> regions(blocks, Summary(channels));
   for (int64_t p = 0; p < height * width; ++p) {
@@ -252,8 +258,10 @@ py::array_t<int32_t> split_and_merge(const Reals& image, const py::object& split
   } else {
     alike = [&](const Summary& a, const Summary& b) { return a.distance(b) < merge_limit; };
   }
+  if (py::isinstance<py::str>(merging)) release.emplace();
   const auto roots = merge(own, height, width, std::move(regions), alike);
   for (int64_t p = 0; p < height * width; ++p) own[p] = roots[own[p]];
+  release.reset();
   return labels;
 }
 
