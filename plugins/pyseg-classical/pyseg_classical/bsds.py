@@ -348,7 +348,7 @@ class BSDSRegions(_Records):
         }
 
 
-@dataclass
+@dataclass(frozen=True, repr=False)
 class HumanSample(Sample):
     """A sample with what all people drew."""
 

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage, sparse
+from scipy import sparse
 from scipy.sparse.linalg import eigsh
 from skimage.color import rgb2lab
-from skimage.segmentation import watershed
 
 from . import _core
+from .growing import grow
 from .kmeans import kmeans
 from .regions import (
     Image,
@@ -162,17 +162,17 @@ def k_way_cut(graph: Graph, kind: str, k: int, seed: int) -> NDArray[np.int64]:
 
 
 def superpixels(image: Image, count: int) -> NDArray[np.int64]:
-    """About ``count`` connected parts, [H, W]: watersheds of the gradient from points of a grid."""
+    """About ``count`` connected parts, [H, W]: regions that grow from the points of a grid."""
     height, width = image.shape[:2]
-    values = image.astype(np.float32)
-    slope = ndimage.gaussian_gradient_magnitude(values, (1, 1, 0)).max(2)
     step = max(1.0, np.sqrt(height * width / count))
-    rows = ((np.arange(max(1, round(height / step))) + 0.5) * height / max(1, round(height / step)))
-    columns = ((np.arange(max(1, round(width / step))) + 0.5) * width / max(1, round(width / step)))
-    marks = np.zeros((height, width), np.int32)
-    places = np.ix_(rows.astype(int), columns.astype(int))
-    marks[places] = np.arange(1, len(rows) * len(columns) + 1).reshape(len(rows), len(columns))
-    return renumbered(watershed(slope, marks))
+    rows, columns = (
+        ((np.arange(number) + 0.5) * side / number).astype(int)
+        for side in (height, width)
+        for number in (max(1, round(side / step)),)
+    )
+    seeds = np.zeros((height, width), np.int64)
+    seeds[np.ix_(rows, columns)] = np.arange(1, len(rows) * len(columns) + 1).reshape(len(rows), -1)
+    return renumbered(grow(rgb2lab(image), seeds, 0.0, fill=True))
 
 
 class NormalizedCut(RegionModel):
