@@ -170,28 +170,38 @@ def plain_growing(image, seeds, threshold, fill):
     """The same in plain Python, of one channel."""
     height, width = image.shape
     labels = seeds.copy()
-    pixels = {r: list(image[seeds == r]) for r in range(1, seeds.max() + 1)}
+    # number, sum and sum of squares of every region's pixels
+    sums = {
+        r: [np.sum(seeds == r), image[seeds == r].sum(), np.square(image[seeds == r]).sum()]
+        for r in range(1, seeds.max() + 1)
+    }
+    image, labels = image.tolist(), labels.tolist()
     heap, turn = [], itertools.count()
 
     def offer(y, x, r):
         for v, u in ((y, x + 1), (y, x - 1), (y + 1, x), (y - 1, x)):
-            if 0 <= v < height and 0 <= u < width and labels[v, u] == 0:
-                heapq.heappush(heap, (abs(image[v, u] - np.mean(pixels[r])), next(turn), v, u, r))
+            if 0 <= v < height and 0 <= u < width and labels[v][u] == 0:
+                gap = abs(image[v][u] - sums[r][1] / sums[r][0])
+                heapq.heappush(heap, (gap, next(turn), v, u, r))
 
     for everything in (False, True) if fill else (False,):
-        for y, x in zip(*labels.nonzero(), strict=True):
-            offer(y, x, labels[y, x])
+        for y, x in itertools.product(range(height), range(width)):
+            if labels[y][x]:
+                offer(y, x, labels[y][x])
         while heap:
             _, _, y, x, r = heapq.heappop(heap)
-            if labels[y, x]:
+            if labels[y][x]:
                 continue
-            mean, spread = np.mean(pixels[r]), np.std(pixels[r])
-            limit = threshold if spread == 0 else threshold * min(max(1 - spread / mean, 0), 1)
-            if everything or abs(image[y, x] - mean) < limit:
-                labels[y, x] = r
-                pixels[r].append(image[y, x])
+            number, total, squares = sums[r]
+            mean = total / number
+            spread = max(squares / number - mean * mean, 0) ** 0.5
+            limit = threshold * min(max(1 - spread / mean, 0), 1)
+            value = image[y][x]
+            if everything or abs(value - mean) < limit:
+                labels[y][x] = r
+                sums[r] = [number + 1, total + value, squares + value * value]
                 offer(y, x, r)
-    return labels
+    return np.array(labels)
 
 
 @pytest.mark.parametrize("fill", [False, True])
