@@ -61,7 +61,10 @@ class Lloyd {
         labels_(points.count, -1),
         upper_(points.count),
         lower_(points.count),
-        move_(points.k) {}
+        move_(points.k),
+        groups_(std::min<int64_t>(parts_, 64)),
+        stride_(points.k * (points.dims + 1)),
+        sums_(groups_ * stride_) {}
 
   // Returns the number of iterations; the sums of squared distances are in inertia.
   int64_t run(int64_t most, double tolerance) {
@@ -100,8 +103,12 @@ class Lloyd {
   // Every point to its nearest centre, of equals the first; true where a label changed.
   bool assign(bool first) {
     if (!first) measure_centres();
-    std::vector<char> changed(parts_);
-    for_parts(parts_, threads_, [&](int64_t part) { changed[part] = assign_part(part, first); });
+    std::vector<char> changed(groups_);
+    for_parts(groups_, threads_, [&](int64_t group) {
+      for (int64_t part = group; part < parts_; part += groups_) {
+        if (assign_part(part, first)) changed[group] = 1;
+      }
+    });
     return std::find(changed.begin(), changed.end(), 1) != changed.end();
   }
 
@@ -113,11 +120,11 @@ class Lloyd {
       if (!first && stays(i)) continue;
       waiting[held++] = i;
       if (held == kBlock) {
-        changed |= look(waiting, held);
+        changed |= look(part, waiting, held);
         held = 0;
       }
     }
-    if (held > 0) changed |= look(waiting, held);
+    if (held > 0) changed |= look(part, waiting, held);
     return changed;
   }
 
@@ -133,7 +140,7 @@ class Lloyd {
     return upper_[i] * (1 + 1e-9) < bound;
   }
 
-  bool look(const int64_t* waiting, int64_t held) {
+  bool look(int64_t part, const int64_t* waiting, int64_t held) {
     std::vector<double>& block = scratch();
     const int64_t dims = points_.dims;
     for (int64_t j = 0; j < kBlock; ++j) {  // what is missing of a block repeats its first point
@@ -146,12 +153,23 @@ class Lloyd {
     for (int64_t j = 0; j < held; ++j) {
       const int64_t i = waiting[j];
       const auto found = static_cast<int32_t>(label[j]);
-      changed |= labels_[i] != found;
-      labels_[i] = found;
+      if (labels_[i] != found) {
+        changed = true;
+        double* sums = sums_.data() + (part % groups_) * stride_;
+        if (labels_[i] >= 0) add(sums, labels_[i], points_.at(i), -1);
+        add(sums, found, points_.at(i), 1);
+        labels_[i] = found;
+      }
       upper_[i] = std::sqrt(best[j]);
       lower_[i] = std::sqrt(second[j]);
     }
     return changed;
+  }
+
+  void add(double* sums, int64_t c, const double* point, double sign) const {
+    double* row = sums + c * (points_.dims + 1);
+    for (int64_t d = 0; d < points_.dims; ++d) row[d] += sign * point[d];
+    row[points_.dims] += sign;
   }
 
   std::vector<double>& scratch() const {
@@ -181,25 +199,12 @@ class Lloyd {
     }
   }
 
-  // Centres to the means of their points; the sum of squares of how far they moved. Sums are made in
-  // parts of fixed size and added in their order.
+  // Centres to the means of their points; the sum of squares of how far they moved.
   double update() {
-    const int64_t k = points_.k, dims = points_.dims, stride = k * (dims + 1);
-    const int64_t groups = std::min<int64_t>(parts_, 64);
-    std::vector<double> sums(groups * stride);
-    for_parts(groups, threads_, [&](int64_t group) {
-      double* own = sums.data() + group * stride;
-      for (int64_t part = group; part < parts_; part += groups) {
-        for (int64_t i = part * kPart, end = last(part); i < end; ++i) {
-          double* row = own + labels_[i] * (dims + 1);
-          const double* point = points_.at(i);
-          for (int64_t d = 0; d < dims; ++d) row[d] += point[d];
-          row[dims] += 1;
-        }
-      }
-    });
-    for (int64_t group = 1; group < groups; ++group) {
-      for (int64_t j = 0; j < stride; ++j) sums[j] += sums[group * stride + j];
+    const int64_t k = points_.k, dims = points_.dims;
+    std::vector<double> sums(sums_.begin(), sums_.begin() + stride_);
+    for (int64_t group = 1; group < groups_; ++group) {
+      for (int64_t j = 0; j < stride_; ++j) sums[j] += sums_[group * stride_ + j];
     }
     relocate(sums);
     double shift = 0;
@@ -259,6 +264,11 @@ class Lloyd {
   std::vector<double> move_, half_gap_;
   int32_t farthest_ = 0;  // the centre that moved most, and how far the next one did
   double second_move_ = 0;
+  // Sums and numbers of the points of every centre. Each group has every so manieth part and changes
+  // its sums where labels change; they are added in the order of the groups, so that the number of
+  // threads changes nothing.
+  int64_t groups_, stride_;
+  std::vector<double> sums_;
 };
 
 py::tuple lloyd(const Reals& values, const Reals& centres, int64_t iterations, double tolerance,
