@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from pyseg_classical.bsds import BSDS500Humans, BSDSBoundary, BSDSRegions
 
 import pyseg
 from pyseg.files import write_json
-from pyseg_classical.bsds import BSDS500Humans, BSDSBoundary, BSDSRegions
 
 HERE = Path(__file__).resolve().parent
 LEVELS: dict[str, tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]]] = {
@@ -116,7 +116,9 @@ def table(results: dict[str, Any]) -> str:
         for (part, column), other in zip(
             COLUMNS, PUBLISHED.get(name, (None,) * len(COLUMNS)), strict=True
         ):
-            cells.append(f"{found[part][column]:.2f}" + ("" if other is None else f" ({other:.2f}\\*)"))
+            cells.append(
+                f"{found[part][column]:.2f}" + ("" if other is None else f" ({other:.2f}\\*)")
+            )
         rows.append(f"| `{name}` | " + " | ".join(cells) + f" | {found['ms']:.0f} |")
     return "\n".join(rows)
 
@@ -127,7 +129,9 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=200, help="images to tune on")
     parser.add_argument("--val", type=int, default=100, help="images to measure on")
     parser.add_argument("--methods", nargs="+", default=list(LEVELS), choices=list(LEVELS))
-    parser.add_argument("--out", type=Path, default=Path("build/bsds"), help="what is done is kept here")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/bsds"), help="what is done is kept here"
+    )
     parser.add_argument("--json", type=Path, default=HERE / "results" / "bsds.json")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -20,18 +20,17 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-from skimage import data
-from skimage.segmentation import felzenszwalb
-from skimage.transform import resize
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
-
 from pyseg_classical import _core
 from pyseg_classical.cuts import NormalizedCut, highly_connected
 from pyseg_classical.growing import grow
 from pyseg_classical.kmeans import kmeans
 from pyseg_classical.maxflow import grid_max_flow, max_flow
 from pyseg_classical.split_merge import split_and_merge
+from skimage import data
+from skimage.segmentation import felzenszwalb
+from skimage.transform import resize
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import test_compiled as plain
@@ -63,15 +62,19 @@ def plain_kmeans(values: np.ndarray, centres: np.ndarray, iterations: int) -> No
             for d, value in enumerate(point):
                 row[d] += value
             row[-1] += 1
-        middle = [[s / row[-1] for s in row[:-1]] if row[-1] else c
-                  for row, c in zip(sums, middle, strict=True)]  # fmt: keep
+        middle = [
+            [s / row[-1] for s in row[:-1]] if row[-1] else c
+            for row, c in zip(sums, middle, strict=True)
+        ]  # fmt: keep
 
 
 def plain_hcs(graph: nx.Graph) -> list[set[int]]:
     if len(graph) <= 1:
         return [set(graph)]
     if not nx.is_connected(graph):
-        return [c for part in nx.connected_components(graph) for c in plain_hcs(graph.subgraph(part))]
+        return [
+            c for part in nx.connected_components(graph) for c in plain_hcs(graph.subgraph(part))
+        ]
     value, (one, other) = nx.stoer_wagner(graph)
     if value > len(graph) / 2:
         return [set(graph)]
@@ -116,16 +119,25 @@ def measure() -> None:
     image = photograph(321, 481)
     colours = image.reshape(-1, 3).astype(float)
     wide = draw.normal(size=(100_000, 16)) + 3 * draw.integers(0, 4, (100_000, 1))
-    for values, k, what in ((colours, 8, "481x321 colours"), (colours, 64, "481x321 colours"),
-                            (wide, 32, "100,000 x 16")):  # fmt: keep
+    for values, k, what in (
+        (colours, 8, "481x321 colours"),
+        (colours, 64, "481x321 colours"),
+        (wide, 32, "100,000 x 16"),
+    ):  # fmt: keep
         init = values[draw.choice(len(values), k, replace=False)]
         peer = KMeans(k, init=init, n_init=1, algorithm="lloyd", max_iter=30, tol=1e-4)
-        compare(f"k-means, {what}, k={k}, scikit-learn", lambda: kmeans(values, k, init=init, iterations=30),
-                lambda: peer.fit(values))  # fmt: keep
-    few, init = colours[::97], colours[:8 * 97 : 97]
-    compare("k-means, 1,600 x 3, k=8, 5 iterations, plain Python",
-            lambda: kmeans(few, 8, init=init, iterations=5, tolerance=0),
-            lambda: plain_kmeans(few, init, 5), 1)  # fmt: keep
+        compare(
+            f"k-means, {what}, k={k}, scikit-learn",
+            lambda: kmeans(values, k, init=init, iterations=30),
+            lambda: peer.fit(values),
+        )  # fmt: keep
+    few, init = colours[::97], colours[: 8 * 97 : 97]
+    compare(
+        "k-means, 1,600 x 3, k=8, 5 iterations, plain Python",
+        lambda: kmeans(few, 8, init=init, iterations=5, tolerance=0),
+        lambda: plain_kmeans(few, init, 5),
+        1,
+    )  # fmt: keep
 
     grid = energies(image)
     large = energies(photograph(1024, 1024))
@@ -133,12 +145,19 @@ def measure() -> None:
         for energy in (grid, large):
             assert pymaxflow(*energy) == grid_max_flow(*energy)[0]
             size = "x".join(map(str, energy[0].shape[::-1]))
-            compare(f"max-flow, {size}, 4 neighbours, PyMaxflow", lambda: grid_max_flow(*energy),
-                    lambda: pymaxflow(*energy))  # fmt: keep
+            compare(
+                f"max-flow, {size}, 4 neighbours, PyMaxflow",
+                lambda: grid_max_flow(*energy),
+                lambda: pymaxflow(*energy),
+            )  # fmt: keep
     small = energies(photograph(24, 32))
     number = np.arange(24 * 32).reshape(24, 32)
-    pairs = np.concatenate([np.stack([number[:, :-1].ravel(), number[:, 1:].ravel()], 1),
-                            np.stack([number[:-1].ravel(), number[1:].ravel()], 1)])  # fmt: keep
+    pairs = np.concatenate(
+        [
+            np.stack([number[:, :-1].ravel(), number[:, 1:].ravel()], 1),
+            np.stack([number[:-1].ravel(), number[1:].ravel()], 1),
+        ]
+    )  # fmt: keep
     links = np.concatenate([small[2][0, :, :-1].ravel(), small[2][1, :-1].ravel()])
     graph = nx.DiGraph()
     for (a, b), weight in zip(pairs.tolist(), links, strict=True):
@@ -147,30 +166,51 @@ def measure() -> None:
     for node, (one, other) in enumerate(zip(small[0].ravel(), small[1].ravel(), strict=True)):
         graph.add_edge("s", node, capacity=one)
         graph.add_edge(node, "t", capacity=other)
-    compare("max-flow, 32x24, networkx (Python, Boykov and Kolmogorov's, too)",
-            lambda: max_flow(small[0].ravel(), small[1].ravel(), pairs, links, links),
-            lambda: nx.maximum_flow_value(graph, "s", "t", flow_func=nx.algorithms.flow.boykov_kolmogorov), 1)
+    compare(
+        "max-flow, 32x24, networkx (Python, Boykov and Kolmogorov's, too)",
+        lambda: max_flow(small[0].ravel(), small[1].ravel(), pairs, links, links),
+        lambda: nx.maximum_flow_value(
+            graph, "s", "t", flow_func=nx.algorithms.flow.boykov_kolmogorov
+        ),
+        1,
+    )
 
     little = photograph(40, 60).mean(2)
     seeds = np.zeros(little.shape, np.int64)
-    seeds[5::12, 5::12] = np.arange(1, seeds[5::12, 5::12].size + 1).reshape(seeds[5::12, 5::12].shape)
-    compare("region growing, 60x40, plain Python", lambda: grow(little, seeds, 60.0, fill=True),
-            lambda: plain.plain_growing(little, seeds, 60.0, True), 1)  # fmt: keep
+    seeds[5::12, 5::12] = np.arange(1, seeds[5::12, 5::12].size + 1).reshape(
+        seeds[5::12, 5::12].shape
+    )
+    compare(
+        "region growing, 60x40, plain Python",
+        lambda: grow(little, seeds, 60.0, fill=True),
+        lambda: plain.plain_growing(little, seeds, 60.0, True),
+        1,
+    )  # fmt: keep
     block = photograph(32, 48)[:, :, :1].astype(float)
 
     def plain_split_merge() -> None:
         blocks = plain.plain_split(block, 2, lambda part: part.std() > 12)
         plain.plain_merge(blocks, block, 12.0)
 
-    compare("split and merge, 48x32, plain Python", lambda: split_and_merge(block), plain_split_merge, 1)
+    compare(
+        "split and merge, 48x32, plain Python", lambda: split_and_merge(block), plain_split_merge, 1
+    )
     group = draw.integers(0, 4, 60)
     likely = np.where(group[:, None] == group[None], 0.9, 0.05)
     edges = np.argwhere(np.triu(draw.random((60, 60)) < likely, 1))
     similar = nx.Graph(edges.tolist())
-    compare("HCS, 60 nodes, networkx", lambda: highly_connected(60, edges), lambda: plain_hcs(similar), 1)
+    compare(
+        "HCS, 60 nodes, networkx",
+        lambda: highly_connected(60, edges),
+        lambda: plain_hcs(similar),
+        1,
+    )
     smooth = image.astype(float)
-    compare("Felzenszwalb, 481x321, scikit-image", lambda: _core.felzenszwalb(smooth, 300.0, 50),
-            lambda: felzenszwalb(image, scale=300, sigma=0, min_size=50))  # fmt: keep
+    compare(
+        "Felzenszwalb, 481x321, scikit-image",
+        lambda: _core.felzenszwalb(smooth, 300.0, 50),
+        lambda: felzenszwalb(image, scale=300, sigma=0, min_size=50),
+    )  # fmt: keep
     for size in ((321, 481), (1000, 1000)):
         picture = photograph(*size)
         for way in ("recursive", "k-way"):

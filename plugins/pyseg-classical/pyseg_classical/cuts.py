@@ -346,7 +346,9 @@ def _simple(nodes: int, pairs: NDArray[Any]) -> NDArray[np.int64]:
             f"pairs must be nodes from 0 to {nodes - 1}, got {links.min()} to {links.max()}"
         )
     if len(np.unique(np.sort(links, 1), axis=0)) < len(links) or (links[:, 0] == links[:, 1]).any():
-        raise ValueError("pairs must be different, and of different nodes; add up weights of equals")
+        raise ValueError(
+            "pairs must be different, and of different nodes; add up weights of equals"
+        )
     return links
 
 
@@ -390,9 +392,7 @@ class HighlyConnected(RegionModel):
         return merge_small(found, image, self.min_size)
 
 
-def _adopted(
-    owner: NDArray[np.int32], nodes: Map, gap: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _adopted(owner: NDArray[np.int32], nodes: Map, gap: NDArray[np.float64]) -> NDArray[np.int64]:
     """Clusters [N] where single nodes have joined the touching node nearest in colour."""
     owner = owner.astype(np.int64)
     touching, _ = adjacent(nodes)

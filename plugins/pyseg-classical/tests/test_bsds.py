@@ -3,11 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
-import pyseg
-from pyseg import testing
-from pyseg.errors import LabelError, ScoreError
-from pyseg.types import Segmentation, Segments
 from pyseg_classical.bsds import (
     BSDS500Humans,
     BSDSBoundary,
@@ -16,6 +11,11 @@ from pyseg_classical.bsds import (
     match,
     region_scores,
 )
+
+import pyseg
+from pyseg import testing
+from pyseg.errors import LabelError, ScoreError
+from pyseg.types import Segmentation, Segments
 
 
 def test_boundaries_are_those_of_the_published_files(data_folder):
@@ -62,7 +62,9 @@ def test_region_scores_equal_plain_forms():
         given = joint * np.log2(joint**2 / (joint.sum(1)[:, None] * joint.sum(0)))
         variation.append(-given.sum())
         for j in np.unique(b):
-            best.append(max(((a == i) & (b == j)).sum() / ((a == i) | (b == j)).sum() for i in range(4)))
+            best.append(
+                max(((a == i) & (b == j)).sum() / ((a == i) | (b == j)).sum() for i in range(4))
+            )
     assert found.rand == pytest.approx(np.mean(rand))
     assert found.variation == pytest.approx(np.mean(variation))
     np.testing.assert_allclose(found.best, best)
