@@ -2,8 +2,8 @@
 
     python plugins/pyseg-classical/benchmarks/speed.py [--threads 2]
 
-PyMaxflow is GPL and only measured here; without it its rows are left out. Medians of five interleaved
-rounds, plain forms once and on small inputs.
+PyMaxflow is GPL and only measured here; without it its rows are left out. Medians of five
+interleaved rounds, plain forms once and on small inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def measure() -> None:
         peer = KMeans(k, init=init, n_init=1, algorithm="lloyd", max_iter=30, tol=1e-4)
         compare(
             f"k-means, {what}, k={k}, scikit-learn",
-            lambda: kmeans(values, k, init=init, iterations=30),
-            lambda: peer.fit(values),
+            partial(kmeans, values, k, init=init, iterations=30),
+            partial(peer.fit, values),
         )  # fmt: keep
     few, init = colours[::97], colours[: 8 * 97 : 97]
     compare(
@@ -147,8 +148,8 @@ def measure() -> None:
             size = "x".join(map(str, energy[0].shape[::-1]))
             compare(
                 f"max-flow, {size}, 4 neighbours, PyMaxflow",
-                lambda: grid_max_flow(*energy),
-                lambda: pymaxflow(*energy),
+                partial(grid_max_flow, *energy),
+                partial(pymaxflow, *energy),
             )  # fmt: keep
     small = energies(photograph(24, 32))
     number = np.arange(24 * 32).reshape(24, 32)
@@ -215,7 +216,7 @@ def measure() -> None:
         picture = photograph(*size)
         for way in ("recursive", "k-way"):
             spent = statistics.median(
-                seconds(lambda: NormalizedCut(way=way).regions(picture)) for _ in range(3)
+                seconds(partial(NormalizedCut(way=way).regions, picture)) for _ in range(3)
             )
             print(f"| normalized cut, {size[1]}x{size[0]}, {way} | {1000 * spent:.0f} | - | - |")
 

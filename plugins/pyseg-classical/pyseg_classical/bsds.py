@@ -1,7 +1,7 @@
-"""The measures of BSDS500 (Arbelaez et al., PAMI 2011): boundaries and regions against several people.
+"""The measures of BSDS500 (Arbelaez et al., PAMI 2011), against several people.
 
-A method is scored at several levels, from fine to coarse: an option's values, or the thresholds of a
-hierarchy. ODS takes the one level that is best over all images, OIS the best of each image.
+A method is scored at several levels, from fine to coarse: an option's values, or the thresholds of
+a hierarchy. ODS takes the one level that is best over all images, OIS the best of each image.
 """
 
 from __future__ import annotations

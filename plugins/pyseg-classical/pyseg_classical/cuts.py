@@ -69,7 +69,7 @@ class Graph:
         return np.bincount(self.pairs.T.ravel(), both, minlength=len(self.area))
 
     def mass(self, kind: str) -> NDArray[np.float64]:
-        """What a cut is divided by: of "normalized" all weights of a node, of "average" its area."""
+        """What a cut is divided by: "normalized": all weights of a node, "average": its area."""
         return self.inner + self.crossing() if kind == "normalized" else self.area
 
 
@@ -323,8 +323,8 @@ def minimum_cut(nodes: int, pairs: NDArray[Any], weights: NDArray[Any]) -> tuple
 def highly_connected(nodes: int, pairs: NDArray[Any]) -> NDArray[np.int32]:
     """Highly connected subgraphs (Hartuv and Shamir, IPL 2000) of a graph without weights.
 
-    A part stays whole where more than half as many edges as it has nodes must be cut to part it; else
-    it is divided at a minimum cut. So the clusters have diameter 2 or less, and many are one node.
+    A part stays whole where more than half as many edges as it has nodes must be cut to part it;
+    else it is divided at a minimum cut. So the clusters have diameter 2 or less, and many are one node.
 
     Args:
         nodes: N.

@@ -1,4 +1,4 @@
-"""Regions from trees of pixels: Felzenszwalb and Huttenlocher's, and the minimum spanning tree's."""
+"""Regions from trees of pixels: Felzenszwalb and Huttenlocher's, and the spanning tree's."""
 
 from __future__ import annotations
 
