@@ -3,8 +3,8 @@
     python plugins/pyseg-classical/benchmarks/bsds.py --root BSDS500 [--train 20] [--val 20]
 
 Each method has one option that makes regions coarser, at so many levels, and a few settings of
-another. The setting with the best ODS F on train is measured on val at all levels. What is done for an
-image is kept in --out and not done again. Images are every n-th by name.
+another. The setting with the best ODS F on train is measured on val at all levels. What is done for
+an image is kept in --out and not done again. Images are every n-th by name.
 """
 
 from __future__ import annotations

@@ -324,7 +324,7 @@ def highly_connected(nodes: int, pairs: NDArray[Any]) -> NDArray[np.int32]:
     """Highly connected subgraphs (Hartuv and Shamir, IPL 2000) of a graph without weights.
 
     A part stays whole where more than half as many edges as it has nodes must be cut to part it;
-    else it is divided at a minimum cut. So the clusters have diameter 2 or less, and many are one node.
+    else it is divided at a minimum cut. So clusters have diameter 2 or less; many are one node.
 
     Args:
         nodes: N.
