@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from fastapi import BackgroundTasks, Body, Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPBearer
 from PIL import Image
 from pydantic import BaseModel, Field
-from starlette.concurrency import run_in_threadpool
-from starlette.middleware.gzip import GZipMiddleware
 
 from .. import __version__, models, refiners
 from ..errors import ImageError, PysegError
