@@ -319,14 +319,14 @@ def fitted_mixture(
     chance = np.random.default_rng(seed)
     chosen = chance.choice(len(values), min(len(values), 20_000), replace=False)
     sample = values[np.sort(chosen)]
-    k = min(k, distinct(sample, k))
-    # The start's k-means is ours: sklearn's would warn of, and count, equal elements.
-    first = np.asarray(kmeans(sample, k, seed=seed)[0]) if k > 1 else np.zeros(len(sample), int)
-    centres, _ = means(first.astype(np.int64), sample)
     made = mixture.GaussianMixture(
-        k, covariance_type=covariance, reg_covar=1e-4, means_init=centres, random_state=seed
+        min(k, distinct(sample, k)),
+        covariance_type=covariance,
+        tol=1e-5,
+        reg_covar=1e-4,
+        max_iter=500,
+        random_state=seed,
     )
-    made.init_params = "random_from_data"
     return made.fit(sample)
 
 
