@@ -593,8 +593,9 @@ class Spectral(_CountedCluster):
 class MeanShiftFeatures(Cluster):
     """Mean shift in feature space: clusters are the modes of the density (Cheng, 1995).
 
-    Every element moves to the mean of what is within the bandwidth until it rests. `MeanShift` is
-    the form for pixels of Comaniciu and Meer.
+    A start in every occupied cell of a grid as wide as the bandwidth moves to the mean of what is
+    within the bandwidth until it rests; elements belong to the nearest mode. `MeanShift` is the
+    form for pixels of Comaniciu and Meer.
 
     Args:
         bandwidth: radius in standardised features; 0 = the mean distance, over 500 elements drawn,
@@ -632,7 +633,7 @@ class MeanShiftFeatures(Cluster):
         )
         if distinct(values, 2) < 2 or not bandwidth > 0:
             return np.unique(values, axis=0, return_inverse=True)[1].ravel()
-        return cluster.MeanShift(bandwidth=bandwidth).fit_predict(values)
+        return cluster.MeanShift(bandwidth=bandwidth, bin_seeding=True).fit_predict(values)
 
 
 class MeanShift(RegionModel):
