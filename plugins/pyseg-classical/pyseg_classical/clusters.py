@@ -271,7 +271,7 @@ class KMeans(_CountedCluster):
         self._count(k, k_max)
 
     def _divided(self, values: NDArray[np.float64], k: int, pairs: Any) -> NDArray[Any]:
-        return np.asarray(kmeans(values, k, seed=self.seed)[0]).astype(np.int64)
+        return np.asarray(kmeans(values, k, seed=self.seed).labels).astype(np.int64)
 
 
 class GaussianMixture(_CountedCluster):

@@ -167,8 +167,8 @@ def superpixels(image: Image, count: int) -> NDArray[np.int64]:
     values = image.astype(np.float32)
     slope = ndimage.gaussian_gradient_magnitude(values, (1, 1, 0)).max(2)
     step = max(1.0, np.sqrt(height * width / count))
-    rows = ((np.arange(max(1, round(height / step))) + 0.5) * height / max(1, round(height / step)))
-    columns = ((np.arange(max(1, round(width / step))) + 0.5) * width / max(1, round(width / step)))
+    rows = (np.arange(max(1, round(height / step))) + 0.5) * height / max(1, round(height / step))
+    columns = (np.arange(max(1, round(width / step))) + 0.5) * width / max(1, round(width / step))
     marks = np.zeros((height, width), np.int32)
     places = np.ix_(rows.astype(int), columns.astype(int))
     marks[places] = np.arange(1, len(rows) * len(columns) + 1).reshape(len(rows), len(columns))
@@ -346,7 +346,9 @@ def _simple(nodes: int, pairs: NDArray[Any]) -> NDArray[np.int64]:
             f"pairs must be nodes from 0 to {nodes - 1}, got {links.min()} to {links.max()}"
         )
     if len(np.unique(np.sort(links, 1), axis=0)) < len(links) or (links[:, 0] == links[:, 1]).any():
-        raise ValueError("pairs must be different, and of different nodes; add up weights of equals")
+        raise ValueError(
+            "pairs must be different, and of different nodes; add up weights of equals"
+        )
     return links
 
 
@@ -390,9 +392,7 @@ class HighlyConnected(RegionModel):
         return merge_small(found, image, self.min_size)
 
 
-def _adopted(
-    owner: NDArray[np.int32], nodes: Map, gap: NDArray[np.float64]
-) -> NDArray[np.int64]:
+def _adopted(owner: NDArray[np.int32], nodes: Map, gap: NDArray[np.float64]) -> NDArray[np.int64]:
     """Clusters [N] where single nodes have joined the touching node nearest in colour."""
     owner = owner.astype(np.int64)
     touching, _ = adjacent(nodes)

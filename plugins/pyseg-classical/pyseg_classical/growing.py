@@ -105,7 +105,10 @@ class RegionGrowing(RegionModel):
             self.seeds = tuple(seeds)
             if not self.seeds or any(len(place) != 2 for place in self.seeds):
                 raise ValueError(f"seeds must be ((row, column), …), at least one, got {seeds!r}")
-        self.threshold, self.count = at_least("threshold", threshold, 0), at_least("count", count, 1)
+        self.threshold, self.count = (
+            at_least("threshold", threshold, 0),
+            at_least("count", count, 1),
+        )
         self.smoothing = at_least("smoothing", smoothing, 0)
         self.min_size, self.seed = int(at_least("min_size", min_size, 0)), at_least("seed", seed, 0)
         self.colour, self.fill = colour, fill

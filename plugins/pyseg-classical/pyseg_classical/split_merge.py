@@ -62,9 +62,7 @@ def split_and_merge(
     at_least("split_limit", split_limit, 0)
     at_least("merge_limit", merge_limit, 0)
     at_least("smallest", smallest, 1)
-    return _core.split_and_merge(
-        _checked(image), split, split_limit, smallest, merge, merge_limit
-    )
+    return _core.split_and_merge(_checked(image), split, split_limit, smallest, merge, merge_limit)
 
 
 class SplitAndMerge(RegionModel):

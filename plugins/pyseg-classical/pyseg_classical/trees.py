@@ -57,12 +57,13 @@ class SpanningTree(RegionModel):
         self, *, k: int = 20, least: float = 1.0, sigma: float = 1.0, min_size: int = 100
     ) -> None:
         self.k, self.least = int(at_least("k", k, 1)), at_least("least", least, 0)
-        self.sigma, self.min_size = at_least("sigma", sigma, 0), int(at_least("min_size", min_size, 1))
+        self.sigma, self.min_size = (
+            at_least("sigma", sigma, 0),
+            int(at_least("min_size", min_size, 1)),
+        )
 
     def regions(self, image: Image) -> Map:
-        return _core.spanning_tree(
-            smoothed(image, self.sigma), self.k, self.least, self.min_size
-        )
+        return _core.spanning_tree(smoothed(image, self.sigma), self.k, self.least, self.min_size)
 
 
 __all__ = ["Felzenszwalb", "SpanningTree", "smoothed"]

@@ -50,7 +50,9 @@ def same(one, other):
 # -------------------------------------------------------------------------------------- k-means
 
 
-@pytest.mark.parametrize(("count", "dims", "k"), [(700, 3, 8), (5000, 5, 30), (63, 1, 2), (40, 2, 40)])
+@pytest.mark.parametrize(
+    ("count", "dims", "k"), [(700, 3, 8), (5000, 5, 30), (63, 1, 2), (40, 2, 40)]
+)
 def test_kmeans_equals_scikit_learn(count, dims, k):
     draw = np.random.default_rng(count)
     values = draw.normal(size=(count, dims)) + draw.integers(0, 4, (count, 1)) * 3
@@ -321,7 +323,9 @@ def test_predicates_of_ones_own():
         merge=lambda a, b: max(a["mean"][0], b["mean"][0]) < 100,
     )
     assert same(dark, image > 100)
-    large = split_and_merge(image, smallest=4, split=lambda b: True, merge=lambda a, b: a["area"] < 17)
+    large = split_and_merge(
+        image, smallest=4, split=lambda b: True, merge=lambda a, b: a["area"] < 17
+    )
     assert len(np.unique(large)) < 4
     with pytest.raises(ZeroDivisionError):
         split_and_merge(image, split=lambda block: 1 / 0)
@@ -542,7 +546,9 @@ def test_grabcut_finds_the_disc_and_agrees_with_opencv(disc, iou):
 
     draw = np.random.default_rng(7)
     truth = disc((90, 120), (45, 60), 25)
-    image = np.where(truth[:, :, None], (200, 90, 60), (60, 120, 90)) + draw.normal(0, 18, (90, 120, 3))
+    image = np.where(truth[:, :, None], (200, 90, 60), (60, 120, 90)) + draw.normal(
+        0, 18, (90, 120, 3)
+    )
     image = image.clip(0, 255).astype(np.uint8)
     found = GrabCut(box=(25, 10, 95, 80)).foreground(image)
     assert iou(found, truth) > 0.98
