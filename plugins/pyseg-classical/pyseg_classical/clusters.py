@@ -247,6 +247,7 @@ class KMeans(_CountedCluster):
         k: clusters, as many as there are different elements where these are fewer; or how their
             number is found: ``"elbow"`` or ``"silhouette"``.
         k_max: the largest that is tried.
+        starts: the best of so many is taken, as one may end in a local minimum.
         features: any of "intensity", "colour", "texture", "textons", "position".
         emphasis: on each of the kinds, which are standardised; () = 1 each.
         superpixels: cluster about so many superpixels' means; 0 = all pixels.
@@ -260,6 +261,7 @@ class KMeans(_CountedCluster):
         *,
         k: int | Choice = 5,
         k_max: int = 10,
+        starts: int = 5,
         features: Sequence[Kind] = ("colour",),
         emphasis: Sequence[float] = (),
         superpixels: int = 0,
@@ -269,9 +271,11 @@ class KMeans(_CountedCluster):
     ) -> None:
         super().__init__(features, emphasis, superpixels, whole, min_size, seed)
         self._count(k, k_max)
+        self.starts = int(at_least("starts", starts, 1))
 
     def _divided(self, values: NDArray[np.float64], k: int, pairs: Any) -> NDArray[Any]:
-        return np.asarray(kmeans(values, k, seed=self.seed).labels).astype(np.int64)
+        found = [kmeans(values, k, seed=self.seed + start) for start in range(self.starts)]
+        return min(found, key=lambda one: one.inertia).labels.astype(np.int64)
 
 
 class GaussianMixture(_CountedCluster):
