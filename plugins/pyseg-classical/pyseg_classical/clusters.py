@@ -247,6 +247,7 @@ class KMeans(_CountedCluster):
         k: clusters, as many as there are different elements where these are fewer; or how their
             number is found: ``"elbow"`` or ``"silhouette"``.
         k_max: the largest that is tried.
+        starts: the best of so many is taken, as one may end in a local minimum.
         features: any of "intensity", "colour", "texture", "textons", "position".
         emphasis: on each of the kinds, which are standardised; () = 1 each.
         superpixels: cluster about so many superpixels' means; 0 = all pixels.
@@ -260,6 +261,7 @@ class KMeans(_CountedCluster):
         *,
         k: int | Choice = 5,
         k_max: int = 10,
+        starts: int = 5,
         features: Sequence[Kind] = ("colour",),
         emphasis: Sequence[float] = (),
         superpixels: int = 0,
@@ -269,9 +271,11 @@ class KMeans(_CountedCluster):
     ) -> None:
         super().__init__(features, emphasis, superpixels, whole, min_size, seed)
         self._count(k, k_max)
+        self.starts = int(at_least("starts", starts, 1))
 
     def _divided(self, values: NDArray[np.float64], k: int, pairs: Any) -> NDArray[Any]:
-        return np.asarray(kmeans(values, k, seed=self.seed)[0]).astype(np.int64)
+        found = [kmeans(values, k, seed=self.seed + start) for start in range(self.starts)]
+        return min(found, key=lambda one: one.inertia).labels.astype(np.int64)
 
 
 class GaussianMixture(_CountedCluster):
@@ -319,14 +323,14 @@ def fitted_mixture(
     chance = np.random.default_rng(seed)
     chosen = chance.choice(len(values), min(len(values), 20_000), replace=False)
     sample = values[np.sort(chosen)]
-    k = min(k, distinct(sample, k))
-    # The start's k-means is ours: sklearn's would warn of, and count, equal elements.
-    first = np.asarray(kmeans(sample, k, seed=seed)[0]) if k > 1 else np.zeros(len(sample), int)
-    centres, _ = means(first.astype(np.int64), sample)
     made = mixture.GaussianMixture(
-        k, covariance_type=covariance, reg_covar=1e-4, means_init=centres, random_state=seed
+        min(k, distinct(sample, k)),
+        covariance_type=covariance,
+        tol=1e-5,
+        reg_covar=1e-4,
+        max_iter=500,
+        random_state=seed,
     )
-    made.init_params = "random_from_data"
     return made.fit(sample)
 
 
@@ -593,8 +597,9 @@ class Spectral(_CountedCluster):
 class MeanShiftFeatures(Cluster):
     """Mean shift in feature space: clusters are the modes of the density (Cheng, 1995).
 
-    Every element moves to the mean of what is within the bandwidth until it rests. `MeanShift` is
-    the form for pixels of Comaniciu and Meer.
+    A start in every occupied cell of a grid as wide as the bandwidth moves to the mean of what is
+    within the bandwidth until it rests; elements belong to the nearest mode. `MeanShift` is the
+    form for pixels of Comaniciu and Meer.
 
     Args:
         bandwidth: radius in standardised features; 0 = the mean distance, over 500 elements drawn,
@@ -632,7 +637,7 @@ class MeanShiftFeatures(Cluster):
         )
         if distinct(values, 2) < 2 or not bandwidth > 0:
             return np.unique(values, axis=0, return_inverse=True)[1].ravel()
-        return cluster.MeanShift(bandwidth=bandwidth).fit_predict(values)
+        return cluster.MeanShift(bandwidth=bandwidth, bin_seeding=True).fit_predict(values)
 
 
 class MeanShift(RegionModel):

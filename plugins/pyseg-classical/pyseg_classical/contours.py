@@ -88,10 +88,7 @@ class Snake(_FromEllipse):
     def contour(self, image: Image) -> NDArray[np.float64]:
         """Points (y, x) in pixels at rest, [points, 2]."""
         shape = image.shape[:2]
-        if min(shape) < 4:
-            raise ValueError(
-                f"snake takes images from 4 x 4 pixels on, got {shape[0]} x {shape[1]}"
-            )
+        _require_sides("snake", shape, 4)
         return segmentation.active_contour(
             self._smooth(image),
             _ellipse(shape, self.centre, self.radius, self.points),
@@ -147,15 +144,19 @@ class GeodesicContour(_FromEllipse):
         self.iterations = int(at_least("iterations", iterations, 1))
 
     def foreground(self, image: Image) -> Mask:
+        _require_sides("geodesic_contour", image.shape[:2], 2)
         g = segmentation.inverse_gaussian_gradient(grey(image) / 255.0, self.edge, self.sigma)
-        return segmentation.morphological_geodesic_active_contour(
-            g,
-            self.iterations,
-            self._inside(image).astype(np.int8),
-            smoothing=self.smoothing,
-            threshold="auto" if self.threshold is None else self.threshold,
-            balloon=self.balloon,
-        ).astype(bool)
+        threshold = np.percentile(g, 40) if self.threshold is None else self.threshold
+        fast, slope = g > threshold, np.gradient(g)
+        side, turns = self._inside(image), 0
+        for _ in range(self.iterations):
+            if self.balloon:
+                move = ndimage.binary_dilation if self.balloon > 0 else ndimage.binary_erosion
+                side = np.where(fast, move(side, np.ones((3, 3))), side)
+            pull = sum(a * b for a, b in zip(slope, np.gradient(side.astype(float)), strict=True))
+            side = np.where(pull == 0, side, pull > 0)
+            side, turns = _smoothed(side, self.smoothing, turns)
+        return side
 
 
 class ChanVese(TwoClassModel):
@@ -218,10 +219,47 @@ class MorphologicalChanVese(TwoClassModel):
         values = grey(image) / 255.0
         if np.ptp(values) == 0:
             return np.zeros(values.shape, bool)
-        side = segmentation.morphological_chan_vese(
-            values, self.iterations, "checkerboard", smoothing=self.smoothing
+        _require_sides("morphological_chan_vese", values.shape, 2)
+        rows, columns = np.ogrid[: values.shape[0], : values.shape[1]]
+        side, turns = (rows // 5 + columns // 5) % 2 == 1, 0  # a chessboard
+        for _ in range(self.iterations):
+            inside = (values * side).sum() / (side.sum() + 1e-8)
+            outside = (values * ~side).sum() / ((~side).sum() + 1e-8)
+            border = np.abs(np.gradient(side.astype(float))).sum(0) > 0
+            better = (values - inside) ** 2 - (values - outside) ** 2
+            side = np.where(border & (better != 0), better < 0, side)
+            side, turns = _smoothed(side, self.smoothing, turns)
+        return _brighter(values, side, self.dark)
+
+
+_LINES = (
+    np.eye(3),
+    np.eye(3)[::-1],
+    np.outer([0, 1, 0], [1, 1, 1]),
+    np.outer([1, 1, 1], [0, 1, 0]),
+)
+
+
+def _smoothed(side: Mask, steps: int, turns: int) -> tuple[Mask, int]:
+    """``steps`` of curvature motion by lines in four directions; how many were made until now.
+
+    Odd and even ones close and open in the other order. Libraries keep this count from one image
+    to the next, so that results depend on those before.
+    """
+    for turn in range(turns, turns + steps):
+        for closing in (False, True) if turn % 2 else (True, False):
+            if closing:
+                side = np.all([ndimage.binary_dilation(side, line) for line in _LINES], 0)
+            else:
+                side = np.any([ndimage.binary_erosion(side, line) for line in _LINES], 0)
+    return side, turns + steps
+
+
+def _require_sides(name: str, shape: tuple[int, ...], least: int) -> None:
+    if min(shape) < least:
+        raise ValueError(
+            f"{name} takes images from {least} x {least} pixels on, got {shape[0]} x {shape[1]}"
         )
-        return _brighter(values, side.astype(bool), self.dark)
 
 
 def _brighter(values: NDArray[np.float64], side: Mask, dark: bool) -> Mask:

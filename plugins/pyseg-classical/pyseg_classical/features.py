@@ -104,7 +104,8 @@ def features(
 
     - ``"intensity"``: luma, 1 column
     - ``"colour"``: CIELAB, 3
-    - ``"texture"``: the mean magnitude of each of 24 filters' responses around the pixel, 24
+    - ``"texture"``: the mean magnitude of each of 24 filters' responses around the pixel, each
+      divided by its mean over the image, 24
     - ``"textons"``: the histogram of textons around the pixel, 24
     - ``"position"``: y and x, 2
 
@@ -124,6 +125,8 @@ def features(
             part = rgb2lab(image)
         elif kind == "texture":
             part = _around(np.abs(responses(image)), window)
+            # Relative, or the Gaussians would outweigh all.
+            part = part / np.maximum(part.mean((0, 1)), 1e-4)
         elif kind == "textons":
             textons = texton_map(image, seed=seed)
             part = _around(np.eye(TEXTONS, dtype=np.float32)[textons], window)

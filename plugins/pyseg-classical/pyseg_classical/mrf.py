@@ -185,6 +185,8 @@ class MRF(RegionModel):
         lab = rgb2lab(image)
         flat = lab.reshape(-1, 3)
         k = min(self.k, distinct(flat, self.k))
+        if k == 1:
+            return np.zeros(image.shape[:2], np.int64)
         mixture = fitted_mixture(flat, k, seed=self.seed)
         unary = -log_densities(mixture, flat)
         grid = Grid(lab, self.beta, self.contrast)

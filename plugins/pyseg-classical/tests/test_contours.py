@@ -52,6 +52,39 @@ def test_level_sets_say_which_side_is_meant(made, scene):
     assert not made().foreground(np.full((9, 9, 3), 70, np.uint8)).any()
 
 
+@pytest.fixture
+def peer(monkeypatch):
+    """scikit-image's morphological snakes, from the state that they have after import."""
+    from skimage.segmentation import morphsnakes
+
+    first = morphsnakes._fcycle(
+        [
+            lambda u: morphsnakes.sup_inf(morphsnakes.inf_sup(u)),
+            lambda u: morphsnakes.inf_sup(morphsnakes.sup_inf(u)),
+        ]
+    )
+    monkeypatch.setattr(morphsnakes, "_curvop", first)
+    return morphsnakes
+
+
+@pytest.mark.parametrize("smoothing", [0, 1, 3])
+def test_morphological_contours_equal_the_libraries(smoothing, scene, peer):
+    image, _ = scene
+    values = (image[:, :, 0]) / 255.0
+    level = peer.morphological_chan_vese(values, 15, "checkerboard", smoothing).astype(bool)
+    found = MorphologicalChanVese(iterations=15, smoothing=smoothing).foreground(image)
+    assert (found == level).all() or (found == ~level).all()
+
+
+def test_geodesic_contour_equals_the_libraries(scene, peer):
+    image, _ = scene
+    model = GeodesicContour(iterations=25, edge=300)
+    g = peer.inverse_gaussian_gradient(image[:, :, 0] / 255.0, 300, 2.0)
+    start = model._inside(image).astype(np.int8)
+    level = peer.morphological_geodesic_active_contour(g, 25, start, balloon=-1)
+    assert (model.foreground(image) == level.astype(bool)).all()
+
+
 def test_chan_vese_lowers_the_energy(scene):
     """Piecewise constant: no pixel far from the contour fits the other side's mean better."""
     image, _ = scene
