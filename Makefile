@@ -81,7 +81,7 @@ $(TESTED): $(STAMP)
 	@touch $@
 
 # The plugins have a folder of their own: pyseg's tests go through all models that are registered.
-$(PLUGINS)/.installed: $(TESTED) $(wildcard plugins/*/*.toml plugins/*/pyseg_*/*.py)
+$(PLUGINS)/.installed: $(TESTED) $(wildcard plugins/*/*.toml plugins/*/setup.py plugins/*/csrc/* plugins/*/pyseg_*/*.py)
 	rm -rf $(PLUGINS)
 	$(BIN)/python -m pip install -q --no-build-isolation --no-deps --target $(PLUGINS) \
 	  $(wildcard plugins/pyseg-*)

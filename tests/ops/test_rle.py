@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from pycocotools import mask as coco
 
 from pyseg.formats import decode_rle, edges_of, encode_rle
 from pyseg.formats.rle import _edges, _runs
 from pyseg.ops.rle import run_overlaps
+
+coco = pytest.importorskip("pycocotools.mask")
 
 
 def masks_of(rng, count, size):
