@@ -12,8 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import HubError, PysegError, require
 from .files import read_json
 
@@ -200,6 +198,8 @@ def model_card(
         licence: of the weights: an identifier of the Hub's, such as ``"cc-by-nc-4.0"``, or a text.
         scores: what `read_scores` gives.
     """
+    import yaml
+
     scores = list(scores)
     head: dict[str, Any] = {
         "library_name": "pyseg",

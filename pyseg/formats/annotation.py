@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -465,6 +464,8 @@ def names_of_yaml(path: Path) -> tuple[str, ...]:
     Raises:
         LabelError: it cannot be read, or its names are not such.
     """
+    import yaml
+
     where = f"the description {str(path)!r}"
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
