@@ -150,18 +150,19 @@ def by_level(results, name):
 def table(runs):
     """Markdown lines for stored ``runs``, without rows that none of them has."""
     columns = [
-        (run["results"], level)
+        (run["results"], level, run["cpu"].replace("(R)", "").split()[1])  # Xeon, EPYC
         for run in runs
         for level in LEVELS
         if any(entry["simd"] == level for entry in run["results"].values())
     ]
-    yield f"| op, size | peer | {' | '.join(LEVELS[level] for _, level in columns)} |"
+    heads = (f"{cpu} {LEVELS[level]}" for _, level, cpu in columns)
+    yield f"| op, size | peer | {' | '.join(heads)} |"
     yield "|---|---" + "|---" * len(columns) + "|"
     above = ""
     for what, peer, name in ROWS:
         peer = above = peer or above  # none = that of the row above
         cells, best = [], None
-        for results, level in columns:
+        for results, level, _ in columns:
             pair = [by_level(results, name.format(n)) for n in (1, 2)]
             if results is not best:  # what has no levels stands in the first column
                 pair = [{level: found.get(None), **found} for found in pair]
@@ -174,7 +175,9 @@ def table(runs):
 
 if __name__ == "__main__":
     folder = Path(__file__).parent / "results"
-    found = [Path(name) for name in sys.argv[1:]] or sorted(folder.glob("*-torch*.json"))
+    found = [Path(name) for name in sys.argv[1:]] or sorted(
+        folder.glob("*-torch*.json"), reverse=True
+    )
     stored = [json.loads(file.read_text()) for file in found]
     for run in stored:
         print(f"{run['cpu']}, torch {run['torch']}, {run['date']}")
