@@ -174,7 +174,6 @@ class Fusion:
         if self._outlines and not (
             self._error <= _TOGETHER * self.rules.outline * self._pixels
             and self._in_place(self._moves, self._outlines)
-            and self._tight()
         ):
             return self.prediction  # who draws outlines anywhere is right by chance
         size = self.prediction.size
@@ -301,18 +300,11 @@ class Fusion:
         allowed = self.rules.displacement * (1 + 5 / math.sqrt(masks))
         if math.isinf(allowed):
             return True
-        for onward, back in moves[:2].tolist():
+        for onward, back in moves.tolist():
             # Newton's step to the least error, -(f(1) - f(-1)) / (2 (f(1) + f(-1) - 2 f(0))).
             if abs(onward - back) > allowed * 2 * max(onward + back, 0):
                 return False
         return True
-
-    def _tight(self) -> bool:
-        """Whether all masks together are no larger than the probabilities have them, by the same
-        step. Too small they may be: to a network that blurs what is thin, exact masks are."""
-        allowed = self.rules.displacement / 2 * (1 + 1 / math.sqrt(self._outlines))
-        outward, inward = self._moves[2].tolist()
-        return math.isinf(allowed) or outward - inward <= allowed * 2 * max(outward + inward, 0)
 
     def _zone(self) -> Tensor:
         """Pixels that may change, [H, W] bool: near a label boundary or with a small margin."""

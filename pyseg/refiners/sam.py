@@ -112,8 +112,7 @@ class SamRefiner(nn.Module):
             together may reach 4/3 of it; beyond, none is taken.
         displacement: gate: pixels along x or y by which the masks of an image, taken together, may
             lie beside where the network's probabilities have them; of few masks less is asked, of
-            a single one six times as much. Half as many they may all be too large. It stops masks
-            that are shifted or swollen; inf switches it off.
+            a single one six times as much. It stops masks that are shifted; inf switches it off.
         strength: the factor λ on masks in the sum of logits; 0 switches the refiner off.
         boundary: pixels that the network's outlines may be off: only pixels this close to a label
             boundary change,
