@@ -93,7 +93,7 @@ class Fusion:
 
     def __post_init__(self) -> None:
         self._logits = self.prediction.full_logits()
-        self._moves = torch.zeros(3, 2, dtype=torch.float64)  # of all masks with an outline
+        self._moves = torch.zeros(2, 2, dtype=torch.float64)  # of all masks with an outline
         self._outlines = self._pixels = 0
         self._error = 0.0
 
@@ -424,7 +424,7 @@ def _strip(region: Region, window: tuple[slice, slice], device: torch.device) ->
 
 
 def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
-    """What moving a mask, or its outline, by a pixel would change.
+    """What moving a mask by a pixel would change.
 
     Args:
         inside: the mask, [h, w] bool.
@@ -432,8 +432,8 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         counted: pixels between which there may be an outline, [h, w] bool.
 
     Returns:
-        [3, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
-        if it moves back, along x and along y; and if its outline moves outward and inward.
+        [2, 2] float64: by how much the sum of (mask - p) ** 2 grows if the mask moves onward and
+        if it moves back, along x and along y.
     """
     changes = []
     for dim in (1, 0):
@@ -446,8 +446,6 @@ def _moves(inside: Tensor, p: Tensor, counted: Tensor) -> Tensor:
         onward = second[ends].sum() - second[begins].sum()
         back = first[begins].sum() - first[ends].sum()
         changes.append(torch.stack([onward, back]))
-    joins, leaves = _grow(inside, 1) & ~inside & counted, inside & _grow(~inside, 1) & counted
-    changes.append(torch.stack([(1 - 2 * p[joins]).sum(), (2 * p[leaves] - 1).sum()]))
     return torch.stack(changes).double().cpu()
 
 

@@ -805,7 +805,8 @@ def from_pretrained(
 def exported_by(path: str | Path) -> str | None:
     """The model that runs a file of `pyseg export`, by its suffix; None for all else."""
     path = Path(path)
-    return {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix) if path.is_file() else None
+    kind = {".onnx": "onnx", ".pt2": "pt2"}.get(path.suffix)
+    return kind if kind and path.is_file() else None
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def lovasz(log_p: Tensor, target: Tensor, weights: Tensor) -> Tensor:
         union = total + torch.arange(1, len(hits) + 1, device=hits.device) - hits
         union = union.to(errors.dtype)
         loses = torch.where(inside, 1 / union, left / (union * (union - 1).clamp(min=1)))
-        losses.append(errors @ loses)
+        losses.append((errors * loses).sum())  # a product of vectors may add up one by one
     return torch.stack(losses).mean() if losses else (p * 0).sum()
 
 
