@@ -19,7 +19,7 @@ from skimage.morphology import thin
 
 from pyseg.datasets.bsds500 import BSDS500
 from pyseg.errors import LabelError, ScoreError
-from pyseg.types import Sample, Segmentation, Segments
+from pyseg.types import VOID, Sample, Segmentation, Segments
 
 from . import _core
 from .regions import Map
@@ -137,8 +137,12 @@ class _Records:
         Raises:
             LabelError: the sample has none of these, or sizes differ.
         """
-        humans = getattr(sample, "humans", ()) or (_drawn_by_one(sample),)
-        self.update_levels(sample.name, [_map_of(prediction)], [_numbers(one) for one in humans])
+        humans = getattr(sample, "humans", ())
+        labels = sample.labels
+        if not humans and labels is not None and bool((labels == VOID).all()):
+            return  # nobody drew anything
+        people = [_numbers(one) for one in humans or (_drawn_by_one(sample),)]
+        self.update_levels(sample.name, [_map_of(prediction)], people)
 
     def update_levels(self, name: str, levels: Sequence[Map], humans: Sequence[Map]) -> None:
         """Counts one image.
@@ -244,13 +248,12 @@ class BSDSBoundary(_Records):
             ScoreError: an image came twice, or with another number of levels.
         """
         records = self._sorted()
-        counts = np.array([record["levels"] for record in records], float).reshape(
-            len(records), -1, 4
-        )
-        if not counts.size:
+        if not records:
             nan = float("nan")
             names = ("ods_f", "ods_precision", "ods_recall", "ods_level", "ois_f", "ap")
             return {**dict.fromkeys(names, nan), "curve": [], "images": 0}
+        counts = np.array([record["levels"] for record in records], float)
+        counts = counts.reshape(len(records), -1, 4)
         recall, precision = _rates(counts.sum(0))
         level, best_recall, best_precision, best = _best_f(recall, precision)
         own = _f(*_rates(counts)).argmax(1)

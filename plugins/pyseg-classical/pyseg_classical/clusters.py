@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 from skimage import segmentation
-from sklearn import cluster, metrics, mixture, neighbors
+
+if TYPE_CHECKING:
+    from sklearn import mixture
 
 from .features import FEATURES, features
 from .kmeans import kmeans
@@ -114,6 +116,8 @@ def choose_k(
 def _silhouette(values: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
     if not 1 < len(np.unique(labels)) < len(labels):
         return -1.0
+    from sklearn import metrics
+
     return float(metrics.silhouette_score(values, labels))
 
 
@@ -323,6 +327,8 @@ def fitted_mixture(
     chance = np.random.default_rng(seed)
     chosen = chance.choice(len(values), min(len(values), 20_000), replace=False)
     sample = values[np.sort(chosen)]
+    from sklearn import mixture
+
     made = mixture.GaussianMixture(
         min(k, distinct(sample, k)),
         covariance_type=covariance,
@@ -384,6 +390,8 @@ class DBSCAN(Cluster):
         self.min_samples = int(at_least("min_samples", min_samples, 1))
 
     def _cluster(self, values: NDArray[np.float64], pairs: Any) -> NDArray[Any]:
+        from sklearn import cluster
+
         return cluster.DBSCAN(eps=self.eps, min_samples=self.min_samples).fit_predict(values)
 
 
@@ -430,6 +438,8 @@ class OPTICS(Cluster):
         samples = min(self.min_samples, len(values))
         # Equal elements have density without limit, and sklearn divides by their distance.
         with np.errstate(divide="ignore", invalid="ignore"):
+            from sklearn import cluster
+
             return cluster.OPTICS(min_samples=samples, xi=self.xi).fit_predict(values)
 
 
@@ -478,6 +488,8 @@ class Agglomerative(_CountedCluster):
             both = np.concatenate([pairs, pairs[:, ::-1]])
             size = (len(values),) * 2
             links = sparse.csr_matrix((np.ones(len(both)), (both[:, 0], both[:, 1])), size)
+        from sklearn import cluster
+
         made = cluster.AgglomerativeClustering(k, linkage=self.linkage, connectivity=links)
         return made.fit_predict(values)
 
@@ -519,6 +531,8 @@ class Birch(_CountedCluster):
 
     def _divided(self, values: NDArray[np.float64], k: int, pairs: Any) -> NDArray[Any]:
         threshold = self.threshold
+        from sklearn import cluster
+
         while True:  # a tree that is too coarse has fewer leaves than clusters
             tree = cluster.Birch(
                 threshold=threshold, branching_factor=self.branching, n_clusters=None
@@ -576,6 +590,8 @@ class Spectral(_CountedCluster):
     def _divided(self, values: NDArray[np.float64], k: int, pairs: Any) -> NDArray[Any]:
         if len(values) <= k:
             return np.arange(len(values))
+        from sklearn import neighbors
+
         near = neighbors.kneighbors_graph(
             values, min(self.neighbours, len(values) - 1), mode="distance"
         )
@@ -588,6 +604,8 @@ class Spectral(_CountedCluster):
         trace = sparse.coo_matrix(
             (np.full(len(chain), 1e-6), (chain, chain + 1)), weights.shape
         ).tocsr()
+        from sklearn import cluster
+
         made = cluster.SpectralClustering(
             k, affinity="precomputed", assign_labels="kmeans", random_state=self.seed
         )
@@ -632,11 +650,15 @@ class MeanShiftFeatures(Cluster):
         self.bandwidth = at_least("bandwidth", bandwidth, 0)
 
     def _cluster(self, values: NDArray[np.float64], pairs: Any) -> NDArray[Any]:
+        from sklearn import cluster
+
         bandwidth = self.bandwidth or cluster.estimate_bandwidth(
             values, quantile=0.1, n_samples=min(500, len(values)), random_state=self.seed
         )
         if distinct(values, 2) < 2 or not bandwidth > 0:
             return np.unique(values, axis=0, return_inverse=True)[1].ravel()
+        from sklearn import cluster
+
         return cluster.MeanShift(bandwidth=bandwidth, bin_seeding=True).fit_predict(values)
 
 

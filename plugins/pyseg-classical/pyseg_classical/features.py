@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.color import rgb2lab
-from sklearn.cluster import KMeans
 
 from .regions import Image, grey
 
@@ -85,6 +84,8 @@ def texton_map(image: Image, count: int = TEXTONS, seed: int = 0) -> NDArray[np.
     chosen = chance.choice(len(found), min(len(found), _SAMPLE), replace=False)
     sample = np.round(found[chosen].astype(np.float64), 6)
     count = min(count, len(np.unique(sample, axis=0)))
+    from sklearn.cluster import KMeans
+
     fitted = KMeans(count, n_init=1, random_state=seed).fit(sample)
     return fitted.predict(found.astype(np.float64)).reshape(image.shape[:2]).astype(np.int64)
 

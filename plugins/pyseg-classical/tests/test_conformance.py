@@ -39,7 +39,10 @@ def test_images_with_nothing_in_them(name, one_thread):
 
 
 # These part by position, too.
-PARTING = ("slic", "quickshift", "dbscan", "mean_shift_features", "optics", "spectral")
+PARTING = (
+    *("slic", "quickshift", "dbscan", "mean_shift_features", "optics", "spectral"),
+    "normalized_cut",
+)
 SHAPED = ("snake", "geodesic_contour")  # what is left of the ellipse that they begin with
 
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.image_processing_utils import BaseImageProcessor
 
 from pyseg import weights as weight_files
 from pyseg.errors import PysegError, WeightsError
@@ -245,7 +244,7 @@ def _from_saved(saved: Mapping[str, Any]) -> tuple[Any, Any]:
             dict(saved["config"])
         )
         kind = getattr(transformers, saved["processor"]["image_processor_type"])
-        if not issubclass(kind, BaseImageProcessor):
+        if not issubclass(kind, transformers.ImageProcessingMixin):
             raise TypeError(f"{kind.__name__} is no image processor")
         processor = dict(saved["processor"])
         if config.model_type == "oneformer":

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.image_transforms import get_size_with_aspect_ratio
 
 from pyseg.types import VOID, Sample
 
@@ -103,6 +102,8 @@ def placed(
             inside = values["pixel_mask"][row].bool()
             resized = (int(inside.any(1).sum()), int(inside.any(0).sum()))
         elif "patch_offsets" in values:  # EoMT
+            from transformers.image_transforms import get_size_with_aspect_ratio
+
             bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
             resized = get_size_with_aspect_ratio(size, *bounds)
         else:
