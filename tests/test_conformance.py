@@ -198,7 +198,7 @@ class Refiner:
 """
 PLUGINS = {
     "good": REFINER,
-    "slow": "import time\nend = time.process_time() + 1.5\n"
+    "slow": "import time\nend = time.process_time() + 2.5\n"
     "while time.process_time() < end: pass\n" + REFINER,
     "needless": "import torchvision\nfrom torchvision.ops import nms\n" + REFINER,
     "needful": "from torchvision.ops import nms\n" + REFINER + "\n    boxes = nms\n",
