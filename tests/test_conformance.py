@@ -246,7 +246,7 @@ def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     )
     text = done.stdout + done.stderr
     assert "4 failed, 4 passed" in text, text
-    assert "importing plugin_slow takes 1." in text
+    assert "importing plugin_slow takes 2." in text
     assert "plugin_needless.py imports torchvision and makes no use of it" in text
     assert "no refiner is called 'plugin_good'" in text  # which is hidden from plugin_leaning
     assert "Stage.object is deprecated" in text
