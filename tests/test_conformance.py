@@ -234,8 +234,6 @@ def site(tmp_path_factory):
 def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     """One run, as each imports torch."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    if not any("conformance" in str(p) for p in _pytest_plugins()):
-        command += ["-p", "pyseg.conformance"]
     names = ["plugin_good", "plugin-needful", *(f"plugin_{name}" for name in PLUGINS)]
     done = subprocess.run(
         [*command, *(f"--pyseg-conformance={name}" for name in names)],
@@ -261,8 +259,3 @@ def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
     assert "nothing is called 'no_such_name'" in unknown.stdout + unknown.stderr
 
-
-def _pytest_plugins():
-    import importlib.metadata
-
-    return [point.value for point in importlib.metadata.entry_points(group="pytest11")]
