@@ -376,3 +376,27 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert "<math" in text and "arithmatex" not in text
     sources = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', text)
     assert sources == [], "a page fetches from another server"
+
+
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_its_results(path, there):
+    nbclient = pytest.importorskip("nbclient", reason="notebooks need nbclient and ipykernel")
+    pytest.importorskip("ipykernel", reason="notebooks need nbclient and ipykernel")
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells), "clear its outputs"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": "."}}).execute()
+    shown = {kind for cell in cells for out in cell.outputs for kind in out.get("data", {})}
+    text = json.dumps([cell.outputs for cell in cells])
+    wanted = {"quick_start": "<caption>Pipeline", "compare": "<progress", "correct": "Pipeline"}
+    assert "image/png" in shown and wanted[path.stem] in text
+    assert not any(out.get("name") == "stderr" for cell in cells for out in cell.outputs), text
+
+
+def test_there_are_three_notebooks():
+    assert len(NOTEBOOKS) == 3
