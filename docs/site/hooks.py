@@ -22,6 +22,7 @@ FENCED = re.compile(r"^```.*?^```$|`[^`\n]+`", re.MULTILINE | re.DOTALL)
 FORMULA = re.compile(
     r'<(span|div) class="arithmatex">(?:\\\((.*?)\\\)|\\\[(.*?)\\\])</\1>', re.DOTALL
 )
+HIDDEN = re.compile(r"^<!-- (?:run|needs|by|until here)\b.*?-->\n", re.MULTILINE | re.DOTALL)
 MARK = re.compile(r"^<!-- (not run|slow|shortened): (.*?) -->\n", re.MULTILINE | re.DOTALL)
 
 # Public modules, by the part of the menu that they stand in.
@@ -116,7 +117,8 @@ def on_page_markdown(markdown, page, config, files):
         parts += [LINK.sub(rewritten, markdown[end : code.start()]), code[0]]
         end = code.end()
     markdown = "".join([*parts, LINK.sub(rewritten, markdown[end:])])
-    return MARK.sub(lambda match: note(match[1], match[2]), markdown)
+    markdown = MARK.sub(lambda match: note(match[1], match[2]), markdown)
+    return HIDDEN.sub("", markdown)
 
 
 def note(kind, text):
