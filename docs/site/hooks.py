@@ -133,7 +133,10 @@ def note(kind, text):
 def on_page_content(content, **_):
     def formula(match):
         latex = html.unescape(match[2] or match[3])
-        return convert(latex, display="inline" if match[1] == "span" else "block")
+        made = convert(latex, display="inline" if match[1] == "span" else "block")
+        if "\\" in made:
+            raise ValueError(f"latex2mathml does not know a command of {latex}")
+        return made
 
     return FORMULA.sub(formula, content)
 
