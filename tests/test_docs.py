@@ -372,9 +372,12 @@ def test_the_site_builds_without_a_warning(tmp_path):
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stdout + done.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
     assert pages >= {Path(page).stem for page in PAGES if page.startswith("docs/")}
-    text = (tmp_path / "site" / "ops.html").read_text(encoding="utf-8")
-    assert "<math" in text and "arithmatex" not in text
-    sources = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', text)
+    page = (tmp_path / "site" / "ops.html").read_text(encoding="utf-8")
+    assert "<math" in page and "arithmatex" not in page
+    text = (tmp_path / "site" / "reference" / "ops.html").read_text(encoding="utf-8")
+    for op in pyseg.ops.__all__:
+        assert re.search(rf'id="pyseg\.ops\.\w+\.{op}"', text), op
+    sources = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?))"', page)
     assert sources == [], "a page fetches from another server"
 
 

@@ -152,4 +152,8 @@ def notebook_page(path):
 
 
 def reference(name):
-    return f"::: pyseg.{name}\n    options:\n      show_root_heading: false\n"
+    """A page of a module. An op has the name of its module, so those are taken one by one."""
+    if name != "ops":
+        return f"::: pyseg.{name}\n    options:\n      show_root_heading: false\n"
+    modules = sorted(path.stem for path in (ROOT / "pyseg" / "ops").glob("[!_]*.py"))
+    return "\n".join(f"::: pyseg.ops.{module}\n" for module in modules)
