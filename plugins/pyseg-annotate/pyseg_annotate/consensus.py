@@ -126,7 +126,7 @@ def local_staple(
     *,
     radius: float = 8.0,
     strength: float = 10.0,
-    iterations: int = 30,
+    iterations: int = 10,
 ) -> Staple:
     """STAPLE whose annotators are better in one place than in another.
 
