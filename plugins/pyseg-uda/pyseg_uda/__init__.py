@@ -11,18 +11,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapt import adapt as adapt
     from .alignment import align as align
+    from .training import adapt as adapt
 
 # Public function -> where it lives. Resolved on first use: the command's help needs no torch.
-_FUNCTIONS = {"adapt": ".adapt", "align": ".alignment"}
+_FUNCTIONS = {"adapt": ".training", "align": ".alignment"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
-        found = getattr(importlib.import_module(_FUNCTIONS[name], __name__), name)
-        globals()[name] = found  # over the module of this name, which its import puts here
-        return found
+        return getattr(importlib.import_module(_FUNCTIONS[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

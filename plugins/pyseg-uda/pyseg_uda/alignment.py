@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .errors import AdaptationError
+
 Alignment = Literal["mean", "covariance", "fourier"]
 KINDS = ("mean", "covariance", "fourier")
 _SMALL = 1e-8  # variance, of colours in 0..1: what a plain image is taken to have at least
@@ -34,7 +36,7 @@ def align(image: Tensor, like: Tensor, kind: Alignment, *, beta: float = 0.01) -
         [3, H, W] uint8.
 
     Raises:
-        ValueError: another ``kind``.
+        AdaptationError: another ``kind``.
     """
     pixels, other = image.double() / 255, like.double() / 255
     if kind == "mean":
@@ -44,7 +46,7 @@ def align(image: Tensor, like: Tensor, kind: Alignment, *, beta: float = 0.01) -
     elif kind == "fourier":
         moved = align_fourier(pixels, other, beta)
     else:
-        raise ValueError(f"align must be one of {', '.join(KINDS)}, or None, got {kind!r}")
+        raise AdaptationError(f"align must be one of {', '.join(KINDS)}, or None, got {kind!r}")
     return (moved * 255).round().clamp(0, 255).to(torch.uint8)
 
 

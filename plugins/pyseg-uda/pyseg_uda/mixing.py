@@ -13,6 +13,8 @@ from torchvision.transforms.v2 import functional as V
 
 from pyseg.types import VOID
 
+from .errors import AdaptationError
+
 STRENGTH = 0.2  # of the colours' jitter
 SIGMA = (0.15, 1.15)  # pixels, of the blur
 _KERNEL = 9  # pixels: four times the largest sigma to each side
@@ -91,7 +93,7 @@ class RareClasses:
         least: pixels of a class that an image must have more of, as a share of its labelled ones.
 
     Raises:
-        ValueError: no class has such an image.
+        AdaptationError: no class has such an image.
     """
 
     def __init__(self, counts: Tensor, temperature: float = 0.01, least: float = 0.0015) -> None:
@@ -100,7 +102,7 @@ class RareClasses:
         self.images = [rows.nonzero()[:, 0] for rows in enough.T]
         usable = torch.tensor([len(rows) > 0 for rows in self.images])
         if not usable.any():
-            raise ValueError(
+            raise AdaptationError(
                 f"source: no image has more than a share of {least} of any class; lower rare_image"
             )
         logits = torch.where(usable, (1 - shares) / temperature, -torch.inf)

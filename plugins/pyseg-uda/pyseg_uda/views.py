@@ -17,6 +17,7 @@ from pyseg.training import random_crop
 from pyseg.types import VOID, Dataset, Sample
 
 from .alignment import Alignment, align
+from .errors import AdaptationError
 from .mixing import RareClasses
 
 CROPS = 10  # windows that are tried for one with enough of a rare class
@@ -32,7 +33,7 @@ class Unlabelled:
         target: a data set or a folder.
 
     Raises:
-        ValueError: there are no images.
+        AdaptationError: there are no images.
     """
 
     def __init__(self, target: Dataset | str | Path) -> None:
@@ -42,7 +43,7 @@ class Unlabelled:
         if isinstance(target, (str, Path)):
             folder = Path(target)
             if not folder.is_dir():
-                raise ValueError(f"target: there is no folder {folder}")
+                raise AdaptationError(f"target: there is no folder {folder}")
             found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
             self.files = tuple(sorted(found))
             where = f"the folder {folder}"
@@ -55,7 +56,7 @@ class Unlabelled:
             else:
                 self.dataset = target
         if not len(self):
-            raise ValueError(f"target has no images: {where} is empty")
+            raise AdaptationError(f"target has no images: {where} is empty")
 
     def __len__(self) -> int:
         if self.files is not None:

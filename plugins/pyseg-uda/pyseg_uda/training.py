@@ -22,6 +22,7 @@ from pyseg.types import Dataset
 
 from . import mixing, streams
 from .alignment import KINDS, Alignment
+from .errors import AdaptationError
 from .steps import Called, Reference, Steps, trunk_of
 from .teacher import teacher_of
 from .views import Cached, Unlabelled, Views, class_counts
@@ -154,8 +155,8 @@ def adapt(
         ``distance``, the teacher's ``confidence`` q, what validation found.
 
     Raises:
-        ValueError: a setting out of range, an empty target, domains without a class in common, no
-            class of ``things`` in the source.
+        AdaptationError: a setting out of range, an empty target, domains without a class in common,
+            no class of ``things`` in the source.
         LabelError: the source's labels are no class ids.
         PysegError: a network that ``method`` or ``imagenet`` does not fit; and as from
             `pyseg.training.fit`.
@@ -167,9 +168,9 @@ def adapt(
         >>> log = adapt(model, day, "dusk/", output_dir="run", method="attention")
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise AdaptationError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if align is not None and align not in KINDS:
-        raise ValueError(f"align must be one of {', '.join(KINDS)}, or None, got {align!r}")
+        raise AdaptationError(f"align must be one of {', '.join(KINDS)}, or None, got {align!r}")
     _check_ranges(
         {"batch_size": batch_size, "learning_rate": learning_rate},
         {
@@ -191,13 +192,15 @@ def adapt(
         },
     )
     if rare is not None and not rare > 0:
-        raise ValueError(f"rare is a temperature and must be positive, or None, got {rare}")
+        raise AdaptationError(f"rare is a temperature and must be positive, or None, got {rare}")
     if min(crop_size) < 32:
-        raise ValueError(f"crop_size must be (height, width) of at least 32, got {crop_size}")
+        raise AdaptationError(f"crop_size must be (height, width) of at least 32, got {crop_size}")
     if not 0 < scale[0] <= scale[1]:
-        raise ValueError(f"scale must be (smallest, largest), 0 < smallest <= largest, got {scale}")
+        raise AdaptationError(
+            f"scale must be (smallest, largest), 0 < smallest <= largest, got {scale}"
+        )
     if min(trusted) < 0 or sum(trusted) >= crop_size[0]:
-        raise ValueError(
+        raise AdaptationError(
             f"trusted must be rows at top and bottom that leave some of {crop_size[0]}, "
             f"got {trusted}"
         )
@@ -326,14 +329,14 @@ def _unlabelled(
 ) -> Unlabelled | None:
     """The target's images, where anything is taken of them."""
     if len(source) == 0:
-        raise ValueError("source is empty")
+        raise AdaptationError("source is empty")
     if not needed:
         return None
     if target is None:
-        raise ValueError("target is missing: only method='source' without align goes without")
+        raise AdaptationError("target is missing: only method='source' without align goes without")
     found = Unlabelled(target)
     if found.classes is not None and not set(found.classes) & set(source.classes):
-        raise ValueError(
+        raise AdaptationError(
             f"source and target have no class in common: {some(source.classes)} against "
             f"{some(found.classes)}; adaptation is to another look of the same things"
         )
@@ -342,12 +345,12 @@ def _unlabelled(
 
 def _check_classes(model: SemanticModel, source: Dataset, validation: Dataset | None) -> None:
     if len(model.classes) != len(source.classes):
-        raise ValueError(
+        raise AdaptationError(
             f"model has {len(model.classes)} classes, source {len(source.classes)}; build the "
             f"model with num_classes={len(source.classes)}"
         )
     if validation is not None and tuple(validation.classes) != tuple(source.classes):
-        raise ValueError(
+        raise AdaptationError(
             f"validation has the classes {some(validation.classes)}, source "
             f"{some(source.classes)}: they must be the same in the same order"
         )
@@ -372,10 +375,10 @@ def _thing_ids(source: Dataset, things: Sequence[str] | None) -> tuple[int, ...]
     given = things if things is not None else getattr(source, "things", ()) or THINGS
     names = [_plain(name) for name in source.classes]
     if things is not None and (strange := [n for n in things if _plain(n) not in names]):
-        raise ValueError(f"things: source has no class {strange[0]!r}: {some(source.classes)}")
+        raise AdaptationError(f"things: source has no class {strange[0]!r}: {some(source.classes)}")
     ids = tuple(names.index(_plain(name)) for name in given if _plain(name) in names)
     if not ids:
-        raise ValueError(
+        raise AdaptationError(
             f"things: none of source's classes is countable by its name ({some(source.classes)}); "
             "name those that are, or leave imagenet out"
         )
@@ -398,10 +401,10 @@ def _check_ranges(
 ) -> None:
     for name, value in positive.items():
         if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+            raise AdaptationError(f"{name} must be positive, got {value}")
     for name, value in shares.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name} is a share and must be in 0..1, got {value}")
+            raise AdaptationError(f"{name} is a share and must be in 0..1, got {value}")
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be 0 or more, and finite, got {value}")
+            raise AdaptationError(f"{name} must be 0 or more, and finite, got {value}")
