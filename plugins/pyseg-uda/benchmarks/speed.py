@@ -114,7 +114,7 @@ if __name__ == "__main__":
         ("segformer_b0", "attention", {"head": "daformer"}),
     ]
     name, method, options = cases[int(sys.argv[1])]
-    found = measure(name, method, (192, 256), **options)
+    found = measure(name, method, (96, 128), **options)
     title = name + (f"(head={options['head']!r})" if options else "")
     print(
         f"| `{title}` | {method} | {1e3 * found['step']:.0f} | {1e3 * found['passes']:.0f} | "
