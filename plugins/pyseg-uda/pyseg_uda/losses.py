@@ -69,29 +69,21 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
 
 
 def thing_mask(
-    labels: Tensor,
-    size: Sequence[int],
-    things: Sequence[int],
-    classes: int,
-    *,
-    least: float = 0.75,
+    labels: Tensor, size: Sequence[int], things: Sequence[int], *, least: float = 0.75
 ) -> Tensor:
     """Cells of a feature map of which at least a share is of one of the countable classes.
 
     Args:
-        labels: [N, H, W] uint8, 255 = void, which counts as a class of its own.
+        labels: [N, H, W] uint8, 255 = void.
         size: (h, w) of the feature map.
         things: class ids.
-        classes: number of classes.
-        least: the share, above a half.
+        least: the share of a cell's pixels, void ones included.
 
     Returns:
         [N, h, w] bool.
     """
-    ids = torch.where(labels == VOID, classes, labels.long())
-    planes = F.one_hot(ids, classes + 1).permute(0, 3, 1, 2).float()
-    shares = F.adaptive_avg_pool2d(planes, tuple(size))
-    return (shares[:, list(things)] >= least).any(1)
+    planes = torch.stack([labels == thing for thing in things], 1).float()
+    return (F.adaptive_avg_pool2d(planes, tuple(size)) >= least).any(1)
 
 
 def feature_distance(features: Tensor, fixed: Tensor, mask: Tensor) -> Tensor:

@@ -72,12 +72,13 @@ def jitter(
 def blur(images: Tensor, generator: torch.Generator, *, chance: float = 0.5) -> Tensor:
     """Gaussian blur of a sigma of 0.15 to 1.15 pixels on a share of the images [N, 3, H, W]."""
     changed = []
-    for image in images:
-        draw, where = torch.rand(2, generator=generator).tolist()
-        if draw < chance:
-            sigma = SIGMA[0] + where * (SIGMA[1] - SIGMA[0])
-            image = V.gaussian_blur(image, [_KERNEL, _KERNEL], [sigma, sigma])
-        changed.append(image)
+    with torch.autocast(images.device.type, enabled=False):  # it is a convolution
+        for image in images:
+            draw, where = torch.rand(2, generator=generator).tolist()
+            if draw < chance:
+                sigma = SIGMA[0] + where * (SIGMA[1] - SIGMA[0])
+                image = V.gaussian_blur(image, [_KERNEL, _KERNEL], [sigma, sigma])
+            changed.append(image)
     return torch.stack(changed)
 
 

@@ -66,12 +66,11 @@ class Reference:
 
     trunk: nn.Module
     things: tuple[int, ...]
-    classes: int
 
     def distance(
         self, model: SemanticModel, features: Tensor, images: Tensor, labels: Tensor
     ) -> Tensor:
-        mask = thing_mask(labels, features.shape[2:], self.things, self.classes)
+        mask = thing_mask(labels, features.shape[2:], self.things)
         with torch.no_grad():
             fixed = last_stage(self.trunk(normalised(model, images)))
         return feature_distance(features, fixed, mask)

@@ -210,7 +210,7 @@ def adapt(
     trunk = streams.mix_transformer(model) if method == "attention" else None
     reference = None
     if imagenet is not None and method != "source":
-        reference = Reference(_trunk(model, imagenet), _thing_ids(source, things), classes)
+        reference = Reference(_trunk(model, imagenet), _thing_ids(source, things))
     accelerator = processes.accelerator()
     if sharding.wanted(accelerator):
         raise PysegError("adapt keeps a teacher of the whole model: start it without FSDP")

@@ -91,7 +91,7 @@ def test_cells_of_things(size):
     noise = torch.rand(labels.shape)
     labels[noise < 0.2] = 1
     labels[noise > 0.9] = VOID
-    mask = thing_mask(labels.to(torch.uint8), size, (1, 3), 4)
+    mask = thing_mask(labels.to(torch.uint8), size, (1, 3))
     height, width = labels.shape[1:]
     for n, y, x in np.ndindex(2, *size):
         rows = slice(y * height // size[0], -(-(y + 1) * height // size[0]))

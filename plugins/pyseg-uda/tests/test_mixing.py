@@ -41,7 +41,7 @@ def test_half_of_each_images_own_classes_rounded_up():
 
 def test_jitter_is_brightness_contrast_saturation_and_hue():
     torch.manual_seed(0)
-    images = 0.3 + 0.3 * torch.rand(40, 3, 4, 5)
+    images = 0.3 + 0.3 * torch.rand(24, 3, 3, 4)
     found = jitter(images, generator(), strength=0.2, chance=0.7)
     source, changed = generator(), 0
     for image, result in zip(images, found, strict=True):
@@ -56,11 +56,11 @@ def test_jitter_is_brightness_contrast_saturation_and_hue():
         pixels = np.clip(grey.mean() + (1 + contrast) * (pixels - grey.mean()), 0, 1)
         grey = np.tensordot([0.2989, 0.587, 0.114], pixels, 1)
         pixels = np.clip(grey + (1 + saturation) * (pixels - grey), 0, 1)
-        for y, x in np.ndindex(4, 5):
+        for y, x in np.ndindex(3, 4):
             h, s, v = colorsys.rgb_to_hsv(*pixels[:, y, x])
             wanted = colorsys.hsv_to_rgb((h + hue) % 1, s, v)
             assert result[:, y, x].numpy() == pytest.approx(wanted, abs=2e-3)
-    assert 20 < changed < 40
+    assert 10 < changed < 24
 
 
 def test_blur_is_gaussian():
@@ -89,9 +89,9 @@ def test_rare_classes_are_drawn_by_their_softmax():
     assert rare.probabilities.numpy() == pytest.approx(wanted / wanted.sum())
     assert [rows.tolist() for rows in rare.images] == [[0, 1, 2], [0, 1, 2], [], [0]]
     source = generator()
-    draws = [rare.draw(source) for _ in range(4000)]
-    found = np.bincount([c for c, _ in draws], minlength=4) / 4000
-    assert found == pytest.approx(rare.probabilities.numpy(), abs=0.03)
+    draws = [rare.draw(source) for _ in range(2000)]
+    found = np.bincount([c for c, _ in draws], minlength=4) / 2000
+    assert found == pytest.approx(rare.probabilities.numpy(), abs=0.04)
     assert all(index in rare.images[c] for c, index in draws)
     with pytest.raises(ValueError, match=r"no image has more than a share of 1.0 of any class"):
         RareClasses(counts, least=1.0)

@@ -58,7 +58,7 @@ def batch_of(scenes, step=3):
 def test_a_step_of_self_training_is_its_equations(scenes, convolutional):
     model = convolutional().train()
     first = teacher_of(convolutional(1)).network.trunk
-    reference = Reference(first, (2, 3), 4)
+    reference = Reference(first, (2, 3))
     steps, batch = steps_of(model, reference=reference), batch_of(scenes)
     torch.manual_seed(7)  # of dropout
     losses = steps(Called(model), batch)
@@ -106,7 +106,7 @@ def test_auxiliary_logits_are_at_their_own_size(scenes):
 def test_a_step_of_attention_is_half_of_four_losses_and_the_divergence(scenes, transformer):
     model = transformer()  # evaluation mode: nothing random
     trunk = model.network.trunk
-    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (2,), 4))
+    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (2,)))
     batch = batch_of(scenes, step=0)  # at step 0 the teacher is the student
     losses = steps(Called(model), batch)
     source, target = batch["source"] / 255, batch["target"] / 255
@@ -181,6 +181,12 @@ def test_a_killed_run_resumes_to_the_same_weights(
     assert same(whole.state_dict(), made.state_dict())
     with pytest.raises(PysegError, match=r"threshold \(was 0.968, now 0.5\)"):
         run(tmp_path / "parts", resume=True, threshold=0.5)
+
+
+def test_half_precision_mixes_in_full(tmp_path, scenes, transformer):
+    options = {**SHORT, "epochs": 1, "precision": "bf16", "blur": 1.0, "method": "attention"}
+    (entry,) = adapt(transformer(), scenes(), scenes(dusk=True), output_dir=tmp_path, **options)
+    assert entry["precision"] == "bf16" and entry["attention"] > 0
 
 
 def test_another_seed_gives_other_views_and_the_same_seed_the_same(scenes):
