@@ -390,6 +390,13 @@ def score_table(rows):
         times = [row["ms"] for row in found if row["ms"] is not None]
         cells.append(str(round(statistics.mean(times))) if times else "")
         yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    for name in ("none", LONGER):
+        seeds = {f: " ".join(map(str, by[name, f]["seeds"])) for f in folds if (name, f) in by}
+        told = "; ".join(f"{fold}: {each}" for fold, each in seeds.items())
+        yield f"Seeds of {'the networks' if name == 'none' else 'the control'}: {told or 'none'}."
+    times = [by["none", fold]["ms"] for fold in folds]
+    yield f"The network itself takes {round(statistics.mean(times))} ms."
 
 
 def prompt_table(rows):
