@@ -236,8 +236,9 @@ def score(given):
                     own["states"][LONGER] = one["states"]["none"]
                 else:
                     found[fold, seed] = one
-            write_json(OUTPUT, {**stored(), "rows": rows_of(found, counts)})
-            print(f"{fold} behind seed {seed}", flush=True)
+            if samples:
+                write_json(OUTPUT, {**stored(), "rows": rows_of(found, counts)})
+                print(f"{fold}, seed {seed}", flush=True)
 
 
 def rows_of(found, counts):

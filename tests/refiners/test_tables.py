@@ -2,6 +2,7 @@
 promise."""
 
 import importlib
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -74,3 +75,32 @@ def test_defaults_gain_on_average_and_lose_nowhere(stored, refiner):
     for row in rows:
         if row["model"] not in KNOWN:
             assert row["delta_miou"][0] >= -LOSS, (row["model"], row["fold"])
+
+
+def test_readme_quotes_the_stored_runs(stored):
+    text = " ".join((ROOT / "README.md").read_text().split())
+    runs = read_json(ROOT / "pyseg" / "assets" / "streetnet_camvid.json")
+    own, bundled = runs["hold-outs kept out"], runs["bundled"]
+    rows = [row for row in stored["rows"] if row["model"] == "streetnet"]
+    found = {(row["fold"], row["refiner"]): row["delta_miou"] for row in rows}
+    usual = [-found[fold, "crf_pydensecrf"][0] for fold in ("day", "validation", "dusk")]
+    number = r"([-+]?[0-9.]*[0-9])"
+    quoted = {
+        f"mIoU {number} on a block at dusk, {number} on one by day, {number} on both, "
+        f"{number} on CamVid's validation clip": [
+            own[name]["miou"]
+            for name in ("hold-out dusk", "hold-out day", "both hold-outs", "validation")
+        ],
+        f"trained on these frames, too: {number} on": [bundled["validation"]["miou"]],
+        f"gains {number} points by day and {number} on the validation clip": [
+            found[fold, "crf"][0] for fold in ("day", "validation")
+        ],
+        rf"at dusk \({number} \[{number}, {number}\]\)": found["dusk", "crf"],
+        f"pydensecrf's parameters lose {number} to {number} ": [min(usual), max(usual)],
+    }
+    for pattern, numbers in quoted.items():
+        said = re.search(pattern, text)
+        assert said, pattern
+        for shown, stored_one in zip(said.groups(), numbers, strict=True):
+            digits = len(shown.partition(".")[2])
+            assert abs(float(shown) - stored_one) <= 0.5001 * 10**-digits, (pattern, stored_one)
