@@ -1,6 +1,8 @@
 """What each refiner gains behind strong and weak models: ``results/refiners.json``.
 
+    python benchmarks/drives.py ../shared/data/camvid WEIGHTS --seeds 0
     python benchmarks/refiners.py train ../shared/data/camvid WEIGHTS
+    python benchmarks/refiners.py fit ../shared/data/camvid WEIGHTS
     python benchmarks/refiners.py score ../shared/data/camvid WEIGHTS --cache CACHE \\
         --labelmefacade ../shared/data/labelmefacade
     python benchmarks/refiners.py thin ../shared/data/camvid WEIGHTS
@@ -9,9 +11,9 @@
 
 WEIGHTS is a folder with the files that `MODELS` names, among them those of `benchmarks/drives.py`.
 Of a model without its file the rows of an earlier run stay, if the refiners are still the same; if
-there are none it is listed as absent. ``train`` makes the weak network, and a crf trained on the
-validation clip behind the network that does not know its drive. ``score`` computes the logits of a
-model once, keeps them in CACHE as half precision at the model's stride, runs every refiner on
+there are none it is listed as absent. ``train`` makes the weak network, ``fit`` a crf trained on
+the validation clip behind the network that does not know its drive. ``score`` computes the logits
+of a model once, keeps them in CACHE as half precision at the model's stride, runs every refiner on
 them and keeps what it counted of each image; a run that was killed goes on. ``thin`` scores
 test-time variants, ``time`` takes milliseconds, ``table`` writes the tables of docs/refiners.md.
 
@@ -173,7 +175,7 @@ def samples_of(root, labelmefacade=None):
 
 
 def make(given):
-    """The weak network, and a crf that is trained on the validation clip."""
+    """The weak network."""
     given.weights.mkdir(parents=True, exist_ok=True)
     for entry in MODELS:
         path = given.weights / entry.file
@@ -194,13 +196,15 @@ def make(given):
         )
         print(f"{entry.name}: {time.process_time() - begun:.0f} s of a processor")
         (run / "model.safetensors").rename(path)
-    path = given.weights / "crf.safetensors"
-    entry = next(one for one in MODELS if FITTED in one.folds and one.file.startswith("without"))
-    if not path.exists() and (given.weights / entry.file).exists():
-        pipeline = pyseg.compose(entry.build(given.weights))
-        clip = CamVid(given.root, "val")
-        found = train_crf(pipeline, clip, clip, limit=8, epochs=3)
-        save_state(path, found.pipeline.refiners[-1].state_dict())
+
+
+def fit(given):
+    """A crf that is trained on the validation clip, behind a network that does not know its drive."""
+    entry = next(one for one in MODELS if one.name == f"streetnet without {VALIDATION}")
+    pipeline = pyseg.compose(entry.build(given.weights))
+    clip = CamVid(given.root, "val")
+    found = train_crf(pipeline, clip, clip, limit=8, epochs=3)
+    save_state(given.weights / "crf.safetensors", found.pipeline.refiners[-1].state_dict())
 
 
 def digest(path):
@@ -346,8 +350,9 @@ def labels_of(prediction):
 
 def measure(given):
     """Milliseconds of each refiner behind streetnet, on one image after the other."""
-    entry, fold = MODELS[0], "day"
-    samples = folds(given.root)[fold][:: max(1, 20 // given.images)]
+    entry = next(one for one in MODELS if (given.weights / one.file).exists())
+    fold = entry.folds[0]
+    samples = samples_of(given.root)[fold][: given.images]
     model = entry.build(given.weights)
     seen = [model.predict([s.image])[0] for s in samples]
     times = {"streetnet": []} | {name: [] for name in refiners(given.weights) if name != "none"}
@@ -362,6 +367,7 @@ def measure(given):
             times[name].append(1000 * (time.perf_counter() - begun))
     stored = read_json(OUTPUT)
     stored["ms"] = {
+        "model": entry.name,
         "threads": torch.get_num_threads(),
         "images": len(samples),
         "medians": {name: round(statistics.median(t), 1) for name, t in times.items()},
@@ -442,7 +448,8 @@ def write_tables(given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("train", make), ("score", score), ("thin", thin), ("time", measure)):
+    for function in (make, fit, score, thin, measure):
+        name = {make: "train", measure: "time"}.get(function, function.__name__)
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("root", type=Path, help="folder of CamVid")
