@@ -258,4 +258,3 @@ def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     )
     assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
     assert "nothing is called 'no_such_name'" in unknown.stdout + unknown.stderr
-
