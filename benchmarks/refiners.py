@@ -199,7 +199,7 @@ def make(given):
 
 
 def fit(given):
-    """A crf that is trained on the validation clip, behind a network that does not know its drive."""
+    """A crf that is trained on the validation clip, behind a network of other drives."""
     entry = next(one for one in MODELS if one.name == f"streetnet without {VALIDATION}")
     pipeline = pyseg.compose(entry.build(given.weights))
     clip = CamVid(given.root, "val")
