@@ -1,7 +1,8 @@
 """Fifty programs that ask `pyseg studio` at a time: errors, waiting times, memory.
 
 `python benchmarks/studio.py` starts the server as its user does, on the image that comes with
-pyseg, and prints one line for the programs and one for clicks on the page. A program sends its next
+pyseg, and prints one line for the programs, one for the server's memory after each round of them,
+the first of which warms up, and one for clicks on the page. A program sends its next
 request when it has its answer; one that is told that too many wait (503) asks again, and that
 counts as a part of its time.
 """
@@ -74,7 +75,8 @@ def clicks(address, headers, count):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--requests", type=int, default=10, help="of each client")
+    parser.add_argument("--requests", type=int, default=2, help="of each client in a round")
+    parser.add_argument("--rounds", type=int, default=4, help="after the one that warms up")
     parser.add_argument("--spec", default="streetnet")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -85,12 +87,16 @@ def main():
             address, _, token = process.stdout.readline().strip().partition("/#token=")
             headers = {"Authorization": f"Bearer {token}"}
             answered = clicks(address, headers, 50)
-            load(address, headers, options.clients, options.requests)  # takes what memory it needs
-            before = memory(process)
-            begun = time.perf_counter()
-            times, failed, refused = load(address, headers, options.clients, options.requests)
-            seconds = time.perf_counter() - begun
-            after = memory(process)
+            times, failed, refused, held, seconds = [], [], 0, [], 0.0
+            for k in range(options.rounds + 1):
+                begun = time.perf_counter()
+                found = load(address, headers, options.clients, options.requests)
+                held.append(memory(process))
+                if k:  # the first takes what memory it needs
+                    seconds += time.perf_counter() - begun
+                    times += found[0]
+                    refused += found[2]
+                failed += found[1]
         finally:
             process.kill()
             process.wait()
@@ -99,8 +105,11 @@ def main():
     print(
         f"{options.spec}, {threads} threads, {options.clients} clients: {len(times)} requests, "
         f"{len(failed)} errors, {refused} asked to wait; median {statistics.median(times):.2f} s, "
-        f"p95 {share[-1]:.2f} s, {len(times) / seconds:.1f} a second; "
-        f"memory {before / 1e6:.0f} MB before, {after / 1e6:.0f} MB after"
+        f"p95 {share[-1]:.2f} s, {len(times) / seconds:.1f} a second"
+    )
+    print(
+        f"memory in MB after each {options.clients * options.requests} requests: "
+        f"{' '.join(f'{size / 1e6:.0f}' for size in held)}"
     )
     print(
         f"a click on 480 x 360: median {1e3 * statistics.median(answered):.0f} ms, "

@@ -1819,6 +1819,9 @@ def studio(
     truth: Annotated[
         Path | None, typer.Option(help="Folder of label PNGs to compare with.")
     ] = None,
+    edit: Annotated[
+        str | None, typer.Option(help="labels, or instances: objects, kept as COCO's JSON.")
+    ] = None,
     clicks: Annotated[
         str | None,
         typer.Option(help="What answers clicks: nano or flood. [default: a stage's sam, or nano]"),
@@ -1851,6 +1854,7 @@ def studio(
         truth=truth,
         clicks=clicks,
         make=lambda text: _pipeline(text, None, None, device),
+        **_given(edit=edit),
     )
     serve(desk, announce=typer.echo, **_given(host=host, port=port, token=token, browser=browser))
 

@@ -42,6 +42,7 @@ TIE = 1e-4  # of the largest logit: classes that are closer than this are equal 
 MAX_DELTA = 1e-3  # of the largest logit: what float arithmetic in another order may change
 MAX_FLIPS_INT8 = 0.02  # share of pixels, by default
 CALIBRATION_IMAGES = 32  # that int8 takes, at most, spread evenly
+_FOLDED = 1 << 30  # elements of constants that are computed when a file is written
 _SAMPLE = (96, 128)  # height and width that dynamic sizes are traced at
 _CROPS = ((1, 1), (3, 2), (8, 5))  # what other sizes of the first image lack, at the far edges
 
@@ -379,6 +380,11 @@ def _onnx(program: Any, description: dict[str, Any]) -> bytes:
         with torch.no_grad(), _quiet():
             program = program.run_decompositions({op: _pooled_by_products for op in _POOLINGS})
             made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
+            # Weights times the factors of a normalisation, which torch folds where they are small
+            # alone: int8 would take the others for activations, of one range for all channels.
+            made.model = require("onnxscript.optimizer", extra="onnx").optimize(
+                made.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED
+            )
     except Exception as error:  # of torch.onnx's or onnxscript's many kinds
         cause = error.__cause__ or error
         raise ExportError(

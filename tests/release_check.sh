@@ -37,12 +37,12 @@ libraries = {name: found for name, found in content.items() if re.search(r"\.(so
 info = {name for name in content if ".dist-info/" in name}
 sources = {
     path.relative_to(root).as_posix()
-    for folder in ("pyseg",) if wheel else ("pyseg", "csrc")
+    for folder in (["pyseg"] if wheel else ["pyseg", "csrc"])
     for path in (root / folder).rglob("*")
     if path.is_file() and path.suffix not in (".pyc", ".so")
 }
 if not wheel:
-    sources |= {"pyproject.toml", "setup.py", "setup.cfg", "README.md", "LICENSE", "PKG-INFO"}
+    sources |= {"MANIFEST.in", "pyproject.toml", "setup.py", "setup.cfg", "README.md", "LICENSE", "PKG-INFO"}
 packed = set(content) - info - set(libraries)
 assert packed == sources, f"absent: {sources - packed}; not in the sources: {packed - sources}"
 if wheel:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import hmac
 import io
+import os
 import secrets
 import socket
 import tempfile
 import time
 import webbrowser
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +36,7 @@ from pydantic import BaseModel, Field
 from .. import __version__, models, refiners
 from ..errors import ImageError, PysegError
 from ..image import read_image
+from ..regions import Instances
 from ..session import Session
 from ..types import Segmentation
 from .desk import CLICKS, Conflict, Desk, Document, doubt, plain, runs, stroke
@@ -235,7 +238,9 @@ class Target(BaseModel):
 
 def _state(document: Document) -> dict[str, Any]:
     """What a page shows of a document that can change."""
-    session, labels = document.session, document.labels()
+    session = document.session
+    result = session.result
+    labels = plain(result)
     pending = session.pending
     asked = session.asked
     return {
@@ -245,11 +250,35 @@ def _state(document: Document) -> dict[str, Any]:
         "done": document.item.done,
         "saved": document.item.saved,
         "map": runs(labels),
+        **_objects(result.instances),
         "scores": _scores(labels, document.truth),
         "mask": None if pending is None else runs(pending.mask.numpy()),
         "score": None if pending is None else pending.score,
         "asked": None if asked is None else asked._asdict(),
     }
+
+
+def _objects(instances: Instances | None) -> dict[str, Any]:
+    """Of instances, the number of the front one of each pixel, -1 = none, and what each is."""
+    if instances is None:
+        return {"ids": None, "objects": None}
+    order = instances.scores.argsort(stable=True)  # the most certain in front, as in `select`
+    front = np.full(instances.masks.shape[1:], -1, np.int32)
+    for k in order.tolist():
+        front[instances.masks[k].numpy()] = k
+    objects = []
+    for k, label in enumerate(instances.labels.tolist()):
+        rows, columns = np.nonzero(front == k)
+        middle = len(rows) // 2
+        objects.append(
+            {
+                "label": label,
+                "score": float(instances.scores[k]),
+                "area": int(instances.masks[k].sum()),
+                "at": [int(columns[middle]), int(rows[middle])] if len(rows) else None,
+            }
+        )
+    return {"ids": runs(front), "objects": objects}
 
 
 def _view(document: Document) -> dict[str, Any]:
@@ -318,6 +347,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
+        coders.shutdown(cancel_futures=True)
         dispatcher.close()
         desk.close()
 
@@ -332,13 +362,15 @@ def create_app(
     dispatcher = Dispatcher(
         lambda images: desk.pipeline(images), batch=limits.batch, waiting=limits.waiting
     )
+    # More threads than cores decode no sooner, and each would keep memory of its own.
+    coders = ThreadPoolExecutor(os.cpu_count() or 1, "pyseg-coder")
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=1)
     app.add_middleware(_Guard, token=token, hosts=hosts, limits=limits)  # type: ignore[arg-type]
     _add_errors(app)
     _add_page(app)
     _add_desk(app, desk)
     _add_documents(app, desk)
-    _add_segment(app, desk, dispatcher, limits)
+    _add_segment(app, desk, dispatcher, coders, limits)
     return app
 
 
@@ -384,6 +416,7 @@ def _add_desk(app: FastAPI, desk: Desk) -> None:
             "spec": str(desk.pipeline),
             "classes": list(desk.classes),
             "palette": [list(colour) for colour in desk.palette],
+            "edit": desk.edit,
             "clicks": desk.clicked,
             "clickers": list(CLICKS),
             "models": models.list(),
@@ -525,7 +558,9 @@ def _start(desk: Desk, index: int, step: Start) -> Callable[[Session], None]:
     return lambda session: session.put(labels)
 
 
-def _add_segment(app: FastAPI, desk: Desk, dispatcher: Dispatcher, limits: Limits) -> None:
+def _add_segment(
+    app: FastAPI, desk: Desk, dispatcher: Dispatcher, coders: ThreadPoolExecutor, limits: Limits
+) -> None:
     @app.post("/segment", openapi_extra=_RAW, response_class=Response)
     async def segment(request: Request, to: Literal["png", "json"] = "png") -> Response:
         """Segments an image, which is the body: ``curl --data-binary @street.jpg``.
@@ -534,6 +569,7 @@ def _add_segment(app: FastAPI, desk: Desk, dispatcher: Dispatcher, limits: Limit
         void. 422: no image; 413: too large; 503: too many wait, try again; 504: it took too long.
         """
         content = await request.body()
+        loop = asyncio.get_running_loop()
 
         def read() -> Any:
             with _file(content) as path:
@@ -542,7 +578,7 @@ def _add_segment(app: FastAPI, desk: Desk, dispatcher: Dispatcher, limits: Limit
                 except ImageError as error:
                     raise ImageError(str(error).replace(str(path), "body")) from error
 
-        image = await run_in_threadpool(read)
+        image = await loop.run_in_executor(coders, read)
         future = dispatcher.submit(image)
         begun = time.perf_counter()
         try:
@@ -553,7 +589,7 @@ def _add_segment(app: FastAPI, desk: Desk, dispatcher: Dispatcher, limits: Limit
         if to == "json":
             found = {"classes": result.classes, "size": result.size, **runs(plain(result))}
             return JSONResponse(found, headers=waited)
-        png = await run_in_threadpool(_png, result)
+        png = await loop.run_in_executor(coders, _png, result)
         return Response(png, media_type="image/png", headers=waited)
 
 

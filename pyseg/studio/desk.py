@@ -35,18 +35,20 @@ from ..files import (
     take_lock,
     write_json,
 )
-from ..formats.annotation import Annotation, Source
+from ..formats.annotation import Annotation, Given, Source
 from ..formats.indexed import void_of
 from ..formats.table import find_format
 from ..image import default_palette, read_image, read_labels
 from ..pipeline import Pipeline, StageResult, build
 from ..promptable import Flood, Promptable, load_sam
+from ..regions import CERTAIN, Instances
 from ..session import Session
 from ..types import Segmentation
 
 OPEN = 8  # images whose undo history is held; of others the map alone
 UPLOADS = 1000  # images that a desk takes over HTTP
 CLICKS = ("nano", "flood")
+EDITS = ("labels", "instances")
 VOID = -1  # in what the page gets, whatever the number of classes
 _PLACE = {"indexed": "labels/{}.png", "labelme": "{}.json"}  # of a map in a format's folder
 _KEPT = ".studio"  # folder of what is kept beside the maps
@@ -85,8 +87,17 @@ class Document:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def labels(self) -> np.ndarray:
-        """The map as edited, [H, W] int, -1 = void."""
+        """The map as edited, [H, W] int, -1 = void; of instances the front one's class."""
         return plain(self.session.result)
+
+    def annotation(self) -> Annotation:
+        """What is edited, for files: areas of classes, or instances."""
+        result, name = self.session.result, self.item.path.name
+        if self.session.edit == "labels":
+            labels, count = plain(result), len(result.classes)
+            return Annotation.of_labels(self.item.name, labels, count, file_name=name)
+        assert result.instances is not None
+        return Annotation.of_instances(self.item.name, result.instances, file_name=name)
 
 
 class Conflict(PysegError):
@@ -103,14 +114,19 @@ class Desk:
         spec: of the pipeline, or a `Pipeline`.
         labels: folder of label PNGs to begin with in place of predictions, by the images' stems.
         truth: folder of label PNGs to compare with.
+        edit: ``"labels"``, or ``"instances"``: objects, which may overlap. They begin with those of
+            the prediction whose score is at least 0.5, and none where it has no instances, and are
+            kept as COCO's JSON in ``instances/NAME.json``, beside their label map.
         clicks: what answers clicks: ``"nano"``, ``"flood"``; None = the pipeline's own promptable
             segmenter where a stage has one, else ``"nano"``.
         make: makes a pipeline of a spec.
 
     Raises:
-        PysegError: another process has the output open, or it holds maps of other classes.
+        PysegError: another process has the output open, or it holds maps of other classes or of
+            the other kind.
         FileNotFoundError: there is no such image or folder.
-        ValueError: two images share a stem, or another ``clicks``.
+        ValueError: two images share a stem, another ``clicks`` or ``edit``, or ``labels`` for
+            instances.
     """
 
     def __init__(
@@ -121,11 +137,17 @@ class Desk:
         spec: str | Pipeline,
         labels: str | Path | None = None,
         truth: str | Path | None = None,
+        edit: str = "labels",
         clicks: str | None = None,
         make: Callable[[str], Pipeline] = build,
     ) -> None:
         self._make = make
         self._own: dict[str, Promptable] = {}
+        if edit not in EDITS:
+            raise ValueError(f"edit must be one of {', '.join(EDITS)}, got {edit!r}")
+        if edit == "instances" and labels is not None:
+            raise ValueError("labels holds label maps, and instances cannot begin with them")
+        self.edit: Any = edit
         self.clicks = self._checked_clicks(clicks)
         self.pipeline = spec if isinstance(spec, Pipeline) else make(spec)
         self._files = [] if images is None else _image_files(Path(images))
@@ -143,6 +165,7 @@ class Desk:
         self._release: Callable[[], None] | None = release
         try:
             self._check_classes(self.pipeline)
+            self._check_edit()
             for folder in (self.output, self.output / "labels", self.output / _KEPT):
                 remove_abandoned(folder, 0)  # the lock is ours, so its writer was killed
             uploads = self.output / "uploads"
@@ -219,6 +242,15 @@ class Desk:
                 f"{pipeline} has {some(pipeline.classes)}; give another output"
             )
 
+    def _check_edit(self) -> None:
+        """That maps on disk are of the kind that is edited: each would leave the other behind."""
+        there = "instances" if _holds_files(self.output / "instances") else "labels"
+        if _holds_files(self.output / "labels") and there != self.edit:
+            raise PysegError(
+                f"output {str(self.output)!r} holds {there}, and edit is {self.edit!r}; give "
+                f"edit={there!r}, or another output"
+            )
+
     def _promptable(self) -> Promptable:
         if self.clicks is None:
             for stage in self.pipeline.stages:
@@ -233,7 +265,7 @@ class Desk:
     # --- the queue ------------------------------------------------------------------------------
 
     def _item(self, path: Path) -> Item:
-        item = Item(path.stem, path, saved=self._map_of(path.stem).is_file())
+        item = Item(path.stem, path, saved=self._kept(path.stem).is_file())
         note = self._note(item.name)
         item.done = bool(note.get("done", False))
         if note.get("spec") == str(self.pipeline) and isinstance(note.get("unsure"), float):
@@ -356,14 +388,19 @@ class Desk:
             self._warm = self.pipeline
         stages = self.pipeline.trace(image, memory=True, name=item.name)
         self._set_doubt(item, stages, self.pipeline)
-        start: Any = self._map_of(item.name)
-        if not item.saved:
-            start = self._begun.get(item.name, stages[-1].prediction)
+        start: Any
+        if self.edit == "instances":
+            found = stages[-1].prediction.instances
+            start = self._read_instances(item) if item.saved else _certain(found)
+        else:
+            start = self._map_of(item.name)
+            if not item.saved:
+                start = self._begun.get(item.name, stages[-1].prediction)
         session = Session(
             image,
             None if isinstance(start, Segmentation) else self.classes,
             start=start,
-            edit="labels",
+            edit=self.edit,
             promptable=self._promptable(),
             palette=self.palette,
         )
@@ -441,13 +478,34 @@ class Desk:
     def _map_of(self, name: str) -> Path:
         return self.output / "labels" / f"{name}.png"
 
+    def _kept(self, name: str) -> Path:
+        """What an image begins with the next time."""
+        objects = self.output / "instances" / f"{name}.json"
+        return objects if self.edit == "instances" else self._map_of(name)
+
+    def _read_instances(self, item: Item) -> Instances:
+        path = self._kept(item.name)
+        source = find_format("coco").open_source(path, Given(classes=self.classes))
+        (name,) = source.names
+        return source.read(name).instances()
+
     def _write_map(self, document: Document) -> None:
         if not (self.output / "classes.json").is_file():
             writer = find_format("indexed", writable=True).writer
             assert writer is not None
             writer(self.output, self._source(())).finish(())
         document.session.result.save(self._map_of(document.item.name))
+        if self.edit == "instances":
+            make_folder(self.output / "instances", "output")
+            self._write("coco", self._kept(document.item.name), [document.annotation()])
         document.item.saved = True
+
+    def _write(self, to: str, path: Path, annotations: Sequence[Annotation]) -> None:
+        """A file or folder of a format."""
+        target = find_format(to, writable=True)
+        assert target.writer is not None
+        writer = target.writer(path, self._source([one.name for one in annotations]))
+        writer.finish([writer.write(one) for one in annotations])
 
     def _note(self, name: str) -> dict[str, Any]:
         path = self.output / _KEPT / f"{name}.json"
@@ -476,18 +534,12 @@ class Desk:
         """
         document = self.open(index)
         with document.lock:
-            labels = document.labels()
+            annotation = document.annotation()
         item = document.item
         target = find_format(to, writable=True)
-        annotation = Annotation.of_labels(
-            item.name, labels, len(self.classes), file_name=item.path.name
-        )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{item.name}{target.suffix}"
-            assert target.writer is not None
-            writer = target.writer(path, self._source((item.name,)))
-            entry = writer.write(annotation)
-            writer.finish([entry])
+            self._write(to, path, [annotation])
             written = path / _PLACE[to].format(item.name) if to in _PLACE else path
             return written.name, written.read_bytes()
 
@@ -501,6 +553,10 @@ class Desk:
         if not any(item.saved for item in self.items):
             raise PysegError("no map was changed or marked as done, so that there is none to write")
         path = self.output / f"{to}{target.suffix}"
+        if self.edit == "instances":
+            saved = [item for item in self.items if item.saved]
+            self._write(to, path, [self._kept_annotation(item) for item in saved])
+            return [f"{len(saved)} images in {path}"]
         found = convert(
             self.output / "labels",
             path,
@@ -511,12 +567,27 @@ class Desk:
         )
         return [f"{found.images} images in {path}", *found.lines()]
 
+    def _kept_annotation(self, item: Item) -> Annotation:
+        objects, name = self._read_instances(item), item.path.name
+        return Annotation.of_instances(item.name, objects, file_name=name)
+
     def close(self) -> None:
         """Ends the survey and gives the output free; nothing waits to be written."""
         self.survey(False)
         if self._release is not None:
             self._release()
         self._release = None  # its descriptor may be another file's soon
+
+
+def _certain(found: Instances | None) -> Instances | None:
+    """Those that a prediction would show."""
+    if found is None:
+        return None
+    kept = found.scores >= CERTAIN
+    crowd = None if found.crowd is None else found.crowd[kept]
+    return Instances(
+        found.boxes[kept], found.masks[kept], found.scores[kept], found.labels[kept], crowd
+    )
 
 
 def doubt(prediction: Segmentation) -> Tensor | None:
@@ -638,4 +709,15 @@ def _said(error: Exception, item: Item) -> str:
     return str(error).replace(str(item.path), item.path.name) or type(error).__name__
 
 
-__all__ = ["CLICKS", "Conflict", "Desk", "Document", "Item", "doubt", "plain", "runs", "stroke"]
+__all__ = [
+    "CLICKS",
+    "EDITS",
+    "Conflict",
+    "Desk",
+    "Document",
+    "Item",
+    "doubt",
+    "plain",
+    "runs",
+    "stroke",
+]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import pyseg
-from pyseg import Segmentation
+from pyseg import Instances, Segmentation
 
 CLASSES = ("road", "car", "sky")
 TOKEN = "a-token-of-the-tests"
@@ -30,6 +30,25 @@ class Bright:
         return found
 
 
+class Objects(Bright):
+    """The middle and the bright stripe as instances, the former over a part of the latter, and one
+    that is too unsure to be shown."""
+
+    def predict(self, images):
+        found = []
+        for image in images:
+            height, width = image.shape[1:]
+            masks = torch.zeros(3, height, width, dtype=torch.bool)
+            masks[0, :, width // 3 : 2 * width // 3 + 4] = True
+            masks[1, :, 2 * width // 3 :] = True
+            masks[2, :3] = True
+            boxes = torch.zeros(3, 4)
+            scores, labels = torch.tensor([0.9, 0.7, 0.2]), torch.tensor([1, 2, 0])
+            instances = Instances(boxes, masks, scores, labels)
+            found.append(Segmentation((height, width), CLASSES, instances=instances))
+        return found
+
+
 class Forgetful:
     """A refiner that keeps labels alone."""
 
@@ -41,6 +60,8 @@ def pipeline(spec="bright"):
     """Stands for `pyseg.build` of a spec."""
     if spec == "bright":
         return pyseg.Pipeline([Bright()])
+    if spec == "objects":
+        return pyseg.Pipeline([Objects()])
     if spec == "bright+forgetful":
         return pyseg.Pipeline([Bright(), Forgetful()])
     return pyseg.build(spec)

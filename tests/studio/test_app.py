@@ -265,6 +265,26 @@ def test_steps(make_client, make_desk):
     assert answer.status_code == 422
 
 
+def test_a_page_gets_the_objects(make_client, make_desk):
+    client = make_client(make_desk(spec=pipeline("objects"), edit="instances"))
+    assert client.get("/api/studio").json()["edit"] == "instances"
+    view = client.get("/api/items/0").json()
+    ids = expand(view["ids"], (41, 57))
+    assert (ids[:, 19:42] == 0).all() and (ids[:, 42:] == 1).all() and (ids[:, :19] == -1).all()
+    assert [one["label"] for one in view["objects"]] == [1, 2]
+    assert view["objects"][0]["score"] == pytest.approx(0.9)
+    assert [one["area"] for one in view["objects"]] == [41 * 23, 41 * 19]
+    for k, one in enumerate(view["objects"]):
+        x, y = one["at"]
+        assert ids[y, x] == k
+        answer = client.post("/api/items/0/step", json={"do": "select", "x": x, "y": y}).json()
+        assert answer["asked"]["label"] == CLASSES[one["label"]]
+    removed = client.post("/api/items/0/step", json={"do": "accept", "label": "void"}).json()
+    assert [one["label"] for one in removed["objects"]] == [1]
+    answer = client.post("/api/items/0/step", json={"do": "start"})
+    assert answer.status_code == 422 and "edits instances" in answer.json()["error"]
+
+
 def test_queue_settings_and_files(make_client, make_desk):
     desk = make_desk()
     client = make_client(desk)

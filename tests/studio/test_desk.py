@@ -305,6 +305,66 @@ def test_exports_hold_the_map(make_desk):
         assert lines[1].startswith("3 masks: 3 equal")
 
 
+def test_instances_are_edited_kept_and_written(make_desk):
+    desk = make_desk(spec=pipeline("objects"), edit="instances")
+    begun = desk.open(0).session.result.instances
+    assert begun.labels.tolist() == [1, 2]  # without the unsure one
+    assert not desk.items[0].saved
+    # The front one, where both are, gets a part more; then a third one, and one less.
+    desk.act(0, None, lambda session: session.select(39, 20))
+    assert desk.open(0).session.asked.label == "car"
+    desk.act(0, None, brush([(50, 5), (54, 5)], label="car"))
+    desk.act(0, None, lambda session: session.clear())
+    desk.act(0, None, brush([(4, 30), (9, 30)], label="road"))
+    desk.act(0, None, lambda session: session.clear())
+    desk.act(0, None, lambda session: session.select(50, 30))
+    desk.act(0, None, lambda session: session.accept("void"))
+    found = desk.open(0).session.result.instances
+    assert sorted(found.labels.tolist()) == [0, 1]
+    car = found.masks[found.labels.tolist().index(1)]
+    wider = begun.masks[0] | torch.from_numpy(stroke([(50, 5), (54, 5)], 3, (41, 57)))
+    assert torch.equal(car, wider)
+    desk.act(0, None, lambda session: session.undo())
+    assert sorted(desk.open(0).session.result.instances.labels.tolist()) == [0, 1, 2]
+    desk.act(0, None, lambda session: session.redo())
+    labels = desk.open(0).labels()
+    assert np.array_equal(np.where(labels < 0, 255, labels), labels_on_disk(desk.output, "a"))
+
+    def as_sets(value):
+        masks = {}
+        for entry in value["annotations"]:
+            shape = entry["segmentation"]
+            shapes = coco.frPyObjects(shape, 41, 57) if isinstance(shape, list) else [shape]
+            mask = coco.decode(shapes).reshape(41, 57, -1).any(-1)
+            masks[entry["category_id"] - 1] = mask
+        return masks
+
+    kept = as_sets(json.loads((desk.output / "instances" / "a.json").read_text()))
+    _, content = desk.export(0, "coco")
+    for masks in (kept, as_sets(json.loads(content))):
+        assert set(masks) == {0, 1} and np.array_equal(masks[1], car.numpy())
+    _, content = desk.export(0, "labelme")
+    assert {shape["label"] for shape in json.loads(content)["shapes"]} == {"car", "road"}
+    for _ in range(2):
+        assert desk.export_all("coco") == [f"1 images in {desk.output / 'coco.json'}"]
+    desk.close()
+    again = make_desk(spec=pipeline("objects"), edit="instances")
+    result = again.open(0).session.result.instances
+    order = result.labels.argsort()
+    assert torch.equal(result.masks[order], found.masks[found.labels.argsort()])
+    again.close()
+    with pytest.raises(PysegError, match=r"holds instances, and edit is 'labels'; give edit="):
+        make_desk(spec=pipeline("objects"))
+
+
+def test_an_output_of_label_maps_takes_no_instances(make_desk):
+    desk = make_desk()
+    desk.act(0, None, brush([(5, 5)]))
+    desk.close()
+    with pytest.raises(PysegError, match="holds labels, and edit is 'instances'"):
+        make_desk(edit="instances")
+
+
 def test_nothing_to_export_is_said(make_desk):
     with pytest.raises(PysegError, match="no map was changed"):
         make_desk().export_all("coco")
@@ -320,6 +380,10 @@ def test_inputs_that_are_not_there(tmp_path, photos):
         make(photos, labels=tmp_path / "absent")
     with pytest.raises(ValueError, match="clicks must be one of"):
         make(photos, clicks="x")
+    with pytest.raises(ValueError, match="edit must be one of labels, instances, got 'x'"):
+        make(photos, edit="x")
+    with pytest.raises(ValueError, match="instances cannot begin with them"):
+        make(photos, edit="instances", labels=photos)
     Image.fromarray(picture()).save(photos / "a.jpg")
     with pytest.raises(ValueError, match="same stem"):
         make(photos)

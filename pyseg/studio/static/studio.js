@@ -91,13 +91,14 @@ async function refresh() {
 }
 
 function take(found) {
-  state = { ...found, map: decode(found.map), mask: decode(found.mask) };
+  state = { ...found, map: decode(found.map), mask: decode(found.mask), ids: decode(found.ids) };
   for (const key of [...layers.keys()]) if (!key.startsWith("stage") && !key.startsWith("doubt")) layers.delete(key);
   const item = studio.items[index];
   item.done = state.done;
   item.saved = state.saved;
   showQueue();
   showStages();
+  showObjects();
   showButtons();
 }
 
@@ -237,16 +238,28 @@ function showStages() { // and what the map as edited scores
   $("stages").tBodies[0].replaceChildren(...rows, row("the map", "", "", miou(state.scores)));
 }
 
+function showObjects() { // of instances: what each is, to be selected by name
+  $("objects-panel").hidden = studio.edit !== "instances";
+  $("objects").replaceChildren(...(state.objects || []).map((one, k) => {
+    const name = studio.classes[one.label];
+    const button = make("button", { type: "button", disabled: one.at === null, textContent: `${k + 1} ${name}, ${one.area} pixels${one.score < 1 ? `, score ${one.score.toFixed(2)}` : ""}` });
+    button.onclick = () => select(one.at[0] + 0.5, one.at[1] + 0.5);
+    return make("li", {}, button);
+  }));
+}
+
 function showButtons() {
   const there = state !== null && view !== null;
   $("accept").disabled = !there || !state.mask;
   $("clear").disabled = !there || !state.mask;
   $("undo").disabled = !there || !state.undo;
   $("redo").disabled = !there || !state.redo;
+  $("remove").disabled = !there || !state.asked || !state.asked.selected;
   $("done").disabled = !there;
   $("done").setAttribute("aria-pressed", String(there && state.done));
   $("done").textContent = there && state.done ? "Done (take back)" : "Done, next";
   for (const button of document.querySelectorAll("[data-export], #begin")) button.disabled = !there;
+  for (const row of document.querySelectorAll("#start-row, #load-label")) row.hidden = studio !== null && studio.edit === "instances"; // they put label maps
   for (const button of document.querySelectorAll("[data-tool]")) button.setAttribute("aria-pressed", String(button.dataset.tool === tool));
   $("size-label").hidden = tool !== "brush" && tool !== "eraser";
   $("sign").hidden = tool !== "click";
@@ -274,6 +287,14 @@ function painted(colour) { // colour(k) -> [r, g, b] or null, of pixel k
 }
 
 const ofMap = (map) => painted((k) => (map[k] < 0 || hidden.has(map[k]) ? null : studio.palette[map[k]]));
+const ofBorders = (ids) => { // white, where an object ends and another, or none, begins
+  const [height, width] = view.size;
+  return painted((k) => {
+    const differs = (to) => ids[to] !== undefined && ids[to] !== ids[k];
+    return ids[k] >= 0 && (differs(k - width) || differs(k + width) || (k % width > 0 && differs(k - 1)) || (k % width < width - 1 && differs(k + 1))
+      || k < width || k >= width * (height - 1) || k % width === 0 || k % width === width - 1) ? [255, 255, 255] : null;
+  });
+};
 const ofErrors = (map) => painted((k) => {
   const truth = view.truth[k];
   return truth < 0 ? IGNORED : map[k] === truth ? RIGHT : map[k] < 0 ? MISSED : WRONG;
@@ -296,6 +317,7 @@ function layer(source) {
   else if (kind === "stage") found = ofMap(view.stages[number].map);
   else if (kind === "truth") found = ofMap(view.truth);
   else if (kind === "error") found = ofErrors(number === undefined ? state.map : view.stages[number].map);
+  else if (kind === "borders") found = ofBorders(state.ids);
   else if (kind === "mask") found = ofMask(state.mask, ASKED);
   else if (doubts.has(number)) found = painted((k) => heats[doubts.get(number)[k]]);
   else { fetchDoubt(number); return null; }
@@ -377,6 +399,7 @@ function drawImage(pane, source) {
   context.globalAlpha = $("opacity").value / 100;
   context.drawImage(found, ...at);
   context.globalAlpha = 1;
+  if (source === "map" && state.ids) context.drawImage(layer("borders"), ...at);
 }
 
 function drawPrompt(pane) {
@@ -470,7 +493,14 @@ function use(point, off) { // tools that need one place
   const [x, y] = point, named = studio.classes[label];
   if (tool === "click") step({ do: "click", x, y, positive: !off, label: named });
   else if (tool === "fill") step({ do: "fill", x, y, label: named }, `Filled with ${named}.`);
-  else if (tool === "select") step({ do: "select", x, y }, "Selected: clicks correct it, Enter replaces it.");
+  else if (tool === "select") select(x, y);
+}
+function select(x, y) {
+  const objects = studio.edit === "instances";
+  return step({ do: "select", x, y }, `Selected: clicks correct it, ${objects ? "the brush adds, the eraser takes, " : ""}Enter replaces it, Delete removes it.`).then(() => {
+    // An object keeps its class where none is chosen for it.
+    if (objects && state && state.asked) choose(studio.classes.indexOf(state.asked.label));
+  });
 }
 
 function startDrag(point) { drag = { tool, points: [point], radius: radius() }; draw(); }
@@ -616,6 +646,7 @@ const KEYS = {
   n: () => move(1), p: () => move(-1), d: () => $("done").click(),
   o: () => slide("opacity", -10), O: () => slide("opacity", 10), "[": () => slide("size", -2), "]": () => slide("size", 2),
   "+": () => zoomMiddle(1.25), "=": () => zoomMiddle(1.25), "-": () => zoomMiddle(0.8), 0: () => { fit(); draw(); },
+  Delete: () => $("remove").click(), Backspace: () => $("remove").click(),
   ",": () => choose(label - 1), ".": () => choose(label + 1),
   Escape: () => { if (drag && !drag.sent) { drag = null; draw(); } else $("clear").click(); },
 };
@@ -699,6 +730,7 @@ for (const button of document.querySelectorAll("[data-all]")) button.onclick = t
 for (const choice of document.querySelectorAll("[name=mode]")) choice.onchange = () => setMode(choice.value);
 for (const name of ["clear", "undo", "redo"]) $(name).onclick = () => step({ do: name }, { clear: "Cleared.", undo: "Undone.", redo: "Done again." }[name]);
 $("accept").onclick = () => step({ do: "accept", label: studio.classes[label] }, `Accepted as ${studio.classes[label]}.`);
+$("remove").onclick = () => step({ do: "accept", label: "void" }, "Removed.");
 $("sign").onclick = () => $("sign").setAttribute("aria-pressed", String($("sign").getAttribute("aria-pressed") !== "true"));
 $("zoom-in").onclick = () => zoomMiddle(1.25);
 $("zoom-out").onclick = () => zoomMiddle(0.8);
