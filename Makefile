@@ -14,7 +14,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist
 
-.PHONY: demo test test-slow sanitize fuzz weights bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
+.PHONY: demo test test-slow sanitize fuzz weights bench docs docs-images lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
@@ -22,7 +22,7 @@ demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 test: $(TESTED) $(PLUGINS)/.installed  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
 	$(PYTEST) worksteal
-	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests)
+	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests) tests/test_docs.py::test_page_of_a_plugin
 
 test-slow: $(TESTED)  ## the slow ones only: sanitizers, every compiler; PART=1/3 a third of them
 	$(PYTEST) load --maxschedchunk 1 -m slow $(if $(PART),--part $(PART))
@@ -95,6 +95,13 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 	$(BIN)/mypy
+
+docs: $(TESTED)  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q -f docs/site/mkdocs.yml
+	@echo "build/site/index.html"
+
+docs-images: $(TESTED) $(PLUGINS)/.installed  ## the pictures of the pages, made by their own code
+	PYTHONPATH=$(PLUGINS) $(BIN)/python docs/site/images.py $(PAGES)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
