@@ -63,8 +63,8 @@ ON_VAL = {
     "mean_shift": (0.593, 0.633),
     "normalized_cut": (0.622, 0.651),
 }
-# ODS F and covering on the 200 images of test, Arbelaez et al. (PAMI 2011), tables 1 and 2. A figure
-# in brackets is from memory: no copy of the tables was at hand to check it.
+# ODS F and covering on the 200 images of test, Arbelaez et al. (PAMI 2011), tables 1 and 2. A
+# figure in brackets is from memory: no copy of the tables was at hand to check it.
 ON_TEST = {
     "felzenszwalb": ("0.61", "(0.52)"),
     "mean_shift": ("(0.64)", "0.54"),

@@ -115,7 +115,7 @@ def region_scores(regions: Map, humans: Sequence[Map]) -> RegionScores:
 def _from_zero(regions: Map) -> NDArray[np.int64]:
     """Numbers [H W] from 0 on, few enough for a table of them."""
     flat = regions.ravel().astype(np.int64)
-    if 0 <= flat.min() and flat.max() < 1000:
+    if flat.min() >= 0 and flat.max() < 1000:
         return flat
     return np.unique(flat, return_inverse=True)[1].ravel()
 
