@@ -39,7 +39,7 @@ LEVELS: dict[str, tuple[str, tuple[Any, ...], dict[str, tuple[Any, ...]]]] = {
     "mean_shift": (
         "min_size",
         (100, 400, 1000, 2200, 4000, 8000),
-        {"spatial": (7,), "colour": (5.0, 7.0, 10.0)},
+        {"spatial": (7,), "colour": (10.0, 15.0, 20.0), "share": (0.3, 0.6)},
     ),
     "quickshift": (
         "min_size",

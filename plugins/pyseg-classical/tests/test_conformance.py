@@ -13,7 +13,15 @@ NAMES = sorted(
     for point in importlib.metadata.entry_points(group="pyseg.models")
     if point.value.startswith("pyseg_classical.")
 )
-QUICK = {"deformable_template": {"starts": 1, "modes": 1}}
+# By default these make as many superpixels as the suite's images have pixels, which takes minutes.
+QUICK = {
+    "deformable_template": {"starts": 1, "modes": 1},
+    "gaussian_mixture": {"k": 2},
+    "mrf": {"k": 2},
+    **dict.fromkeys(
+        ("optics", "mean_shift_features", "normalized_cut", "average_cut"), {"superpixels": 150}
+    ),
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
