@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .errors import ImageError, LayoutError, PluginFailure, PysegError
+from .errors import ImageError, LayoutError, PluginError, PluginFailure, PysegError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,19 @@ PACKAGE = Path(__file__).parent
 
 
 class _Commands(TyperGroup):
-    """Prints the errors that are the user's to mend as one line; others keep their traceback."""
+    """Its own commands and those of plugins.
+
+    Prints the errors that are the user's to mend as one line; others keep their traceback.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        from .registry import commands
+
+        own = super().list_commands(ctx)
+        return own + [name for name in commands.list() if name not in own]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return super().get_command(ctx, cmd_name) or _command_of_plugin(cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -61,6 +73,37 @@ class _Commands(TyperGroup):
         names = [parameter.name or "" for parameter in command.params] if command else []
         _say(f"error: {_as_options(message, names)}", "red", err=True)
         raise typer.Exit(MISUSED)
+
+
+def _command_of_plugin(name: str) -> Any:
+    """The command of an entry point of ``pyseg.commands``; None where there is none.
+
+    A broken plugin breaks its own command alone: the others, and ``--help``, must go on.
+    """
+    from .registry import commands
+
+    if name not in commands.list():
+        return None
+    try:
+        made = commands.get(name)
+        if not isinstance(made, typer.Typer):
+            raise PluginError(
+                f"command {name!r} ({commands.info(name).target}) must be a typer.Typer, got "
+                f"{type(made).__name__}"
+            )
+    except PluginError as error:
+        failure = error
+        made = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+        @made.command(
+            help="(cannot be loaded)",
+            context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+            add_help_option=False,
+        )
+        def broken() -> None:
+            raise failure
+
+    return typer.main.get_command(made)
 
 
 def _raised_by_pyseg(error: Exception) -> bool:
@@ -950,7 +993,7 @@ def train(
     momentum: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Of the learning rate: cosine, poly or one-cycle.")
+        str | None, typer.Option(help="Of the learning rate: cosine, poly, linear or one-cycle.")
     ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps spent warming up.")

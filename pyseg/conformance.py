@@ -58,13 +58,20 @@ def _entries(text: str) -> Iterator[tuple[str, str, str]]:
     """(kind, spec, distribution) of what a text names."""
     from .doctor import registries
     from .errors import SpecError
+    from .registry import commands
 
     every: list[tuple[Registry[Any], Any]] = [
-        (registry, info) for registry in registries().values() for info in registry.entries()
+        (registry, info)
+        for registry in (*registries().values(), commands)
+        for info in registry.entries()
     ]
     for registry, info in every:
         if info.distribution.replace("_", "-").lower() == text.replace("_", "-").lower():
             yield registry.kind, info.name, info.distribution
+            continue
+        if registry is commands:  # whose names are those of a shell
+            if info.name == text:
+                yield registry.kind, text, info.distribution
             continue
         try:
             name = registry.parse(text).name
@@ -85,11 +92,13 @@ class ConformanceItem(pytest.Item):
         from .doctor import DISTRIBUTION, registries
         from .errors import DeprecatedApi
         from .registry import only_from
-        from .testing import SUITES
+        from .testing import SUITES, check_command
 
-        registry = next(r for r in registries().values() if r.kind == self.kind)
         with only_from(DISTRIBUTION, self.owner), warnings.catch_warnings():
             warnings.simplefilter("error", DeprecatedApi)
+            if self.kind == "command":
+                return check_command(self.spec)
+            registry = next(r for r in registries().values() if r.kind == self.kind)
             stage = registry.parse(self.spec)
             SUITES[self.kind](stage.name, **stage.options)
 

@@ -35,6 +35,8 @@ GROUPS = {
     "op": "pyseg.ops",
 }
 """Kind of plugin -> the entry-point group in which it is declared."""
+COMMANDS = "pyseg.commands"
+"""The group of commands, ``pyseg NAME``. Their kind is "command"; no spec names them."""
 
 NEEDS = ("gpu", "network")
 _FILE = "licenses/pyproject.toml"  # in dist-info
@@ -48,7 +50,7 @@ class Statement:
     distribution: str
     version: str
     api: str  # the oldest API_VERSION that it works with
-    kind: tuple[str, ...]  # keys of `GROUPS`
+    kind: tuple[str, ...]  # keys of `GROUPS`, or "command"
     tasks: tuple[str, ...]  # such as "semantic", in its own words
     licence: str | None  # of the code, which is that of the distribution
     weights_licence: str | None  # None where it brings and fetches none
@@ -82,9 +84,9 @@ def statement(distribution: importlib.metadata.Distribution) -> Statement | None
     unknown = sorted(set(table) - set(_KEYS))
     if unknown:
         raise PluginError(f"{where} has no key {unknown[0]!r}; its keys: {', '.join(_KEYS)}")
-    kind = _words(where, table, "kind", tuple(GROUPS))
+    kind = _words(where, table, "kind", (*GROUPS, "command"))
     if not kind:
-        raise PluginError(f"{where} lacks kind, one or a list of {', '.join(GROUPS)}")
+        raise PluginError(f"{where} lacks kind, one or a list of {', '.join((*GROUPS, 'command'))}")
     weights = table.get("weights-licence")
     if weights is not None and not isinstance(weights, str):
         raise PluginError(f"{where}: weights-licence must be a text, got {weights!r}")

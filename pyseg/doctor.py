@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from .contract import API_VERSION, GROUPS, statement, tomllib
+from .contract import API_VERSION, COMMANDS, GROUPS, statement, tomllib
 from .errors import PluginError, require
-from .registry import Registry, ops, promptables
+from .registry import Registry, commands, ops, promptables
 
 DISTRIBUTION = "pyseg-toolkit"
 PACKAGES = (
@@ -35,6 +35,7 @@ PACKAGES = (
     "sam2",
     "accelerate",
 )
+_GROUPS = {**GROUPS, "command": COMMANDS}
 _IMPORTERS = {"import_module", "importlib.import_module", "require", "errors.require"}
 _NEIGHBOURS = "pyseg.promptable"  # of those that import it: the segmenters behind sam and sam2
 _NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")  # what a spec can call a stage
@@ -64,7 +65,8 @@ def diagnose() -> dict[str, Any]:
         problems.append(str(error))
     if torch.cuda.is_available() and native.get("cuda_problem"):
         problems.append(f"there is a CUDA device, but no CUDA kernels: {native['cuda_problem']}")
-    entry_points = [entry for registry in registries().values() for entry in _entries(registry)]
+    every = [*registries().values(), commands]
+    entry_points = [entry for registry in every for entry in _entries(registry)]
     # once each: what is wrong with a package is wrong with all that need it
     problems += dict.fromkeys(entry["problem"] for entry in entry_points if entry["problem"])
     stated = plugins()
@@ -113,7 +115,7 @@ def plugins() -> list[dict[str, Any]]:
     """
     found: dict[str, Any] = {}
     names: dict[str, dict[str, list[str]]] = {}
-    for kind, group in GROUPS.items():
+    for kind, group in _GROUPS.items():
         for point in importlib.metadata.entry_points(group=group):
             if point.dist is not None and point.dist.name != DISTRIBUTION:
                 found[point.dist.name] = point.dist
@@ -133,12 +135,12 @@ def _plugin(distribution: Any, names: dict[str, list[str]]) -> dict[str, Any]:
     if said is None:
         return entry
     problems = [
-        f"{said.distribution} says that it is a {kind}, but has no entry point in {GROUPS[kind]}"
+        f"{said.distribution} says that it is a {kind}, but has no entry point in {_GROUPS[kind]}"
         for kind in said.kind
         if kind not in names
     ]
     problems += [
-        f"{said.distribution} has entry points in {GROUPS[kind]}, and its [tool.pyseg] does not "
+        f"{said.distribution} has entry points in {_GROUPS[kind]}, and its [tool.pyseg] does not "
         f"name the kind {kind}"
         for kind in names
         if kind not in said.kind
@@ -165,7 +167,7 @@ def _entries(registry: Registry) -> Iterator[dict[str, Any]]:
             info = registry.info(name)
             entry.update(target=info.target, distribution=info.distribution, version=info.version)
             factory = registry.get(name)
-            if not _NAME.fullmatch(name) or any(map(keyword.iskeyword, name.split("."))):
+            if registry is not commands and not _nameable(name):
                 raise PluginError(
                     f"{registry.kind} {name!r} of distribution {info.distribution!r} cannot be "
                     "named in a spec: names are letters, digits and underscores"
@@ -176,9 +178,13 @@ def _entries(registry: Registry) -> Iterator[dict[str, Any]]:
         yield entry
 
 
+def _nameable(name: str) -> bool:
+    return bool(_NAME.fullmatch(name)) and not any(map(keyword.iskeyword, name.split(".")))
+
+
 def unknown_groups() -> list[str]:
     """Entry-point groups that look like pyseg's and are read by nobody, such as pyseg.model."""
-    known = {registry.group for registry in registries().values()}
+    known = {*_GROUPS.values()}
     problems = []
     for group in sorted(importlib.metadata.entry_points().groups):
         if group in known or not re.match(r"pyseg\b", group):

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from .contract import GROUPS, check_api
+from .contract import COMMANDS, GROUPS, check_api
 from .errors import PluginError, PluginFailure, PysegError, SpecError, UnknownName
 from .spec import StageSpec, parse, shown
 
@@ -384,6 +384,7 @@ class Registry(Generic[T]):
 
 # Of what has no family package that can be listed without torch.
 promptables: Registry[Any] = Registry("promptable", GROUPS["promptable"])
+commands: Registry[Any] = Registry("command", COMMANDS)  # of plugins; typer apps, see `cli`
 ops: Registry[Any] = Registry("op", GROUPS["op"])  # its factories are the ops: never called here
 
 
@@ -639,6 +640,7 @@ __all__ = [
     "Registry",
     "accepted_options",
     "check_options",
+    "commands",
     "made_from",
     "naming_failures",
     "only_from",

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import pyseg
-from pyseg import _native, cli, datasets, metrics, models, refiners, training
+from pyseg import _native, cli, datasets, metrics, models, refiners, testing, training
 from pyseg.datasets.synthetic import StreetScenes
 from pyseg.doctor import diagnose, stale_installs
 from pyseg.image import read_image, read_labels, write_image, write_labels, write_panoptic
@@ -202,6 +202,52 @@ def test_broken_plugins_break_nobody_else(tmp_path, monkeypatch):
     assert run("predict", photo, "--spec", "threshold", "-o", tmp_path / "out").exit_code == 0
     refused = run("predict", photo, "--spec", "broken_net", "-o", tmp_path / "out")
     assert "no_such_module" in error_line(refused)
+
+
+PLUGIN_COMMAND = """
+import typer
+from pyseg.errors import PysegError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+@app.callback()
+def every():
+    "Counts what there is."
+
+@app.command()
+def sheep(number: int = 3):
+    "Counts sheep."
+    if number < 0:
+        raise PysegError(f"number must be 0 or more, got {number}")
+    typer.echo(f"{number} sheep")
+"""
+
+
+def test_plugins_add_commands_and_break_no_others(tmp_path, monkeypatch):
+    """`pytest --pyseg-conformance` runs `check_command` for them, see docs/plugins.md."""
+    (tmp_path / "counting.py").write_text(PLUGIN_COMMAND)
+    (tmp_path / "counting_wrong.py").write_text("app = print\n")
+    entries = "[pyseg.commands]\ncount-all = counting:app\nlist = counting:app\n"
+    distribution(tmp_path, "counting", entries)
+    distribution(tmp_path, "absent", "[pyseg.commands]\ngone = no_such_module:app\n")
+    distribution(tmp_path, "wrong", "[pyseg.commands]\nwrong = counting_wrong:app\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shown = run("--help").stdout
+    assert "Counts what there is." in shown and shown.count("(cannot be loaded)") == 2
+    assert run("count-all", "sheep", "--number", 4).stdout == "4 sheep\n"
+    assert "number must be 0 or more" in error_line(run("count-all", "sheep", "--number", -1))
+    assert "no_such_module" in error_line(run("gone", "--any", "thing"))
+    assert "must be a typer.Typer, got builtin" in error_line(run("wrong"))
+    assert run("no-such-command").exit_code == 2
+    assert "streetnet" in run("list").stdout  # pyseg's own go first
+    report = {e["name"]: e for e in diagnose()["entry_points"] if e["kind"] == "command"}
+    assert report["count-all"]["problem"] is None
+    assert "no_such_module" in report["gone"]["problem"]
+    testing.check_command("count-all")
+    with pytest.raises(AssertionError, match="pyseg has a command 'list' itself"):
+        testing.check_command("list")
+    with pytest.raises(AssertionError, match="no_such_module"):
+        testing.check_command("gone")
 
 
 def test_doctor_reports_libraries_and_ops():

@@ -76,15 +76,15 @@ inline int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// Defines functions_in_force<T>(), where levels have functions<T>(): those of the level in force; of
-// double, which checks gradients, there are generic ones only.
-#define PYSEG_FUNCTIONS_IN_FORCE                \
-  template <class T>                            \
-  auto functions_in_force() {                   \
-    if constexpr (std::is_same_v<T, double>)    \
-      return generic::functions<double>();      \
-    else                                        \
-      return PYSEG_AT_LEVEL(functions<T>)();    \
+// Defines functions_in_force<T>(), where levels have functions<T>(): those of the level in force;
+// of double, which checks gradients, there are generic ones only.
+#define PYSEG_FUNCTIONS_IN_FORCE             \
+  template <class T>                         \
+  auto functions_in_force() {                \
+    if constexpr (std::is_same_v<T, double>) \
+      return generic::functions<double>();   \
+    else                                     \
+      return PYSEG_AT_LEVEL(functions<T>)(); \
   }
 
 // Below this, in additions of numbers, waking threads takes longer than the work: much longer where

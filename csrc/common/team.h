@@ -11,10 +11,10 @@
 namespace pyseg {
 
 // At the end of each of its regions OpenMP waits for every thread, those that have not begun, too.
-// Beside a process that keeps a core busy that is a slice of the scheduler, some milliseconds, for a
-// loop of tenths of one: hundreds of loops in a row then take up to four times as long. In a team one
-// region surrounds all the loops: the others wait in it for loops, the leader takes items itself and
-// waits at a loop's end only for those who are at an item.
+// Beside a process that keeps a core busy that is a slice of the scheduler, some milliseconds, for
+// a loop of tenths of one: hundreds of loops in a row then take up to four times as long. In a team
+// one region surrounds all the loops: the others wait in it for loops, the leader takes items
+// itself and waits at a loop's end only for those who are at an item.
 class Team {
  public:
   // Calls body() on this thread; until it returns, for_each shares out its items within the team.
@@ -104,8 +104,8 @@ class Team {
     }
   }
 
-  // Looks for some tens of microseconds, as loops follow each other at once, then sleeps. Twenty and
-  // two hundred times as long gained nothing alone and lost beside a busy process.
+  // Looks for some tens of microseconds, as loops follow each other at once, then sleeps. Twenty
+  // and two hundred times as long gained nothing alone and lost beside a busy process.
   template <class Condition>
   static int32_t wait_while(const std::atomic<int32_t>& value, Condition holds) {
     int32_t seen = value.load();

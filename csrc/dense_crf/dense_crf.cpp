@@ -365,8 +365,8 @@ void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor&
             compatibility.mutable_data_ptr<Real>());
 }
 
-// Whether an image is so large that its loops start threads at all: some eight additions for each of
-// its values.
+// Whether an image is so large that its loops start threads at all: some eight additions for each
+// of its values.
 bool worth_a_team(const Tensor& values) {
   return 8 * values.numel() / std::max<int64_t>(values.size(0), 1) >= kWorthThreads;
 }

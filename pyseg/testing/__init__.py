@@ -11,6 +11,7 @@ Example:
 """
 
 from ..errors import PysegError
+from .commands import check_command
 from .families import check_dataset, check_metric, check_model, check_refiner
 from .ops import check_op
 from .promptables import check_promptable
@@ -28,6 +29,7 @@ SUITES = {
 __all__ = [
     "SUITES",
     "PysegError",
+    "check_command",
     "check_dataset",
     "check_metric",
     "check_model",
