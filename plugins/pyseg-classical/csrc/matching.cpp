@@ -137,8 +137,16 @@ class Matching {
 
 }  // namespace
 
+// Paths are looked for from the map with fewer pixels, of which fewer stay alone.
 void match(const bool* ours, const bool* theirs, int64_t height, int64_t width, double radius,
            bool* one, bool* other) {
+  const auto fewer = [&](const bool* a, const bool* b) {
+    return std::count(a, a + height * width, true) < std::count(b, b + height * width, true);
+  };
+  if (fewer(theirs, ours)) {
+    std::swap(ours, theirs);
+    std::swap(one, other);
+  }
   Matching matching(ours, theirs, height, width, radius);
   matching.run();
   matching.write(one, other);

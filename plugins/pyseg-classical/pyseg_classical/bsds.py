@@ -92,13 +92,14 @@ def region_scores(regions: Map, humans: Sequence[Map]) -> RegionScores:
         regions: [H, W] numbers.
         humans: maps of the same size.
     """
-    _, ours = np.unique(regions.ravel(), return_inverse=True)
+    ours = _from_zero(regions)
     best, area, rand, variation = [], [], [], []
     for human in humans:
-        _, theirs = np.unique(human.ravel(), return_inverse=True)
+        theirs = _from_zero(human)
         table = np.bincount(
             theirs * (ours.max() + 1) + ours, minlength=(theirs.max() + 1) * (ours.max() + 1)
         ).reshape(-1, ours.max() + 1)
+        table = table[table.any(1)][:, table.any(0)]
         rows, columns, total = table.sum(1), table.sum(0), table.sum()
         best.append((table / (rows[:, None] + columns[None] - table)).max(1))
         area.append(rows)
@@ -109,6 +110,14 @@ def region_scores(regions: Map, humans: Sequence[Map]) -> RegionScores:
     return RegionScores(
         np.concatenate(best), np.concatenate(area), float(np.mean(rand)), float(np.mean(variation))
     )
+
+
+def _from_zero(regions: Map) -> NDArray[np.int64]:
+    """Numbers [H W] from 0 on, few enough for a table of them."""
+    flat = regions.ravel().astype(np.int64)
+    if flat.min() >= 0 and flat.max() < 1000:
+        return flat
+    return np.unique(flat, return_inverse=True)[1].ravel()
 
 
 def _entropy(counts: NDArray[np.int64]) -> float:

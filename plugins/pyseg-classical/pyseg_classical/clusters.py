@@ -666,23 +666,32 @@ class MeanShift(RegionModel):
     """Mean shift in position and colour (Comaniciu and Meer, 2002).
 
     Every pixel moves, in the space of positions and CIELUV colours, to the mean of what is within
-    both bandwidths until it rests; neighbours whose resting colours differ by less than the
-    bandwidth of the colour are of one region.
+    both bandwidths until it rests; neighbours whose resting colours differ by less than a share of
+    the bandwidth of the colour are of one region.
 
     Args:
         spatial: bandwidth of the position, in pixels.
         colour: bandwidth of CIELUV, whose L, u and v are each stretched to 0..255.
         min_size: regions of fewer pixels join the neighbour nearest in colour.
         levels: of a pyramid in which coarse results spare the fine ones steps; 0 = exact.
+        share: see above. As the difference only counts between neighbours, a large one lets regions
+            leak along slow changes.
     """
 
     def __init__(
-        self, *, spatial: int = 8, colour: float = 8.0, min_size: int = 50, levels: int = 0
+        self,
+        *,
+        spatial: int = 8,
+        colour: float = 8.0,
+        min_size: int = 50,
+        levels: int = 0,
+        share: float = 1.0,
     ) -> None:
         self.spatial = int(at_least("spatial", spatial, 1))
         self.colour = at_least("colour", colour, 0.1)
         self.min_size = int(at_least("min_size", min_size, 0))
         self.levels = int(within("levels", levels, 0, 8))
+        self.share = within("share", share, 0.01, 1)
 
     def regions(self, image: Image) -> Map:
         return merge_small(*self.modes(image), self.min_size)
@@ -693,9 +702,9 @@ class MeanShift(RegionModel):
         levels = min(self.levels, int(np.log2(min(image.shape[:2]))))
         rest = cv2.pyrMeanShiftFiltering(luv, self.spatial, self.colour, maxLevel=levels)
         numbers = np.arange(rest[:, :, 0].size).reshape(rest.shape[:2])
-        pairs, colours = [], rest.astype(np.int64)
+        pairs, colours, limit = [], rest.astype(np.int64), (self.share * self.colour) ** 2
         for axis in (0, 1):
-            ahead = np.square(np.diff(colours, axis=axis)).sum(2) < self.colour**2
+            ahead = np.square(np.diff(colours, axis=axis)).sum(2) < limit
             moved = np.moveaxis(numbers, axis, 0)
             near = np.moveaxis(ahead, axis, 0)
             pairs.append(np.stack([moved[:-1][near], moved[1:][near]], 1))

@@ -13,7 +13,17 @@ NAMES = sorted(
     for point in importlib.metadata.entry_points(group="pyseg.models")
     if point.value.startswith("pyseg_classical.")
 )
-QUICK = {"deformable_template": {"starts": 1, "modes": 1}}
+# By default some make as many superpixels as the suite's images have pixels, which takes minutes.
+FEW = {"superpixels": 150}
+QUICK = {
+    "average_cut": FEW,
+    "deformable_template": {"starts": 1, "modes": 1},
+    "gaussian_mixture": {"k": 2},
+    "mean_shift_features": FEW,
+    "mrf": {"k": 2},
+    "normalized_cut": FEW,
+    "optics": FEW,
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
