@@ -106,7 +106,7 @@ def test_auxiliary_logits_are_at_their_own_size(scenes):
 def test_a_step_of_attention_is_half_of_four_losses_and_the_divergence(scenes, transformer):
     model = transformer()  # evaluation mode: nothing random
     trunk = model.network.trunk
-    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (2,)))
+    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (0, 1)))
     batch = batch_of(scenes, step=0)  # at step 0 the teacher is the student
     losses = steps(Called(model), batch)
     source, target = batch["source"] / 255, batch["target"] / 255
