@@ -213,13 +213,8 @@ def test_views_show_what_they_were_drawn_for(scenes):
     rare = mixing.RareClasses(counts, 0.01, 0.001)
     assert rare.probabilities.argmax() == 3  # the pole
     options = {"crop_size": (32, 32), "scale": (1, 1), "flip": 0.5, "category_limit": 1.0}
-    made = [
-        Views(
-            day, None, draws, key=(0, 0, 0), rare_crop=0.01, alignment=None, beta=0.01,
-            length=30, **options,
-        )
-        for draws in (rare, None)
-    ]  # fmt: skip
+    options |= {"rare_crop": 0.01, "alignment": None, "beta": 0.01, "length": 30}
+    made = [Views(day, None, draws, key=(0, 0, 0), **options) for draws in (rare, None)]
     with_pole = [sum(bool((v[k]["labels"] == 3).any()) for k in range(30)) for v in made]
     assert with_pole[0] >= 15 > with_pole[1] + 5  # a window in eight shows it, of ten tries
 
