@@ -106,7 +106,7 @@ def test_auxiliary_logits_are_at_their_own_size(scenes):
 def test_a_step_of_attention_is_half_of_four_losses_and_the_divergence(scenes, transformer):
     model = transformer()  # evaluation mode: nothing random
     trunk = model.network.trunk
-    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (2,)))
+    steps = steps_of(model, trunk=trunk, reference=Reference(transformer(1).network.trunk, (0, 1)))
     batch = batch_of(scenes, step=0)  # at step 0 the teacher is the student
     losses = steps(Called(model), batch)
     source, target = batch["source"] / 255, batch["target"] / 255
@@ -213,13 +213,8 @@ def test_views_show_what_they_were_drawn_for(scenes):
     rare = mixing.RareClasses(counts, 0.01, 0.001)
     assert rare.probabilities.argmax() == 3  # the pole
     options = {"crop_size": (32, 32), "scale": (1, 1), "flip": 0.5, "category_limit": 1.0}
-    made = [
-        Views(
-            day, None, draws, key=(0, 0, 0), rare_crop=0.01, alignment=None, beta=0.01,
-            length=30, **options,
-        )
-        for draws in (rare, None)
-    ]  # fmt: skip
+    options |= {"rare_crop": 0.01, "alignment": None, "beta": 0.01, "length": 30}
+    made = [Views(day, None, draws, key=(0, 0, 0), **options) for draws in (rare, None)]
     with_pole = [sum(bool((v[k]["labels"] == 3).any()) for k in range(30)) for v in made]
     assert with_pole[0] >= 15 > with_pole[1] + 5  # a window in eight shows it, of ten tries
 
