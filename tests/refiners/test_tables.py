@@ -100,13 +100,18 @@ def test_rows_of_unseen_drives_are_of_the_stored_networks(scripts):
         assert {(drive, seed) for seed in row["seeds"]} <= trained
 
 
-def test_readme_quotes_the_stored_runs(stored):
+def test_readme_quotes_the_stored_runs(scripts, stored):
     text = " ".join((ROOT / "README.md").read_text().split())
     runs = read_json(ROOT / "pyseg" / "assets" / "streetnet_camvid.json")
     own, bundled = runs["hold-outs kept out"], runs["bundled"]
     rows = [row for row in stored["rows"] if row["model"] == "streetnet"]
     found = {(row["fold"], row["refiner"]): row["delta_miou"] for row in rows}
     usual = [-found[fold, "crf_pydensecrf"][0] for fold in ("day", "validation", "dusk")]
+    unseen = {}
+    for row in read_json(scripts["sam"].OUTPUT)["rows"]:
+        unseen.setdefault(row["refiner"], []).append(row["delta_miou"][0])
+    assert not any(unseen["sam(nano)"])
+    gains = [unseen[name] for name in ("crf", "segfix", scripts["sam"].LONGER)]
     number = r"([-+]?[0-9.]*[0-9])"
     quoted = {
         f"mIoU {number} on a block at dusk, {number} on one by day, {number} on both, "
@@ -120,6 +125,10 @@ def test_readme_quotes_the_stored_runs(stored):
         ],
         rf"at dusk \({number} \[{number}, {number}\]\)": found["dusk", "crf"],
         f"pydensecrf's parameters lose {number} to {number} ": [min(usual), max(usual)],
+        f"`crf` gains {number} to {number} points, `segfix` {number} to {number}, "
+        rf'`sam\(size="nano"\)` nothing; a second minute of training gains {number} to {number} ': [
+            edge for each in gains for edge in (min(each), max(each))
+        ],
     }
     for pattern, numbers in quoted.items():
         said = re.search(pattern, text)
