@@ -73,9 +73,7 @@ class Oracle:
             height, width = self.index.shape
             ids = self.index[y.clamp(max=height - 1), x.clamp(max=width - 1)]
         else:
-            ids = torch.tensor(
-                [best(self.index, self.areas, mask > 0) for mask in prompts.masks]
-            )
+            ids = torch.tensor([best(self.index, self.areas, mask > 0) for mask in prompts.masks])
         found = (self.index == ids[:, None, None]) & (ids > 0)[:, None, None]
         return torch.where(found, 10.0, -10.0), torch.ones(len(ids))
 
