@@ -11,7 +11,7 @@
 
 WEIGHTS is a folder with the files that `MODELS` names, among them those of `benchmarks/drives.py`.
 Of a model without its file the rows of an earlier run stay, if the refiners are still the same; if
-there are none it is listed as absent. ``train`` makes the weak network, ``fit`` a crf trained on
+there are none it is listed as absent. ``train`` makes those of some steps, ``fit`` a crf trained on
 the validation clip behind the network that does not know its drive. ``score`` computes the logits
 of a model once, keeps them in CACHE as half precision at the model's stride, runs every refiner on
 them and keeps what it counted of each image; a run that was killed goes on. ``thin`` scores
@@ -72,6 +72,7 @@ class Entry:
     folds: tuple[str, ...]
     network: str = "streetnet"  # "" = the file is a folder, of a saved pipeline
     scale: float = 1.0  # of the images that it gets
+    start: str | None = None  # weights that `train` begins with
     without: str = ""  # patterns of the frames that `train` leaves out; "" = it makes no such file
     steps: int = 60  # of `train`
     what: str = ""
@@ -126,6 +127,14 @@ MODELS = (
         )
         for drive in DRIVES
     ),
+    Entry(
+        "streetnet without 0001TP, 60 steps",
+        "without_0001TP.safetensors",
+        ("drive 0001TP",),
+        start="imagenet",
+        without="0001TP_*",
+        what="60 steps from ImageNet's trunk, no frame of that drive",
+    ),
     compared("fpn_efficientnet_lite0", "fpn_efficientnet_lite0", "ImageNet's trunk"),
     compared("fcn_resnet18", "fcn_resnet18", "random weights"),
     compared("FCN-8s", "fcn8s", "random weights"),
@@ -175,14 +184,14 @@ def samples_of(root, labelmefacade=None):
 
 
 def make(given):
-    """The weak network."""
+    """The networks of some steps."""
     given.weights.mkdir(parents=True, exist_ok=True)
     for entry in MODELS:
         path = given.weights / entry.file
         if not entry.without or path.exists():
             continue
         run = given.weights / "runs" / path.stem
-        model = pyseg.models.create(entry.network, weights=None)
+        model = pyseg.models.create(entry.network, weights=entry.start)
         begun = time.process_time()
         train(
             model,
@@ -199,7 +208,7 @@ def make(given):
 
 
 def fit(given):
-    """A crf that is trained on the validation clip, behind a network of other drives."""
+    """A crf trained on the validation clip, behind the network that does not know its drive."""
     entry = next(one for one in MODELS if one.name == f"streetnet without {VALIDATION}")
     pipeline = pyseg.compose(entry.build(given.weights))
     clip = CamVid(given.root, "val")
@@ -394,12 +403,12 @@ def tables(stored):
         cells = [points(found[name], "delta_miou") if name in found else "" for name in names]
         yield f"| {model} | {fold} | {found['none']['miou']:.3f} | {' | '.join(cells)} |"
 
-    def summary(key, pick):
-        every = [[f[name][key][0] for f in by_place.values() if name in f] for name in names]
-        return [pick(each) for each in every]
-
+    every = [[f[name]["delta_miou"][0] for f in by_place.values() if name in f] for name in names]
     for label, pick in (("mean", statistics.mean), ("worst", min)):
-        cells = [f"**{value:+.2f}**" for value in summary("delta_miou", pick)]
+        cells = [
+            f"**{pick(each):+.2f}**" + ("" if len(each) == len(by_place) else f" of {len(each)}")
+            for each in every
+        ]
         yield f"| **{label}** | {len(by_place)} pairs | | {' | '.join(cells)} |"
     yield ""
     yield "Boundary IoU and the classes that are thin or small, in points, as means over these"

@@ -1,7 +1,6 @@
 """What `sam` gains behind a streetnet of unseen drives, and what it costs: ``results/sam.json``.
 
     python benchmarks/sam.py score ../shared/data/camvid WEIGHTS
-    python benchmarks/sam.py prompts ../shared/data/camvid WEIGHTS
     python benchmarks/sam.py time
     python benchmarks/sam.py table
 
@@ -10,10 +9,9 @@ each fold, behind the networks that have seen nothing of it, keeps in WEIGHTS wh
 each image, and writes the JSON after each network, so that a run that was stopped goes on; of
 seeds and folds it takes those whose weights are there. Perfect masks are the components of the
 ground truth: each prompt is answered with the one that fits it best, or all of them vote.
-``prompts`` compares the masks of nano for prompts of several styles, ``time`` measures what the
-refiner takes beside the network, and ``table`` writes the tables of docs/sam.md. Differences are
-means over seeds, with intervals of a bootstrap over images, 2000 resamples, the same images for all
-seeds.
+``time`` measures what the refiner takes beside the network, and ``table`` writes the tables of
+docs/sam.md. Differences are means over seeds, with intervals of a bootstrap over images, 2000
+resamples, the same images for all seeds.
 """
 
 import argparse
@@ -36,8 +34,7 @@ from pyseg.metrics.bootstrap import draws, total_of
 from pyseg.promptable import load_sam
 from pyseg.promptable.nano import load_nano
 from pyseg.refiners import CRF, SegFix
-from pyseg.refiners.sam import SamRefiner, is_stuff
-from pyseg.refiners.sam_prompts import Style, prompt_components, stack_prompts
+from pyseg.refiners.sam import SamRefiner
 from pyseg.types import Segmentation
 
 ROOT = Path(__file__).parent.parent
@@ -49,13 +46,6 @@ THIN = ("Pole", "SignSymbol")
 SHOWN = (*THIN, "Pedestrian", "Bicyclist", "Car")
 LONGER = "trained for twice as long"
 RESAMPLES = 2000
-STYLES = {  # of prompts
-    "ours": {},
-    "elastic box": {"box": "elastic"},
-    "Gaussian mask": {"mask_prompt": "gaussian"},
-    "split, then merge": {"merge": True},
-    "SAMRefiner's, all three": {"box": "elastic", "mask_prompt": "gaussian", "merge": True},
-}
 PROMPTS = 200
 OPEN = {
     "predicted_iou": -float("inf"),
@@ -83,9 +73,7 @@ class Oracle:
             height, width = self.index.shape
             ids = self.index[y.clamp(max=height - 1), x.clamp(max=width - 1)]
         else:
-            ids = torch.tensor(
-                [best(self.index, self.areas, mask > 0)[0] for mask in prompts.masks]
-            )
+            ids = torch.tensor([best(self.index, self.areas, mask > 0) for mask in prompts.masks])
         found = (self.index == ids[:, None, None]) & (ids > 0)[:, None, None]
         return torch.where(found, 10.0, -10.0), torch.ones(len(ids))
 
@@ -107,12 +95,11 @@ def components(labels):
 
 
 def best(index, areas, mask):
-    """The component that fits a mask best, and its IoU; 0 where none does."""
+    """The component that fits a mask best; 0 where none does."""
     overlap = torch.bincount(index[mask], minlength=len(areas))
     iou = overlap / (areas + mask.sum() - overlap)
     iou[0] = 0
-    k = int(iou.argmax())
-    return (k, float(iou[k])) if iou[k] > 0 else (0, 0.0)
+    return int(iou.argmax())
 
 
 @dataclass(frozen=True)
@@ -259,54 +246,6 @@ def stored():
     return read_json(OUTPUT) if OUTPUT.exists() else {}
 
 
-def prompts(given):
-    """Mean IoU of nano's masks, by style of the prompts, behind the first seed's networks."""
-    torch.set_num_threads(1)
-    nano, rows = load_nano(), []
-    for fold in FOLDS:
-        model = pyseg.models.create("streetnet", weights=weights_of(given.weights, fold, SEEDS[0]))
-        pairs = {name: [] for name in STYLES}
-        for sample in frames_of(given.root, fold, FRAMES):
-            prediction = model.predict([sample.image])[0]
-            for name, found in quality(nano, sample, prediction).items():
-                pairs[name] += found
-        for name, found in pairs.items():
-            before, after = (round(statistics.mean(p[k] for p in found), 4) for k in (0, 1))
-            row = {"style": name, "fold": fold, "regions": len(found)}
-            rows.append({**row, "before": before, "after": after})
-            print(rows[-1], flush=True)
-    write_json(OUTPUT, {**stored(), "prompts": rows})
-
-
-def quality(nano, sample, prediction):
-    """Of every component that is prompted for: IoU with the component of the ground truth that it
-    fits best, before, and of nano's mask, by style."""
-    index = components(sample.labels)
-    areas = torch.bincount(index.flatten())
-    embedding = nano.embed(sample.image)
-    class_ids = [k for k, name in enumerate(CAMVID_CLASSES) if not is_stuff(name)]
-    found = {}
-    for name, options in STYLES.items():
-        prompts, _ = prompt_components(
-            prediction.labels.numpy(),
-            class_ids,
-            64,
-            style=Style(**options),
-            features=nano.features(embedding).numpy(),
-        )
-        whole = [p for p in prompts if p.strip[0] == -p.strip[1]]  # no tiles
-        rows = found[name] = []
-        for begin in range(0, len(whole), 16):
-            stacked = stack_prompts(whole[begin : begin + 16], prediction.size)
-            masks = nano.upsample(embedding, nano.predict(embedding, stacked)[0]) > 0
-            for mask, region in zip(masks, stacked.masks > 0, strict=True):
-                k, iou = best(index, areas, region)
-                if k:
-                    overlap = int((mask & (index == k)).sum())
-                    rows.append((iou, overlap / int((mask | (index == k)).sum())))
-    return found
-
-
 class Timed:
     """A segmenter that counts the seconds in its network."""
 
@@ -399,18 +338,6 @@ def score_table(rows):
     yield f"The network itself takes {min(by['none', fold]['ms'] for fold in folds)} ms."
 
 
-def prompt_table(rows):
-    yield "| prompts | " + " | ".join(FOLDS) + " |"
-    yield "|---" * (1 + len(FOLDS)) + "|"
-    for name in STYLES:
-        each = {row["fold"]: row for row in rows if row["style"] == name}
-        cells = [
-            f"{each[f]['before']:.3f} → {each[f]['after']:.3f} ({each[f]['regions']})"
-            for f in FOLDS
-        ]
-        yield f"| {name} | {' | '.join(cells)} |"
-
-
 def time_table(seconds):
     yield f"| {PROMPTS} prompts | embed | predict | the rest |"
     yield "|---|---|---|---|"
@@ -424,7 +351,6 @@ def time_table(seconds):
 
 TABLES = {  # of docs/sam.md, by the key of the stored run; between their marks
     "rows": (score_table, "score"),
-    "prompts": (prompt_table, "prompts"),
     "seconds": (time_table, "time"),
 }
 
@@ -452,13 +378,11 @@ def write_tables(given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("score", score), ("prompts", prompts)):
-        command = commands.add_parser(name)
-        command.set_defaults(function=function)
-        command.add_argument("root", type=Path, help="folder of CamVid")
-        command.add_argument("weights", type=Path, help="folder of the networks' weights")
-        if name == "score":
-            command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    command = commands.add_parser("score")
+    command.set_defaults(function=score)
+    command.add_argument("root", type=Path, help="folder of CamVid")
+    command.add_argument("weights", type=Path, help="folder of the networks' weights")
+    command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     command = commands.add_parser("time")
     command.set_defaults(function=measure)
     command.add_argument("--networks", default="nano,sam vit_b")

@@ -32,7 +32,8 @@ class CRF(nn.Module):
     colours are those of what is behind them. So a class that would be left with less than the share
     ``protect`` of its pixels keeps them all. And the default weights are lower than those of
     pydensecrf's example, which `crf_pydensecrf` has. What both gain behind strong and weak
-    networks, by day and at dusk, is in ``docs/refiners.md``.
+    networks, by day and at dusk, is in ``docs/refiners.md``. Behind a network that hardly tells
+    classes apart the default may lose: 0.4 points of mIoU after 37 steps of training.
 
     ``pyseg tune crf`` fits them to another model and data set.
 
