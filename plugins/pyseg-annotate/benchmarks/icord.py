@@ -19,7 +19,6 @@ predictions for folds of objects that the predictor had not seen; the test objec
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -33,6 +32,8 @@ from pyseg_annotate.quality import Examples, QualityPredictor, jaccard, judge
 from pyseg_annotate.tasks import task_of, tasks_in
 from scipy import ndimage
 from sklearn.model_selection import GroupKFold
+
+from pyseg.files import write_json
 
 ROUNDS = 5
 THRESHOLDS = [round(0.5 + 0.01 * k, 2) for k in range(50)]
@@ -240,21 +241,21 @@ def main():
     parser.add_argument("--objects", type=int, default=120, help="of each part, at most")
     parser.add_argument("--only", choices=("cells", "camvid", "bsds"))
     options = parser.parse_args()
-    began, results = time.process_time(), {}
-    for kind in ("cells", "camvid", "bsds"):
-        if options.only in (None, kind):
-            results[kind] = [
-                run(kind, options.data, options.objects, seed) for seed in range(options.seeds)
-            ]
-            print(kind, [entry["cpu_seconds"] for entry in results[kind]], flush=True)
-    value = {
-        "command": "python benchmarks/icord.py DATA --output results/icord.json",
-        "objects": options.objects,
-        "machine": platform.machine(),
-        "cpu_seconds": round(time.process_time() - began, 1),
-        "results": results,
-    }
-    options.output.write_text(json.dumps(value, indent=1) + "\n")
+    results = {}
+    for seed in range(options.seeds):
+        for kind in ("cells", "camvid", "bsds"):
+            if options.only in (None, kind):
+                entry = run(kind, options.data, options.objects, seed)
+                results.setdefault(kind, []).append(entry)
+                print(kind, seed, entry["cpu_seconds"], flush=True)
+                value = {
+                    "command": f"python benchmarks/icord.py DATA --objects {options.objects} "
+                    f"--seeds {options.seeds} --output results/icord.json",
+                    "machine": platform.machine(),
+                    "cpu_seconds": sum(e["cpu_seconds"] for es in results.values() for e in es),
+                    "results": results,
+                }
+                write_json(options.output, value)  # a stopped run keeps what it has
 
 
 if __name__ == "__main__":
