@@ -14,7 +14,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:benchmark -n $(WORKERS) --dist
 
-.PHONY: demo test test-slow sanitize fuzz weights bench lint format wheel wheel-check gpu-check gpu-check-rehearsal clean
+.PHONY: demo test test-slow sanitize fuzz weights bench docs docs-images lint format release release-check sbom gpu-check gpu-check-rehearsal clean
 
 demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 	$(BIN)/pyseg demo
@@ -22,7 +22,7 @@ demo: $(STAMP)  ## segment and refine a real street image: results in demo/
 test: $(TESTED) $(PLUGINS)/.installed  ## the tests, less the slow ones
 	$(BIN)/python tests/emulation/emulation.py
 	$(PYTEST) worksteal
-	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests)
+	PYTHONPATH=$(PLUGINS) $(PYTEST) worksteal $(wildcard plugins/*/tests) tests/test_docs.py::test_page_of_a_plugin
 
 test-slow: $(TESTED)  ## the slow ones only: sanitizers, every compiler; PART=1/3 a third of them
 	$(PYTEST) load --maxschedchunk 1 -m slow $(if $(PART),--part $(PART))
@@ -96,20 +96,43 @@ lint: $(VENV)/.dev  ## style and types
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 	$(BIN)/mypy
 
+docs: $(TESTED)  ## the site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q -f docs/site/mkdocs.yml
+	@echo "build/site/index.html"
+
+docs-images: $(TESTED) $(PLUGINS)/.installed  ## the pictures of the pages, made by their own code
+	PYTHONPATH=$(PLUGINS) $(BIN)/python docs/site/images.py $(PAGES)
+
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 
-wheel: $(VENV)/.dev  ## one cp310-abi3 wheel, tagged with the glibc that it needs
-	rm -rf build/wheel build/lib build/lib.* build/bdist.* dist/pyseg_toolkit-*.whl  # packs what is there
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' \
-	  --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
+# cp310-abi3 wheels, tagged with the glibc that they need; torch's libraries are the user's own.
+# build/lib packs what is there.
+CUDA ?= 1
+WHEEL = rm -rf build/wheel build/lib build/lib.* build/bdist.* && \
+  $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel . && \
+  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair -w dist --exclude 'libtorch*' \
+    --exclude 'libc10*' --exclude 'libcudart*' build/wheel/*.whl
+CUDA_LABEL = cu$(shell $(BIN)/python -c "import torch; print((torch.version.cuda or '').split('.')[0])")
 
-wheel-check: wheel  ## it installs where nothing can compile, and does the main job there
-	bash tests/wheel_check.sh
+release: $(VENV)/.dev  ## in dist/: the CPU wheel, the CUDA wheel (not with CUDA=0), sdist, SBOM
+	rm -rf dist
+	PYSEG_CUDA=0 && export PYSEG_CUDA && $(WHEEL)
+	$(if $(filter 1,$(CUDA)),PYSEG_CUDA=1 PYSEG_LOCAL_VERSION=$(CUDA_LABEL) && \
+	  export PYSEG_CUDA PYSEG_LOCAL_VERSION && $(WHEEL))
+	rm -rf *.egg-info build/lib build/bdist.*
+	PYSEG_CUDA=0 $(BIN)/python setup.py -q sdist -d dist
+	rm -rf *.egg-info
+	$(BIN)/python tests/sbom.py dist
 
-gpu-check:  ## on a machine with a GPU, of the wheel in dist/: results in build/gpu-check/
+release-check: release  ## each installs in a bare environment and does the main job there
+	bash tests/release_check.sh
+
+sbom: $(TESTED)  ## what pyseg needs and brings, with versions and licences: dist/…cdx.json
+	$(BIN)/python tests/sbom.py dist
+
+gpu-check:  ## on a machine with a GPU, of the CUDA wheel in dist/: results in build/gpu-check/
 	$(PYTHON) tests/gpu_check.py $(PARTS)
 
 # Another Python and torch than .venv's, as a GPU machine has that somebody else set up.
@@ -121,7 +144,7 @@ $(REHEARSAL)/.installed:
 	  typer rich filelock pytest pytest-benchmark pytest-timeout torchmetrics opencv-python-headless
 	touch $@
 
-gpu-check-rehearsal: wheel $(REHEARSAL)/.installed  ## all of gpu-check but the kernels, on the CPU
+gpu-check-rehearsal: release $(REHEARSAL)/.installed  ## all of gpu-check but the kernels, on the CPU
 	$(REHEARSAL)/bin/python tests/gpu_check.py --rehearse $(PARTS)
 
 clean:

@@ -6,22 +6,25 @@ changed and nothing else. `docs/native.md` says why, and how long it takes.
 
 Environment: PYSEG_CUDA=0 leaves the CUDA library out, PYSEG_CUDA=1 insists on it;
 TORCH_CUDA_ARCH_LIST chooses the GPUs; MAX_JOBS limits the parallel compilers; CXX, CXXFLAGS and
-LDFLAGS are the C++ compiler and more of its flags; PYSEG_BUILD_DIR is another folder to work in.
+LDFLAGS are the C++ compiler and more of its flags; PYSEG_BUILD_DIR is another folder to work in;
+PYSEG_LOCAL_VERSION=cu13 makes version 0.1.0 0.1.0+cu13; _PYTHON_HOST_PLATFORM, which Python itself
+knows, is the system to build for, where that is another than this one.
 """
 
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+PLATFORM = sysconfig.get_platform()  # that is built for: linux-x86_64, macosx-11.0-arm64, …
 BUILD = Path(os.environ.get("PYSEG_BUILD_DIR") or "build/native")  # absolute, or from ROOT
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 HOST = ["-fPIC", "-g0", "-fvisibility=hidden", "-ffp-contract=off", "-fopenmp-simd"]
@@ -74,8 +77,7 @@ def level_units() -> list[tuple[Path, list[str], str]]:
     PYSEG_REAL, double exists too: it checks gradients, at the generic level alone and at -O2.
     """
     units = []
-    has_levels = platform.machine() in ("x86_64", "AMD64") and sys.platform == "linux"
-    levels = ("v4", "v3", "generic") if has_levels else ("generic",)
+    levels = ("v4", "v3", "generic") if PLATFORM == "linux-x86_64" else ("generic",)
     for source in sorted((ROOT / "csrc").glob("*/*_simd.cpp")):
         typed = "PYSEG_REAL" in source.read_text()
         variants = [(level, "float" if typed else None) for level in levels]
@@ -199,8 +201,9 @@ class Build(build_ext):
         torch_headers = cpp_extension.include_paths("cpu")[0]
         unnamed = f"-fmacro-prefix-map={torch_headers}=torch"
         libraries = [f"-L{folder}" for folder in cpp_extension.library_paths("cpu")]
-        stamp = f"-Wl,--build-id=0x{source_digest.digest()}"  # what an older library lacks
-        link = ["-shared", "-Wl,--as-needed", stamp, *linker, *libraries, "-lc10", "-ltorch_cpu"]
+        link = ["-shared", "-Wl,--as-needed", *linker, *libraries, "-lc10", "-ltorch_cpu"]
+        if PLATFORM.startswith("macosx"):  # torch is loaded before, under names of its own
+            link = ["-shared", "-undefined", "dynamic_lookup", *linker]
         lines = [
             "ninja_required_version = 1.5",
             f"builddir = {BUILD}",
@@ -233,11 +236,14 @@ class Build(build_ext):
             lines.append(f"  what = {what}")
             return str(built)
 
+        sources_text = BUILD / "units" / "source_digest.cpp"
+        write(ROOT / sources_text, source_digest.unit())
+        digest = compile("cxx", sources_text, [], "the digest of the sources")
         objects = {"pyseg._C": [compile("cxx", *unit) for unit in level_units()]}
         for extension in self.extensions:
             rule, suffix = ("cxx", "cpp") if extension.name == "pyseg._C" else ("nvcc", "cu")
-            objects.setdefault(extension.name, [])
-            objects[extension.name] += [compile(rule, p, [], str(p)) for p in sources(suffix)]
+            parts = [compile(rule, p, [], str(p)) for p in sources(suffix)]
+            objects[extension.name] = [*objects.get(extension.name, []), *parts, digest]
         built = {}
         for name, parts in objects.items():
             built[name] = BUILD / f"{name.split('.')[-1]}.abi3.so"
@@ -254,8 +260,12 @@ if want_cuda():
     cuda_major = torch.version.cuda.split(".")[0]
     extensions.append(Extension(f"pyseg._C_cu{cuda_major}", [], py_limited_api=True))
 
+label = os.environ.get("PYSEG_LOCAL_VERSION")
 setup(
     ext_modules=extensions,
     cmdclass={"build_ext": Build},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        "egg_info": {"tag_build": f"+{label}"} if label else {},
+    },
 )

@@ -1,23 +1,27 @@
 """What each refiner gains behind strong and weak models: ``results/refiners.json``.
 
+    python benchmarks/drives.py ../shared/data/camvid WEIGHTS --seeds 0
     python benchmarks/refiners.py train ../shared/data/camvid WEIGHTS
+    python benchmarks/refiners.py fit ../shared/data/camvid WEIGHTS
     python benchmarks/refiners.py score ../shared/data/camvid WEIGHTS --cache CACHE \\
         --labelmefacade ../shared/data/labelmefacade
     python benchmarks/refiners.py thin ../shared/data/camvid WEIGHTS
     python benchmarks/refiners.py time ../shared/data/camvid WEIGHTS
     python benchmarks/refiners.py table
 
-WEIGHTS is a folder with the files that `MODELS` names; a model without its file is listed as
-absent. ``train`` makes those that take minutes, and a trained crf. ``score`` computes the logits of
-a model once, keeps them in CACHE as half precision at the model's stride, runs every refiner on
+WEIGHTS is a folder with the files that `MODELS` names, among them those of `benchmarks/drives.py`.
+Of a model without its file the rows of an earlier run stay, if the refiners are still the same; if
+there are none it is listed as absent. ``train`` makes the weak network, ``fit`` a crf trained on
+the validation clip behind the network that does not know its drive. ``score`` computes the logits
+of a model once, keeps them in CACHE as half precision at the model's stride, runs every refiner on
 them and keeps what it counted of each image; a run that was killed goes on. ``thin`` scores
 test-time variants, ``time`` takes milliseconds, ``table`` writes the tables of docs/refiners.md.
 
 Folds are the hold-outs of `pyseg/assets/streetnet_camvid.md`, by day every second frame, every
-eighth one of CamVid's validation clip, every fourth one of a drive that the model has seen nothing
-of, and 15 photographs of other cities, of LabelMeFacade, in the six classes that are also CamVid's,
-for models that were not trained on these. Intervals of differences are of a bootstrap over images,
-2000 resamples; neighbouring frames of a video resemble each other, so they are too narrow.
+eighth one of CamVid's validation clip, twelve of a drive that the model has seen nothing of, and 15
+photographs of other cities, of LabelMeFacade, in the six classes that are also CamVid's, for models
+that were not trained on these. Intervals of differences are of a bootstrap over images, 2000
+resamples; neighbouring frames of a video resemble each other, so they are too narrow.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from drives import DRIVES, SEEDS, frames_of, weights_of
 from segfix import cities, common, compare, folds, states_of
 from torch.nn.functional import interpolate
 
@@ -48,13 +53,12 @@ ROOT = Path(__file__).parent.parent
 OUTPUT = Path(__file__).parent / "results" / "refiners.json"
 PAGE = ROOT / "docs" / "refiners.md"
 THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
-DRIVES = ("drive 0001TP", "drive 0006R0")
+FRAMES = 12  # of a drive that the model has seen nothing of
 RESAMPLES = 2000
 BATCH = 6  # of the networks that `train` makes
-MARKS = {  # of the tables in the page
-    "rows": ("<!-- by benchmarks/refiners.py score -->", "<!-- until here -->"),
-    "thin": ("<!-- by benchmarks/refiners.py thin -->", "<!-- thin until here -->"),
-}
+TRAINED = "crf, trained"
+FITTED = "validation"  # the fold that it was trained on
+VALIDATION = "0016E5"  # the drive that CamVid's validation clip is of
 VARIANTS = (None, "flip", "1,1.5", "1,2")  # of the image: tta
 HELD_OUT = ("dusk", "day", "validation", "other cities")  # streetnet has seen the last
 
@@ -68,7 +72,6 @@ class Entry:
     folds: tuple[str, ...]
     network: str = "streetnet"  # "" = the file is a folder, of a saved pipeline
     scale: float = 1.0  # of the images that it gets
-    start: str | None = None  # weights that `train` begins with
     without: str = ""  # patterns of the frames that `train` leaves out; "" = it makes no such file
     steps: int = 60  # of `train`
     what: str = ""
@@ -114,21 +117,14 @@ MODELS = (
         steps=120,
         what="120 steps from random weights",
     ),
-    Entry(
-        "streetnet without 0001TP",
-        "without_0001TP.safetensors",
-        ("drive 0001TP",),
-        start="imagenet",
-        without="0001TP_*",
-        what="60 steps from ImageNet's trunk, no frame of the drive at dusk",
-    ),
-    Entry(
-        "streetnet without 0006R0",
-        "without_0006R0.safetensors",
-        ("drive 0006R0",),
-        start="imagenet",
-        without="0006R0_*",
-        what="60 steps from ImageNet's trunk, no frame of that drive",
+    *(
+        Entry(
+            f"streetnet without {drive}",
+            weights_of(Path(), drive, SEEDS[0]).name,
+            (f"drive {drive}", *(("validation",) if drive == VALIDATION else ())),
+            what="of `benchmarks/drives.py`, a minute from ImageNet's trunk",
+        )
+        for drive in DRIVES
     ),
     compared("fpn_efficientnet_lite0", "fpn_efficientnet_lite0", "ImageNet's trunk"),
     compared("fcn_resnet18", "fcn_resnet18", "random weights"),
@@ -155,7 +151,7 @@ def refiners(folder):
         "segfix+crf": [segfix, crf],
     }
     if (folder / "crf.safetensors").exists():
-        stages["crf, trained"] = [CRF(trainable=True, weights=folder / "crf.safetensors")]
+        stages[TRAINED] = [CRF(trainable=True, weights=folder / "crf.safetensors")]
     return {name: (chain(each), " + ".join(map(repr, each))) for name, each in stages.items()}
 
 
@@ -173,21 +169,20 @@ def samples_of(root, labelmefacade=None):
     data["day"], data["validation"] = data["day"][::2], data["validation"][::8]
     if labelmefacade is not None:
         data["other cities"] = cities(labelmefacade)[::4]
-    for fold in DRIVES:
-        whole = CamVid(root, "train", only=f"{fold.removeprefix('drive ')}_*")
-        data[fold] = [whole[k] for k in range(0, len(whole), 4)]
+    for drive in DRIVES:
+        data[f"drive {drive}"] = frames_of(root, drive, FRAMES)
     return data
 
 
 def make(given):
-    """The weights that take minutes, and a crf that is trained on the hold-out by day."""
+    """The weak network."""
     given.weights.mkdir(parents=True, exist_ok=True)
     for entry in MODELS:
         path = given.weights / entry.file
         if not entry.without or path.exists():
             continue
         run = given.weights / "runs" / path.stem
-        model = pyseg.models.create(entry.network, weights=entry.start)
+        model = pyseg.models.create(entry.network, weights=None)
         begun = time.process_time()
         train(
             model,
@@ -201,13 +196,15 @@ def make(given):
         )
         print(f"{entry.name}: {time.process_time() - begun:.0f} s of a processor")
         (run / "model.safetensors").rename(path)
-    path = given.weights / "crf.safetensors"
-    if not path.exists():
-        entry = MODELS[0]
-        pipeline = pyseg.compose(entry.build(given.weights))
-        day = CamVid(given.root, "train", only="day-block")
-        found = train_crf(pipeline, day, day, limit=8, epochs=3)
-        save_state(path, found.pipeline.refiners[-1].state_dict())
+
+
+def fit(given):
+    """A crf that is trained on the validation clip, behind a network of other drives."""
+    entry = next(one for one in MODELS if one.name == f"streetnet without {VALIDATION}")
+    pipeline = pyseg.compose(entry.build(given.weights))
+    clip = CamVid(given.root, "val")
+    found = train_crf(pipeline, clip, clip, limit=8, epochs=3)
+    save_state(given.weights / "crf.safetensors", found.pipeline.refiners[-1].state_dict())
 
 
 def digest(path):
@@ -237,10 +234,16 @@ def score(given):
     own = b"".join(v.numpy().tobytes() for k, v in own.items() if k.startswith("network."))
     segfix = hashlib.sha256(own).hexdigest()[:12]
     trained = given.weights / "crf.safetensors"
-    rows, absent = [], []
+    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
+    options = {name: options for name, (_, options) in chosen.items()}
+    rows, absent, kept = [], [], []
     for entry in MODELS:
         path = given.weights / entry.file
         if not path.exists():
+            if before := earlier_rows(entry.name, stored, options, segfix):
+                rows += before
+                kept.append(entry.name)
+                continue
             absent.append({"model": entry.name, "file": entry.file, "what": entry.what})
             print(f"absent: {entry.name}, {entry.file}")
             continue
@@ -250,8 +253,10 @@ def score(given):
             place = f"{entry.name} {digest(path)} {fold} {frames}"
             seen = predictions(entry, place, samples, given)
             states = {}
-            for name, (refine, options) in chosen.items():
-                said = f"{options} {segfix if 'segfix' in name else ''}"
+            for name, (refine, told) in chosen.items():
+                if name == TRAINED and fold == FITTED:
+                    continue
+                said = f"{told} {segfix if 'segfix' in name else ''}"
                 said += digest(trained) if "trained" in name else ""
                 mark = hashlib.sha256(said.encode()).hexdigest()[:12]
                 file = given.cache / "states" / f"{place} {name} {mark}.pt"
@@ -262,14 +267,12 @@ def score(given):
                 states[name] = torch.load(file)
             counts = draws(len(samples), RESAMPLES, seed=0)
             counts = torch.cat([torch.ones_like(counts[:1]), counts])
-            for name in chosen:
+            for name in states:
                 row = compare(CAMVID_CLASSES, states[name], states["none"], counts)
                 where = {"model": entry.name, "fold": fold, "images": len(samples)}
                 rows.append({**where, "refiner": name, **row})
                 told = " ".join(f"{row[k][0]:+.2f}" for k in ("delta_miou", "delta_boundary_iou"))
                 print(f"{entry.name:28} {fold:13} {name:28} {row['miou']:.4f} {told}", flush=True)
-    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-    options = {name: options for name, (_, options) in chosen.items()}
     models = {e.name: e.what for e in MODELS}
     write_json(
         OUTPUT,
@@ -278,12 +281,24 @@ def score(given):
             "models": models,
             "refiners": options,
             "absent": absent,
+            "earlier": kept,  # models whose weights are no longer at hand: rows of an earlier run
             "segfix": segfix,  # first digits of the SHA-256 of its network
             "ms": stored.get("ms"),
             "thin": stored.get("thin", []),
             "rows": rows,
         },
     )
+
+
+def earlier_rows(model, stored, options, segfix):
+    """Rows that an earlier run has left of a model, with the refiners that there are now."""
+    rows = [one for one in stored.get("rows", []) if one["model"] == model]
+    rows = [one for one in rows if one["refiner"] != TRAINED]
+    for name in {one["refiner"] for one in rows}:
+        same = stored["refiners"][name] == options.get(name)
+        if not same or ("segfix" in name and stored["segfix"] != segfix):
+            raise SystemExit(f"{name} is another than in the stored run: {model} is to be scored")
+    return rows
 
 
 def counted(refine, samples, given, fold):
@@ -335,8 +350,9 @@ def labels_of(prediction):
 
 def measure(given):
     """Milliseconds of each refiner behind streetnet, on one image after the other."""
-    entry, fold = MODELS[0], "day"
-    samples = folds(given.root)[fold][:: max(1, 20 // given.images)]
+    entry = next(one for one in MODELS if (given.weights / one.file).exists())
+    fold = entry.folds[0]
+    samples = samples_of(given.root)[fold][: given.images]
     model = entry.build(given.weights)
     seen = [model.predict([s.image])[0] for s in samples]
     times = {"streetnet": []} | {name: [] for name in refiners(given.weights) if name != "none"}
@@ -351,6 +367,7 @@ def measure(given):
             times[name].append(1000 * (time.perf_counter() - begun))
     stored = read_json(OUTPUT)
     stored["ms"] = {
+        "model": entry.name,
         "threads": torch.get_num_threads(),
         "images": len(samples),
         "medians": {name: round(statistics.median(t), 1) for name, t in times.items()},
@@ -374,11 +391,12 @@ def tables(stored):
     for row in rows:
         by_place.setdefault((row["model"], row["fold"]), {})[row["refiner"]] = row
     for (model, fold), found in by_place.items():
-        cells = [points(found[name], "delta_miou") for name in names]
+        cells = [points(found[name], "delta_miou") if name in found else "" for name in names]
         yield f"| {model} | {fold} | {found['none']['miou']:.3f} | {' | '.join(cells)} |"
 
     def summary(key, pick):
-        return [pick([f[name][key][0] for f in by_place.values()]) for name in names]
+        every = [[f[name][key][0] for f in by_place.values() if name in f] for name in names]
+        return [pick(each) for each in every]
 
     for label, pick in (("mean", statistics.mean), ("worst", min)):
         cells = [f"**{value:+.2f}**" for value in summary("delta_miou", pick)]
@@ -393,10 +411,11 @@ def tables(stored):
     yield "|---" * (2 + len(THIN) + bool(times)) + "|"
     for name in names:
         cells = []
-        deltas = [f[name]["delta_boundary_iou"][0] for f in by_place.values()]
+        places = [f[name] for f in by_place.values() if name in f]
+        deltas = [row["delta_boundary_iou"][0] for row in places]
         cells.append(f"{statistics.mean(deltas):+.2f} ({min(deltas):+.2f})")
         for label in THIN:
-            each = [f[name]["delta_per_class"].get(label) for f in by_place.values()]
+            each = [row["delta_per_class"].get(label) for row in places]
             each = [delta[0] for delta in each if delta is not None]
             cells.append(f"{statistics.mean(each):+.2f} ({min(each):+.2f})")
         yield f"| `{name}` | {' | '.join(cells)} |" + (f" {times[name]} |" if times else "")
@@ -404,6 +423,11 @@ def tables(stored):
         yield ""
         told = "; ".join(f"{a['model']} ({a['what']})" for a in stored["absent"])
         yield f"Not scored, since its weights are absent: {told}."
+
+
+def marks(key):
+    name = {"rows": "score", "thin": "thin"}[key]
+    return f"<!-- by benchmarks/refiners.py {name} -->", f"<!-- {name} until here -->"
 
 
 def parts(stored):
@@ -414,7 +438,7 @@ def parts(stored):
 def write_tables(given):
     page = PAGE.read_text()
     for key, text in parts(read_json(OUTPUT)).items():
-        begin, end = MARKS[key]
+        begin, end = marks(key)
         before, rest = page.split(begin)
         _, after = rest.split(end)
         page = f"{before}{begin}\n{text}\n{end}{after}"
@@ -424,7 +448,8 @@ def write_tables(given):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("train", make), ("score", score), ("thin", thin), ("time", measure)):
+    for function in (make, fit, score, thin, measure):
+        name = {make: "train", measure: "time"}.get(function, function.__name__)
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("root", type=Path, help="folder of CamVid")

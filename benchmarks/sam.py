@@ -1,48 +1,53 @@
 """What `sam` gains behind a streetnet of unseen drives, and what it costs: ``results/sam.json``.
 
-    python benchmarks/sam.py train ../shared/data/camvid WEIGHTS
     python benchmarks/sam.py score ../shared/data/camvid WEIGHTS
+    python benchmarks/sam.py prompts ../shared/data/camvid WEIGHTS
     python benchmarks/sam.py time
     python benchmarks/sam.py table
 
-``train`` makes in minutes, in the folder WEIGHTS, a streetnet that has seen neither two drives of
-CamVid's training frames nor its validation clip. ``score`` runs the refiners behind it on frames of
-these three; nano has seen masks of the two drives, not of the validation clip. ``oracle`` in place
-of a segmenter answers each prompt with the component of the ground truth that fits it best: the
-ceiling. ``time`` measures what the refiner takes beside the network, and ``table`` writes the
-tables of docs/sam.md. Intervals of differences are of a bootstrap over images, 2000 resamples.
+WEIGHTS is the folder that `benchmarks/drives.py` fills. ``score`` runs the refiners on frames of
+each fold, behind the networks that have seen nothing of it, keeps in WEIGHTS what it counted of
+each image, and writes the JSON after each network, so that a run that was stopped goes on; of
+seeds and folds it takes those whose weights are there. Perfect masks are the components of the
+ground truth: each prompt is answered with the one that fits it best, or all of them vote.
+``prompts`` compares the masks of nano for prompts of several styles, ``time`` measures what the
+refiner takes beside the network, and ``table`` writes the tables of docs/sam.md. Differences are
+means over seeds, with intervals of a bootstrap over images, 2000 resamples, the same images for all
+seeds.
 """
 
 import argparse
+import hashlib
+import json
 import statistics
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from segfix import compare, states_of
+from drives import FOLDS, SEEDS, digest, frames_of, weights_of
+from segfix import difference, ious, state_of
 
 import pyseg
 from pyseg.classes import CAMVID_CLASSES
-from pyseg.datasets.camvid import CamVid
-from pyseg.files import read_json, write_json
-from pyseg.metrics.bootstrap import draws
+from pyseg.files import read_json, replacing, write_json
+from pyseg.fusion import fuse
+from pyseg.metrics.bootstrap import draws, total_of
 from pyseg.promptable import load_sam
 from pyseg.promptable.nano import load_nano
 from pyseg.refiners import CRF, SegFix
 from pyseg.refiners.sam import SamRefiner, is_stuff
 from pyseg.refiners.sam_prompts import Style, prompt_components, stack_prompts
-from pyseg.training import train
 from pyseg.types import Segmentation
 
 ROOT = Path(__file__).parent.parent
 OUTPUT = Path(__file__).parent / "results" / "sam.json"
 PAGE = ROOT / "docs" / "sam.md"
-WEIGHTS = "without_two_drives.safetensors"
-DRIVES = {"drive 0001TP": "0001TP_*", "drive 0006R0": "0006R0_*"}
-STEPS = 120
-FRAMES = 4  # of each fold, evenly spread
+FRAMES = 12  # of each fold, evenly spread
+LEAST = 16  # pixels of a component of the ground truth that votes
 THIN = ("Pole", "SignSymbol")
 SHOWN = (*THIN, "Pedestrian", "Bicyclist", "Car")
+LONGER = "trained for twice as long"
 RESAMPLES = 2000
 STYLES = {  # of prompts
     "ours": {},
@@ -110,59 +115,167 @@ def best(index, areas, mask):
     return (k, float(iou[k])) if iou[k] > 0 else (0, 0.0)
 
 
-def make(given):
-    path = given.weights / WEIGHTS
-    run = given.weights / "runs" / path.stem
-    begun = time.process_time()
-    train(
-        pyseg.models.create("streetnet", weights="imagenet"),
-        CamVid(given.root, "train", without=",".join(DRIVES.values())),
-        output_dir=run,
-        epochs=STEPS // 60,
-        steps=60,
-        batch_size=6,
-        resume=(run / "checkpoint.pt").exists(),
-    )
-    print(f"{time.process_time() - begun:.0f} s of a processor")
-    (run / "model.safetensors").rename(path)
+@dataclass(frozen=True)
+class Perfect:
+    """Masks of the ground truth: they answer the refiner's prompts, or all vote."""
 
+    seeds: tuple[str, ...] = ()
+    votes: bool = False
 
-def samples_of(root):
-    sets = {"validation": CamVid(root, "val")}
-    sets |= {fold: CamVid(root, "train", only=only) for fold, only in DRIVES.items()}
-    return {
-        fold: [whole[k * len(whole) // FRAMES] for k in range(FRAMES)]
-        for fold, whole in sets.items()
-    }
+    def refine(self, sample, prediction):
+        if not self.votes:
+            refiner = SamRefiner(Oracle(sample.labels), seeds=self.seeds)
+            return refiner.refine(sample.image, prediction)
+        index = components(sample.labels)
+        areas = torch.bincount(index.flatten())
+        areas[0] = 0
+        return fuse(prediction, (index == k for k in (areas >= LEAST).nonzero()))
+
+    def config(self):
+        return asdict(self)
 
 
 def stages(nano):
-    """Refiners by name; of "oracle" a function of the segmenter that knows the truth."""
-    crf, segfix = CRF(), SegFix(shared=False)
-    loose = {"predicted_iou": 0.7}
-    sam = SamRefiner(nano)
-
-    def oracle(**options):
-        return lambda segmenter: [SamRefiner(segmenter, **options)]
-
+    """What may come behind the network, by name."""
+    crf, segfix, sam = CRF(), SegFix(shared=False), SamRefiner(nano)
+    loose = {"predicted_iou": 0.7}  # SAM's own
     return {
-        "none": [],
         "crf": [crf],
         "segfix": [segfix],
+        "segfix+crf": [segfix, crf],
         "sam(nano)": [sam],
         "crf+sam(nano)": [crf, sam],
-        "sam(nano, mode='auto')": [SamRefiner(nano, mode="auto")],
-        "oracle": oracle(),
-        "oracle, mode='auto'": oracle(mode="auto"),
-        "oracle, merge": oracle(merge=True),
-        "oracle, seeds": oracle(seeds=THIN),
-        "sam(nano), seeds": [SamRefiner(nano, seeds=THIN)],
-        **{
-            f"sam(nano, predicted_iou=0.7), {name}": [SamRefiner(nano, **loose, **options)]
-            for name, options in STYLES.items()
-        },
-        "sam(nano, predicted_iou=0.7), seeds": [SamRefiner(nano, **loose, seeds=THIN)],
+        "sam(nano, predicted_iou=0.7)": [SamRefiner(nano, **loose)],
+        "sam(nano, predicted_iou=0.7, seeds)": [SamRefiner(nano, **loose, seeds=THIN)],
+        "perfect masks": [Perfect()],
+        "perfect masks, seeds": [Perfect(seeds=THIN)],
+        "perfect masks, votes": [Perfect(votes=True)],
     }
+
+
+def counted(model, chosen, samples):
+    """Of every pipeline and image its `state_of`, and milliseconds of a processor."""
+    states, ms = {}, {}
+
+    def keep(name, begun, prediction, sample):
+        ms.setdefault(name, []).append(1000 * (time.process_time() - begun))
+        states.setdefault(name, []).append(state_of(prediction, sample))
+
+    for sample in samples:
+        begun = time.process_time()
+        start = model.predict([sample.image])[0]
+        keep("none", begun, start, sample)
+        for name, made in chosen.items():
+            begun, result = time.process_time(), start
+            for stage in made:
+                if isinstance(stage, Perfect):
+                    result = stage.refine(sample, result)
+                    continue
+                result = stage.refine(sample.image, result)
+            keep(name, begun, result, sample)
+    return {"states": states, "ms": ms}
+
+
+def kept(path, compute):
+    """What ``compute`` returns, from a file that an earlier run has left or into it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = compute()
+        with replacing(path) as draft:
+            torch.save(found, draft)
+    return torch.load(path)
+
+
+def compare(states, plain, counts):
+    """Scores of the same images behind several seeds: each seed's, and mean differences."""
+    pairs = [
+        [ious(total_of(one, counts)) for one in both] for both in zip(states, plain, strict=True)
+    ]
+    (iou, edge), (iou_0, edge_0) = (
+        [torch.stack([pair[k][which] for pair in pairs]) for which in (0, 1)] for k in (0, 1)
+    )
+    gain = 100 * (iou.nanmean(-1) - iou_0.nanmean(-1))[:, 0]
+    return {
+        "miou": [round(value, 5) for value in iou.nanmean(-1)[:, 0].tolist()],
+        "deltas": [round(value, 3) for value in gain.tolist()],
+        "delta_miou": difference(iou.nanmean(-1).mean(0), iou_0.nanmean(-1).mean(0)),
+        "delta_boundary_iou": difference(edge.nanmean(-1).mean(0), edge_0.nanmean(-1).mean(0)),
+        "delta_per_class": {
+            name: difference(iou[..., k].mean(0), iou_0[..., k].mean(0))
+            for k, name in enumerate(CAMVID_CLASSES)
+            if not iou_0[:, 0, k].isnan().any()
+        },
+    }
+
+
+def score(given):
+    torch.set_num_threads(1)
+    chosen = stages(load_nano())
+    said = {name: [stage.config() for stage in made] for name, made in chosen.items()}
+    mark = hashlib.sha256(json.dumps(said, default=str).encode()).hexdigest()[:12]
+    counts = draws(FRAMES, RESAMPLES, seed=0)
+    counts = torch.cat([torch.ones_like(counts[:1]), counts])
+    found = {}  # of each fold and seed
+    for seed in given.seeds:
+        for fold in FOLDS:
+            samples = None
+            for longer in (False, True):
+                path = weights_of(given.weights, fold, seed, longer)
+                if not path.exists():
+                    continue
+                samples = samples or frames_of(given.root, fold, FRAMES)
+
+                def compute(path=path, samples=samples, longer=longer):
+                    model = pyseg.models.create("streetnet", weights=path)
+                    return counted(model, {} if longer else chosen, samples)
+
+                place = given.weights / "states" / f"{fold}_{digest(path)}_{mark}.pt"
+                one = kept(place, compute)
+                if longer:
+                    own = found[fold, seed]
+                    own["states"][LONGER] = one["states"]["none"]
+                else:
+                    found[fold, seed] = one
+            if samples:
+                write_json(OUTPUT, {**stored(), "rows": rows_of(found, counts)})
+                print(f"{fold}, seed {seed}", flush=True)
+
+
+def rows_of(found, counts):
+    rows = []
+    for fold in FOLDS:
+        names = [name for (f, _), one in found.items() if f == fold for name in one["states"]]
+        for name in dict.fromkeys(names):
+            parts = {s: one for (f, s), one in found.items() if f == fold and name in one["states"]}
+            row = {"fold": fold, "images": FRAMES, "refiner": name, "seeds": list(parts)}
+            states = [one["states"][name] for one in parts.values()]
+            row |= compare(states, [one["states"]["none"] for one in parts.values()], counts)
+            times = [ms for one in parts.values() for ms in one["ms"].get(name, [])]
+            rows.append({**row, "ms": round(statistics.median(times)) if times else None})
+    return rows
+
+
+def stored():
+    return read_json(OUTPUT) if OUTPUT.exists() else {}
+
+
+def prompts(given):
+    """Mean IoU of nano's masks, by style of the prompts, behind the first seed's networks."""
+    torch.set_num_threads(1)
+    nano, rows = load_nano(), []
+    for fold in FOLDS:
+        model = pyseg.models.create("streetnet", weights=weights_of(given.weights, fold, SEEDS[0]))
+        pairs = {name: [] for name in STYLES}
+        for sample in frames_of(given.root, fold, FRAMES):
+            prediction = model.predict([sample.image])[0]
+            for name, found in quality(nano, sample, prediction).items():
+                pairs[name] += found
+        for name, found in pairs.items():
+            before, after = (round(statistics.mean(p[k] for p in found), 4) for k in (0, 1))
+            row = {"style": name, "fold": fold, "regions": len(found)}
+            rows.append({**row, "before": before, "after": after})
+            print(rows[-1], flush=True)
+    write_json(OUTPUT, {**stored(), "prompts": rows})
 
 
 def quality(nano, sample, prediction):
@@ -192,50 +305,6 @@ def quality(nano, sample, prediction):
                     overlap = int((mask & (index == k)).sum())
                     rows.append((iou, overlap / int((mask | (index == k)).sum())))
     return found
-
-
-def score(given):
-    torch.set_num_threads(1)
-    model = pyseg.models.create("streetnet", weights=given.weights / WEIGHTS)
-    nano = load_nano()
-    chosen = stages(nano)
-    rows, prompts = [], []
-    counts = draws(FRAMES, RESAMPLES, seed=0)
-    counts = torch.cat([torch.ones_like(counts[:1]), counts])
-    for fold, samples in samples_of(given.root).items():
-        states, styles = {name: [] for name in chosen}, {name: [] for name in STYLES}
-        for sample in samples:
-            prediction = model.predict([sample.image])[0]
-            oracle = Oracle(sample.labels)
-
-            def refined(made, image=sample.image, start=prediction, segmenter=oracle):
-                result = start
-                for stage in made(segmenter) if callable(made) else made:
-                    result = stage.refine(image, result)
-                return result
-
-            each = {
-                name: lambda image, start, made=made, refined=refined: refined(made)
-                for name, made in chosen.items()
-            }
-            for name, state in states_of(
-                model, lambda model, image, given=prediction: given, each, [sample]
-            ).items():
-                states[name] += state
-            for name, pairs in quality(nano, sample, prediction).items():
-                styles[name] += pairs
-        for name, state in states.items():
-            row = compare(CAMVID_CLASSES, state, states["none"], counts)
-            rows.append({"fold": fold, "images": FRAMES, "refiner": name, **row})
-            told = " ".join(f"{row['delta_per_class'][n][0]:+.2f}" for n in THIN)
-            print(f"{fold:13} {name:45} {row['delta_miou'][0]:+.2f}  {told}", flush=True)
-        for name, pairs in styles.items():
-            before, after = (round(statistics.mean(p[k] for p in pairs), 4) for k in (0, 1))
-            row = {"style": name, "fold": fold, "regions": len(pairs)}
-            prompts.append({**row, "before": before, "after": after})
-            print(prompts[-1], flush=True)
-        stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-        write_json(OUTPUT, {**stored, "rows": rows, "prompts": prompts})
 
 
 class Timed:
@@ -280,8 +349,7 @@ def measure(given):
     """Seconds in the network and beside it; every mask passes the gate, so nothing is saved."""
     image, prediction = discs()
     made = {"nano": load_nano, "sam vit_b": lambda: load_sam(None, "vit_b")[1]}
-    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-    found = stored.get("seconds", {})
+    found = stored().get("seconds", {})
     for name in given.networks.split(","):
         timed = Timed(made[name]())
         refiner = SamRefiner(timed, min_area=16, **OPEN)
@@ -296,7 +364,7 @@ def measure(given):
         found[name] = {key: round(value, 3) for key, value in medians.items()}
         network = medians["embed"] + medians["predict"]
         print(f"{name}: {found[name]}, beside the network {100 * medians['rest'] / network:.1f} %")
-    write_json(OUTPUT, {**stored, "seconds": found})
+    write_json(OUTPUT, {**stored(), "seconds": found})
 
 
 def points(row, key="delta_miou"):
@@ -304,66 +372,93 @@ def points(row, key="delta_miou"):
     return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def tables(stored):
-    """Tables of docs/sam.md by their marks."""
-    yield "time", time_table(stored)
-    if "rows" not in stored:
-        return
-    rows = stored["rows"]
-    folds = list(dict.fromkeys(row["fold"] for row in rows))
+def score_table(rows):
+    """Differences of mIoU by fold, then means over folds."""
     by = {(row["refiner"], row["fold"]): row for row in rows}
-    names = [name for name in dict.fromkeys(row["refiner"] for row in rows) if name != "none"]
-    plain = " | ".join(f"{f} ({100 * by['none', f]['miou']:.1f})" for f in folds)
-    lines = [f"| mIoU after | {plain} | {' | '.join(SHOWN)} |"]
-    lines.append("|---" * (1 + len(folds) + len(SHOWN)) + "|")
-    for name in names:
-        cells = [points(by[name, fold]) for fold in folds]
+    folds = [fold for fold in FOLDS if ("none", fold) in by]
+    plain = [f"{f} ({100 * statistics.mean(by['none', f]['miou']):.1f})" for f in folds]
+    head = ["", *plain, "mean", "worst", *SHOWN, "ms"]
+    yield f"| {' | '.join(head)} |"
+    yield "|---" * len(head) + "|"
+    for name in dict.fromkeys(row["refiner"] for row in rows if row["refiner"] != "none"):
+        found = [by[name, fold] for fold in folds if (name, fold) in by]
+        cells = [points(by[name, fold]) if (name, fold) in by else "" for fold in folds]
+        cells.append(f"{statistics.mean(row['delta_miou'][0] for row in found):+.2f}")
+        cells.append(f"{min(min(row['deltas']) for row in found):+.2f}")
         for label in SHOWN:
-            each = [by[name, f]["delta_per_class"].get(label) for f in folds]
-            each = [one[0] for one in each if one is not None]
-            cells.append(f"{statistics.mean(each):+.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    yield "score", lines
-    lines = ["| prompts | " + " | ".join(folds) + " |", "|---" * (1 + len(folds)) + "|"]
+            each = [row["delta_per_class"].get(label) for row in found]
+            cells.append(f"{statistics.mean(one[0] for one in each if one is not None):+.2f}")
+        times = [row["ms"] for row in found if row["ms"] is not None]
+        cells.append(str(min(times)) if times else "")
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+    for name in ("none", LONGER):
+        seeds = {f: " ".join(map(str, by[name, f]["seeds"])) for f in folds if (name, f) in by}
+        told = "; ".join(f"{fold}: {each}" for fold, each in seeds.items())
+        yield f"Seeds of {'the networks' if name == 'none' else 'the control'}: {told or 'none'}."
+    yield f"The network itself takes {min(by['none', fold]['ms'] for fold in folds)} ms."
+
+
+def prompt_table(rows):
+    yield "| prompts | " + " | ".join(FOLDS) + " |"
+    yield "|---" * (1 + len(FOLDS)) + "|"
     for name in STYLES:
-        each = {row["fold"]: row for row in stored["prompts"] if row["style"] == name}
+        each = {row["fold"]: row for row in rows if row["style"] == name}
         cells = [
             f"{each[f]['before']:.3f} → {each[f]['after']:.3f} ({each[f]['regions']})"
-            for f in folds
+            for f in FOLDS
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    yield "prompts", lines
+        yield f"| {name} | {' | '.join(cells)} |"
 
 
-def time_table(stored):
-    lines = [f"| {PROMPTS} prompts | embed | predict | the rest |", "|---|---|---|---|"]
-    for name, seconds in stored.get("seconds", {}).items():
-        network = seconds["embed"] + seconds["predict"]
-        lines.append(
-            f"| {name} | {seconds['embed']:.2f} s | {seconds['predict']:.2f} s | "
-            f"{seconds['rest']:.2f} s, {100 * seconds['rest'] / network:.0f} % |"
+def time_table(seconds):
+    yield f"| {PROMPTS} prompts | embed | predict | the rest |"
+    yield "|---|---|---|---|"
+    for name, found in seconds.items():
+        network = found["embed"] + found["predict"]
+        yield (
+            f"| {name} | {found['embed']:.2f} s | {found['predict']:.2f} s | "
+            f"{found['rest']:.2f} s, {100 * found['rest'] / network:.0f} % |"
         )
-    return lines
+
+
+TABLES = {  # of docs/sam.md, by the key of the stored run; between their marks
+    "rows": (score_table, "score"),
+    "prompts": (prompt_table, "prompts"),
+    "seconds": (time_table, "time"),
+}
+
+
+def marks(key):
+    name = TABLES[key][1]
+    return f"<!-- by benchmarks/sam.py {name} -->", f"<!-- {name} until here -->"
+
+
+def parts(found):
+    """The page's tables by the key of the stored run."""
+    return {key: "\n".join(table(found[key])) for key, (table, _) in TABLES.items() if key in found}
 
 
 def write_tables(given):
     page = PAGE.read_text()
-    for key, lines in tables(read_json(OUTPUT)):
-        begin, end = f"<!-- by benchmarks/sam.py {key} -->", f"<!-- {key} until here -->"
+    for key, text in parts(stored()).items():
+        begin, end = marks(key)
         before, rest = page.split(begin)
         _, after = rest.split(end)
-        page = "\n".join([f"{before}{begin}", *lines, f"{end}{after}"])
+        page = f"{before}{begin}\n{text}\n{end}{after}"
     PAGE.write_text(page)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    for name, function in (("train", make), ("score", score)):
+    for name, function in (("score", score), ("prompts", prompts)):
         command = commands.add_parser(name)
         command.set_defaults(function=function)
         command.add_argument("root", type=Path, help="folder of CamVid")
-        command.add_argument("weights", type=Path, help="folder of the model's weights")
+        command.add_argument("weights", type=Path, help="folder of the networks' weights")
+        if name == "score":
+            command.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     command = commands.add_parser("time")
     command.set_defaults(function=measure)
     command.add_argument("--networks", default="nano,sam vit_b")

@@ -107,22 +107,24 @@ def refined(weights, options):
 
 
 def states_of(model, predict, refiners, samples, scored=lambda prediction: prediction):
-    """Of every refiner and image: confusion matrix, and pixels of boundaries."""
+    """Of every refiner and image, its `state_of`."""
     found = {name: [] for name in refiners}
     for sample in samples:
         given = predict(model, sample.image)
         for name, refine in refiners.items():
-            prediction = scored(refine(sample.image, given))
-            semantic = Semantic(model.classes)
-            boundary = Boundary(model.classes, measures=("boundary_iou",))
-            for metric in (semantic, boundary):
-                metric.update(prediction, sample)
-            state = semantic.state()
-            areas = boundary.state()["areas"]
-            found[name].append(
-                {"matrix": state["matrix"], "missed": state["missed"], "areas": areas}
-            )
+            found[name].append(state_of(scored(refine(sample.image, given)), sample))
     return found
+
+
+def state_of(prediction, sample):
+    """Of one prediction: confusion matrix, and pixels of boundaries."""
+    semantic = Semantic(prediction.classes)
+    boundary = Boundary(prediction.classes, measures=("boundary_iou",))
+    for metric in (semantic, boundary):
+        metric.update(prediction, sample)
+    state = semantic.state()
+    areas = boundary.state()["areas"]
+    return {"matrix": state["matrix"], "missed": state["missed"], "areas": areas}
 
 
 def ious(totals):

@@ -2,9 +2,11 @@
 
 FILE is one of benchmarks/results/; by default all of them, side by side. A cell has the ratios with
 1 / 2 threads, as the median of a run's rounds: how many times as long the peer takes.
+`python benchmarks/table.py ops` writes those of docs/ops.md, each op's with its floor.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -130,6 +132,41 @@ ROWS = [
     ),
 ]
 
+MAP = 1024 * 2048  # pixels
+PYRAMID = 256 * sum(1344 * 800 // stride**2 for stride in (4, 8, 16, 32))  # numbers
+POOLED = 1000 * 256 * 49  # numbers of 7 x 7 bins
+CRF = 480 * 360 * 11
+
+# By benchmark the bytes that must be read, those that must be written, and the additions and
+# multiplications in float32 without which there is no result. What has no such bound is not here.
+FLOORS = {
+    "confusion_matrix::test_uint8[{}-random]": (2 * MAP, 0, 0),
+    "confusion_matrix::test_uint8[{}-smooth]": (2 * MAP, 0, 0),
+    "confusion_matrix::test_int64[{}-random]": (16 * MAP, 0, 0),
+    "upsample_argmax::test_float32[{}-nchw-random]": (4 * 19 * MAP // 64, MAP, 0),
+    "upsample_argmax::test_float32[{}-channels_last-random]": (4 * 19 * MAP // 64, MAP, 0),
+    "upsample_argmax::test_bfloat16[{}]": (2 * 19 * MAP // 64, MAP, 0),
+    "upsample_confusion::test_float32[{}-torch.uint8-random]": (4 * 19 * MAP // 64 + MAP, 0, 0),
+    "upsample_confusion::test_float32[{}-torch.int64-random]": (4 * 19 * MAP // 64 + 8 * MAP, 0, 0),
+    "boundary_mask::test_classes[{}-random]": (MAP, MAP, 0),
+    "boundary_mask::test_classes[{}-smooth]": (MAP, MAP, 0),
+    "boundary_match::test_f_score[{}]": (2 * MAP, 0, 0),
+    "panoptic_quality::test_panopticapi[{}-random]": (8 * MAP, 0, 0),
+    "panoptic_quality::test_panopticapi[{}-smooth]": (8 * MAP, 0, 0),
+    "deform_conv2d::test_forward[{}-64x128]": (0, 0, 2 * 9 * 256 * 256 * 64 * 128),
+    "deform_conv2d::test_forward[{}-128x256]": (0, 0, 2 * 9 * 256 * 256 * 128 * 256),
+    # Slices and splats of 3 and 6 vertices a pixel, a multiplication and an addition each.
+    "dense_crf::test_480x360x11[{}-default]": (0, 0, 10 * CRF * (3 + 6) * 2 * 2),
+    "panoptic_merge::test_masks[{}]": (101 * MAP, 4 * MAP, 0),
+    "panoptic_head::test_float32[{}]": (4 * 19 * MAP // 16, MAP, 0),
+    # Four samples a bin, of four pixels each.
+    "roi_align::test_pyramid[{}-7-nchw]": (4 * PYRAMID, 4 * POOLED, POOLED * 4 * 4 * 2),
+    "roi_align::test_pyramid[{}-7-channels_last]": (4 * PYRAMID, 4 * POOLED, POOLED * 4 * 4 * 2),
+}
+
+PAGE = Path(__file__).parent.parent / "docs" / "ops.md"
+PART = re.compile(r"(<!-- by benchmarks/table.py: (\w+) -->\n).*?(<!-- until here -->)", re.DOTALL)
+
 
 def ratio(entry):
     if entry is None:
@@ -173,7 +210,80 @@ def table(runs):
             yield f"| {what} | {peer} | {' | '.join(cells)} |"
 
 
-if __name__ == "__main__":
+def floor(bounds, machine):
+    """Milliseconds below which the machine cannot be, and the bound in words."""
+    read, written, operations = bounds
+    size = f"{(read + written) / 1e6:.1f} MB" if read else ""
+    moved = (read / machine["read_gb_s"] + 2 * written / machine["copy_gb_s"]) / 1e6
+    counted = operations / machine["gflop_s"] / 1e6
+    if counted > moved:
+        size = f"{operations / 1e9:.2g} GFLOP"
+    return max(moved, counted), size
+
+
+def short(value):
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def op_table(op, runs, machine, of):
+    """Markdown lines for one op: its floor, and how far it and its peer are from it."""
+    yield "| size | peer | floor | ms, 1 / 2 threads | times the floor | times the peer |"
+    yield "|---|---|---|---|---|---|"
+    above = ""
+    for what, peer, name in ROWS:
+        peer = above = peer or above
+        if not name.startswith(f"{op}::"):
+            continue
+        entries = {
+            run["cpu"]: [best(by_level(run["results"], name.format(n))) for n in (1, 2)]
+            for run in runs
+        }
+        own = entries[of]
+        bounds = FLOORS.get(name)
+        times = " / ".join(short(entry["ours_ms"]) for entry in own)
+        least, distance = "", ""
+        if bounds is not None:
+            floors = [floor(bounds, machine["threads"][n])[0] for n in ("1", "2")]
+            what_moves = floor(bounds, machine["threads"]["1"])[1]
+            least = f"{what_moves}: {' / '.join(map(short, floors))} ms"
+            distance = " / ".join(
+                f"{entry['ours_ms'] / value:.1f}" for entry, value in zip(own, floors, strict=True)
+            )
+        ratios = "; ".join(
+            f"{cpu.replace('(R)', '').split()[1]} {' / '.join(map(ratio, pair))}"
+            for cpu, pair in entries.items()
+        )
+        yield f"| {what} | {peer} | {least} | {times} | {distance} | {ratios} |"
+
+
+def best(levels):
+    """The entry of the highest level."""
+    return next(levels[level] for level in (*LEVELS, None) if level in levels)
+
+
+def ops_page(runs, machine):
+    """docs/ops.md with its tables."""
+
+    def part(match):
+        lines = op_table(match[2], runs, machine, machine["cpu"])
+        return "\n".join([match[1].rstrip(), *lines, match[3]])
+
+    return PART.sub(part, PAGE.read_text(encoding="utf-8"))
+
+
+def stored_runs():
+    """Those of benchmarks/results/, and the floor's machine."""
+    folder = Path(__file__).parent / "results"
+    runs = [
+        json.loads(file.read_text()) for file in sorted(folder.glob("*-torch*.json"), reverse=True)
+    ]
+    (machine,) = (json.loads(file.read_text()) for file in folder.glob("floor-*.json"))
+    return runs, machine
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["ops"]:
+    PAGE.write_text(ops_page(*stored_runs()), encoding="utf-8")
+elif __name__ == "__main__":
     folder = Path(__file__).parent / "results"
     found = [Path(name) for name in sys.argv[1:]] or sorted(
         folder.glob("*-torch*.json"), reverse=True

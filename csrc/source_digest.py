@@ -1,13 +1,12 @@
-"""The digest of what the libraries are compiled from. The linker writes it into them as their build
-id, so that a library that is older than the sources beside it can be told by looking at it."""
+"""The digest of what the libraries are compiled from. Each of them holds it as text, so that a
+library that is older than the sources beside it can be told by looking at it."""
 
 import hashlib
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# An ELF note: lengths of name and content, type 3, the name, then the build id.
-NOTE = re.compile(rb"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0(.{20})", re.DOTALL)
+MARK = re.compile(rb"pyseg sources ([0-9a-f]{40})")
 
 
 def digest() -> str:
@@ -20,7 +19,15 @@ def digest() -> str:
     return found.hexdigest()
 
 
+def unit() -> str:
+    """C++ that puts the digest into a library, whatever its format and linker."""
+    return (
+        'extern "C" __attribute__((used, visibility("hidden"))) const char pyseg_sources[] =\n'
+        f'    "pyseg sources {digest()}";\n'
+    )
+
+
 def built_from(library: bytes) -> "str | None":
-    """The build id of a library, given its content."""
-    note = NOTE.search(library)
-    return note[1].hex() if note else None
+    """The digest in a library, given its content."""
+    found = MARK.search(library)
+    return found[1].decode() if found else None

@@ -1031,7 +1031,7 @@ def train(
     momentum: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Of the optimizer.")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Of the learning rate: cosine, poly or one-cycle.")
+        str | None, typer.Option(help="Of the learning rate: cosine, poly, linear or one-cycle.")
     ] = None,
     warmup: Annotated[
         float | None, typer.Option(help="Share of the steps spent warming up.")

@@ -40,6 +40,7 @@ from .image import read_image
 from .pipeline import DEFAULT, DESCRIPTION, Pipeline, build, load
 from .prediction import MANIFEST, Predictions, Source
 from .processes import add_states
+from .progress import notebook_bar
 
 if TYPE_CHECKING:
     from .report import WorstImages
@@ -129,7 +130,7 @@ def predict(
     batch_size: int | None = None,
     shard_size: int = 64,
     address: str | None = None,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = notebook_bar,
 ) -> ShardedPredictions:
     """Segments images by many workers and writes the results as ZIP files of some images each.
 
@@ -247,7 +248,7 @@ def evaluate(
     gpus_per_worker: float | None = None,
     address: str | None = None,
     worst: WorstImages | None = None,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = notebook_bar,
 ) -> Evaluation:
     """Scores every stage of a pipeline on a data set by many workers, as `pyseg.evaluate` does.
 

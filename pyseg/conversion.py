@@ -27,6 +27,7 @@ from .formats.annotation import (
 )
 from .formats.geojson import placement_of
 from .formats.table import Format, Writer, detect, find_format
+from .progress import notebook_bar
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
 
@@ -115,7 +116,7 @@ def convert(
     images: str | os.PathLike[str] | None = None,
     copy_images: bool = False,
     overwrite: bool = False,
-    track: Track = lambda items: items,
+    track: Track = notebook_bar,
     announce: Callable[[str], None] = lambda text: None,
 ) -> Conversion:
     """Converts annotations, and reads back what it wrote to say what was lost.

@@ -18,6 +18,7 @@ from .errors import LayoutError, PysegError
 from .files import make_folder, some
 from .image import save_image
 from .label_check import ClassCount, Problem
+from .progress import notebook_bar
 from .regions import VOID
 from .spec import StageSpec
 from .types import Dataset, Sample, Segments
@@ -67,7 +68,7 @@ def check_data(
     *,
     output: str | os.PathLike[str] | None = None,
     limit: int | None = None,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
 ) -> tuple[DataReport, ...]:
     """Reads a data set and holds it against what is published of it.
 

@@ -22,6 +22,7 @@ from .errors import PluginError, PysegError
 from .files import finite
 from .pipeline import Pipeline, StageResult
 from .processes import gather_objects, merge_states, rank_and_count
+from .progress import notebook_bar
 from .registry import naming_failures
 from .types import Dataset, Metric, Sample
 
@@ -138,7 +139,7 @@ def evaluate(
     metrics: Sequence[str] = ("semantic",),
     *,
     limit: int | None = None,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
     observe: Callable[[Sample, list[StageResult]], None] | None = None,
 ) -> Evaluation:
     """Runs a pipeline over a dataset and scores the prediction after each of its stages.

@@ -34,6 +34,7 @@ from .models.semantic import _Method
 from .ops import confusion_matrix
 from .pipeline import Pipeline
 from .prediction import Predictions, find_images
+from .progress import notebook_bar
 from .types import Segmentation
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2", "aoti": ".aoti.pt2"}  # and their suffixes
@@ -69,7 +70,7 @@ def export_model(
     max_flips: float | None = None,
     licence: str | None = None,
     limit: int | None = None,
-    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = notebook_bar,
 ) -> Export:
     """Writes a semantic model as a file, if the file computes what the model computes.
 

@@ -16,6 +16,7 @@ from .datasets.folder import read_classes
 from .errors import ImageError, PysegError
 from .files import IMAGE_SUFFIXES, LABEL_SUFFIXES, some
 from .image import open_image
+from .progress import notebook_bar
 from .types import VOID
 
 
@@ -90,7 +91,7 @@ def check_labels(
     classes: Sequence[str] | str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     ignore_index: int = VOID,
-    track: Callable[[Sequence[Path]], Iterable[Path]] = iter,
+    track: Callable[[Sequence[Path]], Iterable[Path]] = notebook_bar,
 ) -> LabelReport:
     """Reads every label map below a folder and reports what would go wrong in training.
 

@@ -34,6 +34,7 @@ from .errors import PluginError, PysegError
 from .files import make_folder, read_json, replacing, take_lock, write_json
 from .ops import upsample_argmax
 from .pipeline import Pipeline
+from .progress import notebook_bar
 from .rasters import LabelMap, Raster, check_output, open_raster, write_label_map
 from .regions import void_label
 from .tiles import Span, check_tiles, spans
@@ -77,7 +78,7 @@ def predict_large(
     bands: Sequence[int] | None = None,
     batch_size: int | None = None,
     overwrite: bool = False,
-    track: Callable[[Sequence[Place]], Iterable[Place]] = iter,
+    track: Callable[[Sequence[Place]], Iterable[Place]] = notebook_bar,
     observe: Callable[[str], object] = lambda text: None,
 ) -> LargePrediction:
     """Segments an image of any size by overlapping tiles, in memory that its width bounds.

@@ -34,6 +34,7 @@ from .files import (
 from .formats import write_confidence, write_instances, write_segments, write_uncertainty
 from .image import default_palette, read_image, write_image, write_labels
 from .pipeline import Pipeline, compose
+from .progress import notebook_bar
 from .regions import CERTAIN, void_label
 from .types import VOID, Segmentation
 
@@ -81,7 +82,7 @@ def predict(
     keep_suffix: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
-    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = iter,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = notebook_bar,
 ) -> Predictions:
     """Segments image files and writes one indexed PNG each.
 
@@ -153,7 +154,7 @@ def label(
     keep_suffix: bool = False,
     workers: int | None = None,
     batch_size: int | None = None,
-    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = iter,
+    track: Callable[[Sequence[tuple[Source, Path]]], Iterable[tuple[Source, Path]]] = notebook_bar,
 ) -> Predictions:
     """Labels images for a training: one indexed PNG each, void where the pipeline is unsure.
 

@@ -35,6 +35,7 @@ from .image import read_labels
 from .metrics import _registry
 from .metrics.instances import USUAL, CocoFiles, InstanceAP
 from .metrics.scoring import RESAMPLES, Differences, Scores, States, Tally, differences, no_image
+from .progress import notebook_bar
 from .types import VOID, Instances, Metric, Sample, Segmentation, Segments
 
 PathLike = str | os.PathLike[str]
@@ -75,7 +76,7 @@ def score_files(
     label_folder: PathLike | None = None,
     resamples: int = 0,
     seed: int = 0,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = notebook_bar,
 ) -> Scores:
     """Scores files that any tool has written.
 
@@ -161,7 +162,7 @@ def compare_files(
     labels: PathLike,
     *,
     resamples: int = RESAMPLES,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = notebook_bar,
     **options: Any,
 ) -> Differences:
     """Scores two systems on the same labels, and tells which differences are more than noise.

@@ -22,6 +22,7 @@ from .files import finite, read_json, write_json
 from .metrics.calibration import Calibration
 from .metrics.semantic import Semantic
 from .pipeline import Pipeline
+from .progress import notebook_bar
 from .training.crf import Training as Training  # both also known by this module's name
 from .training.crf import train_crf as train_crf
 from .types import VOID, Dataset, Sample, Segmentation
@@ -107,7 +108,7 @@ def tune_crf(
     trials: int = 40,
     seed: int = 0,
     log: Path | None = None,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
 ) -> Tuning:
     """Searches parameters of `crf` behind a pipeline; no CRF at all is one of the candidates.
 
@@ -330,7 +331,7 @@ def tune_temperature(
     limit: int | None = None,
     pixels: int = 20_000,
     seed: int = 0,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
 ) -> Calibrated:
     """Fits the temperature of `temperature` behind a pipeline, by the likelihood of the labels.
 
@@ -482,7 +483,7 @@ def tune_sam(
     dataset: Dataset,
     *,
     limit: int | None = None,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
 ) -> TunedClasses:
     """Fits which classes `sam` or `sam2` refines, and from which score of their masks on.
 

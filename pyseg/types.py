@@ -57,6 +57,8 @@ from .regions import CERTAIN, VOID, Instances, Segment, Segments, outline, void_
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_SHOWN = 1600  # pixels of a side of what a notebook shows, at most
+
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
@@ -313,7 +315,8 @@ class Segmentation:
         return f"Segmentation({', '.join([start, *held])})"
 
     def _repr_png_(self) -> bytes | None:
-        """What a notebook shows: the overlay, or the labels in colour; None where that fails."""
+        """What a notebook shows: the overlay, or the labels in colour, at most 1600 pixels wide
+        and high; None where that fails."""
         try:
             from . import visual
 
@@ -324,6 +327,7 @@ class Segmentation:
                 picture = visual.overlay(
                     black, 1.0, labels=self.labels, classes=self.classes, palette=self.palette
                 )
+            picture.thumbnail((_SHOWN, _SHOWN))
             stream = io.BytesIO()
             picture.save(stream, format="PNG")
             return stream.getvalue()

@@ -8,10 +8,11 @@
     benchmarks  times, with peers
     profile     Nsight Compute on every kernel of ours, where it is installed
 
-It checks dist/*.whl, which `make wheel` makes on any machine with nvcc, and compiles nothing: needs
-this folder, Python >= 3.11, torch >= 2.10 of the wheel's CUDA release, torchvision, scipy, pillow,
-safetensors, pytest and pytest-benchmark, and uses pytest-timeout, Triton, torchmetrics,
-compute-sanitizer and ncu where they are. No network, no data, no git (PYSEG_COMMIT is the commit).
+It checks the CUDA wheel in dist/, which `make release` makes on any machine with nvcc, and compiles
+nothing: needs this folder, Python >= 3.11, torch >= 2.10 of the wheel's CUDA release, torchvision,
+scipy, pillow, safetensors, pytest and pytest-benchmark, and uses pytest-timeout, Triton,
+torchmetrics, compute-sanitizer and ncu where they are. No network, no data, no git (PYSEG_COMMIT
+is the commit).
 
 Every result is in the folder as soon as it is known: machine.json, steps.jsonl, tests.jsonl,
 sanitizers.jsonl, benchmarks.jsonl, the baseline to keep in benchmarks/results/, logs.tar.gz.
@@ -210,10 +211,13 @@ class Check:
 
     def install(self, wheel):
         if wheel is None:
-            wheels = sorted((ROOT / "dist").glob("pyseg_toolkit-*.whl"), key=os.path.getmtime)
+            wheels = sorted(
+                (ROOT / "dist").glob("pyseg_toolkit-*.whl"),
+                key=lambda path: ("+cu" in path.name, path.stat().st_mtime),
+            )
             if not wheels:
                 sys.exit(
-                    "gpu-check needs a wheel in dist/: run `make wheel` where nvcc is (no GPU is "
+                    "gpu-check needs a wheel in dist/: run `make release` where nvcc is (no GPU is "
                     "needed for that), and bring dist/ here"
                 )
             wheel = wheels[-1]
@@ -241,7 +245,7 @@ class Check:
         print(json.dumps(self.machine, indent=1), flush=True)
         stale = [name for name, stamp in libraries.items() if stamp != source_digest.digest()]
         if stale:
-            sys.exit(f"{', '.join(stale)} was not built from the sources here: `make wheel` again")
+            sys.exit(f"{', '.join(stale)} is not built from the sources here: `make release` again")
 
     def look(self):
         code, text = self.run("machine", [self.python, "-c", MACHINE], 100, quiet=True)
@@ -520,7 +524,7 @@ def main():
     parser.add_argument("parts", nargs="*", metavar="PART", choices=[[], *LIMITS])
     parser.add_argument("--out", default=str(ROOT / "build" / "gpu-check"))
     parser.add_argument("--seconds", type=float, help="the call ends by then")
-    parser.add_argument("--wheel", help="default: the newest of dist/")
+    parser.add_argument("--wheel", help="default: of dist/, that with CUDA")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
     check = Check(options)

@@ -3,20 +3,23 @@
 Models: `tests/models/test_conformance.py`; data sets: `tests/datasets`; each plugin: its own tests.
 """
 
+import io
 import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torchvision
+from PIL import Image
 
 import pyseg
 from pyseg import ops, testing
-from pyseg.ops.confusion_matrix import reference as matrix_reference
-from pyseg.ops.upsample_argmax import reference as argmax_reference
-from pyseg.ops.upsample_confusion import reference as confusion_reference
+from pyseg.ops import rle
 
 ROOT = Path(pyseg.__file__).parents[1]
 REFINERS = {
@@ -71,40 +74,211 @@ def void(*shape):
     return made
 
 
+def module(name):
+    """The module of an op, which the function of the same name hides in the package."""
+    return sys.modules[f"pyseg.ops.{name}"]
+
+
+def png(values):
+    buffer = io.BytesIO()
+    Image.fromarray(values.numpy()).save(buffer, "PNG")
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+
+
+def segments(map, labels):
+    """Rows of `panoptic_quality`'s target: id, class, area, no crowd; class 0 for the first."""
+    return torch.tensor([[i, label, int((map == i).sum()), 0] for i, label in labels.items()])
+
+
+def edges(*masks):
+    """Masks as `run_overlaps` takes them, along the columns as COCO counts."""
+    found = []
+    for mask in masks:
+        flat = np.pad(mask.T.ravel().astype(np.int8), 1)
+        found.append(np.flatnonzero(np.diff(flat)).astype(np.int64))
+    counts = torch.tensor([len(one) for one in found])
+    return torch.from_numpy(np.concatenate(found)), counts
+
+
+def overlaps(*tensors):
+    """`run_overlaps` of the same as tensors."""
+    given = [tensor if tensor is None else tensor.numpy() for tensor in tensors]
+    return torch.from_numpy(rle.run_overlaps(*((given[k], given[k + 1]) for k in (0, 2, 4))))
+
+
+def plain_overlaps(first, first_counts, second, second_counts, one, other):
+    def filled(edges, counts):
+        masks = torch.zeros(len(counts), 400, dtype=torch.bool)
+        for mask, own in zip(masks, edges.split(counts.tolist()), strict=True):
+            for start, end in own.reshape(-1, 2).tolist():
+                mask[start:end] = True
+        return masks
+
+    a, b = filled(first, first_counts), filled(second, second_counts)
+    return (a[one] & b[other]).sum(1)
+
+
+def plain_merge(masks, scores, labels, semantic):
+    reference = module("panoptic_merge").reference
+    return reference(masks, scores, labels, semantic, stuff_classes=[0, 1], stuff_area=5)[0]
+
+
+def plain_head(logits, masks, boxes, labels, size):
+    full = torch.nn.functional.interpolate(logits[None], size, mode="bilinear")[0]
+    return ops.panoptic_logits(full, masks, boxes, labels, num_stuff=2).argmax(0).to(torch.int32)
+
+
+def plain_warp(features, boxes, *options):
+    """Boxes are rounded first, halves away from zero."""
+    edges = (boxes[:, 1:] + 0.5).floor()
+    whole = torch.cat([boxes[:, :1], edges[:, :2], edges[:, 2:] + 1], 1)
+    return module("roi_align").reference(features, whole, *options)
+
+
+LEVELS = {"canonical_size": 16, "canonical_level": 2}  # a box on each of two levels
+
+
+def plain_levels(fine, coarse, boxes):
+    reference = module("roi_align").reference
+    return torch.cat(
+        [reference(fine, boxes[:1], (3, 2), 0.5), reference(coarse, boxes[1:], (3, 2), 0.25)]
+    )
+
+
+def first_of(op):
+    """``op`` with the first of its results only."""
+    return lambda *arguments: op(*arguments)[0]
+
+
 BOXES = torch.tensor([[0, 1.0, 2.0, 9.5, 8.0], [1, 0.0, 0.0, 11.0, 9.0]])
+LARGE = BOXES * torch.tensor([1.0, 2, 2, 2, 2])
+PARTS = labels(11, 13, seed=2, high=4).int()
+FOUND = PARTS.roll(2, 1)
+MASKS = torch.stack([PARTS == 1, PARTS == 2, FOUND == 1])
+DRAWN = np.kron(labels(3, 4, 5, seed=8, high=2).numpy(), np.ones((1, 5, 4), np.uint8))
+# name: op, examples, reference, and what check_op is told; None = its module's reference
 EXAMPLES = {
-    "boundary_mask": ([(labels(2, 11, 13), 1), (labels(1, 1, 1), 2), (labels(0, 4, 4), 1)], None),
+    "boundary_mask": (
+        ops.boundary_mask,
+        [(labels(2, 11, 13), 1), (labels(1, 1, 1), 2), (labels(0, 4, 4), 1)],
+    ),
+    "boundary_match": (
+        first_of(ops.boundary_match),
+        [
+            (labels(2, 11, 13), void(2, 11, 13), 3, 1.5),
+            (labels(1, 1, 1), labels(1, 1, 1, seed=1), 3, 2.0),
+            (labels(0, 4, 4), labels(0, 4, 4), 3, 0.0),
+        ],
+    ),
+    "confusion_counts": (
+        first_of(ops.confusion_counts),
+        [(labels(2, 9, 7), void(2, 9, 7), 3)],
+        module("confusion_matrix").reference,
+    ),
     "confusion_matrix": (
+        ops.confusion_matrix,
         [(labels(2, 9, 7), void(2, 9, 7), 3), (labels(1, 5, 3), labels(1, 5, 3, seed=1), 3)],
-        matrix_reference,
     ),
-    "upsample_argmax": (
-        [(noise(2, 4, 5, 7), (17, 23)), (noise(1, 3, 9, 8), (4, 4))],
-        lambda logits, size: argmax_reference(logits, size).to(torch.uint8),
-    ),
-    "upsample_confusion": (
-        [(noise(2, 3, 5, 4), void(2, 13, 9))],
-        lambda logits, target: confusion_reference(logits, target),
+    "decode_png": (
+        ops.decode_png,
+        [(png(labels(11, 13, high=200)),), (png(labels(1, 1)),), (png(labels(5, 1)),)],
+        None,
+        {"compiles": False},
     ),
     "deform_conv2d": (
+        ops.deform_conv2d,
         [(noise(1, 4, 8, 9), 0.5 * noise(1, 18, 6, 7, seed=1), noise(6, 4, 3, 3, seed=2))],
-        None,
     ),
-    "roi_align": ([(noise(2, 3, 9, 12), BOXES, (3, 2), 1.0, 2)], None),
+    "dense_crf": (  # the lattice approximates the kernels; tests/ops/test_dense_crf.py says how far
+        partial(ops.dense_crf, iterations=2, quality="high"),
+        [
+            (noise(2, 3, 11, 13), 90 + 9 * noise(2, 3, 11, 13, seed=1)),
+            (noise(1, 2, 1, 1), 90 + 9 * noise(1, 3, 1, 1, seed=1)),
+        ],
+        lambda unary, image: (
+            module("dense_crf").reference(unary, image, iterations=2).to(unary.dtype)
+        ),
+        {"tolerance": 0.05},
+    ),
+    "multi_scale_roi_align": (
+        lambda *given: ops.multi_scale_roi_align(
+            given[:2], given[2], (3, 2), (0.5, 0.25), 2, **LEVELS
+        ),
+        [(noise(2, 3, 9, 12), noise(2, 3, 5, 6, seed=1), LARGE)],
+        plain_levels,
+    ),
+    "panoptic_head": (
+        lambda *tensors: ops.panoptic_head(*tensors[:4], num_stuff=2, size=tensors[4]),
+        [
+            (
+                noise(5, 6, 7),
+                noise(3, 5, 5, seed=1),
+                torch.tensor([[1.0, 2.0, 9.0, 8.0], [0.0, 0.0, 13.0, 11.0], [4.0, 3.0, 4.0, 20.0]]),
+                torch.tensor([2, 4, 3]),
+                (12, 14),
+            ),
+            (noise(3, 1, 1), noise(0, 5, 5), torch.zeros(0, 4), labels(0).long(), (2, 3)),
+        ],
+        plain_head,
+    ),
+    "panoptic_merge": (
+        lambda *tensors: ops.panoptic_merge(*tensors, stuff_classes=[0, 1], stuff_area=5).map,
+        [
+            (MASKS, torch.tensor([0.7, 0.9, 0.8]), torch.tensor([2, 3, 2]), labels(11, 13, seed=4)),
+            (torch.zeros(0, 2, 3).bool(), torch.zeros(0), labels(0).long(), labels(2, 3)),
+        ],
+        plain_merge,
+    ),
+    "panoptic_quality": (
+        lambda *given: ops.panoptic_quality(*given, 2).counts[:, :3],
+        [
+            (
+                FOUND,
+                PARTS,
+                segments(FOUND, {1: 0, 2: 0, 3: 1})[:, :2],
+                segments(PARTS, {1: 0, 2: 1, 3: 1}),
+            )
+        ],
+        lambda *given: module("panoptic_quality").reference(*given, 2)[:, :3].long(),
+        {"compiles": False},  # it looks at the lists of segments
+    ),
+    "rle": (
+        overlaps,
+        [
+            (*edges(*DRAWN), *edges(*DRAWN[::-1]), *torch.triu_indices(3, 3)),
+            (*edges(DRAWN[0] * 0), *edges(DRAWN[1]), *torch.zeros(2, 1).long()),
+        ],
+        plain_overlaps,
+        {"compiles": False},
+    ),
+    "roi_align": (ops.roi_align, [(noise(2, 3, 9, 12), BOXES, (3, 2), 1.0, 2)]),
+    "roi_pool": (ops.roi_pool, [(noise(2, 3, 9, 12), BOXES, (3, 2))], torchvision.ops.roi_pool),
+    "roi_warp": (ops.roi_warp, [(noise(2, 3, 11, 12), BOXES, (3, 2), 1.0, 2)], plain_warp),
+    "upsample_argmax": (
+        ops.upsample_argmax,
+        [(noise(2, 4, 5, 7), (17, 23)), (noise(1, 3, 9, 8), (4, 4))],
+        lambda logits, size: module("upsample_argmax").reference(logits, size).to(torch.uint8),
+    ),
+    "upsample_confusion": (
+        lambda *arguments: ops.upsample_confusion(*arguments).matrix,
+        [(noise(2, 3, 5, 4), void(2, 13, 9))],
+    ),
 }
+# In torch's own operators; and a function of networks.
+NO_KERNELS = {"panoptic_logits", "replace_roi_pooling"}
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_ops(name):
-    examples, reference = EXAMPLES[name]
-    op = getattr(ops, name)
-    if name == "upsample_confusion":
+    op, examples, *more = EXAMPLES[name]
+    reference = (more[0] if more else None) or module(name).reference
+    testing.check_op(op, examples, reference, **(more[1] if len(more) > 1 else {}))
 
-        def matrix(*arguments):
-            return ops.upsample_confusion(*arguments).matrix
 
-        op = matrix
-    testing.check_op(op, examples, reference)
+def test_every_op_has_examples():
+    functions = {name for name in ops.__all__ if not isinstance(getattr(ops, name), type)}
+    modules = {path.stem for path in Path(ops.__file__).parent.glob("[a-z]*.py")}
+    assert {*EXAMPLES} == functions - NO_KERNELS | modules
 
 
 LIBRARY = torch.library.Library("pyseg_faulty", "DEF")
@@ -258,4 +432,3 @@ def test_the_option_checks_names_with_no_other_plugin_in_sight(site, tmp_path):
     )
     assert unknown.returncode == pytest.ExitCode.USAGE_ERROR
     assert "nothing is called 'no_such_name'" in unknown.stdout + unknown.stderr
-

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A module may import those of lower floors, and its own package.
 FLOORS = (
     {"pyseg", "errors"},
-    {"_native", "classes", "contract", "devices", "files", "regions", "spec", "tiles"},
+    {"_native", "classes", "contract", "devices", "files", "progress", "regions", "spec", "tiles"},
     {"efficientnet", "hub", "image", "registry", "weights"},
     {"formats", "page", "rasters", "visual"},
     {"ops"},

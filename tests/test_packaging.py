@@ -1,7 +1,10 @@
 """What pyproject.toml promises: dependencies, extras, and a build that says what it lacks."""
 
 import ast
+import hashlib
 import importlib.metadata
+import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -116,3 +119,65 @@ def test_an_old_setuptools_is_named(tmp_path, version):
         assert f"setuptools 77 or newer to build, got {version}" in result.stderr
         assert 'pip install -U "setuptools>=77"' in result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="module")
+def sbom():
+    """The module tests/sbom.py."""
+    spec = importlib.util.spec_from_file_location("sbom", ROOT / "tests" / "sbom.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def bill(sbom, tmp_path_factory):
+    """That of a release of one file, as written."""
+    folder = tmp_path_factory.mktemp("dist")
+    (folder / "pyseg_toolkit-0-py3.whl").write_bytes(b"a wheel")
+    command = [sys.executable, str(ROOT / "tests" / "sbom.py"), str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    (written,) = folder.glob("*.json")
+    assert written.name == f"pyseg_toolkit-{PROJECT['version']}.cdx.json"
+    return json.loads(written.read_text())
+
+
+def test_the_sbom_has_what_is_declared_and_nothing_that_is_not_needed(bill):
+    packages = {one["name"]: one for one in bill["components"] if "purl" in one}
+    packages = {canonicalize_name(name): one for name, one in packages.items()}
+    declared = [(text, "required") for text in PROJECT["dependencies"]]
+    declared += [(t, None) for k in FOR_USERS for t in PROJECT["optional-dependencies"][k]]
+    for requirement, scope in ((Requirement(text), scope) for text, scope in declared):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            found = packages[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(found["version"], prereleases=True), found
+            assert scope is None or found["scope"] == scope, found
+            assert found["version"] == importlib.metadata.version(requirement.name)
+    assert not {"pytest", "selenium", "ruff"} & set(packages)
+    needs = {one["ref"]: one["dependsOn"] for one in bill["dependencies"]}
+    open_, reached = [bill["metadata"]["component"]["bom-ref"]], set()
+    while open_:
+        if (ref := open_.pop()) not in reached:
+            reached.add(ref)
+            open_ += needs[ref]
+    assert reached - {bill["metadata"]["component"]["bom-ref"]} == {
+        one["bom-ref"] for one in packages.values()
+    }
+    (file,) = bill["metadata"]["component"]["components"]
+    assert file["hashes"][0]["content"] == hashlib.sha256(b"a wheel").hexdigest()
+    weights = {path.name for path in (ROOT / "pyseg" / "assets").glob("*.safetensors")}
+    shipped = {one["name"].rpartition("/")[2] for one in bill["components"] if "purl" not in one}
+    assert weights and weights <= shipped
+
+
+def test_the_sbom_is_valid_cyclonedx(bill):
+    validation = pytest.importorskip("cyclonedx.validation.json")
+    schema = pytest.importorskip("cyclonedx.schema")
+    validator = validation.JsonStrictValidator(schema.SchemaVersion.V1_6)
+    assert validator.validate_str(json.dumps(bill)) is None
+    assert validator.validate_str(json.dumps({**bill, "bomFormat": "SPDX"})) is not None
+
+
+def test_a_package_that_is_absent_is_named_by_the_sbom(sbom):
+    with pytest.raises(SystemExit, match=r"no-such-thing is not installed here.*\.\[test\]"):
+        sbom.closure(["no-such-thing>=1"])

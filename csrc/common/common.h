@@ -22,6 +22,7 @@
 
 #include "inline.h"
 #include "simd_level.h"
+#include "team.h"
 
 // Python sees ValueError. STD_TORCH_CHECK would put the build machine's paths into the message.
 #define PYSEG_CHECK(condition, ...)                                            \
@@ -75,15 +76,15 @@ inline int narrow(const char* name, int64_t value) {
   return int(value);
 }
 
-// Defines functions_in_force<T>(), where levels have functions<T>(): those of the level in force; of
-// double, which checks gradients, there are generic ones only.
-#define PYSEG_FUNCTIONS_IN_FORCE                \
-  template <class T>                            \
-  auto functions_in_force() {                   \
-    if constexpr (std::is_same_v<T, double>)    \
-      return generic::functions<double>();      \
-    else                                        \
-      return PYSEG_AT_LEVEL(functions<T>)();    \
+// Defines functions_in_force<T>(), where levels have functions<T>(): those of the level in force;
+// of double, which checks gradients, there are generic ones only.
+#define PYSEG_FUNCTIONS_IN_FORCE             \
+  template <class T>                         \
+  auto functions_in_force() {                \
+    if constexpr (std::is_same_v<T, double>) \
+      return generic::functions<double>();   \
+    else                                     \
+      return PYSEG_AT_LEVEL(functions<T>)(); \
   }
 
 // Below this, in additions of numbers, waking threads takes longer than the work: much longer where
@@ -93,15 +94,20 @@ inline int narrow(const char* name, int64_t value) {
 #endif
 constexpr int64_t kWorthThreads = PYSEG_WORTH_THREADS;
 
+inline int64_t num_threads() {
+  return Team::current() ? Team::current()->size() : torch::stable::get_num_threads();
+}
+
 // Calls work(item, worker) for every item; which worker takes which is left to chance, so that
 // threads that are held up take fewer. `cost`: of an item, in additions, roughly.
 template <class Work>
 void for_each(int64_t items, int64_t cost, Work work) {
-  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t threads = num_threads();
   if (threads == 1 || items <= 1 || cost < (kWorthThreads + items - 1) / items) {
     for (int64_t item = 0; item < items; ++item) work(item, int64_t(0));
     return;
   }
+  if (Team* const team = Team::current()) return team->share(items, work);
   std::atomic<int64_t> next{0};
   const int64_t workers = std::min<int64_t>(items, threads);
   torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {

@@ -3,9 +3,9 @@
 // Milliseconds for 1024 x 2048 noise of 19 classes in bytes, AVX2 / AVX-512 on a Sapphire Rapids,
 // one thread: counting stores once per pixel, which takes 0.8 at AVX2 whatever the copies of the
 // table (4, 8 or 16, apart or side by side, of 16 or 32 bits, cells read four at a time: within 3 %
-// of the whole at AVX2, 5 % at AVX-512). Slower: two pixels as one index into 390 KB, 2.5 instead of
-// 1.5 / 1.8; 16 copies of 8-bit counters, emptied in time, 2.3 / 2.6. Coding took 1.05 / 0.41 as the
-// compiler widens bytes, and takes 0.44 / 0.25 by products of pairs of bytes.
+// of the whole at AVX2, 5 % at AVX-512). Slower: two pixels as one index into 390 KB, 2.5 instead
+// of 1.5 / 1.8; 16 copies of 8-bit counters, emptied in time, 2.3 / 2.6. Coding took 1.05 / 0.41 as
+// the compiler widens bytes, and takes 0.44 / 0.25 by products of pairs of bytes.
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif

@@ -121,9 +121,7 @@ class Crf {
   std::vector<Scratch<Real>> scratch(int row_sets, int stride) const;
   TilePass<Real> tile_pass(const Tile& tile, const Real* unary, const RowSize& row) const;
   // The largest number of a worker that gets a tile, and one more.
-  int64_t workers() const {
-    return std::min<int64_t>(tiles_.size(), torch::stable::get_num_threads());
-  }
+  int64_t workers() const { return std::min<int64_t>(tiles_.size(), num_threads()); }
   int64_t tile_pixels() const { return height_ * width_ / int64_t(tiles_.size()); }
   // Of a tile: two additions per entry, and the softmax.
   int64_t pass_cost(int width) const { return tile_pixels() * width * (2 * entries_ + 8); }

@@ -365,6 +365,12 @@ void backward(const Arguments& a, const Tensor& gradient, Tensor& unary, Tensor&
             compatibility.mutable_data_ptr<Real>());
 }
 
+// Whether an image is so large that its loops start threads at all: some eight additions for each
+// of its values.
+bool worth_a_team(const Tensor& values) {
+  return 8 * values.numel() / std::max<int64_t>(values.size(0), 1) >= kWorthThreads;
+}
+
 Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability), float or double
                      const Tensor& features,  // [N, F, H, W] of the same dtype
                      const Tensor& weights,   // [kernels]
@@ -379,10 +385,12 @@ Tensor dense_crf_cpu(const Tensor& unary,     // [N, C, H, W] -log(probability),
   check_values(a);
   Tensor q = torch::stable::new_empty(a.unary, a.unary.sizes());
   prefer_huge_pages(q.mutable_data_ptr(), q.numel() * q.element_size());
-  if (unary.scalar_type() == ScalarType::Float)
-    infer<float>(a, q);
-  else
-    infer<double>(a, q);
+  Team::run(worth_a_team(a.unary), [&] {
+    if (unary.scalar_type() == ScalarType::Float)
+      infer<float>(a, q);
+    else
+      infer<double>(a, q);
+  });
   return q;
 }
 
@@ -402,10 +410,12 @@ std::tuple<Tensor, Tensor, Tensor> dense_crf_backward_cpu(
   Tensor of_weights = torch::stable::new_empty(a.weights, a.weights.sizes());
   const int64_t labels = compatibility ? unary.size(1) : 0;
   Tensor of_compatibility = torch::stable::new_empty(a.weights, {labels, labels});
-  if (unary.scalar_type() == ScalarType::Float)
-    backward<float>(a, g, of_unary, of_weights, of_compatibility);
-  else
-    backward<double>(a, g, of_unary, of_weights, of_compatibility);
+  Team::run(worth_a_team(a.unary), [&] {
+    if (unary.scalar_type() == ScalarType::Float)
+      backward<float>(a, g, of_unary, of_weights, of_compatibility);
+    else
+      backward<double>(a, g, of_unary, of_weights, of_compatibility);
+  });
   return {of_unary, of_weights, of_compatibility};
 }
 
@@ -457,7 +467,8 @@ int64_t dense_crf_lattice_cpu(const Tensor& features,  // [1, F, H, W] float
   auto lattice = std::make_shared<KeptLattice>(
       KeptLattice{Crf<float>(a.settings, features.size(2), features.size(3)),
                   std::vector<float>(from, from + a.weights.numel())});
-  lattice->crf.build(a.features.const_data_ptr<float>());
+  Team::run(worth_a_team(features),
+            [&] { lattice->crf.build(a.features.const_data_ptr<float>()); });
   return kept_lattices().add(std::move(lattice));
 }
 
@@ -470,8 +481,10 @@ Tensor dense_crf_messages_cpu(const Tensor& q, int64_t number) {  // [1, C, H, W
               "q must be [1, C, ", height, ", ", width, "] float32, got ", shape(q));
   const Tensor from = torch::stable::contiguous(q);
   Tensor out = torch::stable::new_empty(from, from.sizes());
-  lattice->crf.messages(from.const_data_ptr<float>(), lattice->weights.data(), int(q.size(1)),
-                        out.mutable_data_ptr<float>());
+  Team::run(worth_a_team(from), [&] {
+    lattice->crf.messages(from.const_data_ptr<float>(), lattice->weights.data(), int(q.size(1)),
+                          out.mutable_data_ptr<float>());
+  });
   return out;
 }
 

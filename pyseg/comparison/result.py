@@ -124,6 +124,10 @@ class Comparison:
             rows.append(cells)
         return head, rows
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: the table."""
+        return page.table(*self.table())
+
     def difference_table(self) -> tuple[list[str], list[list[str]]]:
         """Head and rows, as text: whether the row's mIoU is above (+), below (-) or as good (.)."""
         numbers = [str(k + 1) for k in range(len(self.rows))]

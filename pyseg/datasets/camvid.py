@@ -34,6 +34,8 @@ _GROUPS = (
 _DUSK = "0001TP_007[4-6]*,0001TP_0077[0-4]*"
 _DAY = "0006R0_f033[6-9]*,0006R0_f03[4-8]*,0006R0_f039[0-3]*"
 _BLOCKS = {"dusk-block": _DUSK, "day-block": _DAY, "hold-outs": f"{_DUSK},{_DAY}"}
+# The light of each drive, which is the first part of a frame's name.
+_DRIVES = {"day": ("0006R0", "0016E5", "Seq05VD"), "dusk": ("0001TP",)}
 
 
 class CamVid(PairedFiles):
@@ -53,10 +55,13 @@ class CamVid(PairedFiles):
             frames of two drives that the bundled weights' scores are of, "dusk-block" and
             "day-block" for those of one.
         without: patterns of frames that are left out.
+        drives: those that are taken, such as ``"0001TP"``, as a sequence or joined by commas; "day"
+            and "dusk" stand for those of that light; none = all.
 
     Raises:
         LayoutError: a folder or file is absent; the message shows what is expected and found.
-        ValueError: ``classes`` is neither 11 nor 32, or no frame is left.
+        ValueError: ``classes`` is neither 11 nor 32, a drive of which the split has no frame, or no
+            frame is left.
 
     Example:
         >>> dataset = CamVid("camvid", "val")
@@ -86,6 +91,7 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
         classes: int = 11,
         only: str | Sequence[str] = (),
         without: str | Sequence[str] = (),
+        drives: str | Sequence[str] = (),
     ) -> None:
         if classes not in (11, 32):
             raise ValueError(f"classes must be 11 or 32, got {classes}")
@@ -104,6 +110,8 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
             frames = list(dict.fromkeys((*images, *labels)))
         if listing is not None:
             frames = found.listed(listing)
+        if taken := _drives(drives, frames, split):
+            frames = [name for name in frames if name.partition("_")[0] in taken]
         if wanted := _patterns(only):
             frames = [name for name in frames if any(fnmatchcase(name, p) for p in wanted)]
         unwanted = _patterns(without)
@@ -111,6 +119,7 @@ or 701_StillsRaw_full/*.png and LabeledApproved_full/*_L.png (the original, 11 o
         if not frames and (wanted or unwanted):
             raise ValueError(
                 f"no frame of {split!r} is left by only={only!r} and without={without!r}"
+                + (f" of the drives {', '.join(sorted(taken))}" if taken else "")
             )
         eleven = classes == 11
         names = CAMVID_CLASSES if eleven else ALL_CLASSES
@@ -134,6 +143,22 @@ def _patterns(given: str | Sequence[str]) -> list[str]:
     parts = given.split(",") if isinstance(given, str) else given
     names = [part.strip() for part in parts]
     return [pattern for name in names if name for pattern in _BLOCKS.get(name, name).split(",")]
+
+
+def _drives(given: str | Sequence[str], frames: Sequence[str], split: str) -> set[str]:
+    """The drives that are wanted, each of which the split has."""
+    parts = given.split(",") if isinstance(given, str) else given
+    found = {name.partition("_")[0] for name in frames}
+    wanted = set()
+    for part in filter(None, (part.strip() for part in parts)):
+        here = found & set(_DRIVES.get(part, (part,)))
+        if not here:
+            raise ValueError(
+                f"drives: the split {split!r} has no frame of {part!r}; it has those of "
+                f"{', '.join(sorted(found))}"
+            )
+        wanted |= here
+    return wanted
 
 
 def _split(stem: str) -> str:

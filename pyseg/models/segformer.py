@@ -234,6 +234,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Tokens [N, h w, C] of a map of ``size`` to as many."""
+        q, k, v = self.project(x, size)
+        return self.merge(F.scaled_dot_product_attention(q, k, v))
+
+    def project(self, x: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens as queries [N, heads, h w, c], and keys and values [N, heads, tokens', c]."""
         source = x
         if self.reduction > 1:
             plane = _to_map(x, size)
@@ -245,8 +250,11 @@ class Attention(nn.Module):
         n, count, width = x.shape
         q = self.q(x).view(n, count, self.heads, -1).transpose(1, 2)
         k, v = self.kv(source).view(n, -1, 2, self.heads, width // self.heads).unbind(2)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
-        return self.proj(y.transpose(1, 2).reshape(n, count, width))
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """What the heads found, [N, heads, h w, c], as tokens [N, h w, C]."""
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class MixMLP(nn.Module):

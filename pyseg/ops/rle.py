@@ -38,6 +38,11 @@ def run_overlaps(first: Masks, second: Masks, pairs: tuple[np.ndarray, np.ndarra
     return sums.numpy()
 
 
+@torch.library.register_fake("pyseg::_run_overlaps")
+def _(first_edges, first_ends, second_edges, second_ends, one, other):
+    return one.new_empty(one.shape)
+
+
 def _vector(values: np.ndarray) -> Tensor:
     values = np.ascontiguousarray(values, np.int64)
     return torch.from_numpy(values if values.flags.writeable else values.copy())

@@ -23,6 +23,9 @@ def check_op(
     /,
     examples: Sequence[Sequence[Any]] | None = None,
     reference: Callable[..., Any] | None = None,
+    *,
+    tolerance: float | None = None,
+    compiles: bool = True,
 ) -> None:
     """Checks an op: a function of tensors over operators that were registered with torch.
 
@@ -37,6 +40,11 @@ def check_op(
             none (no elements); None = what ``examples()`` of the op's module returns.
         reference: another way to the same, of the same arguments; None = ``reference`` of the op's
             module. Integers and truth values must be equal, floats close.
+        tolerance: largest difference of floats from the reference, of an op that approximates it;
+            None = what rounding makes of equal formulas.
+        compiles: False of an op of which values decide what it does, as of a file, so that
+            ``torch.compile(fullgraph=True)`` cannot trace it; its operators are checked all the
+            same.
 
     Raises:
         AssertionError: the first thing that is not as it should be.
@@ -59,7 +67,15 @@ def check_op(
         check(len(examples) > 0, "there is no example")
         assert reference is not None
         for number, arguments in enumerate(examples):
-            _check_example(check, f"example {number}", function, tuple(arguments), reference)
+            _check_example(
+                check,
+                f"example {number}",
+                function,
+                tuple(arguments),
+                reference,
+                tolerance,
+                compiles,
+            )
         first = tuple(examples[0])
         check.raises((TypeError, ValueError), "None", lambda: function(*[None] * len(first)))
 
@@ -70,6 +86,8 @@ def _check_example(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
     reference: Callable[..., Any],
+    tolerance: float | None,
+    compiles: bool,
 ) -> None:
     before = copy.deepcopy(arguments)
     with check.doing(what), _Calls() as calls:
@@ -78,7 +96,7 @@ def _check_example(
     check(same, f"{what}: it changes its arguments")
     with check.doing(f"{what}: the reference"):
         expected = reference(*copy.deepcopy(arguments))
-    _compare(check, f"{what}: it and the reference", result, expected)
+    _compare(check, f"{what}: it and the reference", result, expected, tolerance)
     with check.doing(f"{what}, again"):
         again = function(*arguments)
     check(_all_identical(result, again), f"{what}: it gives another result the second time")
@@ -92,10 +110,11 @@ def _check_example(
     for operator, given, named in calls.made:
         with check.doing(f"{what}: opcheck of {operator}"):
             torch.library.opcheck(operator, given, named)
-    with check.doing(f"{what}: torch.compile(fullgraph=True)"):
-        torch.compiler.reset()
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
-    _compare(check, f"{what}: compiled and not", compiled, result)
+    if compiles:
+        with check.doing(f"{what}: torch.compile(fullgraph=True)"):
+            torch.compiler.reset()
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*arguments)
+        _compare(check, f"{what}: compiled and not", compiled, result)
     if torch.cuda.is_available():
         there = tree_map(lambda a: a.cuda() if isinstance(a, Tensor) else a, arguments)
         with check.doing(f"{what} on the GPU"):
@@ -132,14 +151,16 @@ class _threads:
         torch.set_num_threads(self.before)
 
 
-def _compare(check: Check, what: str, one: Any, other: Any) -> None:
+def _compare(check: Check, what: str, one: Any, other: Any, tolerance: float | None = None) -> None:
     first, second = _tensors(one), _tensors(other)
     check(len(first) == len(second), f"{what} give {len(first)} and {len(second)} tensors")
     for a, b in zip(first, second, strict=True):
         alike = a.shape == b.shape and a.dtype == b.dtype
         check(alike, f"{what} differ: {kind_of(a)} and {kind_of(b)}")
         if a.is_floating_point() or a.is_complex():
-            check(torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True), f"{what} differ")
+            rtol, atol = (1e-4, 1e-5) if tolerance is None else (0.0, tolerance)
+            close = torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+            check(close, f"{what} differ")
         else:
             check(torch.equal(a, b), f"{what} differ")
 

@@ -15,6 +15,7 @@ from ..errors import PysegError
 from ..files import finite
 from ..metrics.semantic import Semantic
 from ..pipeline import Pipeline, Stage
+from ..progress import notebook_bar
 from ..refiners.crf import CRF
 from ..spec import StageSpec
 from ..types import VOID, Dataset, Sample, Segmentation
@@ -89,7 +90,7 @@ def train_crf(
     epochs: int = 4,
     learning_rate: float = 0.03,
     seed: int = 0,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
     **options: Any,
 ) -> Training:
     """Trains kernel weights and label compatibility of `crf` behind a pipeline that stays as it is.

@@ -88,7 +88,8 @@ def train_instances(
         rates: factors of the learning rate of parts of the model, 0 = frozen: as `train` has it.
         momentum: of SGD; of the others the first decay rate.
         weight_decay: for weights of more than one dimension.
-        schedule: ``"cosine"``, ``"poly"`` or ``"one-cycle"``: see `pyseg.training.fit`.
+        schedule: ``"cosine"``, ``"poly"``, ``"linear"`` or ``"one-cycle"``: see
+            `pyseg.training.fit`.
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient.
         ema: decay of the running average of the weights, per step.

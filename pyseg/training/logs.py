@@ -14,13 +14,14 @@ from typing import Any
 
 from ..errors import require
 from ..files import write_text
+from ..progress import NotebookBar, in_notebook
 
 LINES_EVERY = 30.0  # seconds between lines where there is no terminal
 UNSHOWN = ("epoch", "learning_rate", "precision", "seconds")
 
 
 class Display:
-    """Progress on stderr: a bar on a terminal, elsewhere a line after an epoch, not too often.
+    """Progress: a bar on a terminal or in a notebook, else a line on stderr now and then.
 
     Args:
         what: text before the bar.
@@ -36,7 +37,11 @@ class Display:
 
         console = Console(stderr=True)
         self.epochs, self.first = epochs, first
-        self.lines = wanted and not console.is_terminal
+        self.loss = math.nan
+        self.notebook = None
+        if wanted and in_notebook():
+            self.notebook = NotebookBar(what, epochs * steps, first * steps)
+        self.lines = wanted and not console.is_terminal and self.notebook is None
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -60,11 +65,14 @@ class Display:
 
     def show(self, loss: float) -> None:
         """The mean loss of the epoch so far."""
+        self.loss = loss
         self.bar.update(self.task, loss=loss)
 
     def advance(self) -> None:
         """One step more."""
         self.bar.update(self.task, advance=1)
+        if self.notebook is not None:
+            self.notebook.advance(f"loss {self.loss:.3f}")
 
     def epoch(self, entry: Mapping[str, Any]) -> None:
         """An epoch is done: its entry of the log."""

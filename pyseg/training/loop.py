@@ -44,7 +44,7 @@ LOCK = ".lock"
 LOOKS = 8  # steps between two looks at the loss, which wait for the device
 
 Precision = Literal["bf16", "fp32"]
-Schedule = Literal["cosine", "poly", "one-cycle"]
+Schedule = Literal["cosine", "poly", "linear", "one-cycle"]
 
 # Settings that checkpoints of older versions do not name, with the values that these had.
 _OLDER = {"schedule": "cosine", "accumulate": 1, "patience": None}
@@ -59,6 +59,7 @@ def fit(
     steps: int,
     epochs: int,
     output_dir: str | Path,
+    companion: nn.Module | None = None,
     validate: Callable[[Any], Mapping[str, Any]] | None = None,
     settings: Mapping[str, Any] | None = None,
     older: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
@@ -106,13 +107,16 @@ def fit(
             the schedule is that of a run of this length, so that a longer one raises the learning
             rate again, a shorter one lowers it faster.
         output_dir: made if absent.
+        companion: a module that the step changes by itself, such as an averaged teacher: it is
+            moved to the device, saved in checkpoints and restored from them, and nothing else.
         validate: called with the model, which then holds the averaged weights and is in evaluation
             mode, every ``validate_every`` epochs and at the end; its numbers go to the log.
         settings: what else must be equal in a run that is resumed, as JSON has it.
         older: gives, from a checkpoint's settings, what one of an older version does not name.
         schedule: of the learning rate after its rise: ``"cosine"`` = half a cosine down to 1 %;
-            ``"poly"`` = (1 - t)^0.9, down to 0; ``"one-cycle"`` (Smith & Topin, 2019) = from 1/25
-            up and down to 1/250,000 by half cosines each, usually with a ``warmup`` of 0.3.
+            ``"poly"`` = (1 - t)^0.9, down to 0; ``"linear"`` = 1 - t; ``"one-cycle"`` (Smith &
+            Topin, 2019) = from 1/25 up and down to 1/250,000 by half cosines each, usually with a
+            ``warmup`` of 0.3.
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient; None = any.
         accumulate: batches whose gradients are added up for one step of the optimizer; where an
@@ -200,6 +204,8 @@ def fit(
         }
         rates = [group["lr"] for group in optimizer.param_groups]  # before a checkpoint's
         model.to(device)
+        if companion is not None:
+            companion.to(device)
         training_mode(model)
         sharded = sharding.wanted(accelerator)
         whole = copy.deepcopy(model) if sharded else model  # what is validated and saved
@@ -208,7 +214,7 @@ def fit(
         log: list[dict[str, Any]] = []
         if checkpoint is not None:
             known = {**_OLDER, **(older(checkpoint.settings) if older else {})}
-            checkpoint.restore(known, settings, whole, model, optimizer, average)
+            checkpoint.restore(known, settings, whole, model, optimizer, average, companion)
             log = checkpoint.log
         updates = math.ceil(steps / accumulate)
         first, total = len(log), updates * epochs
@@ -330,7 +336,7 @@ def fit(
                     save_state(output / BEST, state)
                 over = last or _is_over(log, patience, watch)
                 if over or (epoch + 1) % save_every == 0:
-                    _save(output, settings, log, model, optimizer, average, main)
+                    _save(output, settings, log, model, optimizer, average, companion, main)
                 display.epoch(entry)
             accelerator.wait_for_everyone()
             state = sharding.gathered(average)
@@ -378,8 +384,10 @@ def check_run(
     check_positive(epochs=epochs, clip=1.0 if clip is None else clip, accumulate=accumulate)
     check_positive(patience=1 if patience is None else patience)
     check_share(warmup=warmup)
-    if schedule not in ("cosine", "poly", "one-cycle"):
-        raise ValueError(f"schedule must be 'cosine', 'poly' or 'one-cycle', got {schedule!r}")
+    if schedule not in ("cosine", "poly", "linear", "one-cycle"):
+        raise ValueError(
+            f"schedule must be 'cosine', 'poly', 'linear' or 'one-cycle', got {schedule!r}"
+        )
     if not 0 <= ema < 1:
         raise ValueError(f"ema must be in 0..1, below 1, got {ema}")
     if precision not in ("bf16", "fp32", None):
@@ -457,11 +465,12 @@ def share_of_rate(schedule: Schedule, step: int, total: int, warmup: float) -> f
         if step <= top:
             return _between(1 / 25, 1.0, step / top if top else 1.0)
         return _between(1.0, 1 / 250_000, (step - top) / max(total - 1 - top, 1e-9))
-    if schedule == "poly":
+    if schedule in ("poly", "linear"):
         rising = round(total * warmup)
         if step < rising:
             return (step + 1) / (rising + 1)
-        return (1 - (step - rising) / (total - rising)) ** 0.9
+        left = 1 - (step - rising) / (total - rising)
+        return left if schedule == "linear" else left**0.9
     rising = max(1, round(total * warmup))
     if step < rising:
         return (step + 1) / rising
@@ -547,6 +556,7 @@ def _save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: dict[str, Tensor],
+    companion: nn.Module | None,
     main: bool,
 ) -> None:
     """Writes a checkpoint and what comes with it; all processes call it, the main one writes."""
@@ -559,6 +569,8 @@ def _save(
         "average": weights,
         "optimizer": sharding.gathered_optimizer(optimizer),
     }
+    if companion is not None:
+        state["companion"] = companion.state_dict()
     if main:
         save_state(output / WEIGHTS, weights)
         write_json(output / LOG, log)
@@ -591,6 +603,7 @@ class _Checkpoint:
     model: dict[str, Tensor]
     average: dict[str, Tensor]
     optimizer: dict[str, Any]
+    companion: dict[str, Tensor] | None = None
 
     @classmethod
     def read(cls, path: Path) -> _Checkpoint:
@@ -617,7 +630,11 @@ class _Checkpoint:
             raise _unreadable(path, "its log is no list of epochs")
         if type(epoch) is not int or not 0 < epoch == len(log):
             raise _unreadable(path, f"it is of epoch {epoch!r}, its log has {len(log)}")
-        for name, weights in (("model", model), ("average", average)):
+        companion = state.get("companion")
+        states = {"model": model, "average": average}
+        if companion is not None:
+            states["companion"] = companion
+        for name, weights in states.items():
             if not isinstance(weights, dict) or not all(
                 isinstance(key, str) and isinstance(value, Tensor) for key, value in weights.items()
             ):
@@ -626,7 +643,7 @@ class _Checkpoint:
             raise _unreadable(path, "its average has other entries than its model")
         if not isinstance(optimizer, dict):
             raise _unreadable(path, "its optimizer is no dict")
-        return cls(path, settings, log, model, average, optimizer)
+        return cls(path, settings, log, model, average, optimizer, companion)
 
     def restore(
         self,
@@ -636,6 +653,7 @@ class _Checkpoint:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         average: dict[str, Tensor],
+        companion: nn.Module | None,
     ) -> None:
         """Puts a run's state where it was, if its settings are those of then."""
         now = json.loads(json.dumps(settings))
@@ -654,6 +672,11 @@ class _Checkpoint:
                 f"not {now['epochs']}"
             )
         load_into(whole, self.model, self.path)
+        if (companion is None) != (self.companion is None):
+            has = "no companion" if self.companion is None else "a companion"
+            raise PysegError(f"cannot resume {self.path}: it has {has}, and this run is otherwise")
+        if companion is not None and self.companion is not None:
+            load_into(companion, self.companion, self.path)
         if whole is not model:
             sharding.load(model.state_dict(), self.model)
         try:

@@ -15,6 +15,7 @@ from .. import processes
 from ..errors import LabelError
 from ..metrics.semantic import Semantic
 from ..pipeline import Pipeline, Stage
+from ..progress import notebook_bar
 from ..refiners.segfix import (
     WIDTH,
     BoundaryHead,
@@ -55,7 +56,7 @@ def train_segfix(
     resume: bool = False,
     seed: int = 0,
     progress: bool = True,
-    track: Callable[[Sequence[int]], Iterable[int]] = iter,
+    track: Callable[[Sequence[int]], Iterable[int]] = notebook_bar,
     **options: Any,
 ) -> Training:
     """Trains `segfix` behind a pipeline that stays as it is, on crops of labelled images.

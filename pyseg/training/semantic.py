@@ -137,7 +137,8 @@ def train(
             ``"rest=0,head=1"`` trains the head only, see `pyseg.training.optimizer`.
         momentum: of SGD; of the others the first decay rate.
         weight_decay: for weights of more than one dimension.
-        schedule: ``"cosine"``, ``"poly"`` or ``"one-cycle"``: see `pyseg.training.fit`.
+        schedule: ``"cosine"``, ``"poly"``, ``"linear"`` or ``"one-cycle"``: see
+            `pyseg.training.fit`.
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient; None = any.
         ema: decay of the running average of the weights, per step; 0 = the last weights.

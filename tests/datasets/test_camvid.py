@@ -71,6 +71,23 @@ def test_frames_by_pattern(tmp_path):
         CamVid(tmp_path, "train", only="x*")
 
 
+def test_drives(tmp_path):
+    stems = ["0001TP_006690", "0001TP_007710", "0006R0_f00930", "0016E5_00390"]
+    write(tmp_path, "train", "trainannot", stems)
+    for drives, options, expected in (
+        ("day", {}, stems[2:]),
+        ("dusk", {}, stems[:2]),
+        (["0016E5"], {}, stems[3:]),
+        ("0016E5, dusk", {"without": "dusk-block"}, [stems[0], stems[3]]),
+        ("", {}, stems),
+    ):
+        assert CamVid(tmp_path, drives=drives, **options).names == tuple(expected)
+    with pytest.raises(ValueError, match=r"no frame of 'night'; it has those of 0001TP, 0006R0, 0"):
+        CamVid(tmp_path, drives="day,night")
+    with pytest.raises(ValueError, match=r"only='0016\*' and without=\(\) of the drives 0001TP"):
+        CamVid(tmp_path, drives="dusk", only="0016*")
+
+
 def test_missing_folders_and_files(tmp_path):
     with pytest.raises(LayoutError, match=r"no folder .*nowhere"):
         CamVid(tmp_path / "nowhere")

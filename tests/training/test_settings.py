@@ -402,7 +402,7 @@ def test_a_checkpoint_of_an_older_version_goes_on(tmp_path):
     ("options", "message"),
     [
         ({"optimizer": "lion"}, "optimizer must be"),
-        ({"schedule": "linear"}, "schedule must be"),
+        ({"schedule": "exponential"}, "schedule must be"),
         ({"momentum": 1.0}, "momentum must be in"),
         ({"accumulate": 0}, "accumulate must be positive"),
         ({"class_weights": "mean"}, "class_weights must be a number or 'median'"),

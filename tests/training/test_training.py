@@ -304,6 +304,50 @@ def test_what_cannot_be_resumed_is_refused(tmp_path):
         train(other, Shapes(), output_dir=tmp_path, resume=True, **{**SHORT, "epochs": 1})
 
 
+def test_a_companion_resumes_with_the_model(tmp_path):
+    """A module that the step moves by itself, and whose state the loss depends on."""
+
+    def run(folder, resume=False, **options):
+        torch.manual_seed(0)
+        model, companion = nn.Linear(3, 1), nn.Linear(3, 1).requires_grad_(False)
+        generator = torch.Generator()
+
+        def batches(epoch):
+            generator.manual_seed(epoch)
+            return [torch.randn(4, 3, generator=generator) for _ in range(3)]
+
+        def step(network, batch):
+            companion.weight.lerp_(model.weight.detach(), 0.3)
+            return {"loss": (network(batch) - 2 * companion(batch) + 1).square().mean()}
+
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        options = {"companion": companion, "resume": resume, "output_dir": folder, **options}
+        options |= {"steps": 3, "epochs": 2, "schedule": "linear", "progress": False}
+        loop.fit(model, batches, step=step, optimizer=optimizer, **options)
+        return {**model.state_dict(), "companion": companion.weight}
+
+    whole = run(tmp_path / "whole")
+    state = torch.load(tmp_path / "whole" / "checkpoint.pt")
+    assert torch.equal(state["companion"]["weight"], whole["companion"])
+    with pytest.raises(PysegError, match=r"it has a companion, and this run is otherwise"):
+        run(tmp_path / "whole", resume=True, companion=None)
+
+    class Stopped(Exception):
+        pass
+
+    real = loop._save
+
+    def stop(*arguments):
+        real(*arguments)
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_save", stop)
+        with pytest.raises(Stopped):
+            run(tmp_path / "killed")
+    assert same(whole, run(tmp_path / "killed", resume=True))
+
+
 def change(**entries):
     return lambda state: {**state, **entries}
 
@@ -654,9 +698,10 @@ def of_torch(make, total):
 @pytest.mark.parametrize("total", [7, 40, 111])
 def test_schedules_are_those_of_torch(total):
     lr = torch.optim.lr_scheduler
-    poly = of_torch(lambda o: lr.PolynomialLR(o, total, 0.9), total)
-    ours = [loop.share_of_rate("poly", step, total, 0) for step in range(total)]
-    assert ours == pytest.approx(poly, abs=1e-12)
+    for name, power in (("poly", 0.9), ("linear", 1.0)):
+        poly = of_torch(lambda o, power=power: lr.PolynomialLR(o, total, power), total)
+        ours = [loop.share_of_rate(name, step, total, 0) for step in range(total)]
+        assert ours == pytest.approx(poly, abs=1e-12)
     for rising in (0.3, 0.25):
         cycle = of_torch(
             lambda o, rising=rising: lr.OneCycleLR(

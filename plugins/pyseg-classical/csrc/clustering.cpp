@@ -1,11 +1,14 @@
-// k-means by Lloyd's iterations. Hamerly's bounds (SDM 2010) leave out distances that cannot matter,
-// so the assignments are Lloyd's own.
+// k-means by Lloyd's iterations. Every iteration compares all points with all centres: side by side in
+// vectors that is faster than bounds that spare comparisons (docs/speed.md).
+#include <memory>
+
 #include "core.h"
 
 namespace classical {
 namespace {
 
 constexpr int64_t kPart = 4096;  // points that are summed together, whatever the number of threads
+constexpr int64_t kLanes = 32;   // points that lie side by side
 
 double squared(const double* a, const double* b, int64_t dims) {
   double sum = 0;
@@ -13,157 +16,204 @@ double squared(const double* a, const double* b, int64_t dims) {
   return sum;
 }
 
-struct Points {
-  const double* values;  // [count, dims]
-  int64_t count, dims, k;
-  const double* at(int64_t i) const { return values + i * dims; }
-};
+#define CLASSICAL_VECTORS(bytes)                                             \
+  typedef double Doubles##bytes __attribute__((vector_size(bytes), aligned(8))); \
+  typedef int64_t Longs##bytes __attribute__((vector_size(bytes), aligned(8)))
+CLASSICAL_VECTORS(16);
+CLASSICAL_VECTORS(32);
+CLASSICAL_VECTORS(64);
 
-// Distances of a block of points to all centres, then the nearest two. Points of a block lie side by
-// side, so that one instruction serves several.
-constexpr int64_t kBlock = 64;
-
-CLASSICAL_CLONES void nearest(const double* block, const double* centres, int64_t dims, int64_t k,
-                              double* best, double* second, double* label) {
-  for (int64_t i = 0; i < kBlock; ++i) {
-    best[i] = second[i] = std::numeric_limits<double>::infinity();
-    label[i] = 0;
-  }
-  for (int64_t c = 0; c < k; ++c) {
-    double distance[kBlock] = {};
-    for (int64_t d = 0; d < dims; ++d) {
-      const double centre = centres[c * dims + d];
-      const double* row = block + d * kBlock;
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const double gap = row[i] - centre;
-        distance[i] += gap * gap;
+// The nearest centre of every point of a block [dims, kLanes], of equals the first: the one with the
+// least |c|^2 - 2 x c, as |x|^2 is common to all. Scaled is -2 c, [k, dims]; length is |c|^2. Without
+// fused multiplication, so that every machine gives the same bits.
+template <class Lanes, class Numbers>
+inline __attribute__((always_inline)) void nearest_by(const double* block, const double* scaled,
+                                                      const double* length, int64_t dims,
+                                                      int64_t k, int64_t* label) {
+  constexpr int kVectors = 4, kWide = kVectors * sizeof(Lanes) / 8;  // so many registers at a time
+  for (int64_t first = 0; first < kLanes; first += kWide) {
+    const auto* x = reinterpret_cast<const Lanes*>(block + first);
+    constexpr int64_t kRow = kLanes * 8 / sizeof(Lanes);
+    Lanes best[kVectors];
+    Numbers owner[kVectors] = {};
+    for (auto& lanes : best) lanes = Lanes{} + std::numeric_limits<double>::infinity();
+    const auto consider = [&](int64_t c, const Lanes& a, const Lanes& b, const Lanes& e,
+                              const Lanes& f) __attribute__((always_inline)) {
+      const Lanes here[kVectors] = {a, b, e, f};
+      for (int v = 0; v < kVectors; ++v) {
+        const Numbers closer = here[v] < best[v];
+        best[v] = closer ? here[v] : best[v];
+        owner[v] = closer ? Numbers{} + c : owner[v];
       }
+    };
+    int64_t c = 0;
+    for (; c + 1 < k; c += 2) {  // two centres for every point that is read
+      Lanes a = Lanes{} + length[c], b = a, e = a, f = a;
+      Lanes g = Lanes{} + length[c + 1], h = g, i = g, j = g;
+      const double *one = scaled + c * dims, *other = one + dims;
+      for (int64_t d = 0; d < dims; ++d) {
+        const Lanes* row = x + d * kRow;
+        const Lanes left = Lanes{} + one[d], right = Lanes{} + other[d];
+        a += row[0] * left, g += row[0] * right;
+        b += row[1] * left, h += row[1] * right;
+        e += row[2] * left, i += row[2] * right;
+        f += row[3] * left, j += row[3] * right;
+      }
+      consider(c, a, b, e, f);
+      consider(c + 1, g, h, i, j);
     }
-    const auto number = static_cast<double>(c);
-    for (int64_t i = 0; i < kBlock; ++i) {
-      const double here = distance[i];
-      const bool closer = here < best[i];
-      const double next = closer ? best[i] : here;
-      second[i] = next < second[i] ? next : second[i];
-      label[i] = closer ? number : label[i];
-      best[i] = closer ? here : best[i];
+    for (; c < k; ++c) {
+      Lanes a = Lanes{} + length[c], b = a, e = a, f = a;
+      for (int64_t d = 0; d < dims; ++d) {
+        const Lanes* row = x + d * kRow;
+        const Lanes centre = Lanes{} + scaled[c * dims + d];
+        a += row[0] * centre;
+        b += row[1] * centre;
+        e += row[2] * centre;
+        f += row[3] * centre;
+      }
+      consider(c, a, b, e, f);
     }
+    auto* out = reinterpret_cast<Numbers*>(label + first);
+    for (int v = 0; v < kVectors; ++v) out[v] = owner[v];
   }
+}
+
+using Nearest = void (*)(const double*, const double*, const double*, int64_t, int64_t, int64_t*);
+#define CLASSICAL_NEAREST(bytes)                                                               \
+  void nearest_##bytes(const double* block, const double* scaled, const double* length,        \
+                       int64_t dims, int64_t k, int64_t* label) {                              \
+    nearest_by<Doubles##bytes, Longs##bytes>(block, scaled, length, dims, k, label);           \
+  }
+CLASSICAL_NEAREST(16)
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) CLASSICAL_NEAREST(32)
+__attribute__((target("avx512f"))) CLASSICAL_NEAREST(64)
+#endif
+
+// For the widest vectors that the processor has.
+Nearest nearest() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return nearest_64;
+  if (__builtin_cpu_supports("avx2")) return nearest_32;
+#endif
+  return nearest_16;
 }
 
 class Lloyd {
  public:
-  Lloyd(const Points& points, std::vector<double> centres, int threads)
+  Lloyd(const Points& points, const double* centres, int64_t k, double tolerance, int threads)
       : points_(points),
-        centres_(std::move(centres)),
+        k_(k),
         threads_(threads),
         parts_((points.count + kPart - 1) / kPart),
-        labels_(points.count, -1),
-        upper_(points.count),
-        lower_(points.count),
-        move_(points.k),
+        middle_(points.dims),
+        blocks_(new double[parts_ * kPart * points.dims]),
+        scaled_(k * points.dims),
+        length_(k),
         groups_(std::min<int64_t>(parts_, 64)),
-        stride_(points.k * (points.dims + 1)),
-        sums_(groups_ * stride_) {}
+        stride_(k * (points.dims + 1)),
+        sums_(groups_ * stride_) {
+    found_.labels.assign(parts_ * kPart, -1);
+    found_.centres.assign(centres, centres + k * points.dims);
+    limit_ = tolerance * prepare();
+  }
 
-  // Returns the number of iterations; the sums of squared distances are in inertia.
-  int64_t run(int64_t most, double tolerance) {
-    for (int64_t iteration = 1; iteration <= most; ++iteration) {
-      const bool changed = assign(iteration == 1);
+  Clusters run(int64_t most) {
+    for (found_.iterations = 1;; ++found_.iterations) {
+      const bool changed = assign();
       const double shift = update();
-      if (!changed) return iteration;  // as the last time, and so were the centres
-      if (shift <= tolerance) {
-        assign(false);
-        return iteration;
+      if (!changed) break;  // as the last time, and so were the centres
+      if (shift <= limit_ || found_.iterations == most) {
+        assign();
+        break;
       }
-      if (iteration == most) assign(false);
     }
-    return most;
+    found_.inertia = inertia();
+    found_.labels.resize(points_.count);
+    return std::move(found_);
   }
-
-  double inertia() const {
-    std::vector<double> sums(parts_);
-    for_parts(parts_, threads_, [&](int64_t part) {
-      for (int64_t i = part * kPart, end = last(part); i < end; ++i) {
-        sums[part] += squared(points_.at(i), centre(labels_[i]), points_.dims);
-      }
-    });
-    double total = 0;
-    for (const double sum : sums) total += sum;
-    return total;
-  }
-
-  const std::vector<int32_t>& labels() const { return labels_; }
-  const std::vector<double>& centres() const { return centres_; }
 
  private:
-  const double* centre(int64_t c) const { return centres_.data() + c * points_.dims; }
+  const double* centre(int64_t c) const { return found_.centres.data() + c * points_.dims; }
   int64_t last(int64_t part) const { return std::min(points_.count, (part + 1) * kPart); }
 
-  // Every point to its nearest centre, of equals the first; true where a label changed.
-  bool assign(bool first) {
-    if (!first) measure_centres();
+  // Copies the points, less their mean, into blocks, filled up with zeros; returns the mean variance
+  // of the features.
+  double prepare() {
+    const int64_t dims = points_.dims;
+    std::vector<double> sums(parts_ * dims), squares(parts_);
+    for_parts(parts_, threads_, [&](int64_t part) {
+      double* own = sums.data() + part * dims;
+      for (int64_t i = part * kPart; i < last(part); ++i) {
+        for (int64_t d = 0; d < dims; ++d) own[d] += points_.at(i)[d];
+      }
+    });
+    for (int64_t part = 0; part < parts_; ++part) {
+      for (int64_t d = 0; d < dims; ++d) middle_[d] += sums[part * dims + d];
+    }
+    for (double& mean : middle_) mean /= static_cast<double>(points_.count);
+    for_parts(parts_, threads_, [&](int64_t part) {
+      double lanes[kLanes] = {};
+      for (int64_t first = part * kPart; first < (part + 1) * kPart; first += kLanes) {
+        double* block = blocks_.get() + first * dims;
+        const int64_t held = std::min(kLanes, std::max<int64_t>(points_.count - first, 0));
+        if (held < kLanes) std::fill_n(block, dims * kLanes, 0.0);
+        for (int64_t d = 0; d < dims; ++d) {
+          for (int64_t j = 0; j < held; ++j) {
+            const double gap = points_.at(first + j)[d] - middle_[d];
+            block[d * kLanes + j] = gap;
+            lanes[j] += gap * gap;
+          }
+        }
+      }
+      for (const double sum : lanes) squares[part] += sum;
+    });
+    double variance = 0;
+    for (const double sum : squares) variance += sum;
+    return variance / static_cast<double>(points_.count * dims);
+  }
+
+  // Every point to its nearest centre; true where a label changed.
+  bool assign() {
+    const int64_t dims = points_.dims;
+    for (int64_t c = 0; c < k_; ++c) {
+      length_[c] = 0;
+      for (int64_t d = 0; d < dims; ++d) {
+        const double place = centre(c)[d] - middle_[d];
+        scaled_[c * dims + d] = -2 * place;
+        length_[c] += place * place;
+      }
+    }
     std::vector<char> changed(groups_);
     for_parts(groups_, threads_, [&](int64_t group) {
       for (int64_t part = group; part < parts_; part += groups_) {
-        if (assign_part(part, first)) changed[group] = 1;
+        for (int64_t first = part * kPart; first < last(part); first += kLanes) {
+          if (assign_block(first, sums_.data() + group * stride_)) changed[group] = 1;
+        }
       }
     });
     return std::find(changed.begin(), changed.end(), 1) != changed.end();
   }
 
-  bool assign_part(int64_t part, bool first) {
-    int64_t waiting[kBlock];
-    int64_t held = 0;
-    bool changed = false;
-    for (int64_t i = part * kPart, end = last(part); i < end; ++i) {
-      if (!first && stays(i)) continue;
-      waiting[held++] = i;
-      if (held == kBlock) {
-        changed |= look(part, waiting, held);
-        held = 0;
+  bool assign_block(int64_t first, double* sums) {
+    int64_t label[kLanes];
+    nearest_(blocks_.get() + first * points_.dims, scaled_.data(), length_.data(), points_.dims,
+             k_, label);
+    int32_t* own = found_.labels.data() + first;
+    int64_t changed = 0;
+    for (int64_t j = 0; j < kLanes; ++j) changed |= own[j] ^ label[j];
+    if (!changed) return false;
+    for (int64_t j = 0; j < kLanes; ++j) {
+      if (own[j] == label[j]) continue;
+      if (first + j < points_.count) {
+        const double* point = points_.at(first + j);
+        if (own[j] >= 0) add(sums, own[j], point, -1);
+        add(sums, label[j], point, 1);
       }
+      own[j] = static_cast<int32_t>(label[j]);
     }
-    if (held > 0) changed |= look(part, waiting, held);
-    return changed;
-  }
-
-  // True where the bounds prove that no other centre is as near. Bounds are of distances, not their
-  // squares, and have a margin for what rounding takes.
-  bool stays(int64_t i) {
-    const int32_t label = labels_[i];
-    upper_[i] += move_[label];
-    lower_[i] -= label == farthest_ ? second_move_ : move_[farthest_];
-    const double bound = std::max(lower_[i], half_gap_[label]) * (1 - 1e-9);
-    if (upper_[i] < bound) return true;
-    upper_[i] = std::sqrt(squared(points_.at(i), centre(label), points_.dims));
-    return upper_[i] * (1 + 1e-9) < bound;
-  }
-
-  bool look(int64_t part, const int64_t* waiting, int64_t held) {
-    std::vector<double>& block = scratch();
-    const int64_t dims = points_.dims;
-    for (int64_t j = 0; j < kBlock; ++j) {  // what is missing of a block repeats its first point
-      const double* point = points_.at(waiting[j < held ? j : 0]);
-      for (int64_t d = 0; d < dims; ++d) block[d * kBlock + j] = point[d];
-    }
-    double best[kBlock], second[kBlock], label[kBlock];
-    nearest(block.data(), centres_.data(), dims, points_.k, best, second, label);
-    bool changed = false;
-    for (int64_t j = 0; j < held; ++j) {
-      const int64_t i = waiting[j];
-      const auto found = static_cast<int32_t>(label[j]);
-      if (labels_[i] != found) {
-        changed = true;
-        double* sums = sums_.data() + (part % groups_) * stride_;
-        if (labels_[i] >= 0) add(sums, labels_[i], points_.at(i), -1);
-        add(sums, found, points_.at(i), 1);
-        labels_[i] = found;
-      }
-      upper_[i] = std::sqrt(best[j]);
-      lower_[i] = std::sqrt(second[j]);
-    }
-    return changed;
+    return true;
   }
 
   void add(double* sums, int64_t c, const double* point, double sign) const {
@@ -172,53 +222,23 @@ class Lloyd {
     row[points_.dims] += sign;
   }
 
-  std::vector<double>& scratch() const {
-    thread_local std::vector<double> block;
-    block.resize(points_.dims * kBlock);
-    return block;
-  }
-
-  // Half the distance from each centre to the next one: a point nearer than that is its own.
-  void measure_centres() {
-    const int64_t k = points_.k;
-    half_gap_.assign(k, std::numeric_limits<double>::infinity());
-    for (int64_t a = 0; a < k; ++a) {
-      for (int64_t b = 0; b < k; ++b) {
-        if (a == b) continue;
-        half_gap_[a] =
-            std::min(half_gap_[a], std::sqrt(squared(centre(a), centre(b), points_.dims)) / 2);
-      }
-    }
-    farthest_ = 0;
-    for (int64_t c = 1; c < k; ++c) {
-      if (move_[c] > move_[farthest_]) farthest_ = static_cast<int32_t>(c);
-    }
-    second_move_ = 0;
-    for (int64_t c = 0; c < k; ++c) {
-      if (c != farthest_) second_move_ = std::max(second_move_, move_[c]);
-    }
-  }
-
   // Centres to the means of their points; the sum of squares of how far they moved.
   double update() {
-    const int64_t k = points_.k, dims = points_.dims;
+    const int64_t dims = points_.dims;
     std::vector<double> sums(sums_.begin(), sums_.begin() + stride_);
     for (int64_t group = 1; group < groups_; ++group) {
       for (int64_t j = 0; j < stride_; ++j) sums[j] += sums_[group * stride_ + j];
     }
     relocate(sums);
     double shift = 0;
-    for (int64_t c = 0; c < k; ++c) {
+    for (int64_t c = 0; c < k_; ++c) {
       const double* row = sums.data() + c * (dims + 1);
-      double moved = 0;
       for (int64_t d = 0; d < dims; ++d) {
-        const double mean = row[dims] > 0 ? row[d] / row[dims] : centre(c)[d];
-        const double step = mean - centre(c)[d];
-        moved += step * step;
-        centres_[c * dims + d] = mean;
+        double& place = found_.centres[c * dims + d];
+        const double mean = row[dims] > 0 ? row[d] / row[dims] : place;
+        shift += (mean - place) * (mean - place);
+        place = mean;
       }
-      move_[c] = std::sqrt(moved);
-      shift += moved;
     }
     return shift;
   }
@@ -227,14 +247,14 @@ class Lloyd {
   void relocate(std::vector<double>& sums) {
     const int64_t dims = points_.dims;
     std::vector<int64_t> empty;
-    for (int64_t c = 0; c < points_.k; ++c) {
+    for (int64_t c = 0; c < k_; ++c) {
       if (sums[c * (dims + 1) + dims] == 0) empty.push_back(c);
     }
     if (empty.empty()) return;
     std::vector<double> far(points_.count);
     std::vector<int64_t> order(points_.count);
     for (int64_t i = 0; i < points_.count; ++i) {
-      far[i] = squared(points_.at(i), centre(labels_[i]), dims);
+      far[i] = squared(points_.at(i), centre(found_.labels[i]), dims);
       order[i] = i;
     }
     std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(empty.size()),
@@ -244,7 +264,7 @@ class Lloyd {
     for (size_t j = 0; j < empty.size(); ++j) {
       const int64_t i = order[j];
       if (far[i] == 0) return;  // fewer distinct points than centres
-      double* from = sums.data() + labels_[i] * (dims + 1);
+      double* from = sums.data() + found_.labels[i] * (dims + 1);
       double* to = sums.data() + empty[j] * (dims + 1);
       for (int64_t d = 0; d < dims; ++d) {
         from[d] -= points_.at(i)[d];
@@ -255,63 +275,48 @@ class Lloyd {
     }
   }
 
+  double inertia() const {
+    std::vector<double> sums(parts_);
+    for_parts(parts_, threads_, [&](int64_t part) {
+      for (int64_t i = part * kPart; i < last(part); ++i) {
+        sums[part] += squared(points_.at(i), centre(found_.labels[i]), points_.dims);
+      }
+    });
+    double total = 0;
+    for (const double sum : sums) total += sum;
+    return total;
+  }
+
+  const Nearest nearest_ = nearest();
   Points points_;
-  std::vector<double> centres_;
+  int64_t k_;
   int threads_;
   int64_t parts_;
-  std::vector<int32_t> labels_;
-  std::vector<double> upper_, lower_;  // of the distance to the own centre, and to the second
-  std::vector<double> move_, half_gap_;
-  int32_t farthest_ = 0;  // the centre that moved most, and how far the next one did
-  double second_move_ = 0;
+  std::vector<double> middle_;           // [dims] the points' mean: near it, rounding is least
+  std::unique_ptr<double[]> blocks_;     // points less it, [parts * kPart / kLanes, dims, kLanes]
+  std::vector<double> scaled_, length_;  // see `nearest`
+  double limit_ = 0;                     // sum of the centres' squared moves at which it ends
   // Sums and numbers of the points of every centre. Each group has every so manieth part and changes
   // its sums where labels change; they are added in the order of the groups, so that the number of
   // threads changes nothing.
   int64_t groups_, stride_;
   std::vector<double> sums_;
+  Clusters found_;
 };
-
-py::tuple lloyd(const Reals& values, const Reals& centres, int64_t iterations, double tolerance,
-                int threads) {
-  require(values.ndim() == 2 && centres.ndim() == 2 && values.shape(1) == centres.shape(1) &&
-              centres.shape(0) > 0 && values.shape(0) > 0 && values.shape(1) > 0,
-          "lloyd: values [N, D] and centres [K, D]");
-  const Points points{values.data(), values.shape(0), values.shape(1), centres.shape(0)};
-  Lloyd method(points, {centres.data(), centres.data() + centres.size()}, threads);
-  int64_t taken = 0;
-  double inertia = 0;
-  {
-    py::gil_scoped_release release;
-    taken = method.run(iterations, tolerance);
-    inertia = method.inertia();
-  }
-  py::array_t<int32_t> labels(points.count);
-  std::copy(method.labels().begin(), method.labels().end(), labels.mutable_data());
-  py::array_t<double> found({points.k, points.dims});
-  std::copy(method.centres().begin(), method.centres().end(), found.mutable_data());
-  return py::make_tuple(labels, found, inertia, taken);
-}
-
-// Squared distances of all points to the nearest of the centres so far: nearest becomes the smaller
-// of itself and that to `centre`.
-void lower_to(const Reals& values, const Reals& centre, py::array_t<double>& nearest, int threads) {
-  const int64_t count = values.shape(0), dims = values.shape(1);
-  require(centre.size() == dims && nearest.size() == count, "lower_to: sizes do not fit");
-  double* best = nearest.mutable_data();
-  const double *rows = values.data(), *c = centre.data();
-  py::gil_scoped_release release;
-  for_parts((count + kPart - 1) / kPart, threads, [&](int64_t part) {
-    for (int64_t i = part * kPart; i < std::min(count, (part + 1) * kPart); ++i) {
-      best[i] = std::min(best[i], squared(rows + i * dims, c, dims));
-    }
-  });
-}
 
 }  // namespace
 
-void bind_clustering(py::module_& m) {
-  m.def("lloyd", &lloyd);
-  m.def("lower_to", &lower_to);
+Clusters lloyd(const Points& points, const double* centres, int64_t k, int64_t iterations,
+               double tolerance, int threads) {
+  return Lloyd(points, centres, k, tolerance, threads).run(iterations);
+}
+
+void lower_to(const Points& points, const double* centre, double* nearest, int threads) {
+  for_parts((points.count + kPart - 1) / kPart, threads, [&](int64_t part) {
+    for (int64_t i = part * kPart; i < std::min(points.count, (part + 1) * kPart); ++i) {
+      nearest[i] = std::min(nearest[i], squared(points.at(i), centre, points.dims));
+    }
+  });
 }
 
 }  // namespace classical

@@ -17,7 +17,7 @@ using Graph = std::vector<std::vector<Arc>>;
 // In a maximum adjacency order an edge's ends are connected at least as well as its later end was tied
 // when the earlier one came. Where that reaches the best cut so far, no better one parts them, so all
 // such edges are contracted at once (Nagamochi and Ibaraki, 1992), not only the last.
-double minimum_cut(Graph graph, double floor, std::vector<char>& side) {
+double smallest_cut(Graph graph, double floor, std::vector<char>& side) {
   std::vector<std::vector<int32_t>> members(graph.size());
   for (size_t n = 0; n < graph.size(); ++n) members[n] = {static_cast<int32_t>(n)};
   side.assign(graph.size(), 0);
@@ -121,37 +121,16 @@ std::vector<int32_t> components(const Graph& graph, int32_t& count) {
   return owner;
 }
 
-Graph graph_of(int64_t nodes, const Ints& edges, const double* weights) {
+Graph graph_of(int64_t nodes, int64_t count, const int64_t* edges, const double* weights) {
   Graph graph(nodes);
-  for (int64_t i = 0; i < edges.size() / 2; ++i) {
-    const int64_t u = edges.data()[2 * i], v = edges.data()[2 * i + 1];
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t u = edges[2 * i], v = edges[2 * i + 1];
     require(u >= 0 && v >= 0 && u < nodes && v < nodes && u != v, "an edge's end is no node");
     const double weight = weights ? weights[i] : 1;
     graph[u].push_back({static_cast<int32_t>(v), weight});
     graph[v].push_back({static_cast<int32_t>(u), weight});
   }
   return graph;
-}
-
-py::tuple minimum_cut_of(int64_t nodes, const Ints& edges, const Reals& weights) {
-  require(nodes > 1 && edges.size() == 2 * weights.size(), "minimum_cut: sizes do not fit");
-  const Graph graph = graph_of(nodes, edges, weights.data());
-  py::array_t<bool> found(nodes);
-  bool* out = found.mutable_data();
-  double value = 0;
-  {
-    py::gil_scoped_release release;
-    int32_t parts = 0;
-    const auto owner = components(graph, parts);
-    std::vector<char> side(nodes, 0);
-    if (parts > 1) {
-      for (int64_t n = 0; n < nodes; ++n) side[n] = owner[n] == 0;
-    } else {
-      value = minimum_cut(graph, 0, side);
-    }
-    std::copy(side.begin(), side.end(), out);
-  }
-  return py::make_tuple(value, found);
 }
 
 // The nodes of a part in a graph of their own.
@@ -170,7 +149,7 @@ Graph induced(const Graph& graph, const std::vector<int32_t>& nodes, std::vector
 // Cluster of every node of a simple graph. A connected part of n nodes is one where its edge
 // connectivity is above n / 2, which is the case exactly where its smallest degree is (Chartrand
 // 1966: from a degree of n / 2 on the two are equal); a single node is one, too.
-std::vector<int32_t> highly_connected(const Graph& graph) {
+std::vector<int32_t> clusters_of(const Graph& graph) {
   std::vector<int32_t> owner(graph.size(), -1), place(graph.size(), -1);
   std::vector<std::vector<int32_t>> parts(1);
   for (size_t n = 0; n < graph.size(); ++n) parts[0].push_back(static_cast<int32_t>(n));
@@ -190,7 +169,7 @@ std::vector<int32_t> highly_connected(const Graph& graph) {
         continue;
       }
       std::vector<char> cut;
-      minimum_cut(part, 1, cut);
+      smallest_cut(part, 1, cut);
       side.assign(cut.begin(), cut.end());
       pieces = 2;
     }
@@ -201,21 +180,26 @@ std::vector<int32_t> highly_connected(const Graph& graph) {
   return owner;
 }
 
-py::array_t<int32_t> highly_connected_of(int64_t nodes, const Ints& edges) {
-  const Graph graph = graph_of(nodes, edges, nullptr);
-  py::array_t<int32_t> found(nodes);
-  int32_t* out = found.mutable_data();
-  py::gil_scoped_release release;
-  const auto owner = highly_connected(graph);
-  std::copy(owner.begin(), owner.end(), out);
-  return found;
-}
-
 }  // namespace
 
-void bind_cuts(py::module_& m) {
-  m.def("minimum_cut", &minimum_cut_of);
-  m.def("highly_connected", &highly_connected_of);
+double minimum_cut(int64_t nodes, int64_t count, const int64_t* edges, const double* weights,
+                   bool* side) {
+  const Graph graph = graph_of(nodes, count, edges, weights);
+  int32_t parts = 0;
+  const auto owner = components(graph, parts);
+  if (parts > 1) {
+    for (int64_t n = 0; n < nodes; ++n) side[n] = owner[n] == 0;
+    return 0;
+  }
+  std::vector<char> found(nodes, 0);
+  const double value = smallest_cut(graph, 0, found);
+  std::copy(found.begin(), found.end(), side);
+  return value;
+}
+
+void highly_connected(int64_t nodes, int64_t count, const int64_t* edges, int32_t* owner) {
+  const auto found = clusters_of(graph_of(nodes, count, edges, nullptr));
+  std::copy(found.begin(), found.end(), owner);
 }
 
 }  // namespace classical

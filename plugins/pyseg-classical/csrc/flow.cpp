@@ -250,54 +250,12 @@ double settle(double source, double sink, double& excess) {
   return std::min(source, sink);
 }
 
-py::tuple max_flow(const Reals& source, const Reals& sink, const Ints& arcs, const Reals& forward,
-                   const Reals& backward) {
-  const int64_t nodes = source.size(), count = forward.size();
-  require(sink.size() == nodes && backward.size() == count && arcs.size() == 2 * count &&
-              nodes < (1 << 30) && count < (1 << 30),
-          "max_flow: sizes do not fit");
-  const int64_t* ends = arcs.data();
-  Rows rows;
-  rows.starts.assign(nodes + 1, 0);
-  for (int64_t i = 0; i < 2 * count; ++i) {
-    require(ends[i] >= 0 && ends[i] < nodes, "max_flow: an arc's end is no node");
-    ++rows.starts[ends[i] + 1];
-  }
-  for (int64_t n = 0; n < nodes; ++n) rows.starts[n + 1] += rows.starts[n];
-  std::vector<int32_t> next(rows.starts.begin(), rows.starts.end() - 1);
-  rows.heads.resize(2 * count);
-  rows.sisters.resize(2 * count);
-  std::vector<double> capacity(2 * count), excess(nodes);
-  for (int64_t i = 0; i < count; ++i) {
-    const auto u = static_cast<int32_t>(ends[2 * i]), v = static_cast<int32_t>(ends[2 * i + 1]);
-    const int32_t a = next[u]++, b = next[v]++;
-    rows.heads[a] = v;
-    rows.heads[b] = u;
-    rows.sisters[a] = b;
-    rows.sisters[b] = a;
-    capacity[a] = forward.data()[i];
-    capacity[b] = backward.data()[i];
-  }
-  py::array_t<bool> side(nodes);
-  bool* sides = side.mutable_data();
-  double flow = 0;
-  {
-    py::gil_scoped_release release;
-    for (int64_t n = 0; n < nodes; ++n) flow += settle(source.data()[n], sink.data()[n], excess[n]);
-    MaxFlow<Rows> solver(rows, capacity, excess);
-    flow += solver.run();
-    for (int64_t n = 0; n < nodes; ++n) sides[n] = solver.in_source(static_cast<int32_t>(n));
-  }
-  return py::make_tuple(flow, side);
-}
-
 template <int D>
-double solve_grid(const Reals& source, const Reals& sink, const Reals& weights, int64_t height,
-                  int64_t width, bool* sides) {
+double solve_grid(int64_t height, int64_t width, int64_t planes, const double* source,
+                  const double* sink, const double* w, bool* sides) {
   const Grid<D> grid(height, width);
   const int64_t pixels = height * width;
-  const bool symmetric = weights.shape(0) == D / 2;
-  const double* w = weights.data();
+  const bool symmetric = planes == D / 2;
   std::vector<double> capacity(static_cast<size_t>(grid.count) * D), excess(grid.count);
   const int dx[8] = {1, -1, 0, 0, 1, -1, -1, 1}, dy[8] = {0, 0, 1, -1, 1, -1, 1, -1};
   double flow = 0;
@@ -305,7 +263,7 @@ double solve_grid(const Reals& source, const Reals& sink, const Reals& weights, 
     for (int64_t x = 0; x < width; ++x) {
       const int64_t pixel = y * width + x;
       const auto node = static_cast<int32_t>((y + 1) * (width + 2) + x + 1);
-      flow += settle(source.data()[pixel], sink.data()[pixel], excess[node]);
+      flow += settle(source[pixel], sink[pixel], excess[node]);
       for (int d = 0; d < D; ++d) {
         const int64_t u = x + dx[d], v = y + dy[d];
         if (u < 0 || u >= width || v < 0 || v >= height) continue;
@@ -327,30 +285,43 @@ double solve_grid(const Reals& source, const Reals& sink, const Reals& weights, 
   return flow;
 }
 
-py::tuple grid_max_flow(const Reals& source, const Reals& sink, const Reals& weights) {
-  require(source.ndim() == 2 && sink.ndim() == 2 && weights.ndim() == 3 &&
-              source.size() == sink.size() && weights.size() == weights.shape(0) * source.size() &&
-              source.size() < (1 << 27),
-          "grid_max_flow: sizes do not fit");
-  const int64_t height = source.shape(0), width = source.shape(1), planes = weights.shape(0);
-  const int directions = planes == 2 ? 4 : 8;
-  require(planes == 2 || planes == 4 || planes == 8, "grid_max_flow: 2, 4 or 8 planes of weights");
-  py::array_t<bool> side({height, width});
-  bool* sides = side.mutable_data();
-  double flow = 0;
-  {
-    py::gil_scoped_release release;
-    flow = directions == 4 ? solve_grid<4>(source, sink, weights, height, width, sides)
-                           : solve_grid<8>(source, sink, weights, height, width, sides);
-  }
-  return py::make_tuple(flow, side);
-}
-
 }  // namespace
 
-void bind_flow(py::module_& m) {
-  m.def("max_flow", &max_flow);
-  m.def("grid_max_flow", &grid_max_flow);
+double max_flow(int64_t nodes, const double* source, const double* sink, int64_t count,
+                const int64_t* ends, const double* forward, const double* backward, bool* sides) {
+  Rows rows;
+  rows.starts.assign(nodes + 1, 0);
+  for (int64_t i = 0; i < 2 * count; ++i) {
+    require(ends[i] >= 0 && ends[i] < nodes, "max_flow: an arc's end is no node");
+    ++rows.starts[ends[i] + 1];
+  }
+  for (int64_t n = 0; n < nodes; ++n) rows.starts[n + 1] += rows.starts[n];
+  std::vector<int32_t> next(rows.starts.begin(), rows.starts.end() - 1);
+  rows.heads.resize(2 * count);
+  rows.sisters.resize(2 * count);
+  std::vector<double> capacity(2 * count), excess(nodes);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto u = static_cast<int32_t>(ends[2 * i]), v = static_cast<int32_t>(ends[2 * i + 1]);
+    const int32_t a = next[u]++, b = next[v]++;
+    rows.heads[a] = v;
+    rows.heads[b] = u;
+    rows.sisters[a] = b;
+    rows.sisters[b] = a;
+    capacity[a] = forward[i];
+    capacity[b] = backward[i];
+  }
+  double flow = 0;
+  for (int64_t n = 0; n < nodes; ++n) flow += settle(source[n], sink[n], excess[n]);
+  MaxFlow<Rows> solver(rows, capacity, excess);
+  flow += solver.run();
+  for (int64_t n = 0; n < nodes; ++n) sides[n] = solver.in_source(static_cast<int32_t>(n));
+  return flow;
+}
+
+double grid_max_flow(int64_t height, int64_t width, int64_t planes, const double* source,
+                     const double* sink, const double* weights, bool* sides) {
+  return planes == 2 ? solve_grid<4>(height, width, planes, source, sink, weights, sides)
+                     : solve_grid<8>(height, width, planes, source, sink, weights, sides);
 }
 
 }  // namespace classical

@@ -15,15 +15,14 @@ struct Edge {
 };
 
 // Euclidean distances of all pairs of neighbours, the smallest first.
-std::vector<Edge> sorted_edges(const Reals& image, bool diagonal) {
-  const int64_t height = image.shape(0), width = image.shape(1), channels = image.shape(2);
-  const double* values = image.data();
+std::vector<Edge> sorted_edges(const Image& image, bool diagonal) {
+  const auto [values, height, width, channels] = image;
   std::vector<Edge> edges;
   edges.reserve(height * width * (diagonal ? 4 : 2));
-  const auto add = [&](int64_t p, int64_t q) {
+  const auto add = [&edges, values = values, depth = channels](int64_t p, int64_t q) {
     double sum = 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double gap = values[p * channels + c] - values[q * channels + c];
+    for (int64_t c = 0; c < depth; ++c) {
+      const double gap = values[p * depth + c] - values[q * depth + c];
       sum += gap * gap;
     }
     edges.push_back({static_cast<float>(std::sqrt(sum)), static_cast<int32_t>(p),
@@ -47,19 +46,12 @@ void write_roots(Sets& sets, int32_t* labels, int64_t count) {
   for (int64_t p = 0; p < count; ++p) labels[p] = sets.find(static_cast<int32_t>(p));
 }
 
-void check(const Reals& image) {
-  require(image.ndim() == 3 && image.shape(0) * image.shape(1) < (1LL << 29),
-          "an image [H, W, C] of less than 2^29 pixels");
-}
+}  // namespace
 
 // Two regions merge where the edge between them is at most the largest inside either plus
 // scale / size (IJCV 2004); then those below min_size join along the smallest edges.
-py::array_t<int32_t> felzenszwalb(const Reals& image, double scale, int64_t min_size) {
-  check(image);
-  const int64_t pixels = image.shape(0) * image.shape(1);
-  py::array_t<int32_t> labels({image.shape(0), image.shape(1)});
-  int32_t* own = labels.mutable_data();
-  py::gil_scoped_release release;
+void felzenszwalb(const Image& image, double scale, int64_t min_size, int32_t* labels) {
+  const int64_t pixels = image.pixels();
   const auto edges = sorted_edges(image, true);
   Sets sets(pixels);
   std::vector<double> limit(pixels, scale);
@@ -73,19 +65,14 @@ py::array_t<int32_t> felzenszwalb(const Reals& image, double scale, int64_t min_
     const int32_t a = sets.find(edge.a), b = sets.find(edge.b);
     if (a != b && (sets.size(a) < min_size || sets.size(b) < min_size)) sets.join(a, b);
   }
-  write_roots(sets, own, pixels);
-  return labels;
+  write_roots(sets, labels, pixels);
 }
 
 // The minimum spanning tree without its largest edges: those, at most parts - 1, that join two sides
 // of at least min_size when the tree grows from its smallest edge.
-py::array_t<int32_t> spanning_tree(const Reals& image, int64_t parts, double least,
-                                   int64_t min_size) {
-  check(image);
-  const int64_t pixels = image.shape(0) * image.shape(1);
-  py::array_t<int32_t> labels({image.shape(0), image.shape(1)});
-  int32_t* own = labels.mutable_data();
-  py::gil_scoped_release release;
+void spanning_tree(const Image& image, int64_t parts, double least, int64_t min_size,
+                   int32_t* labels) {
+  const int64_t pixels = image.pixels();
   std::vector<Edge> tree;
   std::vector<int64_t> joints;  // places in the tree of those edges
   Sets sets(pixels);
@@ -104,26 +91,23 @@ py::array_t<int32_t> spanning_tree(const Reals& image, int64_t parts, double lea
   for (const Edge& edge : tree) {
     if (edge.a >= 0) sets.join(sets.find(edge.a), sets.find(edge.b));
   }
-  write_roots(sets, own, pixels);
-  return labels;
+  write_roots(sets, labels, pixels);
 }
+
+namespace {
 
 struct Tie {
   int32_t to;
   double weight;
 };
 
-// Affinities exp(-|dF|^2 / feature) exp(-|dX|^2 / space) of pixels nearer than radius, added up for
-// every pair of regions. Returns pairs [E, 2], their sums [E], and the sum of all affinities of the
-// pixels of each region [R]; a pixel has the affinity 1 to itself.
-py::tuple affinity(const Reals& features, const Ints& regions, int64_t count, double radius,
-                   double feature, double space, int threads) {
-  require(features.ndim() == 3 && regions.ndim() == 2 && regions.shape(0) == features.shape(0) &&
-              regions.shape(1) == features.shape(1),
-          "affinity: features [H, W, C] and regions [H, W]");
-  const int64_t height = features.shape(0), width = features.shape(1), depth = features.shape(2);
-  const double* values = features.data();
-  const int64_t* owner = regions.data();
+}  // namespace
+
+Affinity affinity(const Image& features, const int64_t* regions, int64_t count, double radius,
+                  double feature, double space, int threads, double* total) {
+  const int64_t height = features.height, width = features.width, depth = features.channels;
+  const double* values = features.values;
+  const int64_t* owner = regions;
   for (int64_t p = 0; p < height * width; ++p) {
     require(owner[p] >= 0 && owner[p] < count, "affinity: a region out of range");
   }
@@ -142,80 +126,61 @@ py::tuple affinity(const Reals& features, const Ints& regions, int64_t count, do
   constexpr int64_t kBands = 8;  // whatever the number of threads, for the order of the sums
   std::vector<std::vector<std::vector<Tie>>> ties(kBands);
   std::vector<std::vector<double>> degrees(kBands);
-  std::vector<int32_t> ends;
-  std::vector<double> weights;
-  py::array_t<double> degree(count);
-  double* total = degree.mutable_data();
-  {
-    py::gil_scoped_release release;
-    for_parts(kBands, threads, [&](int64_t band) {
-      auto& own = ties[band];
-      auto& sums = degrees[band];
-      own.resize(count);
-      sums.assign(count, 0);
-      for (int64_t y = height * band / kBands; y < height * (band + 1) / kBands; ++y) {
-        for (int64_t x = 0; x < width; ++x) {
-          const int64_t p = y * width + x;
-          sums[owner[p]] += 1;
-          for (const Offset& offset : offsets) {
-            const int64_t v = y + offset.y, u = x + offset.x;
-            if (v >= height || u < 0 || u >= width) continue;
-            const int64_t q = v * width + u;
-            double gap = 0;
-            for (int64_t c = 0; c < depth; ++c) {
-              const double d = values[p * depth + c] - values[q * depth + c];
-              gap += d * d;
-            }
-            const double weight = offset.weight * std::exp(-gap / feature);
-            const auto a = static_cast<int32_t>(owner[p]), b = static_cast<int32_t>(owner[q]);
-            sums[a] += weight;
-            sums[b] += weight;
-            if (a == b) continue;
-            const int32_t low = std::min(a, b), high = std::max(a, b);
-            auto& row = own[low];
-            auto tie = std::find_if(row.begin(), row.end(), [&](const Tie& t) { return t.to == high; });
-            if (tie == row.end()) {
-              row.push_back({high, weight});
-            } else {
-              tie->weight += weight;
-            }
+  Affinity found;
+  for_parts(kBands, threads, [&](int64_t band) {
+    auto& own = ties[band];
+    auto& sums = degrees[band];
+    own.resize(count);
+    sums.assign(count, 0);
+    for (int64_t y = height * band / kBands; y < height * (band + 1) / kBands; ++y) {
+      for (int64_t x = 0; x < width; ++x) {
+        const int64_t p = y * width + x;
+        sums[owner[p]] += 1;
+        for (const Offset& offset : offsets) {
+          const int64_t v = y + offset.y, u = x + offset.x;
+          if (v >= height || u < 0 || u >= width) continue;
+          const int64_t q = v * width + u;
+          double gap = 0;
+          for (int64_t c = 0; c < depth; ++c) {
+            const double d = values[p * depth + c] - values[q * depth + c];
+            gap += d * d;
+          }
+          const double weight = offset.weight * std::exp(-gap / feature);
+          const auto a = static_cast<int32_t>(owner[p]), b = static_cast<int32_t>(owner[q]);
+          sums[a] += weight;
+          sums[b] += weight;
+          if (a == b) continue;
+          const int32_t low = std::min(a, b), high = std::max(a, b);
+          auto& row = own[low];
+          auto tie = std::find_if(row.begin(), row.end(), [&](const Tie& t) { return t.to == high; });
+          if (tie == row.end()) {
+            row.push_back({high, weight});
+          } else {
+            tie->weight += weight;
           }
         }
       }
-    });
-    for (int64_t r = 0; r < count; ++r) {
-      total[r] = 0;
-      std::vector<Tie> row;
-      for (int64_t band = 0; band < kBands; ++band) {
-        total[r] += degrees[band][r];
-        row.insert(row.end(), ties[band][r].begin(), ties[band][r].end());
+    }
+  });
+  for (int64_t r = 0; r < count; ++r) {
+    total[r] = 0;
+    std::vector<Tie> row;
+    for (int64_t band = 0; band < kBands; ++band) {
+      total[r] += degrees[band][r];
+      row.insert(row.end(), ties[band][r].begin(), ties[band][r].end());
+    }
+    std::stable_sort(row.begin(), row.end(), [](const Tie& s, const Tie& t) { return s.to < t.to; });
+    for (size_t i = 0; i < row.size(); ++i) {
+      if (i > 0 && row[i].to == row[i - 1].to) {
+        found.weights.back() += row[i].weight;
+        continue;
       }
-      std::stable_sort(row.begin(), row.end(), [](const Tie& s, const Tie& t) { return s.to < t.to; });
-      for (size_t i = 0; i < row.size(); ++i) {
-        if (i > 0 && row[i].to == row[i - 1].to) {
-          weights.back() += row[i].weight;
-          continue;
-        }
-        ends.push_back(static_cast<int32_t>(r));
-        ends.push_back(row[i].to);
-        weights.push_back(row[i].weight);
-      }
+      found.pairs.push_back(static_cast<int32_t>(r));
+      found.pairs.push_back(row[i].to);
+      found.weights.push_back(row[i].weight);
     }
   }
-  const auto edges = static_cast<py::ssize_t>(weights.size());
-  py::array_t<int32_t> pairs({edges, static_cast<py::ssize_t>(2)});
-  std::copy(ends.begin(), ends.end(), pairs.mutable_data());
-  py::array_t<double> sums(edges);
-  std::copy(weights.begin(), weights.end(), sums.mutable_data());
-  return py::make_tuple(pairs, sums, degree);
-}
-
-}  // namespace
-
-void bind_graphs(py::module_& m) {
-  m.def("felzenszwalb", &felzenszwalb);
-  m.def("spanning_tree", &spanning_tree);
-  m.def("affinity", &affinity);
+  return found;
 }
 
 }  // namespace classical

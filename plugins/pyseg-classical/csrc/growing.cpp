@@ -1,187 +1,223 @@
 // Seeded region growing (Adams and Bischof, PAMI 1994) with an adaptive threshold.
+#include <cstring>
+
 #include "core.h"
 
 namespace classical {
 namespace {
 
-struct Region {
-  std::vector<double> sum;
-  double squares = 0;  // sum of |I|^2
-  int64_t area = 0;
-};
-
 struct Candidate {
-  double distance;  // to the mean of the region as it was
-  int64_t turn;     // of equals the one that came first
+  uint64_t distance;  // to the mean of the region as it was; the bits, which are in its order
+  int64_t turn;       // of equals the one that came first
   int32_t pixel, region;
   bool operator<(const Candidate& other) const {
     return distance != other.distance ? distance > other.distance : turn > other.turn;
   }
 };
 
+// Candidates whose distances have their leading bits in common share a heap: one heap of all would be
+// too deep. 32 heaps for each power of two from 2^-16 to 2^16; what is outside is in the first or last.
+class Queue {
+ public:
+  Queue() : heaps_(kHeaps) {}
+
+  void push(double distance, int32_t pixel, int32_t region) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &distance, sizeof bits);
+    const int64_t place = static_cast<int64_t>(bits >> 47) - (1023 - 16) * kSteps;
+    const int64_t inside = std::min<int64_t>(std::max<int64_t>(place, 0), kHeaps - 1);
+    auto& heap = heaps_[inside];
+    heap.push_back({bits, turn_++, pixel, region});
+    std::push_heap(heap.begin(), heap.end());
+    lowest_ = std::min(lowest_, inside);
+    ++size_;
+  }
+
+  bool empty() const { return size_ == 0; }
+
+  Candidate pop() {
+    while (heaps_[lowest_].empty()) ++lowest_;
+    auto& heap = heaps_[lowest_];
+    std::pop_heap(heap.begin(), heap.end());
+    const Candidate next = heap.back();
+    heap.pop_back();
+    if (--size_ == 0) lowest_ = kHeaps - 1;
+    return next;
+  }
+
+ private:
+  static constexpr int64_t kSteps = 32, kHeaps = 32 * kSteps;
+  std::vector<std::vector<Candidate>> heaps_;
+  int64_t lowest_ = kHeaps - 1, size_ = 0, turn_ = 0;
+};
+
+// Channels: how many; 0 = known at run time only.
+template <int Channels>
 class Growing {
  public:
-  Growing(const double* image, int64_t height, int64_t width, int64_t channels, int32_t* labels,
-          double threshold, bool diagonal)
-      : image_(image),
-        height_(height),
-        width_(width),
-        channels_(channels),
-        labels_(labels),
+  // The image gets a frame of pixels that count as taken, so that borders need no test.
+  Growing(const Image& image, double threshold, bool diagonal)
+      : height_(image.height),
+        width_(image.width),
+        depth_(Channels ? Channels : image.channels),
+        row_(image.width + 2),
         threshold_(threshold),
-        neighbours_(diagonal ? 8 : 4) {}
-
-  // labels: regions 1..count at the seeds, 0 elsewhere.
-  void seed(int64_t count) {
-    regions_.assign(count + 1, Region{std::vector<double>(channels_), 0, 0});
-    for (int64_t p = 0; p < height_ * width_; ++p) {
-      if (labels_[p] > 0) take(p, labels_[p]);
-    }
-    for (int64_t p = 0; p < height_ * width_; ++p) {
-      if (labels_[p] > 0) offer_around(p, labels_[p]);
+        neighbours_(diagonal ? 8 : 4),
+        values_((image.height + 2) * row_ * depth_),
+        labels_((image.height + 2) * row_, -1) {
+    const auto row = static_cast<int32_t>(row_);
+    const int32_t steps[8] = {1, -1, row, -row, row + 1, -row - 1, -row + 1, row - 1};
+    std::copy(steps, steps + 8, steps_);
+    for (int64_t y = 0; y < height_; ++y) {
+      const double* from = image.values + y * width_ * depth_;
+      std::copy(from, from + width_ * depth_, values_.begin() + at(y, 0) * depth_);
+      std::fill_n(labels_.begin() + at(y, 0), width_, 0);
     }
   }
 
-  // One region after the other, each from the first pixel in `order` that is in none.
-  void grow_in_order(const int64_t* order, int64_t count) {
-    regions_.assign(1, Region{std::vector<double>(channels_), 0, 0});
+  void from_seeds(const int32_t* labels, int64_t count, bool fill) {
+    regions_.resize(count + 1);
+    sums_.resize((count + 1) * depth_);
+    means_.resize((count + 1) * depth_);
+    each([&](int64_t p, int64_t own) {
+      if (labels[own] > 0) take(static_cast<int32_t>(p), labels[own]);
+    });
+    offer_all();
+    grow(false);
+    if (!fill) return;
+    offer_all();
+    grow(true);
+  }
+
+  void in_order(const int64_t* order, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t p = order[i];
+      const auto p = static_cast<int32_t>(at(order[i] / width_, order[i] % width_));
       if (labels_[p] > 0) continue;
-      const auto region = static_cast<int32_t>(regions_.size());
-      regions_.push_back(Region{std::vector<double>(channels_), 0, 0});
+      const auto region = static_cast<int32_t>(std::max<size_t>(regions_.size(), 1));
+      regions_.resize(region + 1);
+      sums_.resize(regions_.size() * depth_);
+      means_.resize(regions_.size() * depth_);
       take(p, region);
-      offer_around(p, region);
+      offer_around(p);
       grow(false);
     }
+  }
+
+  void write(int32_t* labels) const {
+    each([&](int64_t p, int64_t own) { labels[own] = labels_[p]; });
+  }
+
+ private:
+  struct Region {
+    double squares = 0;  // sum of |I|^2
+    double area = 0, limit = 0;
+  };
+
+  int64_t at(int64_t y, int64_t x) const { return (y + 1) * row_ + x + 1; }
+
+  template <class Body>
+  void each(const Body& body) const {
+    for (int64_t y = 0; y < height_; ++y) {
+      for (int64_t x = 0; x < width_; ++x) body(at(y, x), y * width_ + x);
+    }
+  }
+
+  void offer_all() {
+    each([&](int64_t p, int64_t) {
+      if (labels_[p] > 0) offer_around(static_cast<int32_t>(p));
+    });
   }
 
   // Takes candidates, the most similar first, until none is left. With `all`, whatever the
   // threshold says.
   void grow(bool all) {
     while (!queue_.empty()) {
-      const Candidate next = queue_.top();
-      queue_.pop();
-      if (labels_[next.pixel] > 0) continue;
-      if (!all && distance(next.pixel, next.region) >= limit(next.region)) continue;
+      const Candidate next = queue_.pop();
+      if (labels_[next.pixel] != 0) continue;
+      if (!all && distance(next.pixel, next.region) >= regions_[next.region].limit) continue;
       take(next.pixel, next.region);
-      offer_around(next.pixel, next.region);
+      offer_around(next.pixel);
     }
   }
 
-  void offer_all() {
-    for (int64_t p = 0; p < height_ * width_; ++p) {
-      if (labels_[p] > 0) offer_around(p, labels_[p]);
-    }
-  }
-
- private:
-  double distance(int64_t p, int32_t region) const {
-    const Region& r = regions_[region];
+  double distance(int64_t p, int64_t region) const {
+    const int64_t depth = Channels ? Channels : depth_;
+    const double *values = values_.data() + p * depth, *mean = means_.data() + region * depth;
+    if (Channels == 1) return std::abs(values[0] - mean[0]);
     double sum = 0;
-    for (int64_t c = 0; c < channels_; ++c) {
-      const double gap = image_[p * channels_ + c] - r.sum[c] / static_cast<double>(r.area);
-      sum += gap * gap;
-    }
+    for (int64_t c = 0; c < depth; ++c) sum += (values[c] - mean[c]) * (values[c] - mean[c]);
     return std::sqrt(sum);
   }
 
-  // (1 - sd / M) T, from 0 to T; M is the mean, of several channels its length.
-  double limit(int32_t region) const {
-    const Region& r = regions_[region];
-    const auto area = static_cast<double>(r.area);
+  // The limit becomes (1 - sd / M) T, from 0 to T; M is the mean, of several channels its length.
+  void take(int32_t p, int32_t number) {
+    const int64_t depth = Channels ? Channels : depth_;
+    Region& region = regions_[number];
+    region.area += 1;
     double length = 0;
-    for (const double sum : r.sum) length += (sum / area) * (sum / area);
-    const double variance = std::max(0.0, r.squares / area - length);
-    if (variance <= 1e-9 * length) return threshold_;
-    const double mean = std::max(std::sqrt(length), 1e-6);
-    return threshold_ * std::min(1.0, std::max(0.0, 1 - std::sqrt(variance) / mean));
-  }
-
-  void take(int64_t p, int32_t region) {
-    Region& r = regions_[region];
-    for (int64_t c = 0; c < channels_; ++c) {
-      const double value = image_[p * channels_ + c];
-      r.sum[c] += value;
-      r.squares += value * value;
+    for (int64_t c = 0; c < depth; ++c) {
+      const double value = values_[p * depth + c];
+      double &sum = sums_[number * depth + c], &mean = means_[number * depth + c];
+      sum += value;
+      region.squares += value * value;
+      mean = sum / region.area;
+      length += mean * mean;
     }
-    ++r.area;
-    labels_[p] = region;
+    const double variance = std::max(0.0, region.squares / region.area - length);
+    region.limit = threshold_;
+    if (variance > 1e-9 * length) {
+      const double mean = std::max(std::sqrt(length), 1e-6);
+      region.limit *= std::min(1.0, std::max(0.0, 1 - std::sqrt(variance) / mean));
+    }
+    labels_[p] = number;
   }
 
-  void offer_around(int64_t p, int32_t region) {
-    static constexpr int kDx[8] = {1, -1, 0, 0, 1, -1, 1, -1};
-    static constexpr int kDy[8] = {0, 0, 1, -1, 1, -1, -1, 1};
-    const int64_t x = p % width_, y = p / width_;
+  void offer_around(int32_t p) {
+    const int32_t region = labels_[p];
     for (int d = 0; d < neighbours_; ++d) {
-      const int64_t u = x + kDx[d], v = y + kDy[d];
-      if (u < 0 || u >= width_ || v < 0 || v >= height_) continue;
-      const int64_t q = v * width_ + u;
-      if (labels_[q] != 0) continue;
-      queue_.push({distance(q, region), turn_++, static_cast<int32_t>(q), region});
+      const int32_t q = p + steps_[d];
+      if (labels_[q] == 0) queue_.push(distance(q, region), q, region);
     }
   }
 
-  const double* image_;
-  int64_t height_, width_, channels_;
-  int32_t* labels_;
+  int64_t height_, width_, depth_, row_;
   double threshold_;
   int neighbours_;
-  std::vector<Region> regions_;
-  std::priority_queue<Candidate> queue_;
-  int64_t turn_ = 0;
+  int32_t steps_[8];
+  std::vector<double> values_;   // [height + 2, width + 2, channels]
+  std::vector<int32_t> labels_;  // 0 = in no region, -1 = frame
+  std::vector<Region> regions_;  // from 1
+  std::vector<double> sums_, means_;
+  Queue queue_;
 };
 
-void check(const Reals& image) {
-  require(image.ndim() == 3 && image.shape(0) * image.shape(1) < (1LL << 31),
-          "grow: an image [H, W, C]");
-}
-
-py::array_t<int32_t> grow_seeds(const Reals& image, const Ints& seeds, int64_t count,
-                                double threshold, bool fill, bool diagonal) {
-  check(image);
-  require(seeds.ndim() == 2 && seeds.shape(0) == image.shape(0) && seeds.shape(1) == image.shape(1),
-          "grow: seeds [H, W]");
-  py::array_t<int32_t> labels({image.shape(0), image.shape(1)});
-  int32_t* own = labels.mutable_data();
-  for (int64_t p = 0; p < seeds.size(); ++p) {
-    require(seeds.data()[p] >= 0 && seeds.data()[p] <= count, "grow: a seed above their number");
-    own[p] = static_cast<int32_t>(seeds.data()[p]);
+template <class Work>
+void with_channels(const Image& image, double threshold, bool diagonal, const Work& work) {
+  if (image.channels == 1) {
+    work(Growing<1>(image, threshold, diagonal));
+  } else if (image.channels == 3) {
+    work(Growing<3>(image, threshold, diagonal));
+  } else {
+    work(Growing<0>(image, threshold, diagonal));
   }
-  py::gil_scoped_release release;
-  Growing growing(image.data(), image.shape(0), image.shape(1), image.shape(2), own, threshold,
-                  diagonal);
-  growing.seed(count);
-  growing.grow(false);
-  if (fill) {
-    growing.offer_all();
-    growing.grow(true);
-  }
-  return labels;
-}
-
-py::array_t<int32_t> grow_in_order(const Reals& image, const Ints& order, double threshold,
-                                   bool diagonal) {
-  check(image);
-  const int64_t pixels = image.shape(0) * image.shape(1);
-  for (int64_t i = 0; i < order.size(); ++i) {
-    require(order.data()[i] >= 0 && order.data()[i] < pixels, "grow: a seed outside the image");
-  }
-  py::array_t<int32_t> labels({image.shape(0), image.shape(1)});
-  std::fill_n(labels.mutable_data(), pixels, 0);
-  int32_t* own = labels.mutable_data();
-  py::gil_scoped_release release;
-  Growing growing(image.data(), image.shape(0), image.shape(1), image.shape(2), own, threshold,
-                  diagonal);
-  growing.grow_in_order(order.data(), order.size());
-  return labels;
 }
 
 }  // namespace
 
-void bind_growing(py::module_& m) {
-  m.def("grow_seeds", &grow_seeds);
-  m.def("grow_in_order", &grow_in_order);
+void grow_seeds(const Image& image, int64_t count, double threshold, bool fill, bool diagonal,
+                int32_t* labels) {
+  with_channels(image, threshold, diagonal, [&](auto growing) {
+    growing.from_seeds(labels, count, fill);
+    growing.write(labels);
+  });
+}
+
+void grow_in_order(const Image& image, const int64_t* order, int64_t count, double threshold,
+                   bool diagonal, int32_t* labels) {
+  with_channels(image, threshold, diagonal, [&](auto growing) {
+    growing.in_order(order, count);
+    growing.write(labels);
+  });
 }
 
 }  // namespace classical

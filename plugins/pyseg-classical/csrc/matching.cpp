@@ -135,25 +135,13 @@ class Matching {
   int32_t length_ = 0;
 };
 
-py::tuple match(const py::array_t<bool, py::array::c_style>& ours,
-                const py::array_t<bool, py::array::c_style>& theirs, double radius) {
-  require(ours.ndim() == 2 && theirs.ndim() == 2 && ours.shape(0) == theirs.shape(0) &&
-              ours.shape(1) == theirs.shape(1),
-          "match: two maps [H, W]");
-  py::array_t<bool> a({ours.shape(0), ours.shape(1)}), b({ours.shape(0), ours.shape(1)});
-  bool *one = a.mutable_data(), *other = b.mutable_data();
-  std::fill_n(one, ours.size(), false);
-  std::fill_n(other, ours.size(), false);
-  py::gil_scoped_release release;
-  Matching matching(ours.data(), theirs.data(), ours.shape(0), ours.shape(1), radius);
-  matching.run();
-  matching.write(one, other);
-  py::gil_scoped_acquire acquire;
-  return py::make_tuple(a, b);
-}
-
 }  // namespace
 
-void bind_matching(py::module_& m) { m.def("match", &match); }
+void match(const bool* ours, const bool* theirs, int64_t height, int64_t width, double radius,
+           bool* one, bool* other) {
+  Matching matching(ours, theirs, height, width, radius);
+  matching.run();
+  matching.write(one, other);
+}
 
 }  // namespace classical

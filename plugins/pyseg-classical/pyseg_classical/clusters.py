@@ -685,6 +685,10 @@ class MeanShift(RegionModel):
         self.levels = int(within("levels", levels, 0, 8))
 
     def regions(self, image: Image) -> Map:
+        return merge_small(*self.modes(image), self.min_size)
+
+    def modes(self, image: Image) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+        """Regions [H, W] before small ones join, and the image [H, W, 3] in CIELUV."""
         luv = cv2.cvtColor(image, cv2.COLOR_RGB2LUV)
         levels = min(self.levels, int(np.log2(min(image.shape[:2]))))
         rest = cv2.pyrMeanShiftFiltering(luv, self.spatial, self.colour, maxLevel=levels)
@@ -695,4 +699,4 @@ class MeanShift(RegionModel):
             moved = np.moveaxis(numbers, axis, 0)
             near = np.moveaxis(ahead, axis, 0)
             pairs.append(np.stack([moved[:-1][near], moved[1:][near]], 1))
-        return merge_small(joined(numbers, np.concatenate(pairs)), luv, self.min_size)
+        return joined(numbers, np.concatenate(pairs)), luv

@@ -127,6 +127,18 @@ def recursive_cut(graph: Graph, kind: str, k: int, limit: float) -> NDArray[np.i
     Returns:
         [N] the number of each node's part.
     """
+    return nested_cuts(graph, kind, k, limit)[0]
+
+
+def nested_cuts(
+    graph: Graph, kind: str, k: int, limit: float
+) -> tuple[NDArray[np.int64], list[int]]:
+    """As `recursive_cut`, and for every part the one it was cut from: those of fewer k, too.
+
+    Returns:
+        [N] the number of each node's part, in the order of the cuts; and of part p the number,
+        smaller than p, of what it was cut from; the first is its own.
+    """
     labels = np.zeros(len(graph.area), np.int64)
     waiting: list[tuple[float, int, NDArray[np.int64], NDArray[np.bool_]]] = []
 
@@ -137,16 +149,16 @@ def recursive_cut(graph: Graph, kind: str, k: int, limit: float) -> NDArray[np.i
             heapq.heappush(waiting, (value, number, nodes, side))
 
     offer(0, np.arange(len(labels)))
-    parts = 1
-    while waiting and parts < k:
+    origin = [0]
+    while waiting and len(origin) < k:
         value, number, nodes, side = heapq.heappop(waiting)
         if value > limit:
             break
-        labels[nodes[side]] = parts
+        labels[nodes[side]] = len(origin)
         offer(number, nodes[~side])
-        offer(parts, nodes[side])
-        parts += 1
-    return labels
+        offer(len(origin), nodes[side])
+        origin.append(number)
+    return labels, origin
 
 
 def k_way_cut(graph: Graph, kind: str, k: int, seed: int) -> NDArray[np.int64]:
@@ -418,6 +430,7 @@ __all__ = [
     "highly_connected",
     "k_way_cut",
     "minimum_cut",
+    "nested_cuts",
     "recursive_cut",
     "superpixels",
 ]

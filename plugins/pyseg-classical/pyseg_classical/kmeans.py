@@ -79,8 +79,7 @@ def kmeans(
             raise ValueError(
                 f"init must be finite centres {[k, values.shape[1]]}, got {list(centres.shape)}"
             )
-    limit = tolerance * float(values.var(0).mean())
-    return KMeansResult(*_core.lloyd(values, centres, iterations, limit, threads))
+    return KMeansResult(*_core.lloyd(values, centres, iterations, tolerance, threads))
 
 
 def _drawn(

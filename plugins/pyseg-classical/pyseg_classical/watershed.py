@@ -11,7 +11,17 @@ from scipy import ndimage
 from skimage import morphology, segmentation
 
 from .edges import strength
-from .regions import Image, Map, RegionModel, at_least, check_pixels, merge_small, one_of, within
+from .regions import (
+    Image,
+    Map,
+    RegionModel,
+    at_least,
+    check_pixels,
+    joined,
+    merge_small,
+    one_of,
+    within,
+)
 from .thresholds import Otsu
 
 QUICKSHIFT_PIXELS = 4_000_000  # some minutes: every pixel looks at its window of 6 kernel sizes
@@ -188,13 +198,25 @@ class QuickShift(RegionModel):
         self.min_size = int(at_least("min_size", min_size, 0))
 
     def regions(self, image: Image) -> Map:
+        return self.cut(image, *self.tree(image))
+
+    def tree(self, image: Image) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The pixel that every pixel is linked to, [H W], and the length of the link, [H W]."""
         check_pixels("quickshift", image, QUICKSHIFT_PIXELS, "shrink it, or use slic")
-        parts = segmentation.quickshift(
+        _, parents, lengths = segmentation.quickshift(
             image,
             self.ratio,
             self.kernel_size,
-            self.max_distance,
+            np.inf,
+            return_tree=True,
             sigma=self.sigma,
             rng=self.seed,
         )
-        return merge_small(parts, image, self.min_size)
+        return np.asarray(parents, np.int64).ravel(), np.asarray(lengths).ravel()
+
+    def cut(self, image: Image, parents: NDArray[np.int64], lengths: NDArray[np.float64]) -> Map:
+        """Regions [H, W] of the tree without links longer than ``max_distance``."""
+        numbers = np.arange(len(parents))
+        kept = lengths <= self.max_distance
+        links = np.stack([numbers[kept], parents[kept]], 1)
+        return merge_small(joined(numbers, links).reshape(image.shape[:2]), image, self.min_size)
