@@ -118,19 +118,26 @@ def train(
     examples = Examples.of(drawn)
     options: dict[str, Any] = {"without": without or (), "seed": seed}
     predictor = QualityPredictor(examples, regressor, **options)
-    learnt, rest = (examples.some(part) for part in split(examples, seed=seed))
-    tried = QualityPredictor(learnt, regressor, **options)
-    found = judge(tried.predict_features(rest.features), rest.jaccard, threshold)
     predictor.save(output)
-    found |= {"annotations": len(examples), "judged": len(rest), "jaccard": rest.jaccard.mean()}
+    found: dict[str, Any] = {"annotations": len(examples), "judged": 0}
+    reason = ""
+    try:
+        learnt, rest = (examples.some(part) for part in split(examples, seed=seed))
+        tried = QualityPredictor(learnt, regressor, **options)
+    except PysegError as error:  # all were enough to learn from; some of them may be too few
+        reason = str(error)
+    else:
+        found |= judge(tried.predict_features(rest.features), rest.jaccard, threshold)
+        found |= {"judged": len(rest), "jaccard": float(rest.jaccard.mean())}
     if as_json:
-        return _print_json(found)
-    typer.echo(
-        f"{len(examples)} annotations of {len(tasks)} objects; {len(rest)} of objects and workers "
-        f"that {len(learnt)} others do not have:"
-    )
-    for name, value in found.items():
-        typer.echo(f"  {name} {value:.4g}")
+        return _print_json({**found, "not_judged": reason or None})
+    typer.echo(f"{len(examples)} annotations of {len(tasks)} objects")
+    if reason:
+        typer.echo(f"not judged on objects and workers that were not trained on: {reason}")
+    else:
+        typer.echo(f"{len(rest)} of objects and workers that {len(learnt)} others do not have:")
+        for name in [key for key in found if key not in ("annotations", "judged")]:
+            typer.echo(f"  {name} {found[name]:.4g}")
     typer.echo(f"wrote {output}")
 
 

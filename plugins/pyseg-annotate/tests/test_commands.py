@@ -44,12 +44,12 @@ def test_the_whole_way_on_nuclei(data_folder, tmp_path, monkeypatch):
     writer = form.writer(tmp_path / "truth.json", Source(("nucleus",), ("image",), None))
     writer.finish([writer.write(annotation)])
     monkeypatch.chdir(tmp_path)
-    made = run("objects", "truth.json", "--images", folder, "--limit", 16)
-    assert made.exit_code == 0 and "16 objects of 1 images" in made.stdout, made.output
-    learnt = run("train", "--annotators", "simulated(workers=9)", "--regressor", "ridge", "--json")
+    made = run("objects", "truth.json", "--images", folder, "--limit", 30)
+    assert made.exit_code == 0 and "30 objects of 1 images" in made.stdout, made.output
+    learnt = run("train", "--annotators", "simulated(workers=8)", "--regressor", "ridge", "--json")
     assert learnt.exit_code == 0, learnt.output
     report = json.loads(learnt.stdout)
-    assert report["annotations"] == 80 and 0 < report["judged"] < 80
+    assert report["annotations"] == 150 and 0 < report["judged"] < 80
     done = run(
         "run",
         "--threshold",
@@ -57,14 +57,14 @@ def test_the_whole_way_on_nuclei(data_folder, tmp_path, monkeypatch):
         "--rounds",
         "5",
         "--annotators",
-        "simulated(workers=9, seed=5)",
+        "simulated(workers=8, seed=5)",
         "--json",
     )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert 16 <= found["annotations"] <= 80 and found["waiting"] == 0 and found["jaccard"] > 0.7
+    assert 30 <= found["annotations"] <= 150 and found["waiting"] == 0 and found["jaccard"] > 0.7
     again = run(
-        "run", "--threshold", ".83", "--annotators", "simulated(workers=9, seed=5)", "--json"
+        "run", "--threshold", ".83", "--annotators", "simulated(workers=8, seed=5)", "--json"
     )
     assert json.loads(again.stdout) == found
     shown = json.loads(run("status", "annotated", "--json").stdout)
@@ -77,7 +77,7 @@ def test_the_whole_way_on_nuclei(data_folder, tmp_path, monkeypatch):
     assert "without must be of" in error_of(run("train", "--without", "colour"))
     # What was collected is annotations that pyseg reads.
     source = form.open_source(tmp_path / "annotated" / "masks.json", _given())
-    assert len(source.read(source.names[0]).regions) == 16
+    assert len(source.read(source.names[0]).regions) == 30
 
 
 def _given():
