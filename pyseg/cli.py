@@ -793,12 +793,19 @@ def cost_command(
 @app.command(cls=_documented_by("scoring.py:score_files"))
 def score(
     paths: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(
             metavar="PREDICTIONS [OTHERS] LABELS",
             help="Folders of label maps, or COCO's JSON files; of two systems, what differs.",
         ),
-    ],
+    ] = None,
+    annotators: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder of one person's label maps, in place of LABELS; several times, for how "
+            "far people agree, and so what PREDICTIONS could reach.",
+        ),
+    ] = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -841,6 +848,15 @@ def score(
     """Score what any tool has predicted, or tell where two systems differ beyond noise."""
     from . import scoring
 
+    paths = paths or []
+    if annotators:
+        others = (metrics, prediction_values, label_values, prediction_folder, label_folder)
+        if len(paths) > 1 or any((*others, resamples, seed)):
+            raise PysegError(
+                "with --annotators give PREDICTIONS or nothing, and of the options --classes, "
+                "--ignore-index and --json alone"
+            )
+        return _score_annotators(annotators, paths, classes, ignore_index, as_json)
     if len(paths) not in (2, 3):
         raise PysegError(f"give PREDICTIONS LABELS, or FIRST SECOND LABELS, got {len(paths)} paths")
     options = _given(
@@ -867,6 +883,28 @@ def score(
     _print_table(*scores.table(), numbers=True)
     _print_table(*scores.class_table(), numbers=True)
     _print_protocol(scores.protocol)
+
+
+def _score_annotators(
+    annotators: list[Path],
+    paths: list[Path],
+    classes: str | None,
+    ignore_index: int | None,
+    as_json: bool,
+) -> None:
+    from .agreement import score_annotators
+
+    options = _given(classes=classes, ignore_index=ignore_index)
+    found = score_annotators(annotators, *paths, track=_track("comparing"), **options)
+    if as_json:
+        return _print_json(found.to_dict())
+    _print_table(*found.table(), numbers=True)
+    _print_table(*found.class_table(), numbers=True)
+    distances = ", ".join(f"{key} {value:.1f}" for key, value in found.boundary.items())
+    typer.echo(
+        f"{found.images} images, {len(found.annotators)} annotators; Fleiss' kappa "
+        f"{found.kappa:.4f}; pixels from one's boundaries to another's: {distances}"
+    )
 
 
 def _print_protocol(protocol: dict[str, Any]) -> None:

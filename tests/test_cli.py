@@ -13,11 +13,12 @@ from typer.testing import CliRunner
 import pyseg
 from pyseg import _native, cli, datasets, metrics, models, refiners, testing, training
 from pyseg.datasets.synthetic import StreetScenes
-from pyseg.doctor import diagnose, stale_installs
+from pyseg.doctor import _entries, diagnose, stale_installs
 from pyseg.image import read_image, read_labels, write_image, write_labels, write_panoptic
 from pyseg.metrics.semantic import Semantic
 from pyseg.models.semantic import SemanticModel
 from pyseg.models.streetnet import CLASSES, PALETTE
+from pyseg.registry import commands
 from pyseg.types import Sample, Segmentation
 
 ASSETS = Path(pyseg.__file__).parent / "assets"
@@ -240,7 +241,7 @@ def test_plugins_add_commands_and_break_no_others(tmp_path, monkeypatch):
     assert "must be a typer.Typer, got builtin" in error_line(run("wrong"))
     assert run("no-such-command").exit_code == 2
     assert "streetnet" in run("list").stdout  # pyseg's own go first
-    report = {e["name"]: e for e in diagnose()["entry_points"] if e["kind"] == "command"}
+    report = {entry["name"]: entry for entry in _entries(commands)}
     assert report["count-all"]["problem"] is None
     assert "no_such_module" in report["gone"]["problem"]
     testing.check_command("count-all")

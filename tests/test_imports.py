@@ -18,7 +18,7 @@ FLOORS = (
     {"datasets", "metrics", "models", "refiners"},
     {"label_check", "pipeline"},
     {"conversion", "cost", "data_check", "doctor", "evaluation", "large", "prediction", "scoring"},
-    {"training"},
+    {"agreement", "training"},
     {"comparison", "export", "instance_training", "report", "testing", "tuning"},
     {"cluster", "conformance", "demo", "new_plugin", "studio"},
     {"cli"},

@@ -34,6 +34,8 @@ from pyseg_annotate.tasks import task_of, tasks_in
 from scipy import ndimage
 from sklearn.model_selection import GroupKFold
 
+from pyseg.files import write_json
+
 ROUNDS = 5
 THRESHOLDS = [round(0.5 + 0.01 * k, 2) for k in range(50)]
 WORKERS = 20  # of each part
@@ -232,29 +234,62 @@ def run(kind, data, objects, seed):
     }
 
 
+def table(results):
+    """Markdown: means over seeds, and their range."""
+    lines = [
+        "| objects | way | annotations | of five | Jaccard, mean (range) |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, entries in results.items():
+        ways = {name: [e["baselines"][name] for e in entries] for name in entries[0]["baselines"]}
+        for predictor in ("ridge", "boosting"):
+            for way in entries[0]["predictors"][predictor]["policies"]:
+                points = [e["predictors"][predictor]["policies"][way] for e in entries]
+                ways[f"{predictor}: {way}"] = points
+        for way, points in ways.items():
+            cost = np.mean([point["annotations"] for point in points])
+            scores = [point["jaccard"] for point in points]
+            lines.append(
+                f"| {kind} | {way} | {cost:.2f} | {cost / ROUNDS:.0%} | {np.mean(scores):.3f} "
+                f"({min(scores):.3f}-{max(scores):.3f}) |"
+            )
+    lines += ["", "| objects | predictor | MAE | r | calibration |", "|---|---|---|---|---|"]
+    for kind, entries in results.items():
+        for name in entries[0]["predictors"]:
+            found = [e["predictors"][name] for e in entries]
+            row = [np.mean([one[key] for one in found]) for key in ("mae", "r", "calibration")]
+            lines.append(f"| {kind} | {name} | " + " | ".join(f"{v:.3f}" for v in row) + " |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--table", type=Path, help="print that of a result, and run nothing")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--objects", type=int, default=120, help="of each part, at most")
     parser.add_argument("--only", choices=("cells", "camvid", "bsds"))
     options = parser.parse_args()
-    began, results = time.process_time(), {}
-    for kind in ("cells", "camvid", "bsds"):
-        if options.only in (None, kind):
-            results[kind] = [
-                run(kind, options.data, options.objects, seed) for seed in range(options.seeds)
-            ]
-            print(kind, [entry["cpu_seconds"] for entry in results[kind]], flush=True)
-    value = {
-        "command": "python benchmarks/icord.py DATA --output results/icord.json",
-        "objects": options.objects,
-        "machine": platform.machine(),
-        "cpu_seconds": round(time.process_time() - began, 1),
-        "results": results,
-    }
-    options.output.write_text(json.dumps(value, indent=1) + "\n")
+    if options.table is not None:
+        return print(table(json.loads(options.table.read_text())["results"]))
+    if options.data is None or options.output is None:
+        parser.error("give DATA and --output")
+    results = {}
+    for seed in range(options.seeds):
+        for kind in ("cells", "camvid", "bsds"):
+            if options.only in (None, kind):
+                entry = run(kind, options.data, options.objects, seed)
+                results.setdefault(kind, []).append(entry)
+                print(kind, seed, entry["cpu_seconds"], flush=True)
+                value = {
+                    "command": f"python benchmarks/icord.py DATA --objects {options.objects} "
+                    f"--seeds {options.seeds} --output results/icord.json",
+                    "machine": platform.machine(),
+                    "cpu_seconds": sum(e["cpu_seconds"] for es in results.values() for e in es),
+                    "results": results,
+                }
+                write_json(options.output, value)  # a stopped run keeps what it has
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ class Submission:
 class Annotators(Protocol):
     """Those who can be asked for masks."""
 
-    workers: Sequence[str]  # as many rounds can be held, since nobody draws an object twice
+    @property
+    def workers(self) -> Sequence[str]:
+        """Who there is: as many rounds can be held, since nobody draws an object twice."""
+        ...
 
     def annotate(self, task: Task, taken: Sequence[str]) -> Submission | None:
         """Another mask of an object, by somebody who is not among ``taken``; None = not yet."""
@@ -227,7 +230,7 @@ class SubmittedMasks:
                 f"submissions: {str(folder)!r} is empty; put every worker's export there, a file "
                 "or folder named after him"
             )
-        self._exports = {}
+        self._exports: dict[str, Path] = {}
         for path in exports:
             if path.stem in self._exports:
                 raise PysegError(
@@ -341,7 +344,7 @@ class PromptedWorkers:
         session = Session(task.crop().copy(), ("background", "object"), promptable=self._segmenter)
         clicks = self.workers.index(worker) + 1 if task.truth is not None else 1
         radius = np.sqrt((task.truth if task.truth is not None else np.ones(task.size)).sum())
-        x, y, positive = *task.point, True
+        x, y, positive = float(task.point[0]), float(task.point[1]), True
         mask = np.zeros(task.size, bool)
         done = 0
         for done in range(1, clicks + 1):

@@ -202,7 +202,7 @@ def write_results(
             by_image.setdefault(task.image, []).append(task)
     names = _names(list(by_image))
     source = Source(classes, tuple(names.values()), lambda name: annotations[name])
-    annotations = {}
+    annotations: dict[str, Annotation] = {}
     for image, parts in by_image.items():
         size = image_size(image)
         regions = []
