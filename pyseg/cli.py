@@ -359,7 +359,7 @@ def _print_statements(
 ) -> None:
     said = {plugin["distribution"]: plugin for plugin in plugins}
     if as_json:
-        unsaid = {"statement": None, "problems": []}
+        unsaid: dict[str, Any] = {"statement": None, "problems": []}
         return _print_json(
             [
                 row | {key: said.get(row["distribution"], unsaid)[key] for key in unsaid}

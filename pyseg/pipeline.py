@@ -725,8 +725,8 @@ def load(
 
     folder = Path(folder)
     if runner := exported_by(folder):
-        stage = StageSpec(runner, {"path": str(folder)})
-        return build(Spec((stage,)), device=device, precision=precision)
+        spec = Spec((StageSpec(runner, {"path": str(folder)}),))
+        return build(spec, device=device, precision=precision)
     description = _read_description(folder)
     context = {"num_classes": len(description["classes"]), "weights": None}
     stages: list[Stage] = []

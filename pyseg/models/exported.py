@@ -117,6 +117,7 @@ class ExportedModel(SemanticModel):
     """
 
     description: dict[str, Any]
+    network: _File
 
     def __init__(self, runner: str, content: Tensor) -> None:
         super().__init__(_File(runner, content), _PLACEHOLDER)

@@ -10,13 +10,15 @@ Example:
     ...     testing.check_model("my_network", channels=16)
 """
 
+from collections.abc import Callable
+
 from ..errors import PysegError
 from .commands import check_command
 from .families import check_dataset, check_metric, check_model, check_refiner
 from .ops import check_op
 from .promptables import check_promptable
 
-SUITES = {
+SUITES: dict[str, Callable[..., None]] = {
     "model": check_model,
     "refiner": check_refiner,
     "metric": check_metric,

@@ -200,13 +200,15 @@ def check_metric(
             return made
 
         everything = range(len(pairs))
-        kept = [
-            {k: v.clone() for k, v in (parts_of(p) | {"truth": s.labels}).items()} for p, s in pairs
-        ]
+
+        def given(prediction: Any, sample: Any) -> dict[str, Tensor]:
+            return parts_of(prediction) | {"truth": sample.labels}
+
+        kept = [{key: value.clone() for key, value in given(*pair).items()} for pair in pairs]
         with check.doing("update"):
             whole = scored(everything)
-        for (prediction, sample), before in zip(pairs, kept, strict=True):
-            now = parts_of(prediction) | {"truth": sample.labels}
+        for pair, before in zip(pairs, kept, strict=True):
+            now = given(*pair)
             changed = [key for key, value in before.items() if not torch.equal(value, now[key])]
             check(not changed, f"update changes the {some(changed)} that it is given")
         with check.doing("compute"):
