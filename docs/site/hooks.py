@@ -132,7 +132,7 @@ def note(kind, text):
 
 def on_page_content(content, **_):
     def formula(match):
-        latex = html.unescape(match[2] or match[3])
+        latex = html.unescape(match[2] or match[3]).replace(r"\arg\max", r"\mathrm{argmax}")
         made = convert(latex, display="inline" if match[1] == "span" else "block")
         if "\\" in made:
             raise ValueError(f"latex2mathml does not know a command of {latex}")
