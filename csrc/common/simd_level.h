@@ -27,7 +27,7 @@ enum class SimdLevel {
 // The processor's best level or, if that is lower, the environment's PYSEG_SIMD (v4, v3, generic).
 // Read at each call: so tests run the levels that their processor would not take.
 inline SimdLevel simd_level() {
-  SimdLevel most = SimdLevel::v4;
+  [[maybe_unused]] SimdLevel most = SimdLevel::v4;  // without levels it is checked alone
   if (const char* const asked = std::getenv("PYSEG_SIMD"); asked && *asked) {
     const std::string name = asked;
     if (name == "v3")
