@@ -20,6 +20,7 @@ import numpy as np
 from .errors import LabelError, ScoreError
 from .files import finite
 from .metrics.semantic import Semantic
+from .progress import notebook_bar
 from .scoring import PathLike, _check_pairs, _class_list, _files, _Reader
 from .types import VOID
 
@@ -247,7 +248,7 @@ def score_annotators(
     *,
     classes: Sequence[str] | PathLike | int | None = None,
     ignore_index: int = VOID,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = notebook_bar,
 ) -> Agreement:
     """Several people's label maps held against each other, and predictions against each.
 

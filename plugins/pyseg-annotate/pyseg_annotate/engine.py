@@ -140,8 +140,9 @@ def check_run(tasks: Sequence[Task], annotators: Annotators, threshold: float, r
 
 
 def _flagged(ledger: Ledger, number: int) -> bool:
+    """Whether this round left objects to the next, or had when it was held."""
     return any(
-        len(records) == number and not ledger.accepted(id) for id, records in ledger.of.items()
+        len(records) >= number and not ledger.accepted(id) for id, records in ledger.of.items()
     )
 
 

@@ -137,6 +137,21 @@ def test_a_kill_loses_nothing(make_tasks, tmp_path):
     assert (cut / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
+def test_it_goes_on_from_every_line(make_tasks, tmp_path):
+    tasks = make_tasks(4)
+    given = submissions(tasks, [[90, 10, 10], [50, 84, 99], [70, 20, 60], [10, 70, 83]])
+    first = collect(tasks, Recorded(given), Known(), tmp_path / "whole", rounds=3)
+    lines = (tmp_path / "whole" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 10
+    for count in range(len(lines) + 1):
+        (tmp_path / str(count)).mkdir()
+        ledger = tmp_path / str(count) / "ledger.jsonl"
+        ledger.write_bytes(b"".join(lines[:count]))
+        found = collect(tasks, Recorded(given), Known(), ledger.parent, rounds=3)
+        assert ledger.read_bytes() == b"".join(lines), count
+        assert (found.round, found.spent, found.accepted) == (3, first.spent, first.accepted)
+
+
 def change(path, line, edit):
     lines = path.read_text().splitlines(keepends=True)
     value = json.loads(lines[line])
