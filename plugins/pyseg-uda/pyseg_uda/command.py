@@ -125,7 +125,7 @@ def command(
 
     day = dataset(source, root, split)
     torch.manual_seed(seed)  # for weights that start out random
-    made = {"num_classes": len(day.classes)}
+    made: dict[str, Any] = {"num_classes": len(day.classes)}
     pipeline = pyseg.build(spec, weights=_weights(weights), **made)
     if len(pipeline.stages) != 1 or not isinstance(pipeline.model, pyseg.models.SemanticModel):
         raise PysegError(f"--spec: adapt takes one semantic model, got {spec!r}")

@@ -83,7 +83,7 @@ def thing_mask(
         [N, h, w] bool.
     """
     planes = torch.stack([labels == thing for thing in things], 1).float()
-    return (F.adaptive_avg_pool2d(planes, tuple(size)) >= least).any(1)
+    return (F.adaptive_avg_pool2d(planes, (size[0], size[1])) >= least).any(1)
 
 
 def feature_distance(features: Tensor, fixed: Tensor, mask: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Module = TypeVar("Module", bound=nn.Module)
 
-def teacher_of(student: nn.Module) -> nn.Module:
+
+def teacher_of(student: Module) -> Module:
     """A copy that wants no gradient, without dropout and stochastic depth.
 
     Only parameters are averaged. What normalisation over batches measures is not: the teacher
