@@ -24,7 +24,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-FOR_DEVELOPERS = {"test", "bench", "dev"}  # extras that no user asks for
+FOR_DEVELOPERS = {"test", "bench", "dev", "docs"}  # extras that no user asks for
 SHIPPED = {".safetensors": "machine-learning-model", ".jpg": "data", ".png": "data"}
 # Of what they were trained on, or cut from; the weights' cards beside them say more.
 SHIPPED_LICENCE = {

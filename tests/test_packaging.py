@@ -21,8 +21,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# It is only asked for by who has it; and pytest imports the module that imports it.
-UNDECLARED = {"pytest", "supervision"}
+# Only asked for by who has it; and pytest and IPython import what imports them.
+UNDECLARED = {"pytest", "supervision", "IPython"}
 
 
 def names(requirements):
@@ -93,7 +93,7 @@ def test_the_tests_extra_has_the_others():
         for requirement in map(Requirement, PROJECT["optional-dependencies"]["test"])
         if requirement.name == PROJECT["name"]
     )
-    assert own.extras == FOR_USERS
+    assert own.extras == FOR_USERS | {"docs"}
 
 
 @pytest.mark.parametrize("version", ["65.5.0", "76.1.0.post2", "77.0.3"])
