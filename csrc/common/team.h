@@ -42,7 +42,8 @@ class Team {
 
   int64_t size() const { return threads_; }
 
-  // Calls work(item, worker) for every item. What an item throws, the call does, too.
+  // Calls work(item, worker) for every item, with numbers of workers below that of items. What an
+  // item throws, the call does, too.
   template <class Work>
   void share(int64_t items, Work& work) {
     call_ = [](void* each, int64_t item, int64_t worker) {
@@ -88,7 +89,7 @@ class Team {
       // Either the leader, who has closed the loop, sees that somebody is at work, or that one sees
       // that it is closed.
       at_work_.fetch_add(1);
-      if (loop_.load() == seen) take_items(worker);
+      if (loop_.load() == seen && worker < items_) take_items(worker);
       if (at_work_.fetch_sub(1) == 1) at_work_.notify_one();
     }
   }

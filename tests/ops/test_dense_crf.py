@@ -447,6 +447,17 @@ def test_strides_do_not_matter(generator, self_term):
     assert torch.equal(q, run(wide[:, ::2, :, ::2], image.flip(3).flip(3)))
 
 
+def test_more_threads_than_tiles(generator):
+    """A team's last workers have no memory of their own then, and must stay out of the loops."""
+    for classes, height, width in ((32, 2, 700), (60, 6, 400), (40, 40, 40)):
+        unary = torch.rand(1, classes, height, width, generator=generator) * 4
+        image = torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
+        torch.set_num_threads(1)
+        one = dense_crf(unary, image)
+        torch.set_num_threads(16)
+        assert torch.equal(one, dense_crf(unary, image))
+
+
 @pytest.mark.parametrize("self_term", [True, False])
 def test_same_bits_for_any_number_of_threads(generator, self_term):
     unary, image = example(generator, 1, 19, 150, 300)
