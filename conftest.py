@@ -4,6 +4,8 @@ A benchmark calls a fixture of benchmarks/conftest.py: `compare`, on a GPU `gpu.
 is stored in .benchmarks/; benchmarks/results/ holds the committed baselines, one per processor or
 GPU and torch version, which `--save-baseline` writes. What fails the run: a ratio more than 20 %
 under the baseline, and a SIMD level that is more than 5 % slower than a lower one.
+
+Tests here and of the plugins get `data_folder`.
 """
 
 import argparse
@@ -19,9 +21,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent
+DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT.parent / "shared" / "data"))
 TOLERATED_LOSS = 0.2
 RESULTS = pytest.StashKey[dict]()
 PROBLEMS = pytest.StashKey[list]()
+
+
+@pytest.fixture(scope="session")
+def data_folder():
+    """``data_folder("camvid/val")``: that part of the test data; without it the test is skipped."""
+
+    def find(name):
+        if not (DATA / name).is_dir():
+            pytest.skip(f"no test data at {DATA / name}: set PYSEG_TEST_DATA")
+        return DATA / name
+
+    return find
 
 
 def _part(text):

@@ -1,6 +1,5 @@
 """What many test files share."""
 
-import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -8,10 +7,6 @@ import pytest
 import torch
 
 from pyseg.promptable import Sam2Backend, SamBackend
-
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
-)
 
 # The slow tests that take minutes begin, so that the others fill both processes to the end.
 LONGEST = ("test_sanitize.py", "test_compilers.py", "test_emulation.py")
@@ -22,18 +17,6 @@ def pytest_collection_modifyitems(items):
     if all(item.get_closest_marker("slow") for item in items):
         places = {name: place for place, name in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
-
-
-@pytest.fixture(scope="session")
-def data_folder():
-    """``data_folder("camvid/val")``: that part of the test data; without it the test is skipped."""
-
-    def find(name):
-        if not (DATA / name).is_dir():
-            pytest.skip(f"no test data at {DATA / name}: set PYSEG_TEST_DATA")
-        return DATA / name
-
-    return find
 
 
 class Page(HTMLParser):

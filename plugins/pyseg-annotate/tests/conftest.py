@@ -1,30 +1,11 @@
 """Blobs on noise as objects, and who draws them."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
 from pyseg_annotate.annotators import SimulatedWorkers
 from pyseg_annotate.quality import Examples, QualityPredictor
 from pyseg_annotate.tasks import task_of
-
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")
-)
-
-
-@pytest.fixture(scope="session")
-def data_folder():
-    """``data_folder("instance/nuclei")``: that part of the test data; skips without it."""
-
-    def find(name):
-        if not (DATA / name).is_dir():
-            pytest.skip(f"no test data at {DATA / name}: set PYSEG_TEST_DATA")
-        return DATA / name
-
-    return find
 
 
 def blobs(folder, count, seed):

@@ -1,26 +1,7 @@
 """Pictures with known answers, and how masks are compared."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 import pytest
-
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")
-)
-
-
-@pytest.fixture(scope="session")
-def data_folder():
-    """``data_folder("classical/skimage")``: that part of the test data; skips without it."""
-
-    def find(name):
-        if not (DATA / name).is_dir():
-            pytest.skip(f"no test data at {DATA / name}: set PYSEG_TEST_DATA")
-        return DATA / name
-
-    return find
 
 
 @pytest.fixture

@@ -1,8 +1,5 @@
 """A few drawn scenes in two lights, and a small mix transformer."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -103,20 +100,3 @@ def transformer():
         return model
 
     return make
-
-
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[4] / "shared" / "data")
-)
-
-
-@pytest.fixture(scope="session")
-def data_folder():
-    """``data_folder("camvid")``: that part of the test data; skips without it."""
-
-    def find(name):
-        if not (DATA / name).is_dir():
-            pytest.skip(f"no test data at {DATA / name}: set PYSEG_TEST_DATA")
-        return DATA / name
-
-    return find
