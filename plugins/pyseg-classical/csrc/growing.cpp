@@ -8,27 +8,33 @@ namespace {
 
 struct Candidate {
   uint64_t distance;  // to the mean of the region as it was; the bits, which are in its order
-  int64_t turn;       // of equals the one that came first
-  int32_t pixel, region;
+  uint64_t rest;      // its turn, as of equals the first comes first; pixel * 8 + the step to it
+  // Without a branch, as the processor would guess it wrongly every other time.
   bool operator<(const Candidate& other) const {
-    return distance != other.distance ? distance > other.distance : turn > other.turn;
+    return (distance < other.distance) | ((distance == other.distance) & (rest < other.rest));
   }
 };
 
-// Candidates whose distances have their leading bits in common share a heap: one heap of all would be
-// too deep. 32 heaps for each power of two from 2^-16 to 2^16; what is outside is in the first or last.
+// The smallest first. Candidates whose distances have their leading bits in common share a heap: one
+// heap of all would be too deep. 32 heaps for each power of two from 2^-16 to 2^16; what is outside is
+// in the first or last. std::push_heap and std::pop_heap take 1.2 to 1.35 times as long.
 class Queue {
  public:
   Queue() : heaps_(kHeaps) {}
 
-  void push(double distance, int32_t pixel, int32_t region) {
+  void push(double distance, int32_t pixel, int step) {
     uint64_t bits = 0;
     std::memcpy(&bits, &distance, sizeof bits);
     const int64_t place = static_cast<int64_t>(bits >> 47) - (1023 - 16) * kSteps;
     const int64_t inside = std::min<int64_t>(std::max<int64_t>(place, 0), kHeaps - 1);
+    const Candidate added{bits, turn_++ << 32 | (static_cast<uint64_t>(pixel) * 8 + step)};
     auto& heap = heaps_[inside];
-    heap.push_back({bits, turn_++, pixel, region});
-    std::push_heap(heap.begin(), heap.end());
+    heap.push_back(added);
+    size_t at = heap.size() - 1;
+    for (size_t parent; at > 0 && added < heap[parent = (at - 1) / 2]; at = parent) {
+      heap[at] = heap[parent];
+    }
+    heap[at] = added;
     lowest_ = std::min(lowest_, inside);
     ++size_;
   }
@@ -38,17 +44,31 @@ class Queue {
   Candidate pop() {
     while (heaps_[lowest_].empty()) ++lowest_;
     auto& heap = heaps_[lowest_];
-    std::pop_heap(heap.begin(), heap.end());
-    const Candidate next = heap.back();
+    const Candidate next = heap.front(), last = heap.back();
     heap.pop_back();
-    if (--size_ == 0) lowest_ = kHeaps - 1;
+    const size_t size = heap.size();
+    if (size > 0) {
+      size_t at = 0;
+      for (size_t child = 1; child < size; child = 2 * at + 1) {
+        if (child + 1 < size) child += heap[child + 1] < heap[child];
+        if (last < heap[child]) break;
+        heap[at] = heap[child];
+        at = child;
+      }
+      heap[at] = last;
+    }
+    if (--size_ == 0) {
+      lowest_ = kHeaps - 1;
+      turn_ = 0;
+    }
     return next;
   }
 
  private:
   static constexpr int64_t kSteps = 32, kHeaps = 32 * kSteps;
   std::vector<std::vector<Candidate>> heaps_;
-  int64_t lowest_ = kHeaps - 1, size_ = 0, turn_ = 0;
+  int64_t lowest_ = kHeaps - 1, size_ = 0;
+  uint64_t turn_ = 0;  // stays below 2^32: a pixel offers at most 8
 };
 
 // Channels: how many; 0 = known at run time only.
@@ -65,6 +85,7 @@ class Growing {
         neighbours_(diagonal ? 8 : 4),
         values_((image.height + 2) * row_ * depth_),
         labels_((image.height + 2) * row_, -1) {
+    require(labels_.size() < (1ULL << 29), "an image with fewer pixels");  // what a candidate can tell
     const auto row = static_cast<int32_t>(row_);
     const int32_t steps[8] = {1, -1, row, -row, row + 1, -row - 1, -row + 1, row - 1};
     std::copy(steps, steps + 8, steps_);
@@ -133,10 +154,13 @@ class Growing {
   void grow(bool all) {
     while (!queue_.empty()) {
       const Candidate next = queue_.pop();
-      if (labels_[next.pixel] != 0) continue;
-      if (!all && distance(next.pixel, next.region) >= regions_[next.region].limit) continue;
-      take(next.pixel, next.region);
-      offer_around(next.pixel);
+      const auto step = static_cast<uint32_t>(next.rest);
+      const auto pixel = static_cast<int32_t>(step / 8);
+      if (labels_[pixel] != 0) continue;
+      const int32_t region = labels_[pixel - steps_[step % 8]];
+      if (!all && distance(pixel, region) >= regions_[region].limit) continue;
+      take(pixel, region);
+      offer_around(pixel);
     }
   }
 
@@ -176,7 +200,7 @@ class Growing {
     const int32_t region = labels_[p];
     for (int d = 0; d < neighbours_; ++d) {
       const int32_t q = p + steps_[d];
-      if (labels_[q] == 0) queue_.push(distance(q, region), q, region);
+      if (labels_[q] == 0) queue_.push(distance(q, region), q, d);
     }
   }
 
