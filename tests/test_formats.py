@@ -1,6 +1,4 @@
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,11 +8,6 @@ from PIL import Image
 from pyseg import formats, image
 from pyseg.errors import ImageError
 from pyseg.regions import Instances, Segment, Segments
-
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-needs_data = pytest.mark.skipif(
-    not (DATA / "formats").is_dir(), reason=f"no test data at {DATA}; set PYSEG_TEST_DATA"
-)
 
 
 def masks():
@@ -125,9 +118,10 @@ def test_old_addresses():
         _ = image.decode_RLE
 
 
-@needs_data
-def test_rle_of_coco_results():
-    results = json.loads(next((DATA / "formats" / "coco_results").rglob("*.json")).read_text())
+def test_rle_of_coco_results(data_folder):
+    results = json.loads(
+        next((data_folder("formats") / "coco_results").rglob("*.json")).read_text()
+    )
     assert len(results) >= 40
     for result in results:
         mask = formats.decode_rle(result["segmentation"])

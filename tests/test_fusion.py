@@ -1,8 +1,6 @@
 """Fusion of masks: perfect, useless and adversarial ones, and the rules by hand."""
 
 import itertools
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,11 +121,7 @@ def test_no_adversary_costs_and_perfect_masks_gain():
         assert value > score["none"] - 0.2, name
 
 
-def camvid(draw, count=3):
-    root = os.environ.get("PYSEG_TEST_DATA")
-    root = (Path(root) if root else Path(__file__).parents[1] / "../shared/data") / "camvid"
-    if not root.is_dir():
-        pytest.skip(f"no CamVid in {root}; set PYSEG_TEST_DATA")
+def camvid(root, draw, count=3):
     stems = [(s, x) for s in ("train", "val") for x in (root / f"{s}.txt").read_text().split()]
     for k in np.random.default_rng(draw).permutation(len(stems))[:count]:
         split, stem = stems[k]
@@ -136,8 +130,8 @@ def camvid(draw, count=3):
 
 
 @pytest.mark.parametrize("draw", [0, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 2))])
-def test_no_adversary_costs_on_draws_of_camvid(draw):
-    truths = list(camvid(draw))
+def test_no_adversary_costs_on_draws_of_camvid(draw, data_folder):
+    truths = list(camvid(data_folder("camvid"), draw))
     total = {}
     for k, truth in enumerate(truths):
         size = tuple(truth.shape)

@@ -15,11 +15,6 @@ from pyseg.errors import ImageError, LabelError, PysegError
 from pyseg.files import IMAGE_SUFFIXES
 from pyseg.visual import overlay
 
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-needs_data = pytest.mark.skipif(
-    not (DATA / "formats").is_dir(), reason=f"no test data at {DATA}; set PYSEG_TEST_DATA"
-)
-
 
 @pytest.fixture
 def rgb():
@@ -398,9 +393,8 @@ def test_default_palette_is_vocs():
     assert len(set(image.default_palette(1000))) == 1000
 
 
-@needs_data
-def test_voc_files_hold_that_palette():
-    files = sorted((DATA / "formats" / "voc_palette_png").rglob("*.png"))
+def test_voc_files_hold_that_palette(data_folder):
+    files = sorted((data_folder("formats") / "voc_palette_png").rglob("*.png"))
     assert files
     for file in files:
         stored = Image.open(file)

@@ -1,6 +1,4 @@
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +8,6 @@ from typer.testing import CliRunner
 from pyseg.cli import app
 from pyseg.errors import PysegError
 from pyseg.label_check import check_labels
-
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[1] / "../shared/data")
-)
 
 
 @pytest.fixture
@@ -256,14 +250,14 @@ def test_command(tree):
     assert run("--images", str(folder / "none")).exit_code == 2
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA}; set PYSEG_TEST_DATA")
-def test_real_labels():
-    camvid = check_labels(DATA / "camvid" / "val", num_classes=11, ignore_index=11)
+def test_real_labels(data_folder):
+    clip, formats = data_folder("camvid/val"), data_folder("formats")
+    camvid = check_labels(clip, num_classes=11, ignore_index=11)
     assert camvid.ok and camvid.files == 101
-    raw = check_labels(DATA / "camvid" / "val", num_classes=11)
+    raw = check_labels(clip, num_classes=11)
     assert [problem.kind for problem in raw.problems if problem.error] == ["off-by-one"]
-    ade = DATA / "formats" / "ade20k_challenge150"
+    ade = formats / "ade20k_challenge150"
     ade_report = check_labels(ade / "annotations", images=ade / "images", num_classes=150)
     assert all(p.kind in ("off-by-one", "absent-class") for p in ade_report.problems)
-    voc = check_labels(DATA / "formats" / "voc_palette_png" / "SegmentationClass", num_classes=21)
+    voc = check_labels(formats / "voc_palette_png" / "SegmentationClass", num_classes=21)
     assert voc.ok

@@ -17,8 +17,6 @@ from pyseg.image import write_image, write_panoptic
 from pyseg.types import VOID, Dataset
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT / "../shared/data"))
-SAMPLE = DATA / "panoptic/coco_sample"
 SCENES = StreetScenes(length=3, size=(48, 70), seed=4)
 IDS = (30, 31, 32, 33, 34, 5, 4, 3)  # of the classes; things come first, as in COCO
 
@@ -90,10 +88,10 @@ def test_bad_data_sets(folder):
         COCOPanoptic(folder, "val2017")
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no test data in {SAMPLE}")
-def test_panopticapi_samples():
-    path = SAMPLE / "panoptic_examples.json"
-    dataset = COCOPanoptic(annotations=path, images=SAMPLE / "images")
+def test_panopticapi_samples(data_folder):
+    sample = data_folder("panoptic/coco_sample")
+    path = sample / "panoptic_examples.json"
+    dataset = COCOPanoptic(annotations=path, images=sample / "images")
     assert len(dataset.classes) == 133 and len(dataset.things) == 80
     assert dataset.classes[53] == dataset.things[0] == "person" and dataset.category_ids[53] == 1
     entries = json.loads(path.read_text())["annotations"]
@@ -105,11 +103,11 @@ def test_panopticapi_samples():
         assert sample.instances.masks.sum((1, 2)).tolist() == [s["area"] for s in listed]
 
 
-@pytest.mark.skipif(not SAMPLE.is_dir(), reason=f"no test data in {SAMPLE}")
-def test_street_panoptic(tmp_path):
+def test_street_panoptic(tmp_path, data_folder):
     """The data set of the training proof: four photographs, two of them with crowds."""
     script = ROOT / "benchmarks/street_panoptic.py"
-    command = [sys.executable, str(script), str(DATA), str(tmp_path / "street"), "--width", "256"]
+    data = data_folder("panoptic/coco_sample").parents[1]
+    command = [sys.executable, str(script), str(data), str(tmp_path / "street"), "--width", "256"]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     dataset = COCOPanoptic(tmp_path / "street", "train")
     assert len(dataset) == 4 and len(dataset.classes) == 12

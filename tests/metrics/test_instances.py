@@ -2,9 +2,7 @@ import contextlib
 import io
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +16,6 @@ from pyseg.metrics.instances import KINDS, InstanceAP
 from pyseg.scoring import score_files
 from pyseg.types import Instances, Metric, Sample, Segmentation
 
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data")
-)
 NAMES = ("person", "car", "dog")
 KEYS = (
     "ap",
@@ -299,9 +294,8 @@ def test_200_random_sets_against_pycocotools(tmp_path):
     assert compared > 200
 
 
-@pytest.mark.skipif(not (DATA / "instance").is_dir(), reason=f"no test data at {DATA}")
-def test_voc3_against_the_stored_numbers_of_pycocotools():
-    folder = DATA / "instance" / "voc3"
+def test_voc3_against_the_stored_numbers_of_pycocotools(data_folder):
+    folder = data_folder("instance/voc3")
     got = instance_ap(folder / "annotations_coco.json", folder / "predictions.json")
     want = json.loads((folder / "expected_ap.json").read_text())["results"]
     theirs = (

@@ -2,10 +2,8 @@
 
 import json
 import math
-import os
 import shutil
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +17,6 @@ from pyseg.image import read_segment_ids, write_panoptic
 from pyseg.metrics.panoptic import GROUPS, Panoptic
 from pyseg.types import Metric, Sample, Segment, Segmentation, Segments
 
-ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("PYSEG_TEST_DATA", ROOT / "../shared/data")) / "panoptic"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no test data at {DATA}")
-COCO = DATA / "coco_sample"
 NAMES = ("person", "car", "sky", "road")
 THINGS = ("person", "car")
 
@@ -89,14 +83,18 @@ def test_it_is_a_metric():
     assert isinstance(Panoptic(NAMES), Metric)
 
 
+@pytest.fixture(scope="module")
+def coco(data_folder):
+    return data_folder("panoptic/coco_sample")
+
+
 # --- published numbers ------------------------------------------------------------------------
 
 
-@needs_data
 @pytest.mark.parametrize("name", ["identity", "shift_x6_y4", "edited", "merged"])
-def test_against_panopticapi_on_coco(name):
-    want = json.loads((COCO / "expected_pq.json").read_text())["results"][name]
-    got = score_files(COCO / "panoptic_examples.json", COCO / f"predictions/{name}.json")
+def test_against_panopticapi_on_coco(coco, name):
+    want = json.loads((coco / "expected_pq.json").read_text())["results"][name]
+    got = score_files(coco / "panoptic_examples.json", coco / f"predictions/{name}.json")
     assert_equal(got, want)
     assert got["per_class_counts"].keys() == want["per_class_counts"].keys()
     for label, counts in want["per_class_counts"].items():
@@ -104,10 +102,10 @@ def test_against_panopticapi_on_coco(name):
         assert got["per_class_counts"][label] == pytest.approx(counts, abs=1e-9), label
 
 
-def coco_images():
+def coco_images(coco):
     """The sample's images as (ids, annotation), and its categories."""
-    truth = json.loads((COCO / "panoptic_examples.json").read_text())
-    folder = COCO / "panoptic_examples"
+    truth = json.loads((coco / "panoptic_examples.json").read_text())
+    folder = coco / "panoptic_examples"
     return [(read_segment_ids(folder / a["file_name"]), a) for a in truth["annotations"]], truth[
         "categories"
     ]
@@ -126,9 +124,9 @@ def coco_segments(ids, infos, index):
     )
 
 
-def coco_scores(change):
+def coco_scores(coco, change):
     """Scores of the ground truth itself after ``change(ids, infos, categories) -> ids, infos``."""
-    images, categories = coco_images()
+    images, categories = coco_images(coco)
     index = {entry["id"]: k for k, entry in enumerate(categories)}
     metric = Panoptic(
         [c["name"] for c in categories],
@@ -157,15 +155,13 @@ ROLLED = {
 KEYS = ("pq", "sq", "rq", "pq_things", "pq_stuff")
 
 
-@needs_data
 @pytest.mark.parametrize("shift", ROLLED)
-def test_rolled_ground_truth(shift):
-    got = coco_scores(lambda ids, infos, _: (torch.roll(ids, shift, 1), infos))
+def test_rolled_ground_truth(coco, shift):
+    got = coco_scores(coco, lambda ids, infos, _: (torch.roll(ids, shift, 1), infos))
     assert [100 * got[key] for key in KEYS] == pytest.approx(ROLLED[shift], abs=5e-5)
 
 
-@needs_data
-def test_things_of_a_class_merged():
+def test_things_of_a_class_merged(coco):
     def merge(ids, infos, categories):
         first, ids = {}, ids.clone()
         for info in infos:
@@ -173,14 +169,13 @@ def test_things_of_a_class_merged():
                 ids[ids == info["id"]] = first.setdefault(info["category_id"], info["id"])
         return ids, infos
 
-    got = coco_scores(merge)
+    got = coco_scores(coco, merge)
     assert [100 * got[key] for key in KEYS] == pytest.approx(
         (68.9594, 72.1891, 70.8333, 37.9188, 100), abs=5e-5
     )
 
 
-@needs_data
-def test_ignored_pixels_never_matter():
+def test_ignored_pixels_never_matter(coco):
     """Crowds predicted as void, and void predicted as sky, both leave 100 %."""
 
     def crowd_to_void(ids, infos, _):
@@ -195,7 +190,7 @@ def test_ignored_pixels_never_matter():
         return torch.where(ids == 0, sky, ids), infos
 
     for change in (crowd_to_void, void_to_sky):
-        got = coco_scores(change)
+        got = coco_scores(coco, change)
         assert got["pq"] == got["sq"] == got["rq"] == 1.0
         assert (got["classes_counted"], got["things_counted"], got["stuff_counted"]) == (8, 4, 4)
 
@@ -208,17 +203,17 @@ def read_bdd(path):
     return torch.from_numpy(pairs.astype(np.int32))
 
 
-@needs_data
 @pytest.mark.parametrize(
     "folder, key",
     [("gt", "gt_vs_pred"), ("gt_extra", "gt_extra_vs_pred (c.png has no prediction)")],
 )
-def test_against_bdd100k(folder, key):
+def test_against_bdd100k(data_folder, folder, key):
     """Equal to panopticapi; BDD100K's own tools do not take void out of unions: 2e-4 % less."""
-    expected = json.loads((DATA / "bdd100k/expected_pq.json").read_text())
+    data = data_folder("panoptic/bdd100k")
+    expected = json.loads((data / "expected_pq.json").read_text())
     metric = Panoptic(expected["categories"], things=range(31, 41))
-    for path in sorted((DATA / "bdd100k" / folder).glob("*.png")):
-        target, guess = read_bdd(path), DATA / "bdd100k/pred" / path.name
+    for path in sorted((data / folder).glob("*.png")):
+        target, guess = read_bdd(path), data / "pred" / path.name
         # its tools count what is there in an image without prediction as missed
         ids = read_bdd(guess) if guess.exists() else torch.zeros_like(target)
         labels = {k: k >> 16 for k in [*target.unique().tolist(), *ids.unique().tolist()]}
@@ -236,7 +231,6 @@ def test_against_bdd100k(folder, key):
                 assert got[score + group] == pytest.approx(exact[title][score], abs=1e-9)
 
 
-@needs_data
 @pytest.mark.parametrize(
     "images, key",
     [
@@ -244,11 +238,12 @@ def test_against_bdd100k(folder, key):
         (["bird", "cat", "team"], "bird+cat+team (classes 1..6)"),
     ],
 )
-def test_against_deeplab2(images, key):
-    expected = json.loads((DATA / "deeplab2/expected_pq.json").read_text())
+def test_against_deeplab2(data_folder, images, key):
+    data = data_folder("panoptic/deeplab2")
+    expected = json.loads((data / "expected_pq.json").read_text())
     metric = Panoptic(expected["class_names"])
     for name in images:
-        maps = np.load(DATA / f"deeplab2/{name}_decoded.npz")
+        maps = np.load(data / f"{name}_decoded.npz")
         ids = {
             side: torch.from_numpy(
                 np.where(

@@ -1,6 +1,4 @@
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +11,6 @@ from pyseg.metrics.calibration import Calibration
 from pyseg.metrics.semantic import Semantic
 from pyseg.types import Metric, Sample, Segmentation
 
-DATA = Path(
-    os.environ.get("PYSEG_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data")
-)
 NAMES = ("road", "sky", "tree", "car", "pole")
 
 
@@ -190,13 +185,11 @@ def test_against_cityscapesscripts(tmp_path):
     assert got["miou"] == pytest.approx(mean, abs=1e-12)
 
 
-def test_real_maps_against_peers():
+def test_real_maps_against_peers(data_folder):
     """CamVid's labels, and the same moved by some pixels, against scikit-learn and torchmetrics."""
     sklearn = pytest.importorskip("sklearn.metrics")
     classification = pytest.importorskip("torchmetrics.classification")
-    folder = DATA / "camvid" / "val" / "labels"
-    if not folder.is_dir():
-        pytest.skip(f"needs CamVid in {folder} (set PYSEG_TEST_DATA)")
+    folder = data_folder("camvid/val/labels")
     metric = Semantic(num_classes=11, ignore_index=11)
     peer = classification.MulticlassJaccardIndex(11, average="none", ignore_index=11)
     kappa = classification.MulticlassCohenKappa(11, ignore_index=11)

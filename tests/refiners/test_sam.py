@@ -6,11 +6,9 @@ pooled by 8, so that all that is wrong with it is resolution.
 
 import copy
 import inspect
-import os
 import pickle
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -212,12 +210,7 @@ def street_prediction(street, **changes):
     return Segmentation(tuple(truth.shape), names, logits=logits, **changes)
 
 
-def camvid(images, split="train"):
-    root = os.environ.get("PYSEG_TEST_DATA")
-    root = Path(root) if root else Path(__file__).parents[2] / "../shared/data"
-    folder = root / "camvid"
-    if not folder.is_dir():
-        pytest.skip(f"no CamVid in {folder}; set PYSEG_TEST_DATA")
+def camvid(folder, images, split="train"):
     stems = (folder / f"{split}.txt").read_text().split()
     for stem in stems[:: len(stems) // images][:images]:
         with Image.open(folder / split / "labels" / f"{stem}.png") as file:
@@ -317,7 +310,7 @@ def reference_soft_vote(logits, index):
 
 
 @pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.long)])
-def test_the_ceiling_on_camvid(every):
+def test_the_ceiling_on_camvid(every, data_folder):
     """The rows "coarse", "perfect masks, soft vote" and "garbage grid" of the ceiling study.
 
     The study (24 images, not named): coarse 84.6; perfect masks, soft vote 92.3, of which pole
@@ -326,7 +319,7 @@ def test_the_ceiling_on_camvid(every):
     pole, sign, pedestrian = 2, 6, 9
     total = {}
     agree = []
-    for number, truth in enumerate(camvid(24)):
+    for number, truth in enumerate(camvid(data_folder("camvid"), 24)):
         if number % every:
             continue
         size, logits = tuple(truth.shape), coarse(truth, 11)
