@@ -17,8 +17,13 @@ OPTIONS = {
     "bayesian_segnet": {"samples": 2},
     **{name: {"style": "modern"} for name in ("fcn8s", "fcn16s", "fcn32s", "fcn_alexnet")},
 }
-# They know one place in 32: they get larger images, and what is so near to another class is void.
-COARSE = {"fcn32s": 8, "fcn_alexnet": 8, "fcn_resnet18": 8}
+# They know one place in 32 or 16, and a map of one in 16 has no more than .94 of the pixels right even
+# if its values are fitted one by one (one in 8: .97): they get larger images, and what is so near to
+# another class is void.
+COARSE = {
+    **{name: 8 for name in ("fcn32s", "fcn_alexnet", "fcn_resnet18")},
+    **{name: 4 for name in ("fcn16s", "deeplabv3_mobilenet_v3_large")},
+}
 
 
 def names():
@@ -70,6 +75,9 @@ def test_it_overfits_eight_images(name, eight):
     assert counted.float().mean() > 0.3 and len(labels[counted].unique()) > 5
     torch.manual_seed(0)
     model = pyseg.models.create(name, weights=None, num_classes=11, **OPTIONS.get(name, {}))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # MobileNetV3's 0.01 remembers 100 steps
+            module.momentum = 0.1
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     warmup, best = 20, 0.0
     for step in range(1, STEPS + 1):

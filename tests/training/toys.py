@@ -158,8 +158,8 @@ def work(folder, options, death=None, rank=None, fsdp=False):
     ``death`` is how it dies: {"reads": 7} or {"write": ("checkpoint.pt", 2, "half")}.
     """
     torch.set_num_threads(1)
-    # A loader's workers are then children of this process, as in a program of its own, and notice when
-    # it is killed; children of the server would never.
+    # A loader's workers are then children of this process, as in a program of its own, and notice
+    # when it is killed; children of the server never would.
     multiprocessing.set_start_method("fork", force=True)
     if rank is not None:
         own = {"RANK": rank[0], "LOCAL_RANK": rank[0], "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
