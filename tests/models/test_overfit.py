@@ -17,9 +17,9 @@ OPTIONS = {
     "bayesian_segnet": {"samples": 2},
     **{name: {"style": "modern"} for name in ("fcn8s", "fcn16s", "fcn32s", "fcn_alexnet")},
 }
-# They know one place in 32 or 16, and a map of one in 16 has no more than .94 of the pixels right even
-# if its values are fitted one by one (one in 8: .97): they get larger images, and what is so near to
-# another class is void.
+# They know one place in 32 or 16. A map of one in 16 has no more than .94 of the pixels right even if
+# its values are fitted one by one (one in 8: .97). So they get larger images, and what is so near
+# to another class is void.
 COARSE = {
     **{name: 8 for name in ("fcn32s", "fcn_alexnet", "fcn_resnet18")},
     **{name: 4 for name in ("fcn16s", "deeplabv3_mobilenet_v3_large")},
