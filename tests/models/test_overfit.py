@@ -17,7 +17,7 @@ OPTIONS = {
     "bayesian_segnet": {"samples": 2},
     **{name: {"style": "modern"} for name in ("fcn8s", "fcn16s", "fcn32s", "fcn_alexnet")},
 }
-# They know one place in 32 or 16. A map of one in 16 has no more than .94 of the pixels right even if
+# They know one place in 32 or 16. A map of one in 16 has at most .94 of the pixels right even if
 # its values are fitted one by one (one in 8: .97). So they get larger images, and what is so near
 # to another class is void.
 COARSE = {
