@@ -819,12 +819,13 @@ PYSEG_INLINE void find_simplices(const Pixels (&feature)[D], Pixels (&weight)[D 
 constexpr int kHalf = kRegister / 2;
 using Names = Vector<uint64_t, kHalf>;
 
-template <int First>
+// Half: a parameter, as clang looks into branches that depend on none.
+template <int First, int Half = kHalf>
 PYSEG_INLINE Names widened(Integers v) {
-  using Signed = Vector<int64_t, kHalf>;
-  if constexpr (kHalf == 2)
+  using Signed = Vector<int64_t, Half>;
+  if constexpr (Half == 2)
     return (Names) __builtin_convertvector(__builtin_shufflevector(v, v, First, First + 1), Signed);
-  else if constexpr (kHalf == 4)
+  else if constexpr (Half == 4)
     return (Names) __builtin_convertvector(
         __builtin_shufflevector(v, v, First, First + 1, First + 2, First + 3), Signed);
   else
