@@ -548,12 +548,27 @@ void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
   pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
 }
 
+// Planes of fewer pixels than a vector holds, filled up with zeros. Not in the loop of `logits_of`: the
+// calls of memcpy there, four of them, would make clang save vectors.
+void copy_edge(const Real* from, int64_t plane, int count, int classes, Real* planes) {
+  for (int c = 0; c < classes; ++c) {
+    std::memset(planes + kRegister * c, 0, kRegister * sizeof(Real));
+    std::memcpy(planes + kRegister * c, from + c * plane, count * sizeof(Real));
+  }
+}
+
 // Logits of kRegister pixels, from `pixel` of the image's planes on, as one vector per class;
 // `rows` are the pixels' messages, null in the first pass. Returns the largest of each pixel.
 PYSEG_INLINE Pixels logits_of(const TilePass<Real>& a, const Real* rows, int64_t pixel, int count,
                               Real* planes) {
   const int classes = a.classes;
   const Real* unary = a.unary + pixel;
+  int64_t plane = a.plane;
+  if (count < kRegister) {
+    copy_edge(unary, plane, count, classes, planes);
+    unary = planes;
+    plane = kRegister;
+  }
   Pixels largest = broadcast<kRegister>(std::numeric_limits<Real>::lowest()), bad{};
   for (int c = 0; c < classes; c += 4) {
     Pixels v[4]{};
@@ -564,9 +579,9 @@ PYSEG_INLINE Pixels logits_of(const TilePass<Real>& a, const Real* rows, int64_t
       transpose_quarters<kRegister>(v);
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i, unary += a.plane) {
+    for (int i = 0; i < 4; ++i, unary += plane) {
       if (c + i == classes) break;
-      const Pixels energy = load_some(unary, count), logit = v[i] - energy;
+      const Pixels energy = load<kRegister>(unary), logit = v[i] - energy;
       __builtin_prefetch(unary + a.image_width, 0, 2);  // the line below
       if (!rows) bad += energy * Real(0);
       largest = larger<kRegister>(largest, logit);

@@ -522,8 +522,7 @@ def stack_traffic(*arguments):
 def test_hot_loops_stay_in_registers():
     """AVX2's, lowered from 64-byte vectors, had 4 to 40 % of such moves and took twice as long."""
     library = next(Path(pyseg.__file__).parent.glob("_C.abi3.so"))
-    clang = b"clang" in library.read_bytes()  # keeps the constants of the exponential there
-    result = stack_traffic(0.06 if clang else 0.03, library, "--functions", HOT)
+    result = stack_traffic(0.03, library, "--functions", HOT)
     if result.returncode == 2:
         pytest.skip("a library without levels or names of functions")
     assert result.returncode == 0, result.stdout
