@@ -548,8 +548,8 @@ void keep(const TilePass<Real>& a, const Real* rows, int y, Real* to) {
   pack(rows, a.width, a.padded, a.stride, to + int64_t(y) * a.width * a.padded);
 }
 
-// Planes of fewer pixels than a vector holds, filled up with zeros. Not in the loop of `logits_of`: the
-// calls of memcpy there, four of them, would make clang save vectors.
+// Planes of fewer pixels than a vector holds, filled up with zeros. Not in the loop of `logits_of`:
+// the calls of memcpy there, four of them, would make clang save vectors.
 void copy_edge(const Real* from, int64_t plane, int count, int classes, Real* planes) {
   for (int c = 0; c < classes; ++c) {
     std::memset(planes + kRegister * c, 0, kRegister * sizeof(Real));

@@ -15,9 +15,9 @@ struct Candidate {
   }
 };
 
-// The smallest first. Candidates whose distances have their leading bits in common share a heap: one
-// heap of all would be too deep. 32 heaps for each power of two from 2^-16 to 2^16; what is outside is
-// in the first or last. std::push_heap and std::pop_heap take 1.2 to 1.35 times as long.
+// The smallest first. Candidates whose distances have their leading bits in common share a heap:
+// one heap of all would be too deep. 32 heaps for each power of two from 2^-16 to 2^16; what is
+// outside is in the first or last. std::push_heap and std::pop_heap take 1.2 to 1.35 times as long.
 class Queue {
  public:
   Queue() : heaps_(kHeaps) {}
@@ -85,7 +85,7 @@ class Growing {
         neighbours_(diagonal ? 8 : 4),
         values_((image.height + 2) * row_ * depth_),
         labels_((image.height + 2) * row_, -1) {
-    require(labels_.size() < (1ULL << 29), "an image with fewer pixels");  // what a candidate can tell
+    require(labels_.size() < (1ULL << 29), "an image with fewer pixels");
     const auto row = static_cast<int32_t>(row_);
     const int32_t steps[8] = {1, -1, row, -row, row + 1, -row - 1, -row + 1, row - 1};
     std::copy(steps, steps + 8, steps_);
