@@ -85,7 +85,7 @@ class Growing {
         neighbours_(diagonal ? 8 : 4),
         values_((image.height + 2) * row_ * depth_),
         labels_((image.height + 2) * row_, -1) {
-    require(labels_.size() < (1ULL << 29), "an image with fewer pixels");
+    require(labels_.size() < (1ULL << 29), "an image of less than 2^29 pixels, with a frame");
     const auto row = static_cast<int32_t>(row_);
     const int32_t steps[8] = {1, -1, row, -row, row + 1, -row - 1, -row + 1, row - 1};
     std::copy(steps, steps + 8, steps_);
