@@ -275,6 +275,7 @@ def main():
         return print(table(json.loads(options.table.read_text())["results"]))
     if options.data is None or options.output is None:
         parser.error("give DATA and --output")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     results = {}
     for seed in range(options.seeds):
         for kind in ("cells", "camvid", "bsds"):

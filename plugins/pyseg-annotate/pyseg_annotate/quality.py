@@ -231,21 +231,34 @@ def _ridge(seed: int) -> Any:
     )
 
 
-def _boosting(seed: int) -> Any:
-    from sklearn.ensemble import HistGradientBoostingRegressor
+class _Boosting:
+    """Boosted trees of the features that some example has: of others there is nothing to bin."""
 
-    return HistGradientBoostingRegressor(
-        max_iter=250,
-        learning_rate=0.05,
-        max_leaf_nodes=12,
-        min_samples_leaf=15,
-        l2_regularization=1.0,
-        early_stopping=False,
-        random_state=seed,
-    )
+    def __init__(self, seed: int) -> None:
+        from sklearn.ensemble import HistGradientBoostingRegressor
+
+        self._trees = HistGradientBoostingRegressor(
+            max_iter=250,
+            learning_rate=0.05,
+            max_leaf_nodes=12,
+            min_samples_leaf=15,
+            l2_regularization=1.0,
+            early_stopping=False,
+            random_state=seed,
+        )
+
+    def fit(self, X: np.ndarray, y: np.ndarray) -> Any:
+        self._known = ~np.isnan(X).all(0)
+        return self._trees.fit(self._some(X), y)
+
+    def predict(self, X: np.ndarray) -> Any:
+        return self._trees.predict(self._some(X))
+
+    def _some(self, X: np.ndarray) -> np.ndarray:
+        return X[:, self._known] if self._known.any() else np.zeros((len(X), 1))
 
 
-REGRESSORS: dict[str, Callable[[int], Regressor]] = {"ridge": _ridge, "boosting": _boosting}
+REGRESSORS: dict[str, Callable[[int], Regressor]] = {"ridge": _ridge, "boosting": _Boosting}
 
 
 # --- the predictor --------------------------------------------------------------------------------

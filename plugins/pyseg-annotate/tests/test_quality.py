@@ -1,5 +1,7 @@
 """Features by hand, predictions held against the truth, splits without leaks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from pyseg_annotate.annotators import SimulatedWorkers, Submission
@@ -82,6 +84,20 @@ def test_quality_of_unseen_objects_and_workers(examples, regressor):
     mean = np.abs(known.jaccard.mean() - rest.jaccard).mean()
     assert result["r"] > 0.5 and result["mae"] < 0.75 * mean and result["calibration"] < 0.12
     assert result["accepted_jaccard"] > rest.jaccard.mean()
+
+
+@pytest.mark.parametrize("regressor", ["ridge", "boosting"])
+def test_what_no_example_has_is_no_obstacle(examples, regressor):
+    """People of whom neither clicks nor time are known; and all that is left is unknown."""
+    behaviour = [NAMES.index(name) for name in GROUPS["behaviour"]]
+    rows = examples.features.copy()
+    rows[:, behaviour] = np.nan
+    unknown = dataclasses.replace(examples, features=rows)
+    found = QualityPredictor(unknown, regressor).predict_features(rows)
+    without = QualityPredictor(unknown, regressor, without=("behaviour",)).predict_features(rows)
+    assert np.corrcoef(found, without)[0, 1] > 0.95 and np.ptp(found) > 0.1
+    nothing = QualityPredictor(unknown, regressor, without=set(GROUPS) - {"behaviour"})
+    assert np.ptp(nothing.predict_features(rows)) == 0
 
 
 def test_ablation_leaves_out_what_it_says(examples):
