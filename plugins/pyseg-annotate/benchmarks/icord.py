@@ -1,6 +1,6 @@
 """ICORD beside other ways to spend annotations, on objects and workers that were not trained on.
 
-    python benchmarks/icord.py DATA --output results/icord.json
+    python benchmarks/icord.py DATA --output benchmarks/results/icord.json
 
 DATA is a folder with ``camvid`` (SegNet's layout: train/images, train/labels), ``bsds500``
 ({train,val}/ID.jpg, ID_human{i}.png), ``classical/membrane`` (ISBI 2012: image, label) and
@@ -285,7 +285,7 @@ def main():
                 print(kind, seed, entry["cpu_seconds"], flush=True)
                 value = {
                     "command": f"python benchmarks/icord.py DATA --objects {options.objects} "
-                    f"--seeds {options.seeds} --output results/icord.json",
+                    f"--seeds {options.seeds} --output benchmarks/results/icord.json",
                     "machine": platform.machine(),
                     "cpu_seconds": sum(e["cpu_seconds"] for es in results.values() for e in es),
                     "results": results,
