@@ -6,7 +6,7 @@
 Sources are the labelled drives 0006R0 and 0016E5 of the train split, by day. Of 0001TP, at dusk,
 the first half is the target, without labels, and the second half the test: the same clip. A network
 is first trained on the source ("source only"); each row goes on from there by ``STEPS`` steps. The
-settings were fixed before any score of dusk was seen.
+settings were fixed before any score of dusk was seen, but for steps and decay: see the README.
 """
 
 from __future__ import annotations
