@@ -243,7 +243,10 @@ def _store(config, device, results):
     """Writes the results of one device, as its baseline or beside it; returns the file."""
     import torch
 
-    processor = _cpu_model() if device == "cpu" else device
+    from pyseg import _native
+
+    # The best level, too: a virtual machine's name for its processor need not tell generations apart.
+    processor = f"{_cpu_model()} {_native.simd_level()}" if device == "cpu" else device
     name = _file_name(processor, torch.__version__.split("+")[0])
     baseline_path = ROOT / "benchmarks" / "results" / name
     stored = json.loads(baseline_path.read_text()) if baseline_path.exists() else {}
