@@ -30,7 +30,7 @@ struct Framed {
   const Code* row(int64_t y) const { return codes.data() + (y + frame) * stride + frame; }
 };
 
-constexpr int kBytes = 64;  // of the longest vector
+constexpr int kBytes = 32;  // of the longest vector
 
 // As far as it can matter in an image of this size.
 struct Disc {
