@@ -9,7 +9,8 @@ namespace pyseg::counting {
 
 constexpr int kTableCopies = 8;  // of a small table
 
-// Adds up n pixels. `table` holds `copies` tables of `table_size`, which is (C + 2)^2.
+// Adds up n pixels. `table` holds `copies` numbers for each of its `table_size` cells, which
+// are (C + 2)^2.
 PYSEG_DECLARE_LEVELS(template <class T> void count_pairs(const T* prediction, const T* target,
                                                          int64_t n, const LabelCoder<T>& coder,
                                                          uint32_t* table, int64_t table_size,

@@ -60,7 +60,7 @@ class PairCounts {
     if (worker.image < 0) return;
     const std::lock_guard<std::mutex> lock(mutex_);
     int64_t* const table = tables_.data() + worker.image * cells_;
-    for (size_t i = 0; i < worker.table.size(); ++i) table[i % cells_] += worker.table[i];
+    for (size_t i = 0; i < worker.table.size(); ++i) table[i / copies_] += worker.table[i];
     worker.image = -1;
   }
 
