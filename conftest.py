@@ -245,7 +245,7 @@ def _store(config, device, results):
 
     from pyseg import _native
 
-    # The best level, too: a virtual machine's name for its processor need not tell generations apart.
+    # The best level, too: the name that a virtual machine has may stand for several generations.
     processor = f"{_cpu_model()} {_native.simd_level()}" if device == "cpu" else device
     name = _file_name(processor, torch.__version__.split("+")[0])
     baseline_path = ROOT / "benchmarks" / "results" / name

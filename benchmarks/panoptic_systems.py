@@ -1,9 +1,16 @@
 """Three panoptic systems, trained equally long on `synthetic` and compared: quality, time, memory.
 
-``python benchmarks/panoptic_systems.py OUT`` trains UPSNet, panoptic FPN and two networks (Mask
-R-CNN and FCN, merged by the heuristic) on the same scenes, in the same order, for as many steps;
-what OUT holds already is not trained again. Then it prints a table and writes OUT/table.md. The
-last row is the two networks with the merge in Python, a loop over masks of full size, as was usual.
+    python benchmarks/panoptic_systems.py train WEIGHTS    # and scores: half an hour for each seed
+    python benchmarks/panoptic_systems.py time WEIGHTS     # on an otherwise idle machine
+    python benchmarks/panoptic_systems.py table            # docs/panoptic.md, from the JSON
+
+``train`` gives UPSNet, panoptic FPN and two networks (Mask R-CNN and FCN, merged by the heuristic)
+the same scenes in the same order for as many steps; another seed draws other weights, order, lights
+and samples of boxes. What WEIGHTS holds already is not trained again.
+
+``time`` times these networks, and untrained ones of the sizes that the UPSNet paper compares:
+ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An untrained detector finds
+nothing, so there every network keeps its 100 best boxes, whatever their scores.
 """
 
 import argparse
@@ -13,38 +20,82 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 import pyseg
 from pyseg import weights as weight_files
 from pyseg.datasets.synthetic import STUFF, StreetScenes
 from pyseg.devices import measure_peak_memory
-from pyseg.image import write_text
-from pyseg.instance_training import train_instances
+from pyseg.files import read_json, write_json, write_text
 from pyseg.metrics.panoptic import Panoptic
 from pyseg.ops import upsample_argmax
 from pyseg.ops.panoptic_merge import paste
+from pyseg.training import train_instances
 from pyseg.types import Segment, Segments
 
+PAGE = Path(__file__).parents[1] / "docs" / "panoptic.md"
+OUTPUT = Path(__file__).parent / "results" / "panoptic_systems.json"
 SYSTEMS = {
     "UPSNet": "upsnet_resnet50",
     "panoptic FPN": "panoptic_fpn_resnet50",
     "Mask R-CNN + FCN": "maskrcnn_fcn_resnet50",
 }
-PYTHON = "Mask R-CNN + FCN, merge in Python"
+TWO = "Mask R-CNN + FCN"
+PSPNET = "Mask R-CNN + PSPNet"
+PYTHON = ", merge in Python"
+SIZE, SCENES, SCORED, EPOCHS, BATCH = (128, 256), 600, 100, 12, 4
+SCORES = ("pq", "pq_things", "pq_stuff")
+TIMED = {"trained": ((512, 1024), 3), "untrained": ((800, 1300), 2)}  # sizes, scenes
+DETECTIONS = 100
 
 
-def build(name, size, stuff_area):
-    torch.manual_seed(0)
+def build(name, size, backbone="resnet18", channels=64):
     return pyseg.models.get(SYSTEMS[name])(
         num_classes=len(StreetScenes.classes),
         num_stuff=len(STUFF),
-        backbone="resnet18",
-        channels=64,
+        backbone=backbone,
+        channels=channels,
         min_size=size[0],
         max_size=size[1],
-        stuff_area=stuff_area,
+        stuff_area=size[0] * size[1] // 256,
         weights=None,
     )
+
+
+def trained(name, size, folder, seed):
+    model = build(name, size)
+    model.load_state_dict(
+        weight_files.load_state(folder / f"{SYSTEMS[name]}_{seed}" / "model.safetensors")
+    )
+    return model.eval()
+
+
+class Logits(nn.Module):
+    """A semantic network without its second output."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images)["out"]
+
+
+def untrained(name, size):
+    """A network of the paper's size that keeps a fixed number of boxes."""
+    torch.manual_seed(0)
+    if name == PSPNET:
+        model = build(TWO, size, "resnet50", 256)
+        classes = len(StreetScenes.classes)
+        model.semantic = Logits(
+            pyseg.models.create("pspnet_resnet50", num_classes=classes, weights=None).network
+        )
+    else:
+        model = build(name, size, "resnet50", 256)
+    heads = model.detector.roi_heads
+    heads.score_thresh, heads.nms_thresh, heads.detections_per_img = 0.0, 1.0, DETECTIONS
+    model.score_threshold = 0.0
+    return model.eval()
 
 
 def merge_in_python(model):
@@ -72,100 +123,142 @@ def merge_in_python(model):
                 map[free] = len(items)
         return Segments(torch.from_numpy(map), tuple(items))
 
-    model._merge = merge
+    model._panoptic_segments = merge
+    return model
 
 
 def quality(model, scenes):
     metric = Panoptic(model.classes, things=model.things)
     for k in range(len(scenes)):
         metric.update(model.predict([scenes[k].image])[0], scenes[k])
-    return metric.compute()
+    return {key: round(100 * value, 2) for key, value in metric.compute().items() if key in SCORES}
 
 
-def seconds(models, scenes, rounds):
-    """Median time of each model and its peak memory in bytes; the models take turns."""
-    images = [scenes[k].image for k in range(len(scenes))]
+def train(given):
+    scenes = StreetScenes("train", length=SCENES, size=SIZE)
+    val = StreetScenes("val", length=SCORED, size=SIZE)
+    torch.set_num_threads(given.threads)
+    for seed in given.seeds:
+        for name, model_name in SYSTEMS.items():
+            folder = given.weights / f"{model_name}_{seed}"
+            begun = time.process_time()
+            if not (folder / "model.safetensors").exists():
+                torch.manual_seed(seed)
+                train_instances(
+                    build(name, SIZE),
+                    scenes,
+                    output_dir=folder,
+                    epochs=EPOCHS,
+                    batch_size=BATCH,
+                    photometric=0.0,
+                    precision="bf16",
+                    seed=seed,
+                    resume=(folder / "checkpoint.pt").exists(),
+                )
+            stored = read_json(OUTPUT) if OUTPUT.exists() else {}
+            entry = stored.setdefault("quality", {}).setdefault(name, {})
+            if str(seed) not in entry:
+                entry[str(seed)] = quality(trained(name, SIZE, given.weights, seed), val)
+                entry[str(seed)]["cpu_seconds"] = round(time.process_time() - begun)
+                write_json(OUTPUT, stored)
+            print(name, seed, entry[str(seed)], flush=True)
+
+
+def measured(models, size, count, rounds):
+    """Median ms of each model and its peak memory in MB; the models take turns."""
+    scenes = StreetScenes("val", length=count, size=size)
+    images = [scenes[k].image for k in range(count)]
     times = {name: [] for name in models}
-    peaks = {}
+    found = {}
     for name, model in models.items():
         with measure_peak_memory(model.device, True) as peak:
             model.predict(images[:1])
-        peaks[name] = peak()
+        parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+        found[name] = {"peak_mb": round(peak() / 1e6), "weights_mb": round(parameters / 1e6)}
     for _ in range(rounds):
         for image in images:
             for name, model in models.items():
                 start = time.perf_counter()
                 model.predict([image])
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}, peaks
+                times[name].append(1e3 * (time.perf_counter() - start))
+    for name, values in times.items():
+        found[name]["ms"] = round(statistics.median(values))
+    return found
+
+
+def measure(given):
+    torch.set_num_threads(given.threads)
+    stored = read_json(OUTPUT)
+    size, count = TIMED["trained"]
+    models = {name: trained(name, size, given.weights, given.seed) for name in SYSTEMS}
+    models[TWO + PYTHON] = merge_in_python(trained(TWO, size, given.weights, given.seed))
+    stored["trained"] = measured(models, size, count, given.rounds)
+    size, count = TIMED["untrained"]
+    models = {name: untrained(name, size) for name in (*SYSTEMS, PSPNET)}
+    models[PSPNET + PYTHON] = merge_in_python(untrained(PSPNET, size))
+    stored["untrained"] = measured(models, size, count, given.rounds)
+    stored["threads"], stored["torch"] = given.threads, torch.__version__
+    write_json(OUTPUT, stored)
+
+
+def table_of_quality(found):
+    yield "| system | PQ | PQ things | PQ stuff | seeds |"
+    yield "|---|---|---|---|---|"
+    for name, seeds in found.items():
+        cells = []
+        for key in SCORES:
+            values = [entry[key] for entry in seeds.values()]
+            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.1f}{spread}")
+        yield f"| {name} | {' | '.join(cells)} | {' '.join(seeds)} |"
+
+
+def table_of_times(found, size):
+    yield f"| system, {size[0]} x {size[1]} | ms | of UPSNet's | peak MB | weights MB |"
+    yield "|---|---|---|---|---|"
+    for name, entry in found.items():
+        ratio = entry["ms"] / found["UPSNet"]["ms"]
+        yield (
+            f"| {name} | {entry['ms']} | {ratio:.2f} | {entry['peak_mb']} | {entry['weights_mb']} |"
+        )
+
+
+def table(given):
+    stored = read_json(OUTPUT)
+    tables = {"quality": table_of_quality(stored["quality"])}
+    tables |= {
+        kind: table_of_times(stored[kind], size)
+        for kind, (size, _) in TIMED.items()
+        if kind in stored
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for kind, lines in tables.items():
+        head, tail = (
+            f"<!-- {kind} by benchmarks/panoptic_systems.py -->\n",
+            f"<!-- {kind} until here -->",
+        )
+        before, rest = text.split(head)
+        text = before + head + "\n".join(lines) + "\n" + tail + rest.split(tail)[1]
+    write_text(PAGE, text)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, nargs=2, default=(128, 256), help="of the scenes")
-    parser.add_argument("--length", type=int, default=300, help="scenes to train on")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--scored", type=int, default=100, help="scenes of the validation split")
-    parser.add_argument("--timed-size", type=int, nargs=2, default=(512, 1024))
-    parser.add_argument("--timed", type=int, default=4, help="scenes of --timed-size")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    size = tuple(options.size)
-    area = size[0] * size[1] // 256
-    train = StreetScenes("train", length=options.length, size=size)
-    val = StreetScenes("val", length=options.scored, size=size)
-    scores = {}
-    for name in SYSTEMS:
-        folder = options.out / SYSTEMS[name]
-        model = build(name, size, area)
-        if not (folder / "model.safetensors").exists():
-            train_instances(
-                model,
-                train,
-                output_dir=folder,
-                epochs=options.epochs,
-                batch_size=4,
-                photometric=0.0,
-                precision="bf16",
-                save_every=options.epochs,
-            )
-        state = weight_files.load_state(folder / "model.safetensors")
-        model.load_state_dict(state)
-        cache = folder / f"pq_{options.scored}.pt"
-        if not cache.exists():
-            torch.save(quality(model.eval(), val), cache)
-        scores[name] = torch.load(cache, weights_only=True)
-    big = tuple(options.timed_size)
-    models = {}
-    for name in (*SYSTEMS, PYTHON):
-        trained = name.removesuffix(", merge in Python")
-        models[name] = build(trained, big, big[0] * big[1] // 256)
-        models[name].load_state_dict(
-            weight_files.load_state(options.out / SYSTEMS[trained] / "model.safetensors")
-        )
-    merge_in_python(models[PYTHON])
-    scenes = StreetScenes("val", length=options.timed, size=big)
-    times, peaks = seconds(models, scenes, options.rounds)
-    lines = [
-        f"| system | PQ | PQ things | PQ stuff | ms, {big[0]}x{big[1]} | peak MB | weights MB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, model in models.items():
-        values = scores[name.removesuffix(", merge in Python")]
-        numbers = " | ".join(f"{100 * values[key]:.1f}" for key in ("pq", "pq_things", "pq_stuff"))
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        lines.append(
-            f"| {name} | {numbers} | {1e3 * times[name]:.0f} | {peaks[name] / 1e6:.0f} | "
-            f"{weights / 1e6:.0f} |"
-        )
-    fastest = times["UPSNet"]
-    ratios = ", ".join(f"{name} {value / fastest:.2f}" for name, value in times.items())
-    lines += ["", f"Time as a multiple of UPSNet's: {ratios}; {options.threads} thread(s)."]
-    print("\n".join(lines))
-    write_text(options.out / "table.md", "\n".join(lines) + "\n")
+    commands = parser.add_subparsers(required=True)
+    for function, name in ((train, "train"), (measure, "time"), (table, "table")):
+        command = commands.add_parser(name)
+        command.set_defaults(run=function)
+        if function is table:
+            continue
+        command.add_argument("weights", type=Path, help="folder of what is trained")
+        command.add_argument("--threads", type=int, default=1)
+        if function is train:
+            command.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
+        else:
+            command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    given.run(given)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ import sys
 from pathlib import Path
 
 LEVELS = {"v4": "AVX-512", "v3": "AVX2", "generic": "generic"}
+PROCESSORS = {  # by the beginning of the file's name
+    "amd-epyc-v4": "EPYC Zen 5",
+    "intel-r-xeon-r-processor-v4": "Xeon",
+    "amd-epyc-v3": "EPYC",
+}
 
 # What the README calls it, its peer, and the benchmark, with {} for the number of threads.
 ROWS = [
@@ -165,6 +170,7 @@ FLOORS = {
 }
 
 PAGE = Path(__file__).parent.parent / "docs" / "ops.md"
+RESULTS = Path(__file__).parent / "results"
 PART = re.compile(r"(<!-- by benchmarks/table.py: (\w+) -->\n).*?(<!-- until here -->)", re.DOTALL)
 
 
@@ -187,7 +193,7 @@ def by_level(results, name):
 def table(runs):
     """Markdown lines for stored ``runs``, without rows that none of them has."""
     columns = [
-        (run["results"], level, run["cpu"].replace("(R)", "").split()[1])  # Xeon, EPYC
+        (run["results"], level, run["name"])
         for run in runs
         for level in LEVELS
         if any(entry["simd"] == level for entry in run["results"].values())
@@ -235,7 +241,7 @@ def op_table(op, runs, machine, of):
         if not name.startswith(f"{op}::"):
             continue
         entries = {
-            run["cpu"]: [best(by_level(run["results"], name.format(n))) for n in (1, 2)]
+            run["name"]: [best(by_level(run["results"], name.format(n))) for n in (1, 2)]
             for run in runs
         }
         own = entries[of]
@@ -250,8 +256,7 @@ def op_table(op, runs, machine, of):
                 f"{entry['ours_ms'] / value:.1f}" for entry, value in zip(own, floors, strict=True)
             )
         ratios = "; ".join(
-            f"{cpu.replace('(R)', '').split()[1]} {' / '.join(map(ratio, pair))}"
-            for cpu, pair in entries.items()
+            f"{name} {' / '.join(map(ratio, pair))}" for name, pair in entries.items()
         )
         yield f"| {what} | {peer} | {least} | {times} | {distance} | {ratios} |"
 
@@ -265,30 +270,32 @@ def ops_page(runs, machine):
     """docs/ops.md with its tables."""
 
     def part(match):
-        lines = op_table(match[2], runs, machine, machine["cpu"])
+        lines = op_table(match[2], runs, machine, machine["name"])
         return "\n".join([match[1].rstrip(), *lines, match[3]])
 
     return PART.sub(part, PAGE.read_text(encoding="utf-8"))
 
 
+def read(files):
+    """What they hold, and the processor's name; in the order of PROCESSORS."""
+    found = []
+    for file in sorted(files):
+        slug = re.match(r"(?:floor-)?(.*?)(?:-torch.*)?\.json", file.name)[1]
+        found.append({"name": PROCESSORS.get(slug, slug), **json.loads(file.read_text())})
+    names = list(PROCESSORS.values())
+    return sorted(found, key=lambda run: names.index(run["name"]) if run["name"] in names else 99)
+
+
 def stored_runs():
     """Those of benchmarks/results/, and the floor's machine."""
-    folder = Path(__file__).parent / "results"
-    runs = [
-        json.loads(file.read_text()) for file in sorted(folder.glob("*-torch*.json"), reverse=True)
-    ]
-    (machine,) = (json.loads(file.read_text()) for file in folder.glob("floor-*.json"))
-    return runs, machine
+    (machine,) = read(RESULTS.glob("floor-*.json"))
+    return read(RESULTS.glob("*-torch*.json")), machine
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["ops"]:
     PAGE.write_text(ops_page(*stored_runs()), encoding="utf-8")
 elif __name__ == "__main__":
-    folder = Path(__file__).parent / "results"
-    found = [Path(name) for name in sys.argv[1:]] or sorted(
-        folder.glob("*-torch*.json"), reverse=True
-    )
-    stored = [json.loads(file.read_text()) for file in found]
+    stored = read([Path(name) for name in sys.argv[1:]] or RESULTS.glob("*-torch*.json"))
     for run in stored:
-        print(f"{run['cpu']}, torch {run['torch']}, {run['date']}")
+        print(f"{run['name']}, torch {run['torch']}, {run['date']}")
     print("", *table(stored), sep="\n")

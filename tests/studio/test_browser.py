@@ -15,6 +15,9 @@ import pytest
 from PIL import Image
 
 import pyseg
+from pyseg.classes import CAMVID_CLASSES
+from pyseg.formats.annotation import Given
+from pyseg.formats.table import find_format
 
 from .conftest import labels_on_disk
 
@@ -36,11 +39,11 @@ HOSTILE = "<img src=x onerror=alert(1)>"
 class Server:
     """``pyseg studio`` as its user starts it."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, out="out", *more):
+        self.out = folder / out
         self.call = [sys.executable, "-m", "pyseg", "studio", str(folder / "photos")]
-        self.call += ["--spec", "streetnet", "-o", str(folder / "out"), "--no-browser"]
-        self.call += ["--truth", str(folder / "truth"), "--token", "a-token-of-the-tests"]
-        self.out = folder / "out"
+        self.call += ["--spec", "streetnet", "-o", str(self.out), "--no-browser"]
+        self.call += ["--token", "a-token-of-the-tests", *more]
         self.port = "0"
         self.start()
 
@@ -57,7 +60,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def work(tmp_path_factory):
+    """A folder with photos and their true labels."""
     folder = tmp_path_factory.mktemp("studio")
     for name in ("photos", "truth"):
         (folder / name).mkdir()
@@ -66,7 +70,12 @@ def server(tmp_path_factory):
         street.crop(box).save(folder / "photos" / f"{name}.jpg")
         labels.crop(box).save(folder / "truth" / f"{name}.png")
     (folder / "photos" / f"{HOSTILE}.png").write_bytes(b"\x89PNG\r\n\x1a\nno image")
-    found = Server(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(work):
+    found = Server(work, "out", "--truth", str(work / "truth"))
     yield found
     found.kill()
 
@@ -171,12 +180,26 @@ class Page:
         ]
 
 
-@pytest.fixture
-def page(driver, server):
+def opened(driver, server):
     driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     driver.set_window_size(1280, 900)
-    found = Page(driver, server)
+    return Page(driver, server)
+
+
+@pytest.fixture
+def page(driver, server):
+    found = opened(driver, server)
     yield found
+    assert found.complaints() == []
+
+
+@pytest.fixture
+def objects(driver, work):
+    """The page of a server where objects are edited, not a label map."""
+    server = Server(work, "objects", "--edit", "instances")
+    found = opened(driver, server)
+    yield found
+    server.kill()
     assert found.complaints() == []
 
 
@@ -479,3 +502,55 @@ def test_nothing_is_wider_than_the_screen(page, width):
     page.pointer((200, 180))
     assert page.state("asked.points.length") == 1
     page.shot(f"prompt-{width}")
+
+
+def test_objects_are_added_selected_corrected_and_removed(objects):
+    page = objects
+    page.load()
+    assert page.state("objects") == []  # streetnet finds none
+    listed = (
+        "return [...document.querySelectorAll('#objects button')].map((one) => one.textContent)"
+    )
+
+    def kept():
+        """Class and mask of each object that the server has kept."""
+        path = page.server.out / "instances" / "a.json"
+        source = find_format("coco").open_source(path, Given(classes=CAMVID_CLASSES))
+        found = source.read(source.names[0]).instances()
+        names = [CAMVID_CLASSES[label] for label in found.labels.tolist()]
+        return list(zip(names, (mask.numpy() for mask in found.masks), strict=True))
+
+    page.keys("9")  # Car
+    page.pointer((100, 150))
+    mask = np.array(page.run("return [...state.mask]")).reshape(213, 301).astype(bool)
+    page.keys(KEY.ENTER)
+    ((name, car),) = kept()
+    assert name == "Car" and np.array_equal(car, mask)
+    assert page.run(listed) == [f"1 Car, {mask.sum()} pixels"]
+
+    page.keys(KEY.ESCAPE, "b", "2")  # a Building, over a part of the car
+    page.run("$('size').value = 20; $('size').dispatchEvent(new Event('input'))")
+    page.pointer((100, 150), (140, 150))
+    (_, car), (name, wall) = kept()
+    assert name == "Building" and wall[150, 120] and np.array_equal(car, mask)
+    assert [text.split(",")[0] for text in page.run(listed)] == ["1 Car", "2 Building"]
+
+    # Of two that overlap, the list selects the one that is named; it keeps its class.
+    page.keys(KEY.ESCAPE)
+    page.run("$('objects').querySelectorAll('button')[0].click()")
+    page.settle()
+    assert page.state("asked.label") == "Car"
+    page.keys("b")
+    page.pointer((20, 20), (40, 20))
+    page.keys("e")
+    page.pointer((100, 150))
+    (_, car), (_, wall_now) = kept()
+    assert car[20, 30] and not car[150, 100] and np.array_equal(wall_now, wall)
+    page.shot("objects-1280")
+    page.keys(KEY.DELETE)
+    assert [name for name, _ in kept()] == ["Building"]
+    page.keys((KEY.CONTROL, "z"))
+    assert len(kept()) == 2 and len(page.run(listed)) == 2
+    page.driver.refresh()
+    page.wait("view && studio.items[index].name === 'a' && state.objects.length === 2")
+    assert len(page.run(listed)) == 2
