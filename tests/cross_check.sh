@@ -75,7 +75,7 @@ for part; do
       ;;
     fuzz)
       aarch64_torch
-      [ -d "$work/packages/numpy" ] || wheels "$work/packages" torchvision==0.25.0 numpy scipy pillow safetensors \
+      [ -d "$work/packages/numpy" ] || wheels "$work/packages" torchvision==0.25.0 numpy scipy pillow pycocotools safetensors \
         typing_extensions sympy mpmath filelock networkx jinja2 markupsafe fsspec setuptools
       [ -d "$work/debian" ] || debian_python "$work/debian"
       echo "== fuzz: qemu-aarch64"

@@ -443,7 +443,11 @@ def check_convolution(
 ):
     """torchvision in float64, after NaN and infinity are out of its way."""
     dtype = result.dtype
-    leaves = {key: tensor.detach().double().contiguous() for key, tensor in tensors.items()}
+    # Cloned, as contiguous() leaves sides of one pixel any stride, at which torchvision 0.25 stumbles.
+    leaves = {
+        key: tensor.detach().double().clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
     lost = None
     if strange:
         offset = leaves["offset"]
