@@ -359,8 +359,8 @@ _POOLINGS = (
 def _pooled_by_products(x: Tensor, output_size: Sequence[int]) -> Tensor:
     """``adaptive_avg_pool2d`` [N, C, H, W] to [N, C, *output_size], as two matrix products.
 
-    ONNX has no such operator, and what torch makes of it in its place fits only images whose sides
-    are those that it was traced with.
+    ONNX has no such operator, and what torch makes of it in its place, for ONNX and in inductor,
+    fits only images whose sides are those that it was traced with.
     """
     for dim, count in zip((3, 2), reversed(output_size), strict=True):
         length = x.shape[dim]
@@ -374,11 +374,15 @@ def _pooled_by_products(x: Tensor, output_size: Sequence[int]) -> Tensor:
     return x
 
 
+def _without_poolings(program: Any) -> Any:
+    return program.run_decompositions({op: _pooled_by_products for op in _POOLINGS})
+
+
 def _onnx(program: Any, description: dict[str, Any]) -> bytes:
     names = ["logits", *description["outputs"][1:]]
     try:
         with torch.no_grad(), _quiet():
-            program = program.run_decompositions({op: _pooled_by_products for op in _POOLINGS})
+            program = _without_poolings(program)
             made: Any = torch.onnx.export(program, dynamo=True, verbose=False)
             # Weights times the factors of a normalisation, which torch folds where they are small
             # alone: int8 would take the others for activations, of one range for all channels.
@@ -423,6 +427,7 @@ def _aoti(program: Any, description: dict[str, Any]) -> bytes:
         path = Path(folder) / "model.pt2"
         try:
             with torch.no_grad(), _quiet():
+                program = _without_poolings(program)
                 torch._inductor.aoti_compile_and_package(program, package_path=str(path))
         except Exception as error:  # inductor's, or that of the compiler that it runs
             raise ExportError(
