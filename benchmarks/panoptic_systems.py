@@ -1,16 +1,16 @@
 """Three panoptic systems, trained equally long on `synthetic` and compared: quality, time, memory.
 
     python benchmarks/panoptic_systems.py train WEIGHTS    # and scores: half an hour for each seed
-    python benchmarks/panoptic_systems.py time WEIGHTS     # on an otherwise idle machine
+    python benchmarks/panoptic_systems.py time [WEIGHTS]   # on an otherwise idle machine
     python benchmarks/panoptic_systems.py table            # docs/panoptic.md, from the JSON
 
 ``train`` gives UPSNet, panoptic FPN and two networks (Mask R-CNN and FCN, merged by the heuristic)
 the same scenes in the same order for as many steps; another seed draws other weights, order, lights
 and samples of boxes. What WEIGHTS holds already is not trained again.
 
-``time`` times these networks, and untrained ones of the sizes that the UPSNet paper compares:
-ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An untrained detector finds
-nothing, so there every network keeps its 100 best boxes, whatever their scores.
+``time`` times these networks, if they are there, and untrained ones of the sizes that the UPSNet
+paper compares: ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An untrained
+detector finds nothing, so there every network keeps its 100 best boxes, whatever their scores.
 """
 
 import argparse
@@ -171,6 +171,13 @@ def measured(models, size, count, rounds):
     times = {name: [] for name in models}
     found = {}
     for name, model in models.items():
+        if name.endswith(PYTHON):  # it must do the same work
+            maps = [
+                one.predict(images[:1])[0].segments.map
+                for one in (model, models[name.removesuffix(PYTHON)])
+            ]
+            if not torch.equal(*maps):
+                raise ValueError(f"{name} gives another map")
         with measure_peak_memory(model.device, True) as peak:
             model.predict(images[:1])
         parameters = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -188,11 +195,12 @@ def measured(models, size, count, rounds):
 
 def measure(given):
     torch.set_num_threads(given.threads)
-    stored = read_json(OUTPUT)
-    size, count = TIMED["trained"]
-    models = {name: trained(name, size, given.weights, given.seed) for name in SYSTEMS}
-    models[TWO + PYTHON] = merge_in_python(trained(TWO, size, given.weights, given.seed))
-    stored["trained"] = measured(models, size, count, given.rounds)
+    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
+    if given.weights is not None:
+        size, count = TIMED["trained"]
+        models = {name: trained(name, size, given.weights, given.seed) for name in SYSTEMS}
+        models[TWO + PYTHON] = merge_in_python(trained(TWO, size, given.weights, given.seed))
+        stored["trained"] = measured(models, size, count, given.rounds)
     size, count = TIMED["untrained"]
     models = {name: untrained(name, size) for name in (*SYSTEMS, PSPNET)}
     models[PSPNET + PYTHON] = merge_in_python(untrained(PSPNET, size))
@@ -225,7 +233,7 @@ def table_of_times(found, size):
 
 def table(given):
     stored = read_json(OUTPUT)
-    tables = {"quality": table_of_quality(stored["quality"])}
+    tables = {"quality": table_of_quality(stored["quality"])} if "quality" in stored else {}
     tables |= {
         kind: table_of_times(stored[kind], size)
         for kind, (size, _) in TIMED.items()
@@ -250,11 +258,12 @@ def main():
         command.set_defaults(run=function)
         if function is table:
             continue
-        command.add_argument("weights", type=Path, help="folder of what is trained")
         command.add_argument("--threads", type=int, default=1)
         if function is train:
+            command.add_argument("weights", type=Path, help="folder for what is trained")
             command.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
         else:
+            command.add_argument("weights", type=Path, nargs="?", help="what `train` left there")
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
