@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import re
 import statistics
 import tempfile
@@ -289,6 +290,12 @@ def traced(
             f"{name} cannot be traced by torch.export ({type(failure).__name__}: {_brief(failure)})"
             + ("; a file of one size may work: give size=(height, width)" if size is None else "")
         ) from failure
+    if any(node.target is math.ceil for node in program.graph.nodes):
+        raise ExportError(
+            f'{name} rounds sides up as it goes (math.ceil, as timm\'s padding "same" does), which '
+            "torch cannot write for images of any size; a file of one size works: give "
+            "size=(height, width), on the command line --size HxW"
+        )
     (batch, _, high, wide) = _ranges(program)
     return program, {
         "format": FORMAT,
@@ -417,8 +424,15 @@ def _onnx(program: Any, description: dict[str, Any]) -> bytes:
 
 def _torch_export(program: Any, description: dict[str, Any]) -> bytes:
     stream = io.BytesIO()
-    with _quiet():
-        torch.export.save(program, stream, extra_files={Path(FILE).name: json.dumps(description)})
+    extra = {Path(FILE).name: json.dumps(description)}
+    try:
+        with _quiet():
+            torch.export.save(program, stream, extra_files=extra)
+    except Exception as error:  # what its serialization knows no form for
+        raise ExportError(
+            f"{description['model']} cannot be written by torch.export ({type(error).__name__}: "
+            f"{_brief(error)}); a file of one size may work: give size=(height, width)"
+        ) from error
     return stream.getvalue()
 
 

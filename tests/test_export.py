@@ -1,6 +1,7 @@
 """`pyseg export`: files of ONNX and torch, and the models that run them."""
 
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -60,6 +61,13 @@ class Deep(Small):
     def __init__(self, count):
         super().__init__(count)
         self.two = nn.Conv2d(8, 8, 3, stride=16, padding=1)
+
+
+class Rounds(Small):
+    """Pads by sides that it rounds up, as timm's padding "same" does."""
+
+    def forward(self, x):
+        return super().forward(F.pad(x, [0, 8 * math.ceil(x.shape[-1] / 8) - x.shape[-1], 0, 0]))
 
 
 class Lies(Small):
@@ -304,6 +312,8 @@ def test_what_cannot_leave_says_so(tmp_path, photos, onnx):
     detector = pyseg.build("maskrcnn(backbone='resnet18', channels=32)", weights=None)
     refused(detector, "maskrcnn cannot leave pyseg: a .* finds objects")
     refused(made(Looks), "cannot be traced by torch.export .*give size=", format="torch-export")
+    refused(made(Rounds), "rounds sides up as it goes .*give size=")
+    export.export_model(made(Rounds), photos, tmp_path / "sized", size=(40, 60))
     with pytest.raises(PysegError, match="in training mode"):
         export.export_model(made().train(), photos, tmp_path)
     written = export.export_model(made(), photos, tmp_path, format="torch-export")

@@ -12,6 +12,7 @@ The CRFs of v1 and v2 are refiners: ``"deeplab_v1+crf_deeplab_v1"``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,9 @@ class DeepLab(nn.Module):
 
     def _score(self, images: Tensor, scale: float) -> Tensor:
         if scale != 1:
-            size = [max(1, round(scale * side)) for side in images.shape[2:]]
+            # Rounded (halves down) in integers, which files of models can do.
+            over, under = Fraction(scale).limit_denominator(1024).as_integer_ratio()
+            size = [max(1, (2 * over * n + under - 1) // (2 * under)) for n in images.shape[2:]]
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         features = self.trunk(images)
         if isinstance(self.trunk, Trunk):

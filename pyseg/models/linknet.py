@@ -101,12 +101,13 @@ class _Up(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
-        self.conv = nn.ConvTranspose2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv = nn.ConvTranspose2d(inputs, outputs, 3, stride, 1, stride - 1, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
-        # Even and odd sizes have the same half, so that the size must be told.
-        return self.norm(self.conv(x, output_size=[*size])).relu()
+        # Even and odd sizes have the same half: computed is the even one, and cut off what is too
+        # much. torch's `output_size` gives the same, and no ONNX file where sizes are free.
+        return self.norm(self.conv(x)[..., : size[0], : size[1]]).relu()
 
 
 class _Decoder(nn.Module):

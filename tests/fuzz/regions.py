@@ -443,7 +443,7 @@ def check_convolution(
 ):
     """torchvision in float64, after NaN and infinity are out of its way."""
     dtype = result.dtype
-    # Cloned, as contiguous() leaves sides of one pixel any stride, at which torchvision 0.25 stumbles.
+    # Cloned, as contiguous() leaves any stride to sides of 1, at which torchvision 0.25 stumbles.
     leaves = {
         key: tensor.detach().double().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
