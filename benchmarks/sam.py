@@ -126,6 +126,7 @@ def stages(nano):
     """What may come behind the network, by name."""
     crf, segfix, sam = CRF(), SegFix(shared=False), SamRefiner(nano)
     loose = {"predicted_iou": 0.7}  # SAM's own
+    published = {"box": "elastic", "mask_prompt": "gaussian", "merge": True}  # SAMRefiner's
     return {
         "crf": [crf],
         "segfix": [segfix],
@@ -134,6 +135,9 @@ def stages(nano):
         "crf+sam(nano)": [crf, sam],
         "sam(nano, predicted_iou=0.7)": [SamRefiner(nano, **loose)],
         "sam(nano, predicted_iou=0.7, seeds)": [SamRefiner(nano, **loose, seeds=THIN)],
+        "sam(nano, predicted_iou=0.7, SAMRefiner's prompts)": [
+            SamRefiner(nano, **loose, **published)
+        ],
         "perfect masks": [Perfect()],
         "perfect masks, seeds": [Perfect(seeds=THIN)],
         "perfect masks, votes": [Perfect(votes=True)],
