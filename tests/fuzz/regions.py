@@ -116,11 +116,20 @@ def pool(levels, regions, which, scales, bins, ratio, aligned, mode):
             results.append(pool_pixels(plane, box, scale, bins))
             unsure.append(torch.zeros(bins, dtype=torch.bool))
             continue
-        y = Axis(box[1], box[3], scale, aligned, ratio, bins[0], plane.shape[1])
-        x = Axis(box[0], box[2], scale, aligned, ratio, bins[1], plane.shape[2])
+
+        def axes(ratio, box=box, scale=scale, shape=plane.shape):
+            return [
+                Axis(box[k], box[k + 2], scale, aligned, ratio, bins[1 - k], shape[2 - k])
+                for k in (1, 0)
+            ]
+
+        y, x = axes(ratio)
+        many = len(plane) * len(y.low) * len(x.low) > 1 << 22  # gigabytes: these are not compared
+        if many:
+            y, x = axes(1)
         result, doubt = pool_box(plane, y, x, bins, mode)
         results.append(result)
-        unsure.append(doubt | y.unsure | x.unsure)
+        unsure.append(doubt | y.unsure | x.unsure | many)
     if not results:
         return levels[0].new_zeros((0, levels[0].shape[1], *bins)), torch.zeros((0, *bins)).bool()
     return torch.stack(results), torch.stack(unsure)
