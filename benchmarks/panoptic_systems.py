@@ -1,6 +1,6 @@
 """Three panoptic systems, trained equally long on `synthetic` and compared: quality, time, memory.
 
-    python benchmarks/panoptic_systems.py train WEIGHTS    # and scores: half an hour for each seed
+    python benchmarks/panoptic_systems.py train WEIGHTS    # and scores: hours
     python benchmarks/panoptic_systems.py time [WEIGHTS]   # on an otherwise idle machine
     python benchmarks/panoptic_systems.py table            # docs/panoptic.md, from the JSON
 

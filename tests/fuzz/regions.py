@@ -124,7 +124,7 @@ def pool(levels, regions, which, scales, bins, ratio, aligned, mode):
             ]
 
         y, x = axes(ratio)
-        many = len(plane) * len(y.low) * len(x.low) > 1 << 22  # gigabytes: these are not compared
+        many = len(plane) * len(y.low) * len(x.low) > 1 << 25  # the rest would take gigabytes
         if many:
             y, x = axes(1)
         result, doubt = pool_box(plane, y, x, bins, mode)

@@ -81,6 +81,10 @@ class Files:
             )
         except Exception as error:
             raise _absent(self.id, error, "the network's weights") from error
+        # The library leaves weights where the file is mapped, at any address, by which products
+        # round otherwise than with a copy of the model; and the file may be changed under it.
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
         absent, unfit = found["missing_keys"], {entry[0] for entry in found["mismatched_keys"]}
         if absent or unfit:
             self._lacks(model, sorted(absent), sorted(unfit), num_classes)
