@@ -46,7 +46,6 @@ RECIPE = {
     "clip": 5,
     "loss": "ce+0.5*ohem(share=0.25)+jaccard",
     "ema": 0.98,
-    "precision": "bf16",
 }
 
 

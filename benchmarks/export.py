@@ -2,8 +2,7 @@
 
 Every semantic model, with random weights but for those that are bundled, is traced once, written as
 each format and held against itself on crops of the bundled street image, as `pyseg export` does it.
-The table goes to docs/export.md between its two marks, the numbers to
-benchmarks/results/export.json.
+The table goes to docs/export.md, the numbers to benchmarks/results/export.json.
 """
 
 import argparse
@@ -11,6 +10,7 @@ import gc
 import time
 from pathlib import Path
 
+import pages
 import torch
 
 import pyseg
@@ -22,8 +22,9 @@ from pyseg.models.exported import loaded
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "export.md"
 RESULTS = ROOT / "benchmarks" / "results" / "export.json"
-MARKS = ("<!-- zoo: begin -->\n", "<!-- zoo: end -->")
+SCRIPT = "benchmarks/export.py"
 BUNDLED = {"streetnet"}
+FORMATS = ("onnx", "torch-export")
 SIZES = ((128, 160), (97, 131), (75, 150))
 OPTIONS = {"bayesian_segnet": {"samples": 2}, "grounded_sam": {"classes": ("car",)}}
 
@@ -80,7 +81,12 @@ def table(rows, formats):
         number = "one at a time" if one else "any number"
         cells = [cell(row[kind]) for kind in formats]
         lines.append([f"`{row['name']}`", f"{number}, sides ≥ {row['height'][0]}", *cells])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def page_tables(formats=FORMATS):
+    rows = files.read_json(RESULTS)["rows"]
+    return {"zoo": table([rows[name] for name in sorted(rows)], formats)}
 
 
 def main():
@@ -89,7 +95,7 @@ def main():
     parser.add_argument("--format", action="append", choices=export.FORMATS)
     parser.add_argument("--table", action="store_true", help="write the page from the JSON alone")
     given = parser.parse_args()
-    formats = given.format or ["onnx", "torch-export"]
+    formats = given.format or FORMATS
     known = files.read_json(RESULTS) if RESULTS.is_file() else {"rows": {}}
     for name in () if given.table else given.names or pyseg.models.list():
         if name in ("onnx", "pt2"):
@@ -99,14 +105,11 @@ def main():
         known["torch"] = torch.__version__
         files.write_json(RESULTS, known)  # a run that is stopped loses nothing
         print(
-            f"{time.perf_counter() - start:6.1f} s  {table([row], formats).splitlines()[-1]}",
+            f"{time.perf_counter() - start:6.1f} s  {table([row], formats)[-1]}",
             flush=True,
         )
         gc.collect()
-    rows = [known["rows"][name] for name in sorted(known["rows"])]
-    before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
-    after = rest.split(MARKS[1])[1]
-    files.write_text(PAGE, f"{before}{MARKS[0]}{table(rows, formats)}{MARKS[1]}{after}")
+    pages.write_parts(PAGE, SCRIPT, page_tables(formats))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pages
 import torch
 from torch import nn
 
@@ -26,7 +27,7 @@ import pyseg
 from pyseg import weights as weight_files
 from pyseg.datasets.synthetic import STUFF, StreetScenes
 from pyseg.devices import measure_peak_memory
-from pyseg.files import read_json, write_json, write_text
+from pyseg.files import read_json, write_json
 from pyseg.metrics.panoptic import Panoptic
 from pyseg.ops import upsample_argmax
 from pyseg.ops.panoptic_merge import paste
@@ -34,6 +35,7 @@ from pyseg.training import train_instances
 from pyseg.types import Segment, Segments
 
 PAGE = Path(__file__).parents[1] / "docs" / "panoptic.md"
+SCRIPT = "benchmarks/panoptic_systems.py"
 OUTPUT = Path(__file__).parent / "results" / "panoptic_systems.json"
 SYSTEMS = {
     "UPSNet": "upsnet_resnet50",
@@ -151,7 +153,6 @@ def train(given):
                     epochs=EPOCHS,
                     batch_size=BATCH,
                     photometric=0.0,
-                    precision="bf16",
                     seed=seed,
                     resume=(folder / "checkpoint.pt").exists(),
                 )
@@ -231,23 +232,18 @@ def table_of_times(found, size):
         )
 
 
-def table(given):
+def page_tables():
     stored = read_json(OUTPUT)
-    tables = {"quality": table_of_quality(stored["quality"])} if "quality" in stored else {}
-    tables |= {
+    found = {"quality": table_of_quality(stored["quality"])} if "quality" in stored else {}
+    return found | {
         kind: table_of_times(stored[kind], size)
         for kind, (size, _) in TIMED.items()
         if kind in stored
     }
-    text = PAGE.read_text(encoding="utf-8")
-    for kind, lines in tables.items():
-        head, tail = (
-            f"<!-- {kind} by benchmarks/panoptic_systems.py -->\n",
-            f"<!-- {kind} until here -->",
-        )
-        before, rest = text.split(head)
-        text = before + head + "\n".join(lines) + "\n" + tail + rest.split(tail)[1]
-    write_text(PAGE, text)
+
+
+def table(given):
+    pages.write_parts(PAGE, SCRIPT, page_tables())
 
 
 def main():

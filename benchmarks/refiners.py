@@ -31,6 +31,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pages
 import torch
 from drives import DRIVES, SEEDS, frames_of, weights_of
 from segfix import cities, common, compare, folds, states_of
@@ -52,6 +53,7 @@ from pyseg.weights import load_state, save_state
 ROOT = Path(__file__).parent.parent
 OUTPUT = Path(__file__).parent / "results" / "refiners.json"
 PAGE = ROOT / "docs" / "refiners.md"
+SCRIPT = "benchmarks/refiners.py"
 THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 FRAMES = 12  # of a drive that the model has seen nothing of
 RESAMPLES = 2000
@@ -200,7 +202,6 @@ def make(given):
             epochs=entry.steps // 60,
             steps=60,
             batch_size=BATCH,
-            precision="bf16",
             resume=(run / "checkpoint.pt").exists(),
         )
         print(f"{entry.name}: {time.process_time() - begun:.0f} s of a processor")
@@ -385,8 +386,7 @@ def measure(given):
     print(stored["ms"])
 
 
-def tables(stored):
-    """The tables of docs/refiners.md, as Markdown."""
+def score_table(stored):
     rows = stored["rows"]
     names = [name for name in stored["refiners"] if name != "none"]
 
@@ -434,24 +434,13 @@ def tables(stored):
         yield f"Not scored, since its weights are absent: {told}."
 
 
-def marks(key):
-    name = {"rows": "score", "thin": "thin"}[key]
-    return f"<!-- by benchmarks/refiners.py {name} -->", f"<!-- {name} until here -->"
-
-
-def parts(stored):
-    """The page's tables by the key of the stored run that they are of."""
-    return {"rows": "\n".join(tables(stored)), "thin": "\n".join(thin_table(stored["thin"]))}
+def page_tables():
+    stored = read_json(OUTPUT)
+    return {"score": score_table(stored), "thin": thin_table(stored["thin"])}
 
 
 def write_tables(given):
-    page = PAGE.read_text()
-    for key, text in parts(read_json(OUTPUT)).items():
-        begin, end = marks(key)
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = f"{before}{begin}\n{text}\n{end}{after}"
-    PAGE.write_text(page)
+    pages.write_parts(PAGE, SCRIPT, page_tables())
 
 
 def main():

@@ -22,6 +22,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pages
 import torch
 from drives import FOLDS, SEEDS, digest, frames_of, weights_of
 from segfix import difference, ious, state_of
@@ -40,6 +41,7 @@ from pyseg.types import Segmentation
 ROOT = Path(__file__).parent.parent
 OUTPUT = Path(__file__).parent / "results" / "sam.json"
 PAGE = ROOT / "docs" / "sam.md"
+SCRIPT = "benchmarks/sam.py"
 FRAMES = 12  # of each fold, evenly spread
 LEAST = 16  # pixels of a component of the ground truth that votes
 THIN = ("Pole", "SignSymbol")
@@ -353,30 +355,16 @@ def time_table(seconds):
         )
 
 
-TABLES = {  # of docs/sam.md, by the key of the stored run; between their marks
-    "rows": (score_table, "score"),
-    "seconds": (time_table, "time"),
-}
+TABLES = {"score": ("rows", score_table), "time": ("seconds", time_table)}
 
 
-def marks(key):
-    name = TABLES[key][1]
-    return f"<!-- by benchmarks/sam.py {name} -->", f"<!-- {name} until here -->"
-
-
-def parts(found):
-    """The page's tables by the key of the stored run."""
-    return {key: "\n".join(table(found[key])) for key, (table, _) in TABLES.items() if key in found}
+def page_tables():
+    found = stored()
+    return {name: table(found[key]) for name, (key, table) in TABLES.items() if key in found}
 
 
 def write_tables(given):
-    page = PAGE.read_text()
-    for key, text in parts(stored()).items():
-        begin, end = marks(key)
-        before, rest = page.split(begin)
-        _, after = rest.split(end)
-        page = f"{before}{begin}\n{text}\n{end}{after}"
-    PAGE.write_text(page)
+    pages.write_parts(PAGE, SCRIPT, page_tables())
 
 
 def main():

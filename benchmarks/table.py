@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+import pages
+
 LEVELS = {"v4": "AVX-512", "v3": "AVX2", "generic": "generic"}
 PROCESSORS = {  # by the beginning of the file's name
     "amd-epyc-v4": "EPYC Zen 5",
@@ -171,7 +173,7 @@ FLOORS = {
 
 PAGE = Path(__file__).parent.parent / "docs" / "ops.md"
 RESULTS = Path(__file__).parent / "results"
-PART = re.compile(r"(<!-- by benchmarks/table.py: (\w+) -->\n).*?(<!-- until here -->)", re.DOTALL)
+SCRIPT = "benchmarks/table.py"
 
 
 def ratio(entry):
@@ -266,14 +268,11 @@ def best(levels):
     return next(levels[level] for level in (*LEVELS, None) if level in levels)
 
 
-def ops_page(runs, machine):
-    """docs/ops.md with its tables."""
-
-    def part(match):
-        lines = op_table(match[2], runs, machine, machine["name"])
-        return "\n".join([match[1].rstrip(), *lines, match[3]])
-
-    return PART.sub(part, PAGE.read_text(encoding="utf-8"))
+def page_tables():
+    """Of docs/ops.md, one for each op."""
+    runs, machine = stored_runs()
+    ops = pages.parts(PAGE.read_text(encoding="utf-8"), SCRIPT)
+    return {op: op_table(op, runs, machine, machine["name"]) for op in ops}
 
 
 def read(files):
@@ -293,7 +292,7 @@ def stored_runs():
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["ops"]:
-    PAGE.write_text(ops_page(*stored_runs()), encoding="utf-8")
+    pages.write_parts(PAGE, SCRIPT, page_tables())
 elif __name__ == "__main__":
     stored = read([Path(name) for name in sys.argv[1:]] or RESULTS.glob("*-torch*.json"))
     for run in stored:

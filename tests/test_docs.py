@@ -349,11 +349,25 @@ def test_links_lead_somewhere(page):
             assert there.suffix == ".md" and anchor in anchors(there), f"{page}: no {target}"
 
 
-def test_ops_page_has_the_tables_of_the_stored_runs():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
-    table = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(table)
-    assert table.ops_page(*table.stored_runs()) == table.PAGE.read_text(encoding="utf-8")
+WITH_TABLES = sorted(
+    {
+        (page, script)
+        for page in (ROOT / "docs").glob("*.md")
+        for script in re.findall(r"<!-- by (\S+): ", page.read_text(encoding="utf-8"))
+    }
+)
+
+
+@pytest.mark.parametrize(("page", "script"), WITH_TABLES, ids=lambda path: Path(path).name)
+def test_page_has_the_tables_of_the_stored_runs(monkeypatch, page, script):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module(Path(script).stem)
+    tables = module.page_tables()
+    assert page == module.PAGE and tables
+    text = page.read_text(encoding="utf-8")
+    assert module.pages.with_parts(text, script, tables) == text
+    with pytest.raises(ValueError, match=": absent -->"):
+        module.pages.with_parts(text, script, {"absent": []})
 
 
 def test_every_op_and_metric_has_its_part():

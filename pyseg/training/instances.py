@@ -52,7 +52,7 @@ def train_instances(
     warmup: float = 0.05,
     clip: float = 10.0,
     ema: float = 0.997,
-    precision: Precision = "fp32",
+    precision: Precision | None = None,
     cache: bool = True,
     save_every: int = 1,
     validate_every: int = 10,
@@ -93,7 +93,7 @@ def train_instances(
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient.
         ema: decay of the running average of the weights, per step.
-        precision: "bf16" = autocast.
+        precision: "bf16" = autocast, "fp32" = none; None = bf16 where the device computes in it.
         cache: keep the decoded images in memory.
         save_every: epochs between checkpoints; the last epoch always writes one.
         validate_every: epochs between validations.

@@ -1,0 +1,39 @@
+"""The tables that benchmarks write into pages of docs/.
+
+Each stands between two comments, ``<!-- by benchmarks/sam.py: score -->`` and
+``<!-- until here -->``. A benchmark's ``page_tables()`` gives its tables from the
+stored run, by their names, and a test compares them with its ``PAGE``.
+"""
+
+import re
+
+from pyseg.files import write_text
+
+PART = re.compile(r"(<!-- by (\S+): (\w+) -->\n)(.*?)(<!-- until here -->)", re.DOTALL)
+
+
+def parts(text, script):
+    """What ``script``, such as ``benchmarks/sam.py``, has written into a page, by name."""
+    return {name: body for _, by, name, body, _ in PART.findall(text) if by == script}
+
+
+def with_parts(text, script, tables):
+    """A page's ``text`` with ``tables``, the Markdown lines of each by its name.
+
+    Raises:
+        ValueError: the page has no place for one.
+    """
+    if absent := set(tables) - set(parts(text, script)):
+        raise ValueError(f"the page has no '<!-- by {script}: {min(absent)} -->'")
+
+    def filled(match):
+        if match[2] != script or match[3] not in tables:
+            return match[0]
+        return "\n".join([match[1].rstrip(), *tables[match[3]], match[5]])
+
+    return PART.sub(filled, text)
+
+
+def write_parts(page, script, tables):
+    """Puts ``tables`` into the file ``page``."""
+    write_text(page, with_parts(page.read_text(encoding="utf-8"), script, tables))
