@@ -40,16 +40,14 @@ RUNS := build/weights
 part = -o $(RUNS)/$(1) $(if $(wildcard $(RUNS)/$(1)/checkpoint.pt),--resume)
 from = --weights $(RUNS)/$(1)/model.safetensors
 weights: $(TESTED)  ## train streetnet's weights anew: hours; DATA=… holds camvid and labelmefacade
-	$(TRAIN) --config streetnet --batch-size 6 $(call part,first)
-	$(TRAIN) --config streetnet_finish --batch-size 4 $(call from,first) $(call part,holdout) \
-	  --dataset "camvid(without='hold-outs')" \
-	  --epochs 4 --learning-rate 5e-4 --ema 0.99 --scale 0.75-1.35
-	$(TRAIN) --config streetnet_all --batch-size 4 $(call from,first) $(call part,all)
+	$(BIN)/python benchmarks/streetnet.py study $(DATA) $(RUNS)
+	$(TRAIN) --config streetnet_all --batch-size 4 $(call from,recipe_0/first) $(call part,all)
 	$(TRAIN) --config streetnet_finish --batch-size 4 $(call from,all) $(call part,finish)
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name "hold-outs kept out" \
-	  --weights $(RUNS)/holdout/model.safetensors
+	  --weights $(RUNS)/recipe_0/last/model.safetensors
 	$(BIN)/python benchmarks/streetnet.py bundle $(RUNS)/finish/model.safetensors
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name bundled
+	$(BIN)/python benchmarks/streetnet.py table
 
 bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark

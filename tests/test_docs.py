@@ -352,7 +352,7 @@ def test_links_lead_somewhere(page):
 WITH_TABLES = sorted(
     {
         (page, script)
-        for page in (ROOT / "docs").glob("*.md")
+        for page in [*(ROOT / "docs").glob("*.md"), *(ROOT / "pyseg" / "assets").glob("*.md")]
         for script in re.findall(r"<!-- by (\S+): ", page.read_text(encoding="utf-8"))
     }
 )

@@ -1,0 +1,63 @@
+"""What `benchmarks/streetnet.py study` trains and how it is told."""
+
+import importlib
+
+import pytest
+import yaml
+
+from pyseg import cli
+from pyseg.training import recipes
+
+ROOT = recipes.FOLDER.parents[1]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("streetnet")
+
+
+def run_of(row, held, clip, without="hold-outs", seed=0, share=1.0):
+    sets = {
+        "both hold-outs": {"miou": held, "frames": 32},
+        "validation": {"miou": clip, "frames": 9},
+    }
+    parts = {"first part": sets, "both parts": sets}
+    key = {"row": row, "without": without, "seed": seed, "share": share}
+    return {**key, "crops": [1000, 200], **parts}
+
+
+def test_rows_are_recipes_of_pyseg_train(script, tmp_path):
+    usual = script.options_of("recipe", 1)
+    for row, changes in script.ROWS.items():
+        for k, options in enumerate(script.options_of(row, 0.25)):
+            path = tmp_path / "options.yaml"
+            path.write_text(yaml.safe_dump(options), encoding="utf-8")
+            assert recipes.read_recipe(path, cli._RECIPE)["epochs"] == (4, 1)[k]
+            changed = {key for key, value in usual[k].items() if options.get(key) != value}
+            changed |= set(options) - set(usual[k])
+            early = set() if k == 0 else set(script.FIRST)
+            assert changed - {"epochs"} == set(changes) - early, (row, k)
+
+
+def test_a_fold_sees_nothing_of_its_drive(script):
+    for options in script.options_of("recipe", 1, "0016E5_*"):
+        assert "camvid(split='train', without='0016E5_*')" in options["dataset"]
+        assert not any("val" in name for name in options["dataset"])
+
+
+def test_tables_tell_means_and_gains(script):
+    runs = [run_of("recipe", held, 0.7, seed=k) for k, held in enumerate((0.60, 0.62))]
+    runs += [run_of("no OHEM", 0.58, 0.7), run_of("no OHEM", 0.5, 0.6, share=0.25)]
+    lines = list(script.ablation_table(runs))
+    assert "| recipe | 1,200 | 0.610 ± 0.014 | +0.0 | 0.700 ± 0.000 | 0 1 |" in lines
+    assert (
+        "| recipe, first part alone | 1,000 | 0.610 ± 0.014 | +0.0 | 0.700 ± 0.000 | 0 1 |" in lines
+    )
+    assert "| no OHEM | 1,200 | 0.580 | -3.0 | 0.700 | 0 |" in lines
+    assert "| no OHEM | 1,200 | 0.500 |  | 0.600 | 0 |" in lines
+    lines = list(script.folds_table([run_of("recipe", 0.5, 0.6, "0016E5_*")]))
+    assert lines[2:] == [
+        "| 0016E5 | both hold-outs | 32 | 1,200 | 0.500 | 0 |",
+        "| 0016E5 | validation | 9 | 1,200 | 0.600 | 0 |",
+    ]
