@@ -136,6 +136,11 @@ def quality(model, scenes):
     return {key: round(100 * value, 2) for key, value in metric.compute().items() if key in SCORES}
 
 
+def stored_quality(name):
+    """Scores of a system by seed."""
+    return read_json(OUTPUT).get("quality", {}).get(name, {}) if OUTPUT.exists() else {}
+
+
 def train(given):
     scenes = StreetScenes("train", length=SCENES, size=SIZE)
     val = StreetScenes("val", length=SCORED, size=SIZE)
@@ -144,7 +149,8 @@ def train(given):
         for name, model_name in SYSTEMS.items():
             folder = given.weights / f"{model_name}_{seed}"
             begun = time.process_time()
-            if not (folder / "model.safetensors").exists():
+            absent = not (folder / "model.safetensors").exists()
+            if absent:
                 torch.manual_seed(seed)
                 train_instances(
                     build(name, SIZE),
@@ -156,13 +162,15 @@ def train(given):
                     seed=seed,
                     resume=(folder / "checkpoint.pt").exists(),
                 )
+            if not absent and str(seed) in stored_quality(name):
+                continue
+            entry = quality(trained(name, SIZE, given.weights, seed), val)
+            entry["cpu_seconds"] = round(time.process_time() - begun)
+            print(name, seed, entry, flush=True)
+            # Read now, as another process may have written its own in the meantime.
             stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-            entry = stored.setdefault("quality", {}).setdefault(name, {})
-            if str(seed) not in entry:
-                entry[str(seed)] = quality(trained(name, SIZE, given.weights, seed), val)
-                entry[str(seed)]["cpu_seconds"] = round(time.process_time() - begun)
-                write_json(OUTPUT, stored)
-            print(name, seed, entry[str(seed)], flush=True)
+            stored.setdefault("quality", {}).setdefault(name, {})[str(seed)] = entry
+            write_json(OUTPUT, stored)
 
 
 def measured(models, size, count, rounds):
