@@ -146,8 +146,8 @@ def train(given):
     val = StreetScenes("val", length=SCORED, size=SIZE)
     torch.set_num_threads(given.threads)
     for seed in given.seeds:
-        for name, model_name in SYSTEMS.items():
-            folder = given.weights / f"{model_name}_{seed}"
+        for name in given.systems:
+            folder = given.weights / f"{SYSTEMS[name]}_{seed}"
             begun = time.process_time()
             absent = not (folder / "model.safetensors").exists()
             if absent:
@@ -266,6 +266,7 @@ def main():
         if function is train:
             command.add_argument("weights", type=Path, help="folder for what is trained")
             command.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
+            command.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
         else:
             command.add_argument("weights", type=Path, nargs="?", help="what `train` left there")
             command.add_argument("--seed", type=int, default=0)
