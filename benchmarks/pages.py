@@ -1,4 +1,4 @@
-"""The tables that benchmarks write into pages of docs/.
+"""The tables that benchmarks write into pages of docs/ and into cards of weights.
 
 Each stands between two comments, ``<!-- by benchmarks/sam.py: score -->`` and
 ``<!-- until here -->``. A benchmark's ``page_tables()`` gives its tables from the

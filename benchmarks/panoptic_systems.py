@@ -136,9 +136,8 @@ def quality(model, scenes):
     return {key: round(100 * value, 2) for key, value in metric.compute().items() if key in SCORES}
 
 
-def stored_quality(name):
-    """Scores of a system by seed."""
-    return read_json(OUTPUT).get("quality", {}).get(name, {}) if OUTPUT.exists() else {}
+def stored():
+    return read_json(OUTPUT) if OUTPUT.exists() else {}
 
 
 def train(given):
@@ -146,8 +145,8 @@ def train(given):
     val = StreetScenes("val", length=SCORED, size=SIZE)
     torch.set_num_threads(given.threads)
     for seed in given.seeds:
-        for name in given.systems:
-            folder = given.weights / f"{SYSTEMS[name]}_{seed}"
+        for name, model_name in SYSTEMS.items():
+            folder = given.weights / f"{model_name}_{seed}"
             begun = time.process_time()
             absent = not (folder / "model.safetensors").exists()
             if absent:
@@ -162,15 +161,15 @@ def train(given):
                     seed=seed,
                     resume=(folder / "checkpoint.pt").exists(),
                 )
-            if not absent and str(seed) in stored_quality(name):
+            if not absent and str(seed) in stored().get("quality", {}).get(name, {}):
                 continue
             entry = quality(trained(name, SIZE, given.weights, seed), val)
             entry["cpu_seconds"] = round(time.process_time() - begun)
             print(name, seed, entry, flush=True)
             # Read now, as another process may have written its own in the meantime.
-            stored = read_json(OUTPUT) if OUTPUT.exists() else {}
-            stored.setdefault("quality", {}).setdefault(name, {})[str(seed)] = entry
-            write_json(OUTPUT, stored)
+            found = stored()
+            found.setdefault("quality", {}).setdefault(name, {})[str(seed)] = entry
+            write_json(OUTPUT, found)
 
 
 def measured(models, size, count, rounds):
@@ -204,18 +203,18 @@ def measured(models, size, count, rounds):
 
 def measure(given):
     torch.set_num_threads(given.threads)
-    stored = read_json(OUTPUT) if OUTPUT.exists() else {}
+    found = stored()
     if given.weights is not None:
         size, count = TIMED["trained"]
         models = {name: trained(name, size, given.weights, given.seed) for name in SYSTEMS}
         models[TWO + PYTHON] = merge_in_python(trained(TWO, size, given.weights, given.seed))
-        stored["trained"] = measured(models, size, count, given.rounds)
+        found["trained"] = measured(models, size, count, given.rounds)
     size, count = TIMED["untrained"]
     models = {name: untrained(name, size) for name in (*SYSTEMS, PSPNET)}
     models[PSPNET + PYTHON] = merge_in_python(untrained(PSPNET, size))
-    stored["untrained"] = measured(models, size, count, given.rounds)
-    stored["threads"], stored["torch"] = given.threads, torch.__version__
-    write_json(OUTPUT, stored)
+    found["untrained"] = measured(models, size, count, given.rounds)
+    found["threads"], found["torch"] = given.threads, torch.__version__
+    write_json(OUTPUT, found)
 
 
 def table_of_quality(found):
@@ -241,12 +240,12 @@ def table_of_times(found, size):
 
 
 def page_tables():
-    stored = read_json(OUTPUT)
-    found = {"quality": table_of_quality(stored["quality"])} if "quality" in stored else {}
-    return found | {
-        kind: table_of_times(stored[kind], size)
+    found = stored()
+    tables = {"quality": table_of_quality(found["quality"])} if "quality" in found else {}
+    return tables | {
+        kind: table_of_times(found[kind], size)
         for kind, (size, _) in TIMED.items()
-        if kind in stored
+        if kind in found
     }
 
 
@@ -266,7 +265,6 @@ def main():
         if function is train:
             command.add_argument("weights", type=Path, help="folder for what is trained")
             command.add_argument("--seeds", type=int, nargs="*", default=(0, 1, 2))
-            command.add_argument("--systems", nargs="*", choices=SYSTEMS, default=list(SYSTEMS))
         else:
             command.add_argument("weights", type=Path, nargs="?", help="what `train` left there")
             command.add_argument("--seed", type=int, default=0)
