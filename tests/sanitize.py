@@ -11,7 +11,8 @@ shared out among threads. For ThreadSanitizer torch's thread pool gives way to p
 threads_for_tsan.cpp, and torch itself runs on one thread.
 
 The tests of the ops and the cases of `tests.fuzz` run, without those that compile CUDA sources or
-Python. A report ends the process, and is printed.
+Python, and under AddressSanitizer those of pyseg-classical's compiled half. A report ends the
+process, and is printed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLUGIN = ROOT / "plugins" / "pyseg-classical"
 FOLDER = ROOT / "build" / "sanitize"
 LEVELS = ("v4", "v3", "generic")
 FLAGS = {
@@ -44,6 +46,7 @@ OPTIONS = {
 # Compiled CUDA sources and compiled Python are other code, and take long. That small inputs start
 # no threads does not hold here.
 TESTS = "not emulated and not cuda and not compile and not opcheck and not small_inputs"
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys"]
 QUICK_TESTS = ("test_hostile_arguments.py", "test_upsample_argmax.py", "test_roi_align.py")
 
 
@@ -51,24 +54,28 @@ def build(kind: str) -> Path:
     """The folder that PYTHONPATH begins with."""
     place = FOLDER / kind
     flags = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS[kind]}"
-    subprocess.run(
-        [sys.executable, "setup.py", "build_ext", "--build-lib", str(place / "python")],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYSEG_CUDA": "0",
-            "PYSEG_BUILD_DIR": str(place / "native"),
-            "CXXFLAGS": f"{flags} -DPYSEG_WORTH_THREADS=1 {os.environ.get('CXXFLAGS', '')}",
-            "LDFLAGS": f"{FLAGS[kind]} {os.environ.get('LDFLAGS', '')}",
-        },
-        check=True,
-    )
-    shutil.copytree(
-        ROOT / "pyseg",
-        place / "python" / "pyseg",
-        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-        dirs_exist_ok=True,
-    )
+    for project, package in ((ROOT, "pyseg"), (PLUGIN, "pyseg_classical")):
+        subprocess.run(
+            [
+                *(sys.executable, "setup.py", "build_ext"),
+                *("--build-lib", str(place / "python"), "--build-temp", str(place / "objects")),
+            ],
+            cwd=project,
+            env={
+                **os.environ,
+                "PYSEG_CUDA": "0",
+                "PYSEG_BUILD_DIR": str(place / "native"),
+                "CXXFLAGS": f"{flags} -DPYSEG_WORTH_THREADS=1 {os.environ.get('CXXFLAGS', '')}",
+                "LDFLAGS": f"{FLAGS[kind]} {os.environ.get('LDFLAGS', '')}",
+            },
+            check=True,
+        )
+        shutil.copytree(
+            project / package,
+            place / "python" / package,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+            dirs_exist_ok=True,
+        )
     return place / "python"
 
 
@@ -151,8 +158,10 @@ def check(kind: str, quick: bool, chosen: list[str], seed: int | None) -> bool:
             tests, which = ["tests/ops"], f"({TESTS}) and threads"
         else:
             which = TESTS
-        pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--capture=sys", "-k", which]
-        good &= run(f"{kind}, {level}, tests", [sys.executable, *pytest, *tests], at_level)
+        good &= run(f"{kind}, {level}, tests", [*PYTEST, "-k", which, *tests], at_level)
+    if kind == "asan" and not quick:
+        tests = str(PLUGIN / "tests" / "test_compiled.py")
+        good &= run(f"{kind}, {PLUGIN.name}", [*PYTEST, tests], base)
     return good
 
 

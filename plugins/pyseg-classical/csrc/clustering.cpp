@@ -16,24 +16,29 @@ double squared(const double* a, const double* b, int64_t dims) {
   return sum;
 }
 
-#define CLASSICAL_VECTORS(bytes)                                             \
-  typedef double Doubles##bytes __attribute__((vector_size(bytes), aligned(8))); \
-  typedef int64_t Longs##bytes __attribute__((vector_size(bytes), aligned(8)))
-CLASSICAL_VECTORS(16);
-CLASSICAL_VECTORS(32);
-CLASSICAL_VECTORS(64);
+// In arrays they lie at any multiple of their elements' size. Both depend on T: an alignment that does
+// not is lost where the size of the vector does, and so is that of a type that is a parameter.
+template <class T, int kBytes>
+struct Vector {
+  typedef T Lanes __attribute__((vector_size(kBytes)));
+  typedef T Memory __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
+};
 
 // The nearest centre of every point of a block [dims, kLanes], of equals the first: the one with the
 // least |c|^2 - 2 x c, as |x|^2 is common to all. Scaled is -2 c, [k, dims]; length is |c|^2. Without
 // fused multiplication, so that every machine gives the same bits.
-template <class Lanes, class Numbers>
+template <int kBytes>
 inline __attribute__((always_inline)) void nearest_by(const double* block, const double* scaled,
                                                       const double* length, int64_t dims,
                                                       int64_t k, int64_t* label) {
-  constexpr int kVectors = 4, kWide = kVectors * sizeof(Lanes) / 8;  // so many registers at a time
+  using Lanes = typename Vector<double, kBytes>::Lanes;
+  using Numbers = typename Vector<int64_t, kBytes>::Lanes;
+  using Row = typename Vector<double, kBytes>::Memory;
+  using Labels = typename Vector<int64_t, kBytes>::Memory;
+  constexpr int kVectors = 4, kWide = kVectors * kBytes / 8;  // so many registers at a time
   for (int64_t first = 0; first < kLanes; first += kWide) {
-    const auto* x = reinterpret_cast<const Lanes*>(block + first);
-    constexpr int64_t kRow = kLanes * 8 / sizeof(Lanes);
+    const auto* x = reinterpret_cast<const Row*>(block + first);
+    constexpr int64_t kRow = kLanes * 8 / kBytes;
     Lanes best[kVectors];
     Numbers owner[kVectors] = {};
     for (auto& lanes : best) lanes = Lanes{} + std::numeric_limits<double>::infinity();
@@ -52,7 +57,7 @@ inline __attribute__((always_inline)) void nearest_by(const double* block, const
       Lanes g = Lanes{} + length[c + 1], h = g, i = g, j = g;
       const double *one = scaled + c * dims, *other = one + dims;
       for (int64_t d = 0; d < dims; ++d) {
-        const Lanes* row = x + d * kRow;
+        const Row* row = x + d * kRow;
         const Lanes left = Lanes{} + one[d], right = Lanes{} + other[d];
         a += row[0] * left, g += row[0] * right;
         b += row[1] * left, h += row[1] * right;
@@ -65,7 +70,7 @@ inline __attribute__((always_inline)) void nearest_by(const double* block, const
     for (; c < k; ++c) {
       Lanes a = Lanes{} + length[c], b = a, e = a, f = a;
       for (int64_t d = 0; d < dims; ++d) {
-        const Lanes* row = x + d * kRow;
+        const Row* row = x + d * kRow;
         const Lanes centre = Lanes{} + scaled[c * dims + d];
         a += row[0] * centre;
         b += row[1] * centre;
@@ -74,7 +79,7 @@ inline __attribute__((always_inline)) void nearest_by(const double* block, const
       }
       consider(c, a, b, e, f);
     }
-    auto* out = reinterpret_cast<Numbers*>(label + first);
+    auto* out = reinterpret_cast<Labels*>(label + first);
     for (int v = 0; v < kVectors; ++v) out[v] = owner[v];
   }
 }
@@ -83,7 +88,7 @@ using Nearest = void (*)(const double*, const double*, const double*, int64_t, i
 #define CLASSICAL_NEAREST(bytes)                                                               \
   void nearest_##bytes(const double* block, const double* scaled, const double* length,        \
                        int64_t dims, int64_t k, int64_t* label) {                              \
-    nearest_by<Doubles##bytes, Longs##bytes>(block, scaled, length, dims, k, label);           \
+    nearest_by<bytes>(block, scaled, length, dims, k, label);                                  \
   }
 CLASSICAL_NEAREST(16)
 #if defined(__x86_64__)
