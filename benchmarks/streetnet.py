@@ -16,7 +16,7 @@ goes on.
 ``python benchmarks/streetnet.py table`` writes the card's tables from both.
 
 ``python benchmarks/streetnet.py bundle RUN/model.safetensors`` stores weights in half precision
-where the package has them.
+where the package has them, and their digest in the card.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from safetensors.torch import save_file
 import pyseg
 from pyseg.datasets import CamVid
 from pyseg.evaluation import evaluate
-from pyseg.files import read_json, write_json
+from pyseg.files import read_json, write_json, write_text
 from pyseg.models.streetnet import BUNDLED, streetnet
 from pyseg.training import recipes
 
@@ -280,7 +280,10 @@ def bundle(given):
     model = streetnet(weights=given.weights)  # which says what is wrong with them
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     save_file({key: value.contiguous() for key, value in state.items()}, BUNDLED)
-    print(BUNDLED, BUNDLED.stat().st_size, hashlib.sha256(BUNDLED.read_bytes()).hexdigest())
+    digest = hashlib.sha256(BUNDLED.read_bytes()).hexdigest()
+    card = PAGE.read_text(encoding="utf-8")
+    write_text(PAGE, re.sub(r"SHA-256 `\w+`", f"SHA-256 `{digest}`", card))
+    print(BUNDLED, BUNDLED.stat().st_size, digest)
 
 
 def main():

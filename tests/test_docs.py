@@ -14,6 +14,7 @@ block, of which the site shows the reasons, say what is not run as it stands:
 
 import ast
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -372,6 +373,14 @@ def test_page_has_the_tables_of_the_stored_runs(monkeypatch, page, script):
     assert module.pages.with_parts(text, script, tables) == text
     with pytest.raises(ValueError, match=": absent -->"):
         module.pages.with_parts(text, script, {"absent": []})
+
+
+@pytest.mark.parametrize(
+    "weights", sorted((ROOT / "pyseg" / "assets").glob("*.safetensors")), ids=lambda path: path.name
+)
+def test_card_names_the_digest_of_its_weights(weights):
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"SHA-256 `{digest}`" in weights.with_suffix(".md").read_text(encoding="utf-8")
 
 
 def test_every_op_and_metric_has_its_part():
