@@ -58,6 +58,12 @@ HOLDOUT = {
     "scale": "0.75-1.35",
 }
 FIRST = ("weights", "dataset", "repeats", "aliases")  # what a row changes in the first part alone
+SCORED_PARTS = {  # of the recipe without the hold-outs; of other runs the first alone
+    "both parts": "",
+    "both parts, tta": ", flip and scales at test time",
+    "first part": ", first part alone",
+}
+TTA = "flip,scales"
 ROWS = {
     "recipe": {},
     "random weights, not ImageNet's": {"weights": "none"},
@@ -101,9 +107,13 @@ def scores(pipeline, dataset):
     }
 
 
+def built(weights, tta=None):
+    options = f", tta={tta!r}" if tta else ""
+    return pyseg.build(f"streetnet(weights={str(weights)!r}{options})")
+
+
 def score(given):
-    options = f", tta={given.tta!r}" if given.tta else ""
-    pipeline = pyseg.build(f"streetnet(weights={given.weights!r}{options})")
+    pipeline = built(given.weights, given.tta)
     entry = {"weights": Path(given.weights).name, "tta": given.tta, "torch": torch.__version__}
     for name, dataset in sets(given.data).items():
         if not given.sets or name in given.sets:
@@ -183,8 +193,7 @@ def study(given):
             first, last = options_of(row, given.share, without)
             begun = time.perf_counter()
             weights = trained(first, given.data, folder / "first", seed)
-            scored = {"first part": weights}
-            scored["both parts"] = trained(last, given.data, folder / "last", seed, weights)
+            result = trained(last, given.data, folder / "last", seed, weights)
             entry = {
                 **key,
                 "seconds": round(time.perf_counter() - begun),
@@ -194,8 +203,10 @@ def study(given):
                 options["epochs"] * options["steps"] * options["batch_size"]
                 for options in (first, last)
             ]
-            for part, file in scored.items():
-                pipeline = pyseg.build(f"streetnet(weights={str(file)!r})")
+            usual = (row, without) == ("recipe", "hold-outs")
+            for part in SCORED_PARTS if usual else ("both parts",):
+                file = weights if part == "first part" else result
+                pipeline = built(file, TTA if part.endswith("tta") else None)
                 entry[part] = {
                     n: scores(pipeline, s) for n, s in unseen(given.data, without).items()
                 }
@@ -225,7 +236,7 @@ def ablation_table(runs):
         usual = None
         for row in ROWS:
             same = [run for run in runs if (run["row"], run["share"]) == (row, share)]
-            parts = ("both parts", "first part") if row == "recipe" else ("both parts",)
+            parts = SCORED_PARTS if row == "recipe" else ("both parts",)
             for part in parts if same else ():
                 held, clip = (
                     [run[part][name]["miou"] for run in same]
@@ -234,8 +245,8 @@ def ablation_table(runs):
                 if row == "recipe":
                     usual = usual or statistics.mean(held)
                 gain = f"{100 * (statistics.mean(held) - usual):+.1f}" if usual else ""
-                name = row + (", first part alone" if part == "first part" else "")
-                crops = sum(same[0]["crops"][: 1 + (part == "both parts")])
+                name = row + SCORED_PARTS[part]
+                crops = sum(same[0]["crops"][: 1 if part == "first part" else 2])
                 cells = (f"{crops:,}", mean_and_spread(held), gain, mean_and_spread(clip))
                 yield f"| {name} | {' | '.join(cells)} | {seeds_of(same)} |"
 
