@@ -50,32 +50,31 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--cap
 QUICK_TESTS = ("test_hostile_arguments.py", "test_upsample_argmax.py", "test_roi_align.py")
 
 
-def build(kind: str) -> Path:
+def build(kind: str, project: Path = ROOT, package: str = "pyseg") -> Path:
     """The folder that PYTHONPATH begins with."""
     place = FOLDER / kind
     flags = f"-O1 -g1 -fno-omit-frame-pointer {FLAGS[kind]}"
-    for project, package in ((ROOT, "pyseg"), (PLUGIN, "pyseg_classical")):
-        subprocess.run(
-            [
-                *(sys.executable, "setup.py", "build_ext"),
-                *("--build-lib", str(place / "python"), "--build-temp", str(place / "objects")),
-            ],
-            cwd=project,
-            env={
-                **os.environ,
-                "PYSEG_CUDA": "0",
-                "PYSEG_BUILD_DIR": str(place / "native"),
-                "CXXFLAGS": f"{flags} -DPYSEG_WORTH_THREADS=1 {os.environ.get('CXXFLAGS', '')}",
-                "LDFLAGS": f"{FLAGS[kind]} {os.environ.get('LDFLAGS', '')}",
-            },
-            check=True,
-        )
-        shutil.copytree(
-            project / package,
-            place / "python" / package,
-            ignore=shutil.ignore_patterns("*.so", "__pycache__"),
-            dirs_exist_ok=True,
-        )
+    subprocess.run(
+        [
+            *(sys.executable, "setup.py", "build_ext"),
+            *("--build-lib", str(place / "python"), "--build-temp", str(place / "objects")),
+        ],
+        cwd=project,
+        env={
+            **os.environ,
+            "PYSEG_CUDA": "0",
+            "PYSEG_BUILD_DIR": str(place / "native"),
+            "CXXFLAGS": f"{flags} -DPYSEG_WORTH_THREADS=1 {os.environ.get('CXXFLAGS', '')}",
+            "LDFLAGS": f"{FLAGS[kind]} {os.environ.get('LDFLAGS', '')}",
+        },
+        check=True,
+    )
+    shutil.copytree(
+        project / package,
+        place / "python" / package,
+        ignore=shutil.ignore_patterns("*.so", "__pycache__"),
+        dirs_exist_ok=True,
+    )
     return place / "python"
 
 
@@ -160,6 +159,7 @@ def check(kind: str, quick: bool, chosen: list[str], seed: int | None) -> bool:
             which = TESTS
         good &= run(f"{kind}, {level}, tests", [*PYTEST, "-k", which, *tests], at_level)
     if kind == "asan" and not quick:
+        build(kind, PLUGIN, "pyseg_classical")
         tests = str(PLUGIN / "tests" / "test_compiled.py")
         good &= run(f"{kind}, {PLUGIN.name}", [*PYTEST, tests], base)
     return good
