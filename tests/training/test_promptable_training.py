@@ -156,17 +156,22 @@ def test_first_prompts_are_of_the_mask():
     assert torch.equal(alone, rounds.ambiguous) and 0.3 < alone.float().mean() < 0.6
 
 
+def begun(truths):
+    """Rounds of masks, their first prompts asked for."""
+    rounds = module._Rounds(truths, torch.zeros(len(truths), 2), torch.randint(2**31, (3,)))
+    rounds(None, None)
+    return rounds
+
+
 def test_corrections_lie_where_the_answer_is_wrong():
     torch.manual_seed(torch.seed() % 2**31)
     truths = discs(100)
-    rounds = module._Rounds(truths, torch.zeros(len(truths), 2), torch.randint(2**31, (3,)))
-    rounds(None, None)
+    rounds = begun(truths)
     answer = 5 * torch.randn(len(truths), 3, 16, 16)
     iou = torch.rand(len(truths), 3)
     places, labels, masks = rounds(answer, iou)
     kept = answer[torch.arange(len(truths)), iou.argmax(1)]
     coarse = rounds.replaced
-    assert 0.1 < coarse.float().mean() < 0.45
     assert torch.equal(masks[~coarse], kept[~coarse]) and not torch.equal(masks, kept)
     assert places.shape == (101, 5, 2) and bool((labels[coarse, 3:] == 4).all())
     inside = rounds.share >= 0.5
@@ -180,12 +185,28 @@ def test_corrections_lie_where_the_answer_is_wrong():
             assert bool(kept[k, y, x] > 0) != (label == 1)
             clicks += 1
     assert len(truths) * 0.75 < clicks < len(truths) * 2 * 0.9
-    # The coarse version is near the mask, though not it.
-    found = iou_of(masks[coarse] > 0, inside[coarse])
-    large = truths[coarse].flatten(1).sum(1) > 100
-    assert 0.5 < found[large].mean() < 0.95 and bool((masks[coarse] > 0).flatten(1).any(1).all())
     assert rounds(answer, iou)[0].shape == (101, 7, 2)
     assert rounds(answer, iou) is None
+
+
+def test_a_quarter_of_the_answers_is_replaced_by_coarse_masks():
+    """One stride of three is drawn for a call, and means over a call differ by it: .53, .77, .86."""
+    torch.manual_seed(torch.seed() % 2**31)
+    shares, means = [], []
+    for _ in range(30):
+        truths = discs(100)
+        rounds = begun(truths)
+        _, _, masks = rounds(torch.randn(len(truths), 3, 16, 16), torch.rand(len(truths), 3))
+        coarse = rounds.replaced
+        found = iou_of(masks[coarse] > 0, rounds.share[coarse] >= 0.5)
+        large = truths[coarse].flatten(1).sum(1) > 100
+        assert bool((masks[coarse] > 0).flatten(1).any(1).all())
+        shares.append(coarse.float().mean())
+        means.append(found[large].mean())
+    assert 0.2 < torch.stack(shares).mean() < 0.3
+    # Near the mask, though not it.
+    assert 0.3 < min(means) and max(means) < 0.95
+    assert 0.58 < torch.stack(means).mean() < 0.86
 
 
 def test_losses_by_hand():
