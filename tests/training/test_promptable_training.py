@@ -190,7 +190,7 @@ def test_corrections_lie_where_the_answer_is_wrong():
 
 
 def test_a_quarter_of_the_answers_is_replaced_by_coarse_masks():
-    """One stride of three is drawn for a call, and means over a call differ by it: .53, .77, .86."""
+    """A call draws one stride of three, by which its mean IoU differs: .53, .77 or .86."""
     torch.manual_seed(torch.seed() % 2**31)
     shares, means = [], []
     for _ in range(30):
@@ -205,7 +205,7 @@ def test_a_quarter_of_the_answers_is_replaced_by_coarse_masks():
         means.append(found[large].mean())
     assert 0.2 < torch.stack(shares).mean() < 0.3
     # Near the mask, though not it.
-    assert 0.3 < min(means) and max(means) < 0.95
+    assert min(means) > 0.3 and max(means) < 0.95
     assert 0.58 < torch.stack(means).mean() < 0.86
 
 
