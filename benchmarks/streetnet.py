@@ -8,7 +8,7 @@ that they were trained on. NAME is the entry of the card's JSON that is written.
 
 ``python benchmarks/streetnet.py study DATA RUNS``: what the weights that kept frames out owe to
 what. A row of the study is the training of these weights with one ingredient changed, a fold
-(``--drives``) is that training without a whole drive of CamVid; the results go to
+(``--drives``) is such a training that keeps a whole drive of CamVid out instead; the results go to
 ``results/streetnet.json``. Two processes with a thread each on a CPU, one process on a GPU. A row
 takes an hour of two busy cores, or a quarter of that by ``--share 0.25``; a run that is stopped
 goes on.
@@ -21,6 +21,7 @@ where the package has them, and their digest in the card.
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -180,9 +181,9 @@ def folder_of(row, without, share, seed):
 
 
 def study(given):
-    jobs = [(row, "hold-outs") for row in given.rows] + [("recipe", f"{d}_*") for d in given.drives]
+    left_out = [f"{drive}_*" for drive in given.drives] or ["hold-outs"]
     for seed in given.seeds:
-        for row, without in jobs:
+        for row, without in itertools.product(given.rows, left_out):
             key = {"row": row, "without": without, "share": given.share, "seed": seed}
             stored = read_json(OUTPUT) if OUTPUT.exists() else {"runs": []}
             others = [one for one in stored["runs"] if not key.items() <= one.items()]
@@ -252,17 +253,19 @@ def ablation_table(runs):
 
 
 def folds_table(runs):
-    """The recipe on drives that it has seen nothing of."""
-    yield "| drive left out | scored on | frames | crops | mIoU | seeds |"
-    yield "|---|---|---|---|---|---|"
+    """Rows on drives of which they have seen nothing."""
+    yield "| drive left out | scored on | frames | | crops | mIoU | seeds |"
+    yield "|---|---|---|---|---|---|---|"
     for share in sorted({run["share"] for run in runs}, reverse=True):
-        for drive in DRIVES:
-            same = [run for run in runs if (run["without"], run["share"]) == (f"{drive}_*", share)]
+        for drive, row in itertools.product(DRIVES, ROWS):
+            key = {"without": f"{drive}_*", "row": row, "share": share}
+            same = [run for run in runs if key.items() <= run.items()]
             for name in same[0]["both parts"] if same else ():
                 found = [run["both parts"][name] for run in same]
                 crops, frames = sum(same[0]["crops"]), found[0]["frames"]
                 score = mean_and_spread([one["miou"] for one in found])
-                yield f"| {drive} | {name} | {frames} | {crops:,} | {score} | {seeds_of(same)} |"
+                cells = f"{drive} | {name} | {frames} | {row} | {crops:,} | {score}"
+                yield f"| {cells} | {seeds_of(same)} |"
 
 
 def seeds_of(runs):
@@ -313,7 +316,7 @@ def main():
     studying.add_argument("data", type=Path)
     studying.add_argument("runs", type=Path, help="folder for what is trained")
     studying.add_argument("--rows", nargs="*", choices=ROWS, default=["recipe"])
-    studying.add_argument("--drives", nargs="*", choices=DRIVES, default=[], help="to leave out")
+    studying.add_argument("--drives", nargs="*", choices=DRIVES, default=[], help="folds")
     studying.add_argument("--seeds", nargs="*", type=int, default=[0])
     studying.add_argument("--share", type=float, default=1.0, help="of the recipe's steps")
     commands.add_parser("table").set_defaults(run=write_tables)

@@ -40,9 +40,10 @@ def test_rows_are_recipes_of_pyseg_train(script, tmp_path):
 
 
 def test_a_fold_sees_nothing_of_its_drive(script):
-    for options in script.options_of("recipe", 1, "0016E5_*"):
-        assert "camvid(split='train', without='0016E5_*')" in options["dataset"]
-        assert not any("val" in name for name in options["dataset"])
+    for row in script.ROWS:
+        for options in script.options_of(row, 1, "0016E5_*"):
+            assert "camvid(split='train', without='0016E5_*')" in options["dataset"]
+            assert not any("val" in name for name in options["dataset"])
 
 
 def test_tables_tell_means_and_gains(script):
@@ -61,8 +62,11 @@ def test_tables_tell_means_and_gains(script):
         assert f"| recipe, {name} | {crops} | {held} | 0.700 ± 0.000 | 0 1 |" in lines
     assert "| no OHEM | 1,200 | 0.580 | -3.0 | 0.700 | 0 |" in lines
     assert "| no OHEM | 1,200 | 0.500 |  | 0.600 | 0 |" in lines
-    lines = list(script.folds_table([run_of("recipe", 0.5, 0.6, "0016E5_*")]))
+    folds = [run_of("no OHEM", 0.4, 0.5, "0016E5_*"), run_of("recipe", 0.5, 0.6, "0016E5_*")]
+    lines = list(script.folds_table(folds))
     assert lines[2:] == [
-        "| 0016E5 | both hold-outs | 32 | 1,200 | 0.500 | 0 |",
-        "| 0016E5 | validation | 9 | 1,200 | 0.600 | 0 |",
+        "| 0016E5 | both hold-outs | 32 | recipe | 1,200 | 0.500 | 0 |",
+        "| 0016E5 | validation | 9 | recipe | 1,200 | 0.600 | 0 |",
+        "| 0016E5 | both hold-outs | 32 | no OHEM | 1,200 | 0.400 | 0 |",
+        "| 0016E5 | validation | 9 | no OHEM | 1,200 | 0.500 | 0 |",
     ]
