@@ -316,7 +316,9 @@ def main():
     studying.add_argument("data", type=Path)
     studying.add_argument("runs", type=Path, help="folder for what is trained")
     studying.add_argument("--rows", nargs="*", choices=ROWS, default=["recipe"])
-    studying.add_argument("--drives", nargs="*", choices=DRIVES, default=[], help="folds")
+    studying.add_argument(
+        "--drives", nargs="*", choices=DRIVES, default=[], help="left out, not the hold-outs"
+    )
     studying.add_argument("--seeds", nargs="*", type=int, default=[0])
     studying.add_argument("--share", type=float, default=1.0, help="of the recipe's steps")
     commands.add_parser("table").set_defaults(run=write_tables)
