@@ -1,8 +1,8 @@
 """Three panoptic systems, trained equally long on `synthetic` and compared: quality, time, memory.
 
-    python benchmarks/panoptic_systems.py train WEIGHTS    # and scores: hours
-    python benchmarks/panoptic_systems.py time [WEIGHTS]   # on an otherwise idle machine
-    python benchmarks/panoptic_systems.py table            # docs/panoptic.md, from the JSON
+    python benchmarks/panoptic_systems.py train WEIGHTS     # and scores: hours
+    python benchmarks/panoptic_systems.py time [WEIGHTS] --machine PROCESSOR    # idle otherwise
+    python benchmarks/panoptic_systems.py table             # docs/panoptic.md, from the JSON
 
 ``train`` gives UPSNet, panoptic FPN and two networks (Mask R-CNN and FCN, merged by the heuristic)
 the same scenes in the same order for as many steps; another seed draws other weights, order, lights
@@ -10,9 +10,10 @@ and samples of boxes. What WEIGHTS holds already is not trained again. Heads lea
 an image, not 512, as it holds no more than 12 things: a step of four images takes some 1.5 s of a
 core.
 
-``time`` times these networks, if they are there, and untrained ones of the sizes that the UPSNet
-paper compares: ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An untrained
-detector finds nothing, so there every network keeps its 100 best boxes, whatever their scores.
+``time`` times these networks on larger scenes, or without WEIGHTS untrained ones of the sizes that
+the UPSNet paper compares: ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An
+untrained detector finds nothing, so there every network keeps its 100 best boxes, whatever their
+scores.
 """
 
 import argparse
@@ -209,18 +210,17 @@ def measured(models, size, count, rounds):
 
 def measure(given):
     torch.set_num_threads(given.threads)
-    found = stored()
-    if given.weights is not None:
-        size, count = TIMED["trained"]
+    kind = "untrained" if given.weights is None else "trained"
+    size, count = TIMED[kind]
+    if kind == "trained":
         models = {name: trained(name, size, given.weights, given.seed) for name in SYSTEMS}
         models[TWO + PYTHON] = merge_in_python(trained(TWO, size, given.weights, given.seed))
-        found["trained"] = measured(models, size, count, given.rounds)
-    size, count = TIMED["untrained"]
-    models = {name: untrained(name, size) for name in (*SYSTEMS, PSPNET)}
-    models[PSPNET + PYTHON] = merge_in_python(untrained(PSPNET, size))
-    found["untrained"] = measured(models, size, count, given.rounds)
-    found["threads"], found["torch"] = given.threads, torch.__version__
-    write_json(OUTPUT, found)
+    else:
+        models = {name: untrained(name, size) for name in (*SYSTEMS, PSPNET)}
+        models[PSPNET + PYTHON] = merge_in_python(untrained(PSPNET, size))
+    times = measured(models, size, count, given.rounds)
+    where = f"{given.machine}, threads: {given.threads}, torch {torch.__version__}"
+    write_json(OUTPUT, stored() | {kind: times, f"{kind} on": where})
 
 
 def table_of_quality(found):
@@ -275,6 +275,7 @@ def main():
             command.add_argument("weights", type=Path, nargs="?", help="what `train` left there")
             command.add_argument("--seed", type=int, default=0)
             command.add_argument("--rounds", type=int, default=3)
+            command.add_argument("--machine", required=True, help="its processor, for the JSON")
     given = parser.parse_args()
     given.run(given)
 
