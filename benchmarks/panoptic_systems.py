@@ -7,8 +7,7 @@
 ``train`` gives UPSNet, panoptic FPN and two networks (Mask R-CNN and FCN, merged by the heuristic)
 the same scenes in the same order for as many steps; another seed draws other weights, order, lights
 and samples of boxes. What WEIGHTS holds already is not trained again. Heads learn from 128 boxes of
-an image, not 512, as it holds no more than 12 things: a step of four images takes some 1.5 s of a
-core.
+an image, not 512, as a scene has few things: a step of four images takes some 1.5 s of a core.
 
 ``time`` times these networks on larger scenes, or without WEIGHTS untrained ones of the sizes that
 the UPSNet paper compares: ResNet-50, 256 channels, 800 x 1300 pixels, Mask R-CNN beside PSPNet. An
