@@ -39,15 +39,19 @@ TRAIN = OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m pyseg train --ro
 RUNS := build/weights
 part = -o $(RUNS)/$(1) $(if $(wildcard $(RUNS)/$(1)/checkpoint.pt),--resume)
 from = --weights $(RUNS)/$(1)/model.safetensors
-weights: $(TESTED)  ## train streetnet's weights anew: hours; DATA=… holds camvid and labelmefacade
+weights: $(TESTED)  ## train streetnet's weights anew: hours; DATA=… holds camvid
 	$(BIN)/python benchmarks/streetnet.py study $(DATA) $(RUNS)
 	$(TRAIN) --config streetnet_all --batch-size 4 $(call from,recipe_0/first) $(call part,all)
 	$(TRAIN) --config streetnet_finish --batch-size 4 $(call from,all) $(call part,finish)
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name "hold-outs kept out" \
 	  --weights $(RUNS)/recipe_0/last/model.safetensors
+	$(BIN)/python benchmarks/temperature.py $(DATA)/camvid --weights $(RUNS)/recipe_0/last/model.safetensors
 	$(BIN)/python benchmarks/streetnet.py bundle $(RUNS)/finish/model.safetensors
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name bundled
 	$(BIN)/python benchmarks/streetnet.py table
+	OMP_NUM_THREADS=1 $(BIN)/pyseg train-refiner segfix --dataset camvid --root $(DATA)/camvid \
+	  --spec streetnet --epochs 12 $(call part,segfix)
+	$(BIN)/python benchmarks/segfix.py --bundle $(RUNS)/segfix/pipeline/1_segfix.safetensors
 
 bench: $(TESTED)  ## ratios against the peers
 	$(BIN)/python -m pytest --benchmark

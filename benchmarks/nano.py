@@ -22,8 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pages
 import torch
-from safetensors.torch import save_file
 from scipy import sparse
 from scipy.sparse.linalg import cg
 from torchvision.transforms.v2.functional import resize
@@ -281,10 +281,7 @@ def table(given):
 
 def bundle(given):
     network = load_nano(given.weights).network  # which says what is wrong with them
-    state = network.state_dict()
-    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-    save_file({key: value.contiguous() for key, value in state.items()}, BUNDLED)
-    print(BUNDLED, BUNDLED.stat().st_size, hashlib.sha256(BUNDLED.read_bytes()).hexdigest())
+    pages.bundle_weights(BUNDLED, network.state_dict())
 
 
 def main():

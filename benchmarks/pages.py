@@ -1,13 +1,15 @@
-"""The tables that benchmarks write into pages of docs/ and into cards of weights.
+"""The tables that benchmarks write into pages of docs/ and into cards of weights, and the weights.
 
-Each stands between two comments, ``<!-- by benchmarks/sam.py: score -->`` and
+A table stands between two comments, ``<!-- by benchmarks/sam.py: score -->`` and
 ``<!-- until here -->``. A benchmark's ``page_tables()`` gives its tables from the
 stored run, by their names, and a test compares them with its ``PAGE``.
 """
 
+import hashlib
 import re
 
 from pyseg.files import write_text
+from pyseg.weights import save_state
 
 PART = re.compile(r"(<!-- by (\S+): (\w+) -->\n)(.*?)(<!-- until here -->)", re.DOTALL)
 
@@ -37,3 +39,13 @@ def with_parts(text, script, tables):
 def write_parts(page, script, tables):
     """Puts ``tables`` into the file ``page``."""
     write_text(page, with_parts(page.read_text(encoding="utf-8"), script, tables))
+
+
+def bundle_weights(path, state, metadata=None):
+    """Stores a state dict in half precision as ``path``, and its digest in the card beside it."""
+    state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+    save_state(path, state, metadata=metadata)
+    digest, card = hashlib.sha256(path.read_bytes()).hexdigest(), path.with_suffix(".md")
+    text = card.read_text(encoding="utf-8")
+    write_text(card, re.sub(r"SHA-256 `\w+`", f"SHA-256 `{digest}`", text, count=1))
+    print(path, path.stat().st_size, digest)

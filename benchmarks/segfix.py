@@ -1,7 +1,10 @@
 """What `segfix` gains on images that it was not trained on: ``pyseg/assets/segfix_camvid.json``.
 
     python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
-      --streetnet build/weights/holdout/model.safetensors --segfix RUN/1_segfix.safetensors
+      --streetnet build/weights/recipe_0/last/model.safetensors \
+      --segfix RUN/pipeline/1_segfix.safetensors
+    python benchmarks/segfix.py --table
+    python benchmarks/segfix.py --bundle RUN/pipeline/1_segfix.safetensors
 
 The bundled weights of streetnet have seen all folds. So streetnet here is that which `make weights`
 trains without the hold-outs and validation, and segfix has a head that was trained behind it.
@@ -13,6 +16,9 @@ clip, and photographs of other cities, of LabelMeFacade, in the six classes that
 (doors and windows are buildings; what a model calls otherwise is void). Intervals of differences
 are of a bootstrap over images, 2000 resamples; neighbouring frames of a video resemble each other,
 so they are too narrow.
+
+``--bundle`` stores a head that was trained behind the bundled streetnet, beside the network that is
+there, and the file's digest in its card.
 """
 
 import argparse
@@ -20,6 +26,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pages
 import torch
 from torch.nn.functional import interpolate
 
@@ -31,9 +38,13 @@ from pyseg.files import read_json, write_json
 from pyseg.metrics import Boundary, Semantic
 from pyseg.metrics.bootstrap import draws, total_of
 from pyseg.refiners import SegFix
+from pyseg.refiners.segfix import BUNDLED
 from pyseg.types import VOID, Segmentation
+from pyseg.weights import load_state
 
-OUTPUT = Path(pyseg.__file__).parent / "assets" / "segfix_camvid.json"
+OUTPUT = BUNDLED.with_suffix(".json")
+PAGE = BUNDLED.with_suffix(".md")
+SCRIPT = "benchmarks/segfix.py"
 FOLDS = ("dusk", "day", "validation", "other cities")
 THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 RESAMPLES = 2000
@@ -160,34 +171,47 @@ def compare(classes, states, plain, counts):
     }
 
 
-def table(rows):
-    """The card's two tables."""
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
 
+
+def gains_table(rows):
     def cell(difference):
         value, low, high = (f"{number:+.2f}" for number in difference)
         return f"{value} [{low}, {high}]"
 
-    def show(*cells):
-        print(f"| {' | '.join(cells)} |")
-
     plain = {(row["fold"], row["model"]): row for row in rows if row["refiner"] == "none"}
-    refined = [row for row in rows if row["refiner"] != "none"]
-    show("fold", "model", "refiner", "mIoU", "Δ mIoU", "boundary IoU", "Δ boundary IoU")
-    print("|---" * 7 + "|")
-    for row in refined:
-        place = row["fold"], row["model"]
-        changes = [
-            f"{plain[place][key]:.4f} | {cell(row[f'delta_{key}'])}"
-            for key in ("miou", "boundary_iou")
-        ]
-        show(*place, row["refiner"], *changes)
-    print()
-    show("fold", "model", "refiner", *THIN)
-    print("|---" * (3 + len(THIN)) + "|")
-    for row in refined:
-        if row["fold"] != "other cities":
+    yield line("fold", "model", "refiner", "mIoU", "Δ mIoU", "boundary IoU", "Δ boundary IoU")
+    yield "|---" * 7 + "|"
+    for row in rows:
+        if row["refiner"] != "none":
+            place = row["fold"], row["model"]
+            changes = [
+                f"{plain[place][key]:.4f} | {cell(row[f'delta_{key}'])}"
+                for key in ("miou", "boundary_iou")
+            ]
+            yield line(*place, row["refiner"], *changes)
+
+
+def thin_table(rows):
+    yield line("fold", "model", "refiner", *THIN)
+    yield "|---" * (3 + len(THIN)) + "|"
+    for row in rows:
+        if row["refiner"] != "none" and row["fold"] != "other cities":
             changes = [f"{row['delta_per_class'][name][0]:+.2f}" for name in THIN]
-            show(row["fold"], row["model"], row["refiner"], *changes)
+            yield line(row["fold"], row["model"], row["refiner"], *changes)
+
+
+def page_tables():
+    rows = read_json(OUTPUT)["rows"]
+    return {"gains": gains_table(rows), "thin": thin_table(rows)}
+
+
+def bundle(path):
+    """The head of ``path`` beside the network that is stored."""
+    before, after = load_state(BUNDLED), load_state(path)
+    network = {key: value for key, value in before.items() if key.startswith("network.")}
+    pages.bundle_weights(BUNDLED, {**after, **network})
 
 
 def main():
@@ -199,10 +223,13 @@ def main():
     parser.add_argument("--folds", help=f"only these of {','.join(FOLDS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--options", type=json.loads, default={}, help="of segfix, as JSON")
-    parser.add_argument("--table", action="store_true", help="print the stored tables")
+    parser.add_argument("--table", action="store_true", help="write the card's tables")
+    parser.add_argument("--bundle", type=Path, help="file of weights, for its head")
     given = parser.parse_args()
+    if given.bundle:
+        return bundle(given.bundle)
     if given.table:
-        return table(read_json(given.output)["rows"])
+        return pages.write_parts(PAGE, SCRIPT, page_tables())
     chosen = given.folds.split(",") if given.folds else FOLDS
     rows = []
     if given.folds:  # the others are as they were

@@ -1,12 +1,13 @@
 """Calibration of streetnet with a temperature: ``pyseg/assets/streetnet_temperature.json``.
 
-    python benchmarks/temperature.py ../shared/data/camvid --weights HOLDOUT --store BUNDLED
+    python benchmarks/temperature.py ../shared/data/camvid --weights HOLDOUT
 
 The temperature is fitted on one fold and scored on the others: the hold-outs of
 `pyseg/assets/streetnet_camvid.md`, both together, and every fourth frame of CamVid's validation
-clip. HOLDOUT, ``build/weights/holdout/model.safetensors``, are the weights of `make weights` that
-have seen none of these frames. BUNDLED, ``pyseg/assets/streetnet_camvid.safetensors``, gets the
-temperature of both hold-outs together: the frames that could tell its own have been trained on.
+clip. HOLDOUT, ``build/weights/recipe_0/last/model.safetensors``, are the weights of `make weights`
+that have seen none of these frames. The bundled weights get the temperature of both hold-outs
+together (``benchmarks/streetnet.py bundle``): the frames that could tell their own have been
+trained on.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from pyseg.metrics import Calibration
 from pyseg.refiners import Temperature
 from pyseg.tuning import fit_temperature
 from pyseg.types import VOID
-from pyseg.weights import store_temperature
 
 OUTPUT = Path(pyseg.__file__).parent / "assets" / "streetnet_temperature.json"
 PIXELS = 20_000  # of an image, to fit
@@ -39,7 +39,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("root", type=Path, help="folder of CamVid")
     parser.add_argument("--weights", default="default", help="of streetnet; the bundled ones")
-    parser.add_argument("--store", type=Path, help="file of weights that gets the temperature")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     given = parser.parse_args()
     pipeline = pyseg.build("streetnet", weights=given.weights)
@@ -72,12 +71,9 @@ def main():
                 f"NLL {before[fold]['nll']:.4f} -> {rows[-1]['after']['nll']:.4f}",
                 flush=True,
             )
-    command = "python benchmarks/temperature.py CAMVID --weights HOLDOUT --store BUNDLED"
+    command = "python benchmarks/temperature.py CAMVID --weights HOLDOUT"
     stored = next(row["temperature"] for row in rows if row["fitted"] == "hold-outs")
     write_json(given.output, {"command": command, "stored": stored, "rows": rows})
-    if given.store:
-        store_temperature(given.store, stored)
-        print(f"{given.store} has the temperature {stored}")
 
 
 if __name__ == "__main__":

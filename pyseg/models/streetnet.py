@@ -20,9 +20,7 @@ from .semantic import SemanticModel, semantic_model
 BUNDLED = Path(__file__).parent.parent / "assets" / "streetnet_camvid.safetensors"
 
 
-@facts(
-    licence="trained on CamVid, CC BY-NC 4.0, and LabelMeFacade: research and demonstration only"
-)
+@facts(licence="trained on CamVid, CC BY-NC 4.0: research and demonstration only")
 def streetnet(
     *, num_classes: int | None = None, weights: str | Path | None = "default"
 ) -> SemanticModel:
