@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tests
 PLUGINS := build/plugins
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
+FORMATTED := $(wildcard $(addprefix csrc/*/*.,h cpp cu cuh) $(addprefix plugins/*/csrc/*.,h cpp))
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.
 WORKERS ?= 2
@@ -95,7 +96,7 @@ $(VENV)/.dev: $(TESTED)
 
 lint: $(VENV)/.dev  ## style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/mypy
 
 docs: $(TESTED)  ## the site, in build/site
@@ -107,7 +108,7 @@ docs-images: $(TESTED) $(PLUGINS)/.installed  ## the pictures of the pages, made
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # cp310-abi3 wheels, tagged with the glibc that they need; torch's libraries are the user's own.
 # build/lib packs what is there.

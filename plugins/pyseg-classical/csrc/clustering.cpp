@@ -1,5 +1,5 @@
-// k-means by Lloyd's iterations. Every iteration compares all points with all centres: side by side in
-// vectors that is faster than bounds that spare comparisons (docs/speed.md).
+// k-means by Lloyd's iterations. Every iteration compares all points with all centres: side by side
+// in vectors that is faster than bounds that spare comparisons (docs/speed.md).
 #include <memory>
 
 #include "core.h"
@@ -16,21 +16,21 @@ double squared(const double* a, const double* b, int64_t dims) {
   return sum;
 }
 
-// In arrays they lie at any multiple of their elements' size. Both depend on T: an alignment that does
-// not is lost where the size of the vector does, and so is that of a type that is a parameter.
+// In arrays they lie at any multiple of their elements' size. Both depend on T: an alignment that
+// does not is lost where the size of the vector does, and so is that of a type that is a parameter.
 template <class T, int kBytes>
 struct Vector {
   typedef T Lanes __attribute__((vector_size(kBytes)));
   typedef T Memory __attribute__((vector_size(kBytes), aligned(alignof(T)), may_alias));
 };
 
-// The nearest centre of every point of a block [dims, kLanes], of equals the first: the one with the
-// least |c|^2 - 2 x c, as |x|^2 is common to all. Scaled is -2 c, [k, dims]; length is |c|^2. Without
-// fused multiplication, so that every machine gives the same bits.
+// The nearest centre of every point of a block [dims, kLanes], of equals the first: the one with
+// the least |c|^2 - 2 x c, as |x|^2 is common to all. Scaled is -2 c, [k, dims]; length is |c|^2.
+// Without fused multiplication, so that every machine gives the same bits.
 template <int kBytes>
 inline __attribute__((always_inline)) void nearest_by(const double* block, const double* scaled,
-                                                      const double* length, int64_t dims,
-                                                      int64_t k, int64_t* label) {
+                                                      const double* length, int64_t dims, int64_t k,
+                                                      int64_t* label) {
   using Lanes = typename Vector<double, kBytes>::Lanes;
   using Numbers = typename Vector<int64_t, kBytes>::Lanes;
   using Row = typename Vector<double, kBytes>::Memory;
@@ -85,15 +85,15 @@ inline __attribute__((always_inline)) void nearest_by(const double* block, const
 }
 
 using Nearest = void (*)(const double*, const double*, const double*, int64_t, int64_t, int64_t*);
-#define CLASSICAL_NEAREST(bytes)                                                               \
-  void nearest_##bytes(const double* block, const double* scaled, const double* length,        \
-                       int64_t dims, int64_t k, int64_t* label) {                              \
+#define CLASSICAL_NEAREST(bytes, target)                                                       \
+  target void nearest_##bytes(const double* block, const double* scaled, const double* length, \
+                              int64_t dims, int64_t k, int64_t* label) {                       \
     nearest_by<bytes>(block, scaled, length, dims, k, label);                                  \
   }
-CLASSICAL_NEAREST(16)
+CLASSICAL_NEAREST(16, )
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) CLASSICAL_NEAREST(32)
-__attribute__((target("avx512f"))) CLASSICAL_NEAREST(64)
+CLASSICAL_NEAREST(32, __attribute__((target("avx2"))))
+CLASSICAL_NEAREST(64, __attribute__((target("avx512f"))))
 #endif
 
 // For the widest vectors that the processor has.
@@ -143,8 +143,8 @@ class Lloyd {
   const double* centre(int64_t c) const { return found_.centres.data() + c * points_.dims; }
   int64_t last(int64_t part) const { return std::min(points_.count, (part + 1) * kPart); }
 
-  // Copies the points, less their mean, into blocks, filled up with zeros; returns the mean variance
-  // of the features.
+  // Copies the points, less their mean, into blocks, filled up with zeros; returns the mean
+  // variance of the features.
   double prepare() {
     const int64_t dims = points_.dims;
     std::vector<double> sums(parts_ * dims), squares(parts_);
@@ -203,8 +203,8 @@ class Lloyd {
 
   bool assign_block(int64_t first, double* sums) {
     int64_t label[kLanes];
-    nearest_(blocks_.get() + first * points_.dims, scaled_.data(), length_.data(), points_.dims,
-             k_, label);
+    nearest_(blocks_.get() + first * points_.dims, scaled_.data(), length_.data(), points_.dims, k_,
+             label);
     int32_t* own = found_.labels.data() + first;
     int64_t changed = 0;
     for (int64_t j = 0; j < kLanes; ++j) changed |= own[j] ^ label[j];
@@ -262,10 +262,9 @@ class Lloyd {
       far[i] = squared(points_.at(i), centre(found_.labels[i]), dims);
       order[i] = i;
     }
-    std::partial_sort(order.begin(), order.begin() + static_cast<int64_t>(empty.size()),
-                      order.end(), [&](int64_t a, int64_t b) {
-                        return far[a] != far[b] ? far[a] > far[b] : a < b;
-                      });
+    std::partial_sort(
+        order.begin(), order.begin() + static_cast<int64_t>(empty.size()), order.end(),
+        [&](int64_t a, int64_t b) { return far[a] != far[b] ? far[a] > far[b] : a < b; });
     for (size_t j = 0; j < empty.size(); ++j) {
       const int64_t i = order[j];
       if (far[i] == 0) return;  // fewer distinct points than centres
@@ -301,9 +300,9 @@ class Lloyd {
   std::unique_ptr<double[]> blocks_;     // points less it, [parts * kPart / kLanes, dims, kLanes]
   std::vector<double> scaled_, length_;  // see `nearest`
   double limit_ = 0;                     // sum of the centres' squared moves at which it ends
-  // Sums and numbers of the points of every centre. Each group has every so manieth part and changes
-  // its sums where labels change; they are added in the order of the groups, so that the number of
-  // threads changes nothing.
+  // Sums and numbers of the points of every centre. Each group has every so manieth part and
+  // changes its sums where labels change; they are added in the order of the groups, so that the
+  // number of threads changes nothing.
   int64_t groups_, stride_;
   std::vector<double> sums_;
   Clusters found_;

@@ -30,8 +30,8 @@ inline void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
-// Calls body(part) for every part in 0..parts-1, on so many threads. What a part does must not depend
-// on which thread has it.
+// Calls body(part) for every part in 0..parts-1, on so many threads. What a part does must not
+// depend on which thread has it.
 template <class Body>
 void for_parts(int64_t parts, int threads, const Body& body) {
   const int64_t workers = std::min<int64_t>(parts, std::max(threads, 1));
@@ -146,8 +146,8 @@ class Quadtree {
   std::vector<double> sums_, squares_;  // tables of sums, [height + 1, width + 1, channels]
 };
 
-// Merges neighbours of labels [H, W] from 0 to blocks - 1, the most similar first, as long as `alike`
-// says so; its answer is asked again where either has changed.
+// Merges neighbours of labels [H, W] from 0 to blocks - 1, the most similar first, as long as
+// `alike` says so; its answer is asked again where either has changed.
 void merge(const Image& image, int32_t blocks, const MergeTest& alike, int32_t* labels);
 
 // ---------------------------------------------------------------------------------- flow.cpp
@@ -177,8 +177,8 @@ struct Affinity {
 };
 
 // Affinities exp(-|dF|^2 / feature) exp(-|dX|^2 / space) of pixels nearer than radius, added up for
-// every pair of regions; total [count] gets the sum of all affinities of the pixels of each region; a
-// pixel has the affinity 1 to itself.
+// every pair of regions; total [count] gets the sum of all affinities of the pixels of each region;
+// a pixel has the affinity 1 to itself.
 Affinity affinity(const Image& features, const int64_t* regions, int64_t count, double radius,
                   double feature, double space, int threads, double* total);
 

@@ -1,5 +1,5 @@
-// Global minimum cuts (after Stoer and Wagner, JACM 1997) and the clusters that they leave whole: highly
-// connected subgraphs (Hartuv and Shamir, IPL 2000).
+// Global minimum cuts (after Stoer and Wagner, JACM 1997) and the clusters that they leave whole:
+// highly connected subgraphs (Hartuv and Shamir, IPL 2000).
 #include "core.h"
 
 namespace classical {
@@ -14,9 +14,9 @@ using Graph = std::vector<std::vector<Arc>>;
 // Cut of least weight of a connected graph of two nodes or more; side: the nodes on the one part. A
 // cut of at most `floor`, below which none can be, ends the search.
 //
-// In a maximum adjacency order an edge's ends are connected at least as well as its later end was tied
-// when the earlier one came. Where that reaches the best cut so far, no better one parts them, so all
-// such edges are contracted at once (Nagamochi and Ibaraki, 1992), not only the last.
+// In a maximum adjacency order an edge's ends are connected at least as well as its later end was
+// tied when the earlier one came. Where that reaches the best cut so far, no better one parts them,
+// so all such edges are contracted at once (Nagamochi and Ibaraki, 1992), not only the last.
 double smallest_cut(Graph graph, double floor, std::vector<char>& side) {
   std::vector<std::vector<int32_t>> members(graph.size());
   for (size_t n = 0; n < graph.size(); ++n) members[n] = {static_cast<int32_t>(n)};

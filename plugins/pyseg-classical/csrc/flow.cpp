@@ -15,8 +15,8 @@ struct Rows {
   int32_t tail(int32_t a) const { return heads[sisters[a]]; }
 };
 
-// Pixels with a frame of one pixel around, whose arcs have no capacity: no test of borders. Direction
-// d and its opposite differ in the last bit.
+// Pixels with a frame of one pixel around, whose arcs have no capacity: no test of borders.
+// Direction d and its opposite differ in the last bit.
 template <int D>
 struct Grid {
   int32_t count;

@@ -1,5 +1,5 @@
-// Graphs of pixels: Felzenszwalb and Huttenlocher's regions, minimum spanning trees, and affinities of
-// pixels or of regions for spectral cuts.
+// Graphs of pixels: Felzenszwalb and Huttenlocher's regions, minimum spanning trees, and affinities
+// of pixels or of regions for spectral cuts.
 #include "core.h"
 
 namespace classical {
@@ -25,8 +25,8 @@ std::vector<Edge> sorted_edges(const Image& image, bool diagonal) {
       const double gap = values[p * depth + c] - values[q * depth + c];
       sum += gap * gap;
     }
-    edges.push_back({static_cast<float>(std::sqrt(sum)), static_cast<int32_t>(p),
-                     static_cast<int32_t>(q)});
+    edges.push_back(
+        {static_cast<float>(std::sqrt(sum)), static_cast<int32_t>(p), static_cast<int32_t>(q)});
   };
   for (int64_t y = 0; y < height; ++y) {
     for (int64_t x = 0; x < width; ++x) {
@@ -68,8 +68,8 @@ void felzenszwalb(const Image& image, double scale, int64_t min_size, int32_t* l
   write_roots(sets, labels, pixels);
 }
 
-// The minimum spanning tree without its largest edges: those, at most parts - 1, that join two sides
-// of at least min_size when the tree grows from its smallest edge.
+// The minimum spanning tree without its largest edges: those, at most parts - 1, that join two
+// sides of at least min_size when the tree grows from its smallest edge.
 void spanning_tree(const Image& image, int64_t parts, double least, int64_t min_size,
                    int32_t* labels) {
   const int64_t pixels = image.pixels();
@@ -152,7 +152,8 @@ Affinity affinity(const Image& features, const int64_t* regions, int64_t count, 
           if (a == b) continue;
           const int32_t low = std::min(a, b), high = std::max(a, b);
           auto& row = own[low];
-          auto tie = std::find_if(row.begin(), row.end(), [&](const Tie& t) { return t.to == high; });
+          auto tie =
+              std::find_if(row.begin(), row.end(), [&](const Tie& t) { return t.to == high; });
           if (tie == row.end()) {
             row.push_back({high, weight});
           } else {
@@ -169,7 +170,8 @@ Affinity affinity(const Image& features, const int64_t* regions, int64_t count, 
       total[r] += degrees[band][r];
       row.insert(row.end(), ties[band][r].begin(), ties[band][r].end());
     }
-    std::stable_sort(row.begin(), row.end(), [](const Tie& s, const Tie& t) { return s.to < t.to; });
+    std::stable_sort(row.begin(), row.end(),
+                     [](const Tie& s, const Tie& t) { return s.to < t.to; });
     for (size_t i = 0; i < row.size(); ++i) {
       if (i > 0 && row[i].to == row[i - 1].to) {
         found.weights.back() += row[i].weight;

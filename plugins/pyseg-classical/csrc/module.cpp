@@ -242,7 +242,8 @@ py::tuple py_affinity(const Reals& values, const Ints& regions, int64_t count, d
     found = affinity(image, regions.data(), count, radius, feature, space, threads, total);
   }
   const auto edges = static_cast<py::ssize_t>(found.weights.size());
-  return py::make_tuple(array_of(found.pairs, {edges, 2}), array_of(found.weights, {edges}), degree);
+  return py::make_tuple(array_of(found.pairs, {edges, 2}), array_of(found.weights, {edges}),
+                        degree);
 }
 
 py::tuple py_match(const Mask& ours, const Mask& theirs, double radius) {
