@@ -60,14 +60,16 @@ HOLDOUT = {
     "scale": "0.75-1.35",
 }
 FIRST = ("weights", "dataset", "repeats", "aliases")  # what a row changes in the first part alone
-SCORED_PARTS = {  # of the recipe without the hold-outs; of other runs the first alone
+SCORED_PARTS = {  # without the hold-outs; of most rows the first alone
     "both parts": "",
     "both parts, tta": ", flip and scales at test time",
     "first part": ", first part alone",
 }
 TTA = "flip,scales"
+TWICE = "first part twice"  # from ImageNet's weights, then from its own, on other crops
 ROWS = {
     "recipe": {},
+    TWICE: {},
     "random weights, not ImageNet's": {"weights": "none"},
     "LabelMeFacade as well, as many crops": {  # a third of the first part's crops
         "dataset": [
@@ -208,6 +210,8 @@ def study(given):
             first, last = options_of(row, given.share, without)
             begun = time.perf_counter()
             weights = trained(first, given.data, folder / "first", seed)
+            if row == TWICE:
+                weights = trained(first, given.data, folder / "again", seed + 1000, weights)
             result = trained(last, given.data, folder / "last", seed, weights)
             entry = {
                 **key,
@@ -216,10 +220,9 @@ def study(given):
             }
             entry["crops"] = [
                 options["epochs"] * options["steps"] * options["batch_size"]
-                for options in (first, last)
+                for options in (*[first] * (1 + (row == TWICE)), last)
             ]
-            usual = (row, without) == ("recipe", "hold-outs")
-            for part in SCORED_PARTS if usual else ("both parts",):
+            for part in parts_of(row, without):
                 file = weights if part == "first part" else result
                 pipeline = built(file, TTA if part.endswith("tta") else None)
                 entry[part] = {
@@ -228,6 +231,12 @@ def study(given):
             print({**key, **{n: e["miou"] for n, e in entry["both parts"].items()}}, flush=True)
             command = "python benchmarks/streetnet.py study DATA RUNS"
             write_json(OUTPUT, {"command": command, "runs": [*others, entry]})
+
+
+def parts_of(row, without="hold-outs"):
+    """The keys of `SCORED_PARTS` that are scored."""
+    usual = row in ("recipe", TWICE) and without == "hold-outs"
+    return tuple(SCORED_PARTS) if usual else ("both parts",)
 
 
 def unseen(data, without):
@@ -251,8 +260,7 @@ def ablation_table(runs):
         usual = None
         for row in ROWS:
             same = [run for run in runs if (run["row"], run["share"]) == (row, share)]
-            parts = SCORED_PARTS if row == "recipe" else ("both parts",)
-            for part in parts if same else ():
+            for part in parts_of(row) if same else ():
                 held, clip = (
                     [run[part][name]["miou"] for run in same]
                     for name in ("both hold-outs", "validation")
@@ -261,7 +269,7 @@ def ablation_table(runs):
                     usual = usual or statistics.mean(held)
                 gain = f"{100 * (statistics.mean(held) - usual):+.1f}" if usual else ""
                 name = row + SCORED_PARTS[part]
-                crops = sum(same[0]["crops"][: 1 if part == "first part" else 2])
+                crops = sum(same[0]["crops"][: -1 if part == "first part" else None])
                 cells = (f"{crops:,}", mean_and_spread(held), gain, mean_and_spread(clip))
                 yield f"| {name} | {' | '.join(cells)} | {seeds_of(same)} |"
 

@@ -52,6 +52,7 @@ def test_tables_tell_means_and_gains(script):
         run["first part"] = run_of("recipe", held, 0.7)["both parts"]
         run["both parts, tta"] = run_of("recipe", held + 0.05, 0.7)["both parts"]
     runs += [run_of("no OHEM", 0.58, 0.7), run_of("no OHEM", 0.5, 0.6, share=0.25)]
+    runs.append({**runs[0], "row": script.TWICE, "crops": [1000, 1000, 200]})
     lines = list(script.ablation_table(runs))
     assert "| recipe | 1,200 | 0.610 ± 0.014 | +0.0 | 0.700 ± 0.000 | 0 1 |" in lines
     spread = "± 0.014"
@@ -61,6 +62,9 @@ def test_tables_tell_means_and_gains(script):
     ):
         assert f"| recipe, {name} | {crops} | {held} | 0.700 ± 0.000 | 0 1 |" in lines
     assert "| no OHEM | 1,200 | 0.580 | -3.0 | 0.700 | 0 |" in lines
+    assert f"| {script.TWICE} | 2,200 | 0.600 | -1.0 | 0.700 | 0 |" in lines
+    alone = f"{script.TWICE}, first part alone"
+    assert f"| {alone} | 2,000 | 0.580 | -3.0 | 0.700 | 0 |" in lines
     assert "| no OHEM | 1,200 | 0.500 |  | 0.600 | 0 |" in lines
     folds = [run_of("no OHEM", 0.4, 0.5, "0016E5_*"), run_of("recipe", 0.5, 0.6, "0016E5_*")]
     lines = list(script.folds_table(folds))
