@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 TESTED := $(VENV)/.tests
 PLUGINS := build/plugins
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
+# Not the emulation's headers, whose tables clang-format would tear apart.
 FORMATTED := $(wildcard $(addprefix csrc/*/*.,h cpp cu cuh) $(addprefix plugins/*/csrc/*.,h cpp))
 
 # Processes that share out the tests; OpenMP would start as many threads in each of them.

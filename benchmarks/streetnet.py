@@ -60,10 +60,10 @@ HOLDOUT = {
     "scale": "0.75-1.35",
 }
 FIRST = ("weights", "dataset", "repeats", "aliases")  # what a row changes in the first part alone
-SCORED_PARTS = {  # without the hold-outs; of most rows the first alone
+SCORED_PARTS = {  # without the hold-outs; most rows have the first of them only
     "both parts": "",
     "both parts, tta": ", flip and scales at test time",
-    "first part": ", first part alone",
+    "first part": ", without the last part",
 }
 TTA = "flip,scales"
 TWICE = "first part twice"  # from ImageNet's weights, then from its own, on other crops
@@ -210,8 +210,10 @@ def study(given):
             first, last = options_of(row, given.share, without)
             begun = time.perf_counter()
             weights = trained(first, given.data, folder / "first", seed)
+            parts = [first, last]
             if row == TWICE:
                 weights = trained(first, given.data, folder / "again", seed + 1000, weights)
+                parts = [first, first, last]
             result = trained(last, given.data, folder / "last", seed, weights)
             entry = {
                 **key,
@@ -219,8 +221,7 @@ def study(given):
                 "torch": torch.__version__,
             }
             entry["crops"] = [
-                options["epochs"] * options["steps"] * options["batch_size"]
-                for options in (*[first] * (1 + (row == TWICE)), last)
+                options["epochs"] * options["steps"] * options["batch_size"] for options in parts
             ]
             for part in parts_of(row, without):
                 file = weights if part == "first part" else result

@@ -58,12 +58,12 @@ def test_tables_tell_means_and_gains(script):
     spread = "± 0.014"
     for name, crops, held in (
         ("flip and scales at test time", "1,200", f"0.640 {spread} | +3.0"),
-        ("first part alone", "1,000", f"0.590 {spread} | -2.0"),
+        ("without the last part", "1,000", f"0.590 {spread} | -2.0"),
     ):
         assert f"| recipe, {name} | {crops} | {held} | 0.700 ± 0.000 | 0 1 |" in lines
     assert "| no OHEM | 1,200 | 0.580 | -3.0 | 0.700 | 0 |" in lines
     assert f"| {script.TWICE} | 2,200 | 0.600 | -1.0 | 0.700 | 0 |" in lines
-    alone = f"{script.TWICE}, first part alone"
+    alone = f"{script.TWICE}, without the last part"
     assert f"| {alone} | 2,000 | 0.580 | -3.0 | 0.700 | 0 |" in lines
     assert "| no OHEM | 1,200 | 0.500 |  | 0.600 | 0 |" in lines
     folds = [run_of("no OHEM", 0.4, 0.5, "0016E5_*"), run_of("recipe", 0.5, 0.6, "0016E5_*")]
