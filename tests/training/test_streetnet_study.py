@@ -1,5 +1,6 @@
 """What `benchmarks/streetnet.py study` trains and how it is told."""
 
+import argparse
 import importlib
 
 import pytest
@@ -44,6 +45,42 @@ def test_a_fold_sees_nothing_of_its_drive(script):
         for options in script.options_of(row, 1, "0016E5_*"):
             assert "camvid(split='train', without='0016E5_*')" in options["dataset"]
             assert not any("val" in name for name in options["dataset"])
+
+
+@pytest.mark.parametrize("twice", (False, True))
+def test_parts_go_on_from_each_other(script, tmp_path, monkeypatch, twice):
+    calls = []
+
+    def trained(options, data, folder, seed, weights=None):
+        file = folder / "model.safetensors"
+        file.parent.mkdir(parents=True)
+        file.touch()
+        calls.append((folder.name, seed, weights, options["epochs"]))
+        return file
+
+    monkeypatch.setattr(script, "OUTPUT", tmp_path / "study.json")
+    monkeypatch.setattr(script, "trained", trained)
+    monkeypatch.setattr(script, "unseen", lambda data, without: {"both hold-outs": without})
+    monkeypatch.setattr(script, "built", lambda weights, tta: (weights.parent.name, tta))
+    monkeypatch.setattr(script, "scores", lambda pipeline, frames: {"miou": 0.5, "of": pipeline})
+    row = script.TWICE if twice else "recipe"
+    given = {"data": tmp_path, "runs": tmp_path, "drives": [], "seeds": [3], "rows": [row]}
+    given = argparse.Namespace(**given, share=1.0)
+    script.study(given)
+
+    folder = tmp_path / script.folder_of(row, "hold-outs", 1.0, 3)
+    first, again = (folder / name / "model.safetensors" for name in ("first", "again"))
+    passes = [("first", 3, None, 17), *([("again", 1003, first, 17)] if twice else [])]
+    assert calls == [*passes, ("last", 3, again if twice else first, 4)]
+    (run,) = script.read_json(script.OUTPUT)["runs"]
+    assert run["crops"] == [20_400] * len(passes) + [3200]
+    scored = {part: run[part]["both hold-outs"]["of"] for part in script.SCORED_PARTS}
+    before = ["again" if twice else "first", None]
+    tta = ["last", script.TTA]
+    assert scored == {"both parts": ["last", None], "both parts, tta": tta, "first part": before}
+
+    script.study(given)  # of what is stored and there, nothing is done again
+    assert len(calls) == len(passes) + 1
 
 
 def test_tables_tell_means_and_gains(script):
