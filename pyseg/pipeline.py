@@ -213,21 +213,26 @@ class Pipeline:
                 "batch and change the model; call its eval() first"
             )
         failed = f"stage {stage.text!r}"
+        wanted = {  # features, by later stages; naming a stage's own looks at all of its weights
+            name
+            for refiner in self.refiners[index:]
+            for name in getattr(refiner, "wanted_features", ())
+        }
+        offers = bool(wanted) and getattr(component, "features_key", None) in wanted
+        options = {"features": True} if offers else {}
         if index > 0 and not hasattr(component, "refine_batch"):
             refine = getattr(component, "refine", component)
-            wanted = {"features": True} if self._is_wanted_after(index) else {}
             results = []
             for image, prediction, name in zip(images, predictions, names, strict=True):
                 with naming_failures(failed, f" on image {name}"):
-                    results.append(refine(image, prediction, **wanted))
+                    results.append(refine(image, prediction, **options))
         else:
             with naming_failures(failed, f" on image{'s'[: len(names) - 1]} {some(names)}"):
                 if index > 0:
                     results = list(component.refine_batch(images, predictions))
                 else:
-                    wanted = {"features": True} if self._is_wanted_after(0) else {}
                     with self._autocast(images[0]):
-                        results = list(component.predict(images, **wanted))
+                        results = list(component.predict(images, **options))
         if len(results) != len(images):
             raise PluginError(
                 f"stage {stage.text!r} returned {len(results)} predictions for {len(images)} images"
@@ -243,28 +248,16 @@ class Pipeline:
                     f"stage {stage.text!r} returned a Segmentation of size {tuple(result.size)} "
                     f"for an image of size {tuple(image.shape[1:])}"
                 )
-        if any(result.features for result in results) and index >= self._features_end():
-            results = [replace(result, features=None) for result in results]
+        results = [
+            replace(result, features=None)
+            if result.features and not result.features.keys() & wanted
+            else result
+            for result in results
+        ]
         return [
             result if result.image is not None else replace(result, image=image)
             for image, result in zip(images, results, strict=True)
         ]
-
-    def _features_end(self) -> int:
-        """The last stage that wants what an earlier one offers as features; 0 = none."""
-        return max((self._is_wanted_after(index) for index in range(len(self.stages))), default=0)
-
-    def _is_wanted_after(self, index: int) -> int:
-        """The last stage that wants the features that a stage offers; 0 = none."""
-        if not any(hasattr(refiner, "wanted_features") for refiner in self.refiners[index:]):
-            return 0  # naming features looks at all weights
-        key = getattr(self.stages[index].component, "features_key", None)
-        found = [
-            later
-            for later, refiner in enumerate(self.refiners[index:], index + 1)
-            if key is not None and key in getattr(refiner, "wanted_features", ())
-        ]
-        return max(found, default=0)
 
     def _autocast(self, image: Tensor) -> AbstractContextManager[Any]:
         """In which the model predicts: bfloat16, or what the caller has set."""

@@ -27,6 +27,13 @@ BUNDLED = Path(__file__).parent.parent / "assets" / "segfix_camvid.safetensors"
 WIDTH = 3  # pixels that a boundary is wide on either side, in training
 # (dy, dx) of direction k, which points 45 k degrees from the x axis towards the y axis.
 DIRECTIONS = ((0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1))
+_STOP = len(DIRECTIONS)  # stands for no direction, as do the seven numbers after it
+_MOVES = (*DIRECTIONS, *[(0, 0)] * _STOP)
+# What becomes of each of these numbers at the top, bottom, left and right border.
+_ALONG = [
+    [_MOVES.index((0 if dy == out[0] else dy, 0 if dx == out[1] else dx)) for dy, dx in _MOVES]
+    for out in ((-1, None), (1, None), (None, -1), (None, 1))
+]
 MAX_STEPS = 1000
 _SEEDS = 0.1  # share of boundary pixels that an untrained network begins with
 _KEY = 64  # bytes that the name of a network's features takes in a file of weights
@@ -118,28 +125,31 @@ def inward(
 ) -> tuple[Tensor, Tensor]:
     """Follows the directions from the pixels of boundaries until off these.
 
+    At the border of the image a path goes on along it.
+
     Args:
         boundary: [H, W] bool.
-        direction: [H, W] int64 indices into `DIRECTIONS`; others, such as -1, stop there.
+        direction: [H, W] uint8 indices into `DIRECTIONS`; others, such as 255, stop there.
         steps: at most so many, each to one of the eight neighbours.
         start: [H, W] bool, pixels to begin at, as far as they are on a boundary; None = all.
 
     Returns:
         Flat indices of the pixels that have got off, and of where: both [K] int64.
     """
-    height, width = boundary.shape
-    on, way = boundary.flatten(), direction.flatten()
-    moves = torch.tensor([*DIRECTIONS, (0, 0)], device=boundary.device)
-    begin = (on if start is None else on & start.flatten()).nonzero().flatten()
+    # Off the boundary, too, paths stop, by a number from `_STOP` on.
+    way = direction.clamp(max=_STOP) | (~boundary).to(torch.uint8) * _STOP
+    if way.numel():
+        borders = (way[0], way[-1], way[:, 0], way[:, -1])
+        for border, along in zip(borders, torch.tensor(_ALONG, device=way.device), strict=True):
+            border.copy_(along[border.long()])
+    way, on = way.flatten(), boundary.flatten()
+    width = boundary.shape[1]
+    moves = torch.tensor([dy * width + dx for dy, dx in _MOVES], device=way.device)
+    begin = (boundary if start is None else boundary & start).flatten().nonzero().flatten()
     place = begin
     for _ in range(min(steps, MAX_STEPS)):
-        k = way[place]
-        go = on[place] & (k >= 0) & (k < len(DIRECTIONS))
-        move = moves[torch.where(go, k, len(DIRECTIONS))]
-        y = (place // width + move[:, 0]).clamp_(0, height - 1)
-        x = (place % width + move[:, 1]).clamp_(0, width - 1)
-        place = y * width + x
-    off = ~on[place]
+        place = place + moves.index_select(0, way.index_select(0, place).int())
+    off = ~on.index_select(0, place)
     return begin[off], place[off]
 
 
@@ -181,12 +191,15 @@ class BoundaryHead(nn.Module):
                 part = norm(part)
             else:  # the same, with the normalisation within the sum's parts
                 weight, bias, scale = _folded(self.project[k], norm)
-                part = _pointwise(features[k], weight, bias)
-                if total is not None:
-                    part.add_(_resize(total * scale[:, None, None], part))
+                if total is None:
+                    part = _pointwise(features[k], weight, bias)
+                else:  # the bias where there are fewest pixels, the product added in place
+                    coarse = torch.addcmul(bias[:, None, None], total, scale[:, None, None])
+                    part = _add_pointwise(_resize(coarse, features[k]), features[k], weight)
             total = self.smooth[k](F.relu_(part))
-        assert total is not None
-        return _pointwise(total, self.out.weight, self.out.bias)
+        assert total is not None and self.out.bias is not None
+        planes = self.out.weight[:, :, 0, 0] @ total.flatten(2) + self.out.bias[:, None]
+        return planes.unflatten(2, total.shape[2:])  # plane by plane, as they are read
 
 
 class BoundaryNetwork(nn.Module):
@@ -258,6 +271,14 @@ def _folded(convolution: Any, norm: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution as a product of matrices: on one thread torch's own first copies ``x``."""
     return F.linear(x.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+
+
+def _add_pointwise(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A 1x1 convolution added to ``total``, which is written into."""
+    pixels, given = (each.permute(0, 2, 3, 1) for each in (total.to(x.dtype), x))
+    summed = pixels.reshape(-1, pixels.shape[3])
+    summed.addmm_(given.reshape(-1, given.shape[3]), weight[:, :, 0, 0].T.to(x.dtype))
+    return summed.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
@@ -396,22 +417,28 @@ class SegFix(nn.Module):
             )
         if not self.steps or not min(size):
             return prediction
-        boundary, direction, sure = self.predict(image, prediction)
+        boundary, direction, probability = self.predict(image, prediction)
         near = None
         if prediction.logits is not None:  # further off, all labels are the same
             near = boundary_mask(prediction.labels[None], self.steps, border=False)[0]
         paths = inward(boundary, direction, self.steps, near)
-        certain = torch.where(sure >= self.direction, direction, -1)
+
+        def certain() -> Paths:
+            sure = probability() >= self.direction
+            return inward(boundary, torch.where(sure, direction, _STOP), self.steps)
+
         return _moved(
             prediction,
             paths,
-            lambda: inward(boundary, certain, self.steps),
+            certain,
             margin=self.margin,
             protect=self.protect,
         )
 
-    def predict(self, image: Tensor, prediction: Segmentation) -> tuple[Tensor, Tensor, Tensor]:
-        """Boundary [H, W] bool, direction [H, W] int64 and its probability [H, W]."""
+    def predict(
+        self, image: Tensor, prediction: Segmentation
+    ) -> tuple[Tensor, Tensor, Callable[[], Tensor]]:
+        """Boundary [H, W] bool, direction [H, W] uint8, and what gives its probability [H, W]."""
         features = None
         for key in self.wanted_features:
             features = (prediction.features or {}).get(key)
@@ -427,11 +454,19 @@ class SegFix(nn.Module):
         size = tuple(image.shape[1:])
         out = out.float()
         edge = F.interpolate(out[:, :1], size, mode="bilinear", align_corners=False)[0, 0]
-        best, way = out[:, 1:].max(1, keepdim=True)
-        sure = (best - out[:, 1:].logsumexp(1, keepdim=True)).exp()
-        both = F.interpolate(torch.cat([sure, way.float()], 1), size, mode="nearest-exact")[0]
         least = torch.tensor(self.boundary, dtype=torch.float64).logit()
-        return edge >= least.item(), both[1].long(), both[0]
+        ways = out[:, 1:]
+        best = ways.amax(1, keepdim=True)
+        # The first of the best, as `argmax`, in a tenth of its time.
+        rank = torch.arange(len(DIRECTIONS), 0, -1.0, device=out.device)[:, None, None]
+        way = len(DIRECTIONS) - ((ways == best) * rank).amax(1, keepdim=True)
+        direction = F.interpolate(way, size, mode="nearest-exact")[0, 0].to(torch.uint8)
+
+        def probability() -> Tensor:
+            sure = (best - ways.logsumexp(1, keepdim=True)).exp()
+            return F.interpolate(sure, size, mode="nearest-exact")[0, 0]
+
+        return edge >= least.item(), direction, probability
 
 
 def _channels(state: Mapping[str, Tensor]) -> tuple[int, ...] | None:
@@ -477,21 +512,21 @@ def _moved(
         given = sure if logits is None else paths
         where, whence = _moving(labels[None], given, void, protect)[0]
         if logits is not None and len(where):
-            full = logits.float().contiguous()  # what is interleaved takes twice the time below
-            if tuple(full.shape[1:]) != tuple(prediction.size):
-                full = F.interpolate(
-                    full[None], prediction.size, mode="bilinear", align_corners=False
-                )[0]
+            # Pixel by pixel, which torch enlarges in half of the time. `contiguous` of that format
+            # would leave a stride of the batch as it is with which torch does not see it.
+            full = logits.float().permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+            if tuple(full.shape[2:]) != tuple(prediction.size):
+                full = F.interpolate(full, prediction.size, mode="bilinear", align_corners=False)
             elif full.data_ptr() == logits.data_ptr():
                 full = full.clone()
-            flat = full.flatten(1)
+            pixels = full[0].flatten(1).T
             if margin <= 1:
-                best = flat[:, where].softmax(0).topk(min(2, len(flat)), 0).values
-                unsure = best[0] - best[-1] < margin
+                best = pixels[where].softmax(1).topk(min(2, len(full[0])), 1).values
+                unsure = best[:, 0] - best[:, -1] < margin
                 where, whence = where[unsure], whence[unsure]
             if len(where):
-                flat[:, where] = flat[:, whence]
-                changed["logits"] = full
+                pixels[where] = pixels[whence]
+                changed["logits"] = full[0]
         if len(where):
             labels = labels.flatten().clone()
             labels[where] = labels[whence]

@@ -38,6 +38,12 @@ def blocks(generator, size, classes=3, void=0.0):
     return labels.to(torch.uint8)
 
 
+def directions(generator, size, none=True):
+    """Random ones, with pixels that have none."""
+    found = torch.randint(-none, 8, size, generator=generator)
+    return found.to(torch.uint8)  # -1 becomes 255
+
+
 @pytest.fixture
 def generator():
     seed = torch.seed() % 2**31
@@ -145,7 +151,7 @@ def inward_by_hand(boundary, direction, steps):
         if not boundary[y, x]:
             continue
         for _ in range(steps):
-            if boundary[y, x] and direction[y, x] >= 0:
+            if boundary[y, x] and direction[y, x] < 8:
                 dy, dx = DIRECTIONS[direction[y, x]]
                 y, x = min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)
         if not boundary[y, x]:
@@ -157,7 +163,7 @@ def inward_by_hand(boundary, direction, steps):
 def test_paths_are_those_of_brute_force(generator, steps):
     for size in SIZES:
         boundary = torch.rand(size, generator=generator) < 0.7
-        direction = torch.randint(-1, 8, size, generator=generator)
+        direction = directions(generator, size)
         moved, source = inward(boundary, direction, steps)
         found = dict(zip(moved.tolist(), source.tolist(), strict=True))
         assert found == inward_by_hand(boundary.numpy(), direction.numpy(), steps)
@@ -169,7 +175,7 @@ class Known(SegFix):
     def __init__(self, boundary, way, sure=None, **options):
         super().__init__(weights=None, **options)
         sure = torch.ones(boundary.shape) if sure is None else sure
-        self.known = boundary, way, sure
+        self.known = boundary, way, lambda: sure
 
     def predict(self, image, prediction):
         return self.known
@@ -185,7 +191,7 @@ def test_labels_are_copied(generator, size):
     labels = torch.randint(0, 4, size, generator=generator).to(torch.uint8)
     labels[labels == 3] = VOID
     boundary = torch.rand(size, generator=generator) < 0.6
-    direction = torch.randint(-1, 8, size, generator=generator)
+    direction = directions(generator, size)
     given = Segmentation(size, names, image=picture(size)).with_labels(labels)
     refiner = Known(boundary, direction, steps=4, protect=0)
     result = refiner.refine(picture(size), given)
@@ -205,7 +211,7 @@ def drawn(generator, size, classes=3):
     logits = torch.randn(classes, *low, generator=generator) * 3
     given = Segmentation(size, names, logits=logits, image=picture(size))
     boundary = torch.rand(size, generator=generator) < 0.6
-    return given, boundary, torch.randint(-1, 8, size, generator=generator)
+    return given, boundary, directions(generator, size)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -258,7 +264,7 @@ def test_labels_alone_move_by_sure_directions(generator):
         # With logits the margin decides.
         found["logits"] = refiner.refine(picture((24, 31)), given).labels
         assert torch.equal(found["logits"], found[0.0])
-    only = torch.where(sure >= 0.6, direction, -1)
+    only = torch.where(sure >= 0.6, direction, VOID)
     expected = Known(boundary, only, margin=2, protect=0).refine(picture((24, 31)), bare)
     assert torch.equal(found[0.6], expected.labels)
     assert not torch.equal(found[0.6], found[0.0])
@@ -272,7 +278,7 @@ def test_thin_labels_stay(generator):
     labels[:, 57:] = 3  # three at the border, where it goes on as far as anyone knows
     given = Segmentation(size, tuple("abcd"), image=picture(size)).with_labels(labels)
     boundary = labels > 0
-    direction = torch.zeros(size, dtype=torch.int64)
+    direction = torch.zeros(size, dtype=torch.uint8)
     direction[:, 50:] = 4
     for protect, stays in ((2, {1: True, 2: False, 3: False}), (3, {1: True, 2: True})):
         moved = Known(boundary, direction, steps=9, protect=protect).refine(picture(size), given)
@@ -291,7 +297,7 @@ def test_void_is_neither_moved_nor_spread(generator, classes):
     labels = labels.to(torch.uint8 if classes == 3 else torch.int16)
     given = Segmentation(size, tuple(map(str, range(classes)))).with_labels(labels)
     boundary = torch.rand(size, generator=generator) < 0.6
-    direction = torch.randint(0, 8, size, generator=generator)
+    direction = directions(generator, size, none=False)
     result = Known(boundary, direction, protect=0).refine(picture(size), given)
     assert torch.equal(result.labels == void, labels == void)
     assert not torch.equal(result.labels, labels) and result.labels.dtype == labels.dtype
@@ -309,7 +315,7 @@ def test_masks_and_segments_move(generator):
     boundary = torch.rand(size, generator=generator) < 0.6
     boundary[4, 4] = True
     boundary[4, 5:] = False
-    direction = torch.randint(0, 8, size, generator=generator)
+    direction = directions(generator, size, none=False)
     direction[4, 4] = 0
     result = Known(boundary, direction, steps=3, protect=0).refine(picture(size), given)
     steps = inward_by_hand(boundary.numpy(), direction.numpy(), 3)
@@ -348,7 +354,7 @@ def test_without_boundaries_nothing_changes(generator, size):
     one = Segmentation(size, ("a", "b")).with_labels(torch.ones(size, dtype=torch.uint8))
     boundary = torch.ones(size, dtype=torch.bool)
     boundary[-1, -1] = False
-    direction = torch.randint(0, 8, size, generator=generator)
+    direction = directions(generator, size, none=False)
     assert Known(boundary, direction, protect=0).refine(picture(size), one) is one
 
 
@@ -375,10 +381,9 @@ def test_true_boundaries_repair_a_map(generator, grow):
     wrong = sign * torch.nn.functional.max_pool2d(sign * plane, window, 1, abs(grow))
     wrong = wrong[0, 0].to(torch.uint8)
     boundary, direction = boundary_targets(labels[None], 4)
-    way = torch.where(direction[0] == VOID, -1, direction[0].long())
     names = ("ground", "disc", "box")
     given = Segmentation(size, names).with_labels(wrong)
-    refiner = Known(boundary[0] == 1, way, steps=8, protect=0)
+    refiner = Known(boundary[0] == 1, direction[0], steps=8, protect=0)
     result = refiner.refine(picture(size), given)
     assert not torch.equal(wrong, labels)
     assert torch.equal(result.labels, labels)
