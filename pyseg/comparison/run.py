@@ -85,8 +85,8 @@ def compare(
             None = as they are, trained on crops of `pyseg.training.train`'s size.
         batch_size: images per step.
         learning_rate: at the end of the warm-up, of all models.
-        precision: "bf16" = training under autocast, "fp32" = none; None = bf16 where the device
-            computes in it.
+        precision: "bf16" = training under autocast, "fp32" = none; None = what is
+            usual on the device.
         limit: score so many images, spread evenly; None = all.
         resamples: of the bootstrap.
         seed: of everything random.

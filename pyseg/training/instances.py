@@ -93,7 +93,7 @@ def train_instances(
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient.
         ema: decay of the running average of the weights, per step.
-        precision: "bf16" = autocast, "fp32" = none; None = bf16 where the device computes in it.
+        precision: "bf16" = autocast, "fp32" = none; None = what is usual on the device.
         cache: keep the decoded images in memory.
         save_every: epochs between checkpoints; the last epoch always writes one.
         validate_every: epochs between validations.

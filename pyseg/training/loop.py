@@ -353,7 +353,13 @@ def fit(
 
 
 def usual_precision(device: torch.device) -> Precision:
-    """``"bf16"`` where the device computes in bfloat16 itself; elsewhere fp32 is faster."""
+    """``"bf16"`` on GPUs that compute in bfloat16 and on CPUs with AMX; elsewhere fp32 is faster.
+
+    AVX512-BF16 alone is not enough: on a Xeon that has it and no AMX a step of streetnet, U-Net,
+    FCN, DeepLab and SegNet takes 1.4 to 1.6 times as long in bf16, most of it in the gradients.
+    """
+    if device.type == "cpu":
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32"
     return "bf16" if computes_in_bfloat16(device) else "fp32"
 
 

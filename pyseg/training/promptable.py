@@ -103,7 +103,7 @@ def train_promptable(
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient.
         ema: decay of the running average of the weights, per step.
-        precision: "bf16" = autocast, "fp32" = none; None = bf16 where the device computes in it.
+        precision: "bf16" = autocast, "fp32" = none; None = what is usual on the device.
         workers: processes that prepare batches; 0 = the training process does.
         limit: masks of each validation data set.
         validate_every: epochs between validations.

@@ -86,7 +86,7 @@ def train_segfix(
         weight_decay: for weights of more than one dimension.
         warmup: share of all steps over which the learning rate rises.
         ema: decay of the running average of the weights, per step; 0 = the last weights.
-        precision: "bf16" = autocast, "fp32" = none; None = bf16 where the device computes in it.
+        precision: "bf16" = autocast, "fp32" = none; None = what is usual on the device.
         workers: processes that prepare batches; 0 = the training process does.
         save_every: epochs between checkpoints; the last epoch always writes one.
         resume: go on from ``output_dir``'s checkpoint, which must have the same settings.

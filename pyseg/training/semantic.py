@@ -142,7 +142,7 @@ def train(
         warmup: share of all steps over which the learning rate rises.
         clip: largest norm of the gradient; None = any.
         ema: decay of the running average of the weights, per step; 0 = the last weights.
-        precision: "bf16" = autocast, "fp32" = none; None = bf16 where the device computes in it.
+        precision: "bf16" = autocast, "fp32" = none; None = what is usual on the device.
         cache: keep the decoded images in memory; without it every epoch reads the files.
         workers: processes that prepare batches; 0 = the training process does.
         save_every: epochs between checkpoints; the last epoch always writes one.

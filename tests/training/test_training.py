@@ -279,6 +279,8 @@ def test_precision_is_by_hardware_unless_it_is_given(tmp_path, monkeypatch):
     assert precisions(tmp_path / "a") == ["fp32"]
     assert precisions(tmp_path / "b", precision="bf16") == ["bf16"]
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert training.usual_precision(torch.device("cpu")) == "fp32"  # faster, without AMX
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert training.usual_precision(torch.device("cpu")) == "bf16"
     # A run that goes on keeps what it has.
     assert precisions(tmp_path / "a", resume=True, epochs=2) == ["fp32", "fp32"]
