@@ -45,10 +45,12 @@ weights: $(TESTED)  ## train streetnet's weights anew: hours; DATA=… holds cam
 	$(BIN)/python benchmarks/streetnet.py study $(DATA) $(RUNS)
 	$(TRAIN) --config streetnet_all --batch-size 4 $(call from,recipe_0/first) $(call part,all)
 	$(TRAIN) --config streetnet_finish --batch-size 4 $(call from,all) $(call part,finish)
+	$(TRAIN) --config streetnet_all --batch-size 4 --seed 1 $(call from,finish) $(call part,all2)
+	$(TRAIN) --config streetnet_finish --batch-size 4 --seed 1 $(call from,all2) $(call part,finish2)
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name "hold-outs kept out" \
 	  --weights $(RUNS)/recipe_0/last/model.safetensors
 	$(BIN)/python benchmarks/temperature.py $(DATA)/camvid --weights $(RUNS)/recipe_0/last/model.safetensors
-	$(BIN)/python benchmarks/streetnet.py bundle $(RUNS)/finish/model.safetensors
+	$(BIN)/python benchmarks/streetnet.py bundle $(RUNS)/finish2/model.safetensors
 	$(BIN)/python benchmarks/streetnet.py score $(DATA) --name bundled
 	$(BIN)/python benchmarks/streetnet.py table
 	OMP_NUM_THREADS=1 $(BIN)/pyseg train-refiner segfix --dataset camvid --root $(DATA)/camvid \

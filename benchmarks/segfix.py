@@ -3,6 +3,7 @@
     python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
       --streetnet build/weights/recipe_0/last/model.safetensors \
       --segfix RUN/pipeline/1_segfix.safetensors
+    python benchmarks/segfix.py ../shared/data/camvid --time --machine PROCESSOR  # idle
     python benchmarks/segfix.py --table
     python benchmarks/segfix.py --bundle RUN/pipeline/1_segfix.safetensors
 
@@ -17,12 +18,17 @@ clip, and photographs of other cities, of LabelMeFacade, in the six classes that
 are of a bootstrap over images, 2000 resamples; neighbouring frames of a video resemble each other,
 so they are too narrow.
 
+``--time`` times streetnet alone and with both of segfix's networks, as bundled, from pixels to
+labels, on eleven of the validation frames in turn, image by image one behind the other.
+
 ``--bundle`` stores a head that was trained behind the bundled streetnet, beside the network that is
 there, and the file's digest in its card.
 """
 
 import argparse
 import json
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +54,7 @@ SCRIPT = "benchmarks/segfix.py"
 FOLDS = ("dusk", "day", "validation", "other cities")
 THIN = ("Pole", "SignSymbol", "Fence", "Pedestrian", "Bicyclist")
 RESAMPLES = 2000
+TIMED = ("streetnet", "streetnet+segfix", "streetnet+segfix(shared=False)")
 PHOTOGRAPHS = 60  # of LabelMeFacade, spread evenly over its training and test images
 CITIES = {  # its classes by CamVid's name
     **{name: "Building" for name in ("building", "door", "window")},
@@ -202,9 +209,48 @@ def thin_table(rows):
             yield line(row["fold"], row["model"], row["refiner"], *changes)
 
 
+def timed(root, rounds=9):
+    """Medians over images and rounds, and of the ratios to streetnet alone."""
+    dataset = CamVid(root, "val")
+    images = [dataset[k].image for k in range(0, len(dataset), 10)]
+    before, rows = torch.get_num_threads(), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for precision in ("fp32", "bf16"):
+            pipelines = {spec: pyseg.build(spec, precision=precision) for spec in TIMED}
+            taken = {spec: [] for spec in TIMED}
+            for k in range(rounds + 1):
+                for image in images:
+                    for spec, pipeline in pipelines.items():
+                        start = time.perf_counter()
+                        _ = pipeline(image).labels
+                        if k:  # the first round warms up
+                            taken[spec].append(1e3 * (time.perf_counter() - start))
+            for spec, values in taken.items():
+                pairs = zip(values, taken["streetnet"], strict=True)
+                ratio = round(statistics.median(ours / plain for ours, plain in pairs), 3)
+                key = {"threads": threads, "precision": precision, "spec": spec}
+                rows.append({**key, "ms": round(statistics.median(values), 1), "ratio": ratio})
+                print(rows[-1], flush=True)
+    torch.set_num_threads(before)
+    return rows
+
+
+def times_table(times):
+    yield line("threads", "", *TIMED)
+    yield "|---" * (2 + len(TIMED)) + "|"
+    found = {(row["threads"], row["precision"], row["spec"]): row for row in times["rows"]}
+    for threads, precision in dict.fromkeys(key[:2] for key in found):
+        cells = [found[threads, precision, spec] for spec in TIMED]
+        shown = [f"{cell['ms']:.0f} ms, {cell['ratio']:.2f}" for cell in cells]
+        yield line(str(threads), precision, *shown)
+
+
 def page_tables():
-    rows = read_json(OUTPUT)["rows"]
-    return {"gains": gains_table(rows), "thin": thin_table(rows)}
+    stored = read_json(OUTPUT)
+    rows = stored["rows"]
+    tables = {"gains": gains_table(rows), "thin": thin_table(rows)}
+    return {**tables, "times": times_table(stored["times"])}
 
 
 def bundle(path):
@@ -223,6 +269,8 @@ def main():
     parser.add_argument("--folds", help=f"only these of {','.join(FOLDS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--options", type=json.loads, default={}, help="of segfix, as JSON")
+    parser.add_argument("--time", action="store_true", help="only the times")
+    parser.add_argument("--machine", help="its processor, for the JSON")
     parser.add_argument("--table", action="store_true", help="write the card's tables")
     parser.add_argument("--bundle", type=Path, help="file of weights, for its head")
     given = parser.parse_args()
@@ -230,6 +278,12 @@ def main():
         return bundle(given.bundle)
     if given.table:
         return pages.write_parts(PAGE, SCRIPT, page_tables())
+    if given.time:
+        rows = timed(given.root)
+        size = "480 x 360, pixels to labels"
+        where = {"machine": given.machine, "torch": torch.__version__, "size": size}
+        stored = {**read_json(given.output), "times": {**where, "rows": rows}}
+        return write_json(given.output, stored)
     chosen = given.folds.split(",") if given.folds else FOLDS
     rows = []
     if given.folds:  # the others are as they were
@@ -259,7 +313,9 @@ def main():
                 )
     rows.sort(key=lambda row: FOLDS.index(row["fold"]))
     command = "python benchmarks/segfix.py CAMVID LABELMEFACADE --streetnet FILE --segfix FILE"
-    write_json(given.output, {"command": command, "options": given.options, "rows": rows})
+    kept = read_json(given.output) if given.output.exists() else {}
+    found = {"command": command, "options": given.options, "rows": rows}
+    write_json(given.output, {**kept, **found})
 
 
 if __name__ == "__main__":
