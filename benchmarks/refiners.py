@@ -428,7 +428,8 @@ def score_table(stored):
             each = [row["delta_per_class"].get(label) for row in places]
             each = [delta[0] for delta in each if delta is not None]
             cells.append(f"{statistics.mean(each):+.2f} ({min(each):+.2f})")
-        yield f"| `{name}` | {' | '.join(cells)} |" + (f" {times[name]} |" if times else "")
+        took = f" {times.get(name, '')} |" if times else ""
+        yield f"| `{name}` | {' | '.join(cells)} |{took}"
     if stored["absent"]:
         yield ""
         told = "; ".join(f"{a['model']} ({a['what']})" for a in stored["absent"])
