@@ -3,7 +3,7 @@
     python benchmarks/segfix.py ../shared/data/camvid ../shared/data/labelmefacade \
       --streetnet build/weights/recipe_0/last/model.safetensors \
       --segfix RUN/pipeline/1_segfix.safetensors
-    python benchmarks/segfix.py ../shared/data/camvid --time --machine PROCESSOR  # idle
+    python benchmarks/segfix.py ../shared/data/camvid --time PROCESSOR  # idle otherwise
     python benchmarks/segfix.py --table
     python benchmarks/segfix.py --bundle RUN/pipeline/1_segfix.safetensors
 
@@ -213,7 +213,7 @@ def timed(root, rounds=9):
     """Medians over images and rounds, and of the ratios to streetnet alone."""
     dataset = CamVid(root, "val")
     images = [dataset[k].image for k in range(0, len(dataset), 10)]
-    before, rows = torch.get_num_threads(), []
+    rows = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for precision in ("fp32", "bf16"):
@@ -232,7 +232,6 @@ def timed(root, rounds=9):
                 key = {"threads": threads, "precision": precision, "spec": spec}
                 rows.append({**key, "ms": round(statistics.median(values), 1), "ratio": ratio})
                 print(rows[-1], flush=True)
-    torch.set_num_threads(before)
     return rows
 
 
@@ -269,8 +268,7 @@ def main():
     parser.add_argument("--folds", help=f"only these of {','.join(FOLDS)}")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--options", type=json.loads, default={}, help="of segfix, as JSON")
-    parser.add_argument("--time", action="store_true", help="only the times")
-    parser.add_argument("--machine", help="its processor, for the JSON")
+    parser.add_argument("--time", metavar="PROCESSOR", help="only the times, on this one")
     parser.add_argument("--table", action="store_true", help="write the card's tables")
     parser.add_argument("--bundle", type=Path, help="file of weights, for its head")
     given = parser.parse_args()
@@ -281,7 +279,7 @@ def main():
     if given.time:
         rows = timed(given.root)
         size = "480 x 360, pixels to labels"
-        where = {"machine": given.machine, "torch": torch.__version__, "size": size}
+        where = {"machine": given.time, "torch": torch.__version__, "size": size}
         stored = {**read_json(given.output), "times": {**where, "rows": rows}}
         return write_json(given.output, stored)
     chosen = given.folds.split(",") if given.folds else FOLDS
