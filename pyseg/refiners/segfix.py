@@ -418,10 +418,11 @@ class SegFix(nn.Module):
         if not self.steps or not min(size):
             return prediction
         boundary, direction, probability = self.predict(image, prediction)
-        near = None
-        if prediction.logits is not None:  # further off, all labels are the same
+        paths = None
+        if prediction.logits is not None:
+            # Further off, all labels are the same.
             near = boundary_mask(prediction.labels[None], self.steps, border=False)[0]
-        paths = inward(boundary, direction, self.steps, near)
+            paths = inward(boundary, direction, self.steps, near)
 
         def certain() -> Paths:
             sure = probability() >= self.direction
@@ -482,7 +483,7 @@ Paths = tuple[Tensor, Tensor]  # flat indices of pixels, and of where what they 
 
 def _moved(
     prediction: Segmentation,
-    paths: Paths,
+    paths: Paths | None,
     certain: Callable[[], Paths],
     *,
     margin: float,
@@ -509,7 +510,7 @@ def _moved(
     if logits is not None or by_labels:
         void, _ = void_label(len(prediction.classes))
         labels = prediction.labels
-        given = sure if logits is None else paths
+        given = sure if paths is None else paths
         where, whence = _moving(labels[None], given, void, protect)[0]
         if logits is not None and len(where):
             # Pixel by pixel, which torch enlarges in half of the time. `contiguous` of that format
